@@ -1,0 +1,310 @@
+"""How many entries each layer trains."""
+
+from __future__ import annotations
+
+import math
+import re
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from fractions import Fraction
+from numbers import Integral, Real
+
+import torch
+from torch import Tensor
+
+from .criteria import CRITERIA
+from .topk import RunningTopK, topk_indices
+
+ALLOCATIONS = ("numel", "uniform", "erk", "global")
+
+
+@dataclass(frozen=True)
+class Budget:
+    """How many entries train in all, and how the layers share them. Exactly one of the first three is given.
+
+    Args:
+        density: share of the weights that trains, in (0, 1].
+        num_params: number of trained entries over all layers.
+        r: LoRA-rank equivalent: ``r * (rows + cols)`` summed over the layers.
+        density_pattern: ``{layer name, suffix or regular expression: density}``; the first that matches a layer sets
+            that layer's density, and the layer takes no part in the sharing.
+        allocation: ``"numel"`` shares in proportion to the layers' sizes, ``"uniform"`` equally, ``"erk"`` in
+            proportion to ``rows + cols`` (Evci et al. 2020, section 3), ``"global"`` by the best scores of all layers.
+
+    Raises:
+        TypeError: a value of the wrong type.
+        ValueError: none or several budgets, or a value out of range.
+    """
+
+    density: float | None = None
+    num_params: int | None = None
+    r: int | None = None
+    density_pattern: dict[str, float] = field(default_factory=dict)
+    allocation: str = "numel"
+
+    def __post_init__(self):
+        given = [name for name in ("density", "num_params", "r") if getattr(self, name) is not None]
+        if len(given) != 1:
+            values = ", ".join(f"{name}={getattr(self, name)!r}" for name in given) or "none of them"
+            raise ValueError(f"exactly one of density, num_params and r is expected, but {values} is given")
+        if self.density is not None:
+            _check_density("density", self.density)
+        for name in ("num_params", "r"):
+            value = getattr(self, name)
+            if value is None:
+                continue
+            if isinstance(value, bool) or not isinstance(value, Integral):
+                raise TypeError(f"{name}={value!r}: an int is expected")
+            if value < 1:
+                raise ValueError(f"{name}={value}: at least 1 is expected")
+        if self.allocation not in ALLOCATIONS:
+            raise ValueError(f"allocation={self.allocation!r}: one of {', '.join(ALLOCATIONS)} is expected")
+        if not isinstance(self.density_pattern, dict):
+            raise TypeError(f"density_pattern={self.density_pattern!r}: a dict of layer name to density is expected")
+        for key, density in self.density_pattern.items():
+            if not isinstance(key, str):
+                raise TypeError(f"density_pattern: key {key!r}; a layer name or regular expression is expected")
+            try:
+                re.compile(key)
+            except re.error as error:
+                raise ValueError(f"density_pattern: key {key!r} is no regular expression: {error}") from error
+            _check_density(f"density_pattern[{key!r}]", density)
+
+
+def _check_density(field_name: str, value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise TypeError(f"{field_name}={value!r}: a number in (0, 1] is expected")
+    if not 0 < value <= 1:
+        raise ValueError(f"{field_name}={value!r}: a share in (0, 1] is expected, such as 0.01 for 1 %")
+
+
+def apportion(weights: Sequence[float], caps: Sequence[int], total: int, floor: int = 1) -> list[int]:
+    """Share ``total`` in proportion to ``weights``, exactly, between ``floor`` and ``caps``.
+
+    What a part cannot take goes to the others in proportion. Fractions are settled by largest remainder, ties by
+    lowest position. A part whose cap is below ``floor`` gets its cap.
+
+    Args:
+        weights: one finite number of at least 0 for each part.
+        caps: the most that each part can take.
+        total: the sum of the result.
+        floor: the least that each part gets.
+
+    Raises:
+        ValueError: ``total`` cannot be reached within the bounds, or bad weights.
+    """
+    if len(weights) != len(caps):
+        raise ValueError(f"{len(weights)} weights for {len(caps)} caps: one each is expected")
+    for weight in weights:
+        if not (math.isfinite(weight) and weight >= 0):
+            raise ValueError(f"weights contain {weight!r}: finite numbers of at least 0 are expected")
+    floors = [min(floor, cap) for cap in caps]
+    if not sum(floors) <= total <= sum(caps):
+        raise ValueError(f"total={total}: between {sum(floors)} and {sum(caps)} can be shared within the bounds")
+
+    # exact rational numbers: sums of billions keep their last unit, and equal layers get equal shares
+    shares = [Fraction(0)] * len(caps)
+    free = list(range(len(caps)))
+    rest = total
+    while free:
+        scale = sum(Fraction(weights[i]) for i in free)
+        wanted = {i: rest * Fraction(weights[i]) / scale if scale else Fraction(rest, len(free)) for i in free}
+        above = [i for i in free if wanted[i] > caps[i]]
+        below = [i for i in free if wanted[i] < floors[i]]
+        surplus = sum(wanted[i] - caps[i] for i in above)
+        shortage = sum(floors[i] - wanted[i] for i in below)
+        # the larger of the two violations decides which bound is final; the other may vanish with the new scale
+        fixed = above if surplus >= shortage else below
+        if not fixed:
+            for i in free:
+                shares[i] = wanted[i]
+            break
+        for i in fixed:
+            shares[i] = Fraction(caps[i] if surplus >= shortage else floors[i])
+            rest -= shares[i]
+        free = [i for i in free if i not in set(fixed)]
+
+    counts = [math.floor(share) for share in shares]
+    by_remainder = sorted(range(len(caps)), key=lambda i: (counts[i] - shares[i], i))
+    for i in by_remainder[: total - sum(counts)]:
+        counts[i] += 1
+    return counts
+
+
+def _match_patterns(names: Sequence[str], pattern: dict[str, float]) -> dict[str, float]:
+    """``{layer: its own density}``, with a warning about keys that match no layer."""
+    matches = {key: {name for name in names if re.match(rf"(.*\.)?({key})$", name)} for key in pattern}
+    unused = [key for key, matched in matches.items() if not matched]
+    if unused:
+        warnings.warn(
+            f"density_pattern: no target layer matches {', '.join(map(repr, unused))}; the layers are "
+            f"{', '.join(names[:3])}{', ...' if len(names) > 3 else ''}",
+            RuntimeWarning,
+            stacklevel=4,
+        )
+    own = {}
+    for name in names:
+        for key, density in pattern.items():
+            if name in matches[key]:
+                own[name] = density
+                break
+    return own
+
+
+def _total(budget: Budget, shapes: dict[str, tuple[int, int]], taken: int) -> int:
+    """How many entries the layers ``shapes`` share, ``taken`` being those of the other layers."""
+    numel = sum(rows * cols for rows, cols in shapes.values())
+    if budget.density is not None:
+        total = round(budget.density * numel)
+    elif budget.r is not None:
+        per_rank = sum(rows + cols for rows, cols in shapes.values())
+        total = budget.r * per_rank
+        if total > numel:
+            most = numel // per_rank
+            raise ValueError(
+                f"r={budget.r}: {total} entries (r * (rows + cols) over {len(shapes)} layers), but the layers have "
+                f"{numel} weights; "
+                + (f"the largest r that fits is {most}" if most else "not even r=1 fits, use density or num_params")
+            )
+    else:
+        total = int(budget.num_params) - taken
+        own, left = (f", of which density_pattern takes {taken}", " left") if taken else ("", "")
+        if total > numel:
+            raise ValueError(
+                f"num_params={budget.num_params}{own}: the target layers have {numel} weights{left}; "
+                f"at most num_params={numel + taken} is possible"
+            )
+        if shapes and total < 1:
+            raise ValueError(
+                f"num_params={budget.num_params}{own}: none are left for the other {len(shapes)} layers; "
+                f"at least num_params={taken + len(shapes)} is needed, or lower densities in density_pattern"
+            )
+    return max(total, len(shapes))
+
+
+def _global_counts(
+    shapes: dict[str, tuple[int, int]], total: int, scores: Callable[[str], Tensor], largest: bool
+) -> dict[str, int]:
+    """Entries of each layer among the ``total`` best of all; each layer's best entry is always among them."""
+    names = list(shapes)
+    best = RunningTopK(total, largest)
+    sizes = []
+    offset = 0
+    for name in names:
+        flat = scores(name).reshape(-1)
+        # cut down to what can matter first: positions are twice as wide as scores
+        positions = topk_indices(flat, min(total, flat.numel()), largest, name=name)
+        best.update(flat[positions].float(), positions + offset)
+        offset += flat.numel()
+        sizes.append(offset)
+    keys, values = best.result()
+    owner = torch.bucketize(keys, torch.tensor(sizes, device=keys.device), right=True)
+    counts = torch.bincount(owner, minlength=len(names))
+    missing = counts == 0
+    if bool(missing.any()):
+        # the lowest ranked entries make room, but no layer gives up its best
+        order = values.argsort(descending=largest, stable=True)
+        ranked = owner[order]
+        first = torch.full_like(counts, keys.numel()).scatter_reduce_(
+            0, ranked, torch.arange(ranked.numel(), device=ranked.device), "amin"
+        )
+        spare = torch.ones_like(ranked, dtype=torch.bool)
+        spare[first[~missing]] = False
+        given_up = ranked[spare][-int(missing.sum()) :]
+        counts = counts - torch.bincount(given_up, minlength=len(names)) + missing
+    return dict(zip(names, counts.tolist(), strict=True))
+
+
+@dataclass(frozen=True)
+class Division:
+    """A budget applied to layers.
+
+    Attributes:
+        shapes: ``{layer name: (rows, cols)}`` of all layers.
+        own: entries of the layers that ``density_pattern`` sets.
+        total: entries that the others share.
+    """
+
+    shapes: dict[str, tuple[int, int]]
+    own: dict[str, int]
+    total: int
+
+    @property
+    def sharing(self) -> dict[str, tuple[int, int]]:
+        """The layers that share ``total``."""
+        return {name: shape for name, shape in self.shapes.items() if name not in self.own}
+
+
+def divide(shapes: dict[str, tuple[int, int]], budget: Budget) -> Division:
+    """What of the budget is settled by the layers' shapes and names alone.
+
+    Raises:
+        ValueError: no layers, or a budget that does not fit them.
+    """
+    if not shapes:
+        raise ValueError("no target layers to share the budget between; check target_modules")
+    for name, (rows, cols) in shapes.items():
+        if rows < 1 or cols < 1:
+            raise ValueError(f"layer {name}: a weight of shape {(rows, cols)} has no entries to train; exclude it")
+    densities = _match_patterns(list(shapes), budget.density_pattern)
+    own = {name: max(1, round(density * math.prod(shapes[name]))) for name, density in densities.items()}
+    taken = sum(own.values())
+    rest = {name: shape for name, shape in shapes.items() if name not in own}
+    total = _total(budget, rest, taken)
+    if not rest and total:
+        raise ValueError(
+            f"num_params={budget.num_params}: density_pattern sets every layer, {taken} entries in all; "
+            "leave one layer to num_params, or give density instead"
+        )
+    return Division(dict(shapes), own, total)
+
+
+def allocate(
+    division: Division, allocation: str, scores: Callable[[str], Tensor] | None = None, largest: bool = True
+) -> dict[str, int]:
+    """Number of entries of each layer; arguments as in :func:`resolve_counts`.
+
+    Raises:
+        ValueError: ``"global"`` without scores.
+    """
+    rest, total = division.sharing, division.total
+    if not rest:
+        shared = {}
+    elif allocation == "global":
+        if scores is None:
+            scored = [c.name for c in CRITERIA.values() if c.score is not None and c.count is None]
+            raise ValueError(f"allocation='global' needs scores to compare; use a selection of {', '.join(scored)}")
+        shared = _global_counts(rest, total, scores, largest)
+    else:
+        weigh = {"numel": lambda r, c: r * c, "uniform": lambda r, c: 1, "erk": lambda r, c: r + c}[allocation]
+        caps = [rows * cols for rows, cols in rest.values()]
+        parts = apportion([weigh(*shape) for shape in rest.values()], caps, total)
+        shared = dict(zip(rest, parts, strict=True))
+    if sum(shared.values()) != total:
+        raise AssertionError(f"{sum(shared.values())} entries shared instead of {total}; please report this")
+    counts = division.own | shared
+    return {name: counts[name] for name in division.shapes}
+
+
+def resolve_counts(
+    shapes: dict[str, tuple[int, int]],
+    budget: Budget,
+    scores: Callable[[str], Tensor] | None = None,
+    largest: bool = True,
+) -> dict[str, int]:
+    """Number of trained entries of each layer: at least 1, at most all of it, and exactly the budget in all.
+
+    A budget of fewer entries than layers is raised to one entry per layer.
+
+    Args:
+        shapes: ``{layer name: (rows, cols)}`` of the stored weights.
+        budget: what to share, and how.
+        scores: for ``allocation="global"``: ``scores(name)`` gives the layer's scores, of any shape; called once for
+            each layer that takes part, one at a time. Scores of candidates alone will do, if there are enough of them.
+        largest: whether large scores are the good ones.
+
+    Raises:
+        ValueError: no layers, a budget larger than the layers, or ``"global"`` without scores.
+    """
+    return allocate(divide(shapes, budget), budget.allocation, scores, largest)

@@ -1,0 +1,92 @@
+"""Random positions that depend on (seed, name) alone: equal on every rank, device and library version.
+
+A keyed permutation of ``range(n)`` is evaluated at ``0 .. k-1``. It is a balanced Feistel network (Luby and Rackoff,
+1988) over the smallest even number of bits that holds ``n``, made a permutation of ``range(n)`` by cycle walking
+(Black and Rogaway, 2002), with the finalizer of SplitMix64 (Steele, Lea and Flood, 2014) as its round function.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from numbers import Integral
+
+import numpy as np
+import torch
+
+ROUNDS = 8
+MAX_BITS = 62
+
+# Evaluated in blocks of this many positions, so that the rounds' temporaries stay in the processor's cache.
+_BLOCK = 2**16
+
+
+def _round_keys(seed: int, name: str) -> np.ndarray:
+    """``(ROUNDS,)`` 64-bit keys. The seed is written in decimal and ends at a zero byte, so no two pairs collide."""
+    digest = hashlib.blake2b(f"{seed}\0{name}".encode(), digest_size=8 * ROUNDS).digest()
+    return np.frombuffer(digest, dtype="<u8").astype(np.uint64)
+
+
+def _mix(x: np.ndarray) -> np.ndarray:
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))
+
+
+def _feistel(x: np.ndarray, half: int, keys: np.ndarray) -> np.ndarray:
+    """One permutation of ``range(4**half)``, element by element."""
+    mask = np.uint64((1 << half) - 1)
+    left, right = x >> np.uint64(half), x & mask
+    for key in keys:
+        left, right = right, left ^ (_mix(right + key) & mask)
+    return left << np.uint64(half) | right
+
+
+def _permute(x: np.ndarray, n: int, half: int, keys: np.ndarray) -> np.ndarray:
+    """One permutation of ``range(n)``: values that leave the range are permuted again until they are back in it."""
+    x = _feistel(x, half, keys)
+    outside = np.flatnonzero(x >= n)
+    while outside.size:
+        x[outside] = _feistel(x[outside], half, keys)
+        outside = outside[x[outside] >= n]
+    return x
+
+
+def sample_without_replacement(n: int, k: int, *, seed: int, name: str) -> torch.LongTensor:
+    """``k`` different numbers of ``range(n)``, sorted, chosen by ``seed`` and ``name`` alone.
+
+    Memory and time grow with ``k``, not with ``n``. No global random state is read or changed.
+
+    Args:
+        n: size of the range, at most 2**62.
+        k: how many, ``0 <= k <= n``.
+        seed: any int.
+        name: the layer's name: layers of equal shape draw different positions.
+
+    Returns:
+        ``(k,)`` int64 on the CPU.
+
+    Raises:
+        TypeError: ``n``, ``k`` or ``seed`` is no int.
+        ValueError: ``n`` or ``k`` is out of range.
+    """
+    for field, value in (("n", n), ("k", k), ("seed", seed)):
+        if isinstance(value, bool) or not isinstance(value, Integral):
+            raise TypeError(f"{field}={value!r} for {name!r}: an int is expected")
+    n, k, seed = int(n), int(k), int(seed)
+    if not 0 <= n <= 2**MAX_BITS:
+        raise ValueError(f"n={n} for {name!r}: between 0 and 2**{MAX_BITS} positions are possible")
+    if not 0 <= k <= n:
+        raise ValueError(f"k={k} for {name!r}: between 0 and n={n} different positions can be drawn")
+    if k > n // 2:
+        # what is left out is the smaller part
+        chosen = np.ones(n, dtype=bool)
+        chosen[sample_without_replacement(n, n - k, seed=seed, name=name).numpy()] = False
+        return torch.from_numpy(np.flatnonzero(chosen))
+    keys = _round_keys(seed, name)
+    half = max(1, -(-max(0, n - 1).bit_length() // 2))
+    drawn = np.empty(k, dtype=np.int64)
+    for start in range(0, k, _BLOCK):
+        stop = min(start + _BLOCK, k)
+        drawn[start:stop] = _permute(np.arange(start, stop, dtype=np.uint64), n, half, keys)
+    drawn.sort()
+    return torch.from_numpy(drawn)

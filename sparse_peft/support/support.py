@@ -1,0 +1,327 @@
+"""The set of trained positions of one weight matrix."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cached_property
+from numbers import Integral
+
+import torch
+from torch import Tensor
+
+from .rng import sample_without_replacement
+from .topk import topk_indices
+
+INT32_LIMIT = 2**31
+
+
+def index_dtype(shape: tuple[int, int]) -> torch.dtype:
+    """The integer type that positions in a matrix of this shape are kept in: int32 wherever it suffices."""
+    return torch.int32 if shape[0] * shape[1] < INT32_LIMIT else torch.int64
+
+
+def _prefix(name: str) -> str:
+    return f"layer {name}: " if name else ""
+
+
+def _check_shape(shape: Sequence[int], name: str) -> tuple[int, int]:
+    if len(shape) != 2 or any(isinstance(n, bool) or not isinstance(n, Integral) or n < 1 for n in shape):
+        raise ValueError(
+            f"{_prefix(name)}shape={tuple(shape)!r}: (rows, cols) of a matrix, both at least 1, is expected"
+        )
+    return int(shape[0]), int(shape[1])
+
+
+def _check_integers(indices: Tensor, what: str, name: str) -> None:
+    if not isinstance(indices, Tensor):
+        raise TypeError(f"{_prefix(name)}{what} of type {type(indices).__name__}: a tensor is expected")
+    if indices.dtype == torch.bool or indices.is_floating_point() or indices.is_complex():
+        cure = "use Support.from_mask for a mask" if indices.dtype == torch.bool else "convert them with .long()"
+        raise TypeError(f"{_prefix(name)}{what} of dtype {indices.dtype}: integers are expected; {cure}")
+    if indices.ndim != 1:
+        raise ValueError(f"{_prefix(name)}{what} of shape {tuple(indices.shape)}: a 1-D tensor is expected")
+
+
+def _check_range(indices: Tensor, size: int, what: str, extent: str, name: str) -> None:
+    if indices.numel() == 0:
+        return
+    low, high = (int(bound) for bound in indices.aminmax())
+    if low < 0 or high >= size:
+        raise ValueError(
+            f"{_prefix(name)}{what} contain {low if low < 0 else high}, but {extent} has positions 0 to {size - 1}; "
+            "they were made for a weight of another shape, or the file they come from is damaged"
+        )
+
+
+def check_indices(indices: Tensor, shape: tuple[int, int], name: str = "") -> None:
+    """Check flat positions, as of a file, against the weight they belong to.
+
+    Args:
+        indices: ``(entries,)`` flat row-major positions.
+        shape: ``(rows, cols)`` of the weight as stored.
+        name: the layer's name.
+
+    Raises:
+        TypeError: no integers.
+        ValueError: not 1-D, out of range, not sorted or repeated; names the layer and the first such value.
+    """
+    rows, cols = _check_shape(shape, name)
+    _check_integers(indices, "indices", name)
+    _check_range(indices, rows * cols, "indices", f"a {rows} x {cols} weight", name)
+    wrong = indices[1:] <= indices[:-1]
+    if bool(wrong.any()):
+        at = int(wrong.int().argmax()) + 1
+        before, value = int(indices[at - 1]), int(indices[at])
+        fault = f"{value} occurs twice" if value == before else f"{value} stands after {before}"
+        raise ValueError(
+            f"{_prefix(name)}indices must increase strictly, but {fault} (at position {at}); "
+            "Support.from_indices sorts positions that are in any order, and none may occur twice"
+        )
+
+
+class Support:
+    """Positions of the trained entries of one weight matrix as it is stored.
+
+    Positions are flat, row-major, sorted and unique. A support is never changed; make a new one instead.
+
+    Args:
+        shape: ``(rows, cols)`` of the stored weight.
+        indices: ``(entries,)`` integers, strictly increasing; kept in int32 where ``rows * cols < 2**31``, else int64.
+        validate: whether to check ``indices``, which costs a pass over them and waits for their device.
+        name: the layer's name, for error messages.
+
+    Attributes:
+        shape: ``(rows, cols)``.
+        indices: ``(entries,)``.
+        name: the layer's name.
+
+    Raises:
+        TypeError: indices that are no integers.
+        ValueError: indices that are out of range, not sorted or repeated.
+    """
+
+    def __init__(self, shape: tuple[int, int], indices: Tensor, *, validate: bool = True, name: str = ""):
+        self.shape = _check_shape(shape, name)
+        if validate:
+            check_indices(indices, self.shape, name)
+        self.indices = indices.to(index_dtype(self.shape))
+        self.name = name
+
+    @property
+    def nnz(self) -> int:
+        """Number of entries."""
+        return self.indices.numel()
+
+    @property
+    def density(self) -> float:
+        """Share of the weight's entries that are in the support."""
+        return self.nnz / (self.shape[0] * self.shape[1])
+
+    @property
+    def device(self) -> torch.device:
+        return self.indices.device
+
+    @cached_property
+    def row_ptr(self) -> Tensor:
+        """``(rows + 1,)`` CSR row pointers: entries ``row_ptr[i]`` to ``row_ptr[i + 1]`` lie in row ``i``."""
+        rows, cols = self.shape
+        starts = torch.arange(rows + 1, dtype=torch.int64, device=self.device).mul_(cols).to(self.indices.dtype)
+        return torch.searchsorted(self.indices, starts, out_int32=self.nnz < INT32_LIMIT)
+
+    @cached_property
+    def cols(self) -> Tensor:
+        """``(entries,)`` int32 column of each entry."""
+        return (self.indices % self.shape[1]).to(torch.int32)
+
+    @cached_property
+    def rows(self) -> Tensor:
+        """``(entries,)`` int32 row of each entry."""
+        return torch.div(self.indices, self.shape[1], rounding_mode="floor").to(torch.int32)
+
+    # ------------------------------------------------------------------ constructors
+
+    @classmethod
+    def from_indices(cls, shape: tuple[int, int], indices: Tensor, name: str = "") -> Support:
+        """Flat positions in any order.
+
+        Raises:
+            TypeError, ValueError: positions that are no integers, out of range or repeated.
+        """
+        _check_integers(indices, "indices", name)
+        return cls(shape, indices.sort().values, name=name)
+
+    @classmethod
+    def from_mask(cls, mask: Tensor, name: str = "") -> Support:
+        """The true entries of a bool mask ``(rows, cols)``.
+
+        Raises:
+            TypeError: the mask is not bool.
+            ValueError: it is not 2-D.
+        """
+        if mask.dtype != torch.bool:
+            raise TypeError(f"{_prefix(name)}mask of dtype {mask.dtype}: a bool mask is expected, such as `mask != 0`")
+        shape = _check_shape(mask.shape, name)
+        return cls(shape, mask.reshape(-1).nonzero().squeeze(1), validate=False, name=name)
+
+    @classmethod
+    def from_rows(cls, shape: tuple[int, int], rows: Tensor | Sequence[int], name: str = "") -> Support:
+        """All entries of some rows, given in any order.
+
+        Raises:
+            TypeError, ValueError: rows that are no integers, out of range or repeated.
+        """
+        shape = _check_shape(shape, name)
+        rows = _sorted_unique(rows, shape[0], "rows", f"a {shape[0]} x {shape[1]} weight", name)
+        cols = torch.arange(shape[1], device=rows.device)
+        return cls(shape, (rows[:, None] * shape[1] + cols).reshape(-1), validate=False, name=name)
+
+    @classmethod
+    def from_columns(cls, shape: tuple[int, int], cols: Tensor | Sequence[int], name: str = "") -> Support:
+        """All entries of some columns, given in any order.
+
+        Raises:
+            TypeError, ValueError: columns that are no integers, out of range or repeated.
+        """
+        shape = _check_shape(shape, name)
+        cols = _sorted_unique(cols, shape[1], "cols", f"a {shape[0]} x {shape[1]} weight", name)
+        starts = torch.arange(shape[0], device=cols.device) * shape[1]
+        return cls(shape, (starts[:, None] + cols).reshape(-1), validate=False, name=name)
+
+    @classmethod
+    def from_blocks(
+        cls,
+        shape: tuple[int, int],
+        block_size: tuple[int, int],
+        block_ids: Tensor | Sequence[int],
+        name: str = "",
+    ) -> Support:
+        """All entries of some blocks, given in any order.
+
+        Args:
+            shape: ``(rows, cols)`` of the stored weight.
+            block_size: ``(rows, cols)`` of a block; blocks at the right and lower edge may be cut off.
+            block_ids: row-major numbers of blocks in the grid of ``ceil(rows / block rows)`` by
+                ``ceil(cols / block cols)``.
+            name: the layer's name.
+
+        Raises:
+            TypeError, ValueError: blocks that are no integers, out of range or repeated, or a bad block size.
+        """
+        rows, cols = shape = _check_shape(shape, name)
+        if len(block_size) != 2 or any(
+            isinstance(n, bool) or not isinstance(n, Integral) or n < 1 for n in block_size
+        ):
+            raise ValueError(f"{_prefix(name)}block_size={block_size!r}: (rows, cols), both at least 1, is expected")
+        height, width = block_size
+        grid = -(-rows // height), -(-cols // width)
+        extent = f"a grid of {grid[0]} x {grid[1]} blocks"
+        ids = _sorted_unique(block_ids, grid[0] * grid[1], "block_ids", extent, name)
+        row = (ids // grid[1] * height)[:, None, None] + torch.arange(height, device=ids.device)[:, None]
+        col = (ids % grid[1] * width)[:, None, None] + torch.arange(width, device=ids.device)
+        inside = (row < rows) & (col < cols)
+        return cls(shape, (row * cols + col)[inside].sort().values, validate=False, name=name)
+
+    @classmethod
+    def random(cls, shape: tuple[int, int], k: int, *, seed: int, name: str) -> Support:
+        """``k`` positions that depend on ``seed``, ``name`` and the shape alone, on the CPU.
+
+        Raises:
+            TypeError, ValueError: ``k`` or ``seed`` is no int, or ``k`` is out of range.
+        """
+        rows, cols = _check_shape(shape, name)
+        drawn = sample_without_replacement(rows * cols, k, seed=seed, name=name)
+        return cls((rows, cols), drawn, validate=False, name=name)
+
+    @classmethod
+    def from_scores(cls, scores: Tensor, k: int, largest: bool = True, name: str = "") -> Support:
+        """The ``k`` largest (or smallest) of scores ``(rows, cols)``; among equal ones the lowest positions.
+
+        Raises:
+            ValueError: NaN scores, scores that are not 2-D, or ``k`` out of range.
+        """
+        shape = _check_shape(scores.shape, name)
+        return cls(shape, topk_indices(scores.reshape(-1), k, largest, name=name), validate=False, name=name)
+
+    # ------------------------------------------------------------------ views
+
+    def to_mask(self) -> Tensor:
+        """The support as a bool mask ``(rows, cols)``."""
+        mask = torch.zeros(self.shape[0] * self.shape[1], dtype=torch.bool, device=self.device)
+        return mask.index_fill_(0, self.indices.long(), True).view(self.shape)
+
+    def to(self, device: torch.device | str) -> Support:
+        """The same support on another device; itself if it is there already."""
+        indices = self.indices.to(device)
+        return self if indices is self.indices else Support(self.shape, indices, validate=False, name=self.name)
+
+    # ------------------------------------------------------------------ sets
+
+    def contains(self, flat: Tensor) -> Tensor:
+        """Whether each of the flat positions ``flat``, of any shape, is in the support: bool of ``flat``'s shape."""
+        if self.nnz == 0:
+            return torch.zeros(flat.shape, dtype=torch.bool, device=flat.device)
+        # clamped so that no wider number wraps round to one that is in the support; unequal to it below all the same
+        inside = flat.long().clamp(0, self.shape[0] * self.shape[1] - 1).to(self.indices.dtype)
+        slots = torch.searchsorted(self.indices, inside).clamp_(max=self.nnz - 1)
+        return self.indices[slots] == flat
+
+    def slots(self, flat: Tensor) -> Tensor:
+        """Where the positions ``flat``, each of which is in the support, stand in it: int64."""
+        return torch.searchsorted(self.indices, flat.to(self.indices.dtype))
+
+    def union(self, *others: Support) -> tuple[Support, list[Tensor]]:
+        """All positions of this and other supports of the same weight.
+
+        Returns:
+            The union, and for this support and each of the others the int64 places of its entries in the union.
+
+        Raises:
+            ValueError: supports of weights of other shapes.
+        """
+        parts = (self, *others)
+        for other in others:
+            self._check_same_shape(other)
+        joined = torch.cat([part.indices.to(self.device) for part in parts]).unique(sorted=True)
+        union = Support(self.shape, joined, validate=False, name=self.name)
+        return union, [union.slots(part.indices.to(self.device)) for part in parts]
+
+    def intersection_size(self, other: Support) -> int:
+        """Number of positions that both supports have.
+
+        Raises:
+            ValueError: supports of weights of other shapes.
+        """
+        self._check_same_shape(other)
+        return int(self.contains(other.indices.to(self.device)).sum())
+
+    def _check_same_shape(self, other: Support) -> None:
+        if other.shape != self.shape:
+            raise ValueError(
+                f"{_prefix(self.name)}supports over {self.shape} and {other.shape} ({other.name or 'unnamed'}) "
+                "belong to different weights"
+            )
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Support):
+            return NotImplemented
+        return self.shape == other.shape and torch.equal(self.indices, other.indices.to(self.device))
+
+    # equal supports are equal in content, which is too long to hash
+    __hash__ = None
+
+    def __repr__(self) -> str:
+        name = f"{self.name!r}, " if self.name else ""
+        return f"Support({name}shape={self.shape}, nnz={self.nnz}, density={self.density:.3g}, device={self.device})"
+
+
+def _sorted_unique(ids: Tensor | Sequence[int], size: int, what: str, extent: str, name: str) -> Tensor:
+    """Row, column or block numbers as sorted int64, checked."""
+    if not isinstance(ids, Tensor):
+        ids = torch.tensor(ids, dtype=None if len(ids) else torch.int64)
+    _check_integers(ids, what, name)
+    _check_range(ids, size, what, extent, name)
+    ids = ids.long().sort().values
+    repeated = ids[1:][ids[1:] == ids[:-1]]
+    if repeated.numel():
+        raise ValueError(f"{_prefix(name)}{what} contain {int(repeated[0])} twice; each may be given once")
+    return ids
