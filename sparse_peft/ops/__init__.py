@@ -1,0 +1,24 @@
+"""How a sparse delta is computed: functional ops, each with the implementations that ``dispatch`` chooses from."""
+
+from .delta_matmul import delta_matmul
+from .dispatch import BACKENDS, use_backend
+from .entries import effective_entries, read_entries, write_entries_
+from .linear import WeightSource, functional_support_linear, support_linear
+from .panels import panel_bytes, panel_limit, panels
+from .support_grad import support_grad
+
+__all__ = [
+    "BACKENDS",
+    "WeightSource",
+    "delta_matmul",
+    "effective_entries",
+    "functional_support_linear",
+    "panel_bytes",
+    "panel_limit",
+    "panels",
+    "read_entries",
+    "support_grad",
+    "support_linear",
+    "use_backend",
+    "write_entries_",
+]
