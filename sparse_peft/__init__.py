@@ -1,0 +1,25 @@
+"""Sparse fine-tuning for Hugging Face PEFT. Importing the package registers its methods with PEFT."""
+
+from .ops import panel_limit, use_backend
+from .registry import register_all
+from .tuners.base_model import base_weights
+from .tuners.checkpoint import guard_adapter_writes
+from .tuners.selection import select_support
+
+register_all()
+guard_adapter_writes()
+
+from .tuners.sparse import SparseConfig, SparseLinear, SparseModel  # noqa: E402  (their PEFT type exists from here on)
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "SparseConfig",
+    "SparseLinear",
+    "SparseModel",
+    "__version__",
+    "base_weights",
+    "panel_limit",
+    "select_support",
+    "use_backend",
+]

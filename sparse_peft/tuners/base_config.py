@@ -1,0 +1,130 @@
+"""What the configs of all sparse methods share: which layers, and a saved form that explains and protects itself."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+from peft.config import PeftConfig
+from peft.utils import PeftType
+
+from .checkpoint import check_adapter_file, update_model_card
+
+SAVE_DTYPES = ("float32", "bfloat16", "float16")
+
+
+@dataclass
+class BaseSparseConfig(PeftConfig):
+    """Fields and file handling common to the sparse methods.
+
+    Args:
+        target_modules: names, a regular expression, or ``"all-linear"``, as in ``LoraConfig``.
+        exclude_modules: names or a regular expression of modules to leave out.
+        layers_to_transform: index or indices of the layers to adapt.
+        layers_pattern: name of the layer list where it is not a common one.
+        modules_to_save: further modules trained whole and saved with the adapter.
+        trainable_token_indices: token indices of the embedding to train, as in ``LoraConfig``.
+        bias: ``"none"``, ``"all"``, or ``"<type>_only"`` with the method's PEFT type in lower case: the biases of the
+            adapted layers.
+        fan_in_fan_out: accepted for parity with ``LoraConfig``; the layout is read from the layer's type.
+        init_weights: ``True`` starts as the base model; ``False`` draws random values, for tests only.
+        save_dtype: dtype of the values on disk. Training always keeps float32 values.
+    """
+
+    method: ClassVar[str]  # the PEFT type's name
+
+    target_modules: list[str] | str | None = field(
+        default=None,
+        metadata={
+            "help": "Module names, a regular expression, or 'all-linear'. Default: PEFT's for the architecture."
+        },
+    )
+    exclude_modules: list[str] | str | None = field(
+        default=None, metadata={"help": "Module names or a regular expression of modules to leave out."}
+    )
+    layers_to_transform: list[int] | int | None = field(
+        default=None, metadata={"help": "Index or indices of the layers to adapt; others are left alone."}
+    )
+    layers_pattern: list[str] | str | None = field(
+        default=None, metadata={"help": "Name of the list of layers, used with layers_to_transform."}
+    )
+    modules_to_save: list[str] | None = field(
+        default=None, metadata={"help": "Modules besides the adapted layers that are trained and saved whole."}
+    )
+    trainable_token_indices: list[int] | dict[str, list[int]] | None = field(
+        default=None, metadata={"help": "Indices of the token embeddings to train, as in LoraConfig."}
+    )
+    bias: str = field(default="none", metadata={"help": "Which biases train: 'none', 'all' or '<type>_only'."})
+    fan_in_fan_out: bool = field(
+        default=False,
+        metadata={"help": "Accepted for parity with LoraConfig; the layout is read from the layer's type."},
+    )
+    init_weights: bool = field(
+        default=True, metadata={"help": "True: the adapter starts as the identity. False: random values, for tests."}
+    )
+    save_dtype: str = field(
+        default="float32", metadata={"help": "dtype of the values on disk: 'float32', 'bfloat16' or 'float16'."}
+    )
+
+    def __post_init__(self):
+        super().__post_init__()
+        self.peft_type = PeftType[self.method]
+        for name in ("target_modules", "exclude_modules"):
+            value = getattr(self, name)
+            if isinstance(value, (list, tuple)):
+                setattr(self, name, set(value))
+        if isinstance(self.target_modules, str) and self.layers_to_transform is not None:
+            raise ValueError("`layers_to_transform` cannot be used when `target_modules` is a str.")
+        if isinstance(self.target_modules, str) and self.layers_pattern is not None:
+            raise ValueError("`layers_pattern` cannot be used when `target_modules` is a str.")
+        if self.layers_pattern and self.layers_to_transform is None:
+            raise ValueError("When `layers_pattern` is specified, `layers_to_transform` must also be specified.")
+        biases = ("none", "all", f"{self.method.lower()}_only")
+        if self.bias not in biases:
+            raise ValueError(f"bias={self.bias!r}: choose one of {', '.join(map(repr, biases))}")
+        if self.save_dtype not in SAVE_DTYPES:
+            raise ValueError(f"save_dtype={self.save_dtype!r}: choose one of {', '.join(map(repr, SAVE_DTYPES))}")
+
+    def to_dict(self) -> dict:
+        """As PEFT's, with sets sorted, so that saving twice gives the same file."""
+        return {
+            key: sorted(value) if isinstance(value, set) else value
+            for key, value in super().to_dict().items()
+            if not key.startswith("_")
+        }
+
+    def save_pretrained(self, save_directory: str, **kwargs) -> None:
+        """As PEFT's, whole or not at all, and the model card beside it says what to install and import."""
+        os.makedirs(save_directory, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=save_directory, prefix=".saving-") as staging:
+            super().save_pretrained(staging, **kwargs)
+            for name in os.listdir(staging):
+                os.replace(os.path.join(staging, name), os.path.join(save_directory, name))
+        update_model_card(save_directory)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs):
+        """As PEFT's; a local adapter file is checked for truncation before anything is built from it.
+
+        Raises:
+            ValueError: the adapter's weight file is truncated or not a safetensors file.
+        """
+        check_adapter_file(os.path.join(pretrained_model_name_or_path, subfolder or ""))
+        return super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
+
+    @classmethod
+    def from_json_file(cls, path_json_file: str, **kwargs):
+        """As PEFT's; a file that is not JSON names itself in the error.
+
+        Raises:
+            ValueError: the file is no valid JSON.
+        """
+        try:
+            return super().from_json_file(path_json_file, **kwargs)
+        except json.JSONDecodeError as error:
+            raise ValueError(
+                f"{path_json_file} is not valid JSON ({error}); the adapter is damaged: copy or download it again"
+            ) from error

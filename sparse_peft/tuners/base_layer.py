@@ -1,0 +1,471 @@
+"""What the layers of all sparse-delta methods share: PEFT's layer contract on top of the residency ledger."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from typing import Any
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer, _get_in_out_features, check_adapters_to_merge
+from peft.utils import quantization_extra_repr, resolve_quantization_backend
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from ..ops import delta_matmul, effective_entries, functional_support_linear, read_entries, support_linear
+from ..ops import write_entries_ as write_entries
+from ..support import Support
+from .checkpoint import check_values
+from .delta import SparseDelta
+from .packed import PackedWeight, keep_packing
+from .residency import (
+    ActiveDelta,
+    DequantisedSource,
+    OverlaySource,
+    Residency,
+    ResidentSource,
+    Stamp,
+    note_holding,
+)
+
+logger = logging.getLogger(__name__)
+
+BASE_ADAPTER = "__base__"  # PEFT's name for "no adapter" in a mixed batch
+STOCK_FORWARDS = {nn.Linear.forward, Conv1D.forward}
+WRITABLE_DTYPES = {torch.float16, torch.bfloat16, torch.float32, torch.float64}
+
+_logged: set[str] = set()
+
+
+def _rejoin(layer: SparseTunerLayer, _incompatible_keys: Any) -> None:
+    layer.rejoin()
+
+
+def _log_once(reason: str) -> None:
+    if reason not in _logged:
+        _logged.add(reason)
+        logger.info(reason)
+
+
+class SparseTunerLayer(BaseTunerLayer, nn.Module):
+    """A linear layer whose weight is trained at the supports of its adapters.
+
+    Args:
+        base_layer: ``nn.Linear``, transformers' ``Conv1D``, or a quantised linear layer that PEFT has a backend for.
+        name: the layer's full name in the model, for errors and for random supports.
+        resident: whether the base weight may hold the active adapter's entries between forward passes.
+
+    Subclasses name the ``nn.ModuleDict`` of :class:`SparseDelta` in ``delta_container``; the attribute starts with the
+    method's prefix.
+    """
+
+    delta_container: str
+
+    def __init__(self, base_layer: nn.Module, name: str, resident: bool = True, **kwargs: Any) -> None:
+        super().__init__()
+        self.base_layer = base_layer
+        self.name = name
+        self.resident = resident
+        setattr(self, self.delta_container, nn.ModuleDict())
+        base = self.get_base_layer()
+        self.quantization_backend = resolve_quantization_backend(
+            base, get_apply_tensor_subclass=kwargs.get("get_apply_tensor_subclass")
+        )
+        keep_packing(base)
+        self.in_features, self.out_features = _get_in_out_features(base)
+        self.in_dim = 0 if isinstance(base, Conv1D) else 1
+        self.stored_shape = (
+            (self.out_features, self.in_features) if self.in_dim == 1 else (self.in_features, self.out_features)
+        )
+        self._disable_adapters = False
+        self.merged_adapters = []
+        self._residency = Residency(name)
+        self._packed: PackedWeight | None = None
+        self._joined: tuple[tuple[Support, ...], ActiveDelta] | None = None
+        self._step_expected = False
+        self.register_load_state_dict_post_hook(_rejoin)
+
+    # ------------------------------------------------------------------ adapters
+
+    @property
+    def deltas(self) -> nn.ModuleDict:
+        """The adapters' trained state, ``{adapter name: SparseDelta}``."""
+        return getattr(self, self.delta_container)
+
+    @property
+    def base_parameter(self) -> Tensor:
+        return self.get_base_layer().weight
+
+    def add_delta(self, adapter_name: str, delta: SparseDelta, *, init_weights: bool, inference_mode: bool) -> None:
+        """Add an adapter's trained state to this layer and make it active if its name is."""
+        self.release()
+        if not init_weights:
+            nn.init.normal_(delta.values)
+        self.deltas[adapter_name] = delta
+        self._move_adapter_to_device_of_base_layer(adapter_name)
+        self.set_adapter(self.active_adapters, inference_mode=inference_mode)
+
+    def support(self, adapter_name: str) -> Support:
+        """The trained positions of one adapter in this layer."""
+        return self._delta(adapter_name).support
+
+    def _delta(self, adapter_name: str) -> SparseDelta:
+        """The adapter's trained state; positions that no file has brought are chosen now, from the base weight."""
+        delta = self.deltas[adapter_name]
+        if not delta.is_set:
+            self.release()
+            with torch.no_grad(), torch.inference_mode(False):
+                delta.support = delta.recipe.draw(self.dense_base_weight, self.stored_shape)
+        return delta
+
+    def _active_names(self) -> tuple[str, ...]:
+        return tuple(name for name in self.active_adapters if name in self.deltas)
+
+    def _join(self, names: tuple[str, ...]) -> ActiveDelta:
+        """The named adapters' common support; kept until a support or the selection of adapters changes."""
+        if self._joined is not None and self._joined[1].names == names:
+            # a compiled graph is traced with what set_adapter and loading left here
+            if torch.compiler.is_compiling() or all(
+                old is self._delta(name).support for old, name in zip(self._joined[0], names)
+            ):
+                return self._joined[1]
+        with torch.inference_mode(False):
+            supports = {name: self._delta(name).support for name in names}
+            self._joined = tuple(supports.values()), ActiveDelta.join(supports)
+        return self._joined[1]
+
+    def rejoin(self) -> None:
+        """Prepare the active adapters' common support where it is known, so that no traced forward has to."""
+        names = self._active_names()
+        if names and not self.merged and all(self.deltas[name].is_set for name in names):
+            self._join(names)
+
+    def sum_values(self, delta: ActiveDelta) -> Tensor:
+        """The values of the joined adapters at their common support, ``(entries,)``, differentiable."""
+        return delta.sum_values([self.deltas[name]() for name in delta.names])
+
+    def stamp(self, delta: ActiveDelta | None) -> Stamp | None:
+        """What the values of the joined adapters are now."""
+        return None if delta is None else Stamp(tuple((name, self._delta(name)) for name in delta.names))
+
+    def check_stamp(self, delta: ActiveDelta, stamp: Stamp) -> None:
+        if self.stamp(delta) != stamp:
+            raise RuntimeError(
+                f"the values of adapter {', '.join(delta.names)} in layer {self.name} were changed between the "
+                "forward pass and its backward pass; step the optimizer, load and reselect only after backward"
+            )
+
+    # ------------------------------------------------------------------ residency
+
+    @torch.no_grad()
+    def hold(self, delta: ActiveDelta | None, stamp: Stamp | None) -> None:
+        """Make the base weight hold these adapters' entries, or its own for ``None``; nothing if it does already."""
+        if delta is None:
+            self.release()
+        elif self._step_expected or not self._residency.holds(stamp):
+            self.check_stamp(delta, stamp)
+            with torch.inference_mode(False):
+                self._residency.write(self.base_parameter, delta.support, self.sum_values(delta), stamp)
+            self._step_expected = False
+            note_holding(self)
+
+    @torch.no_grad()
+    def release(self) -> None:
+        """Give the base weight its own entries back; merged adapters stay merged."""
+        if self._residency.held is not None and not self.merged:
+            with torch.inference_mode(False):
+                self._residency.release(self.base_parameter)
+
+    def expect_step(self) -> None:
+        """After a backward pass the values may be stepped by means that leave no trace, as ``param.data`` does."""
+        self._step_expected = True
+
+    def _base_is_stock(self) -> bool:
+        """Whether the base layer's forward is the plain product, with nothing hooked to it."""
+        base = self.base_layer
+        return (
+            type(base).forward in STOCK_FORWARDS
+            and "forward" not in base.__dict__
+            and not (base._forward_hooks or base._forward_pre_hooks or base._backward_hooks)
+            and not base._backward_pre_hooks
+            and type(base.weight) in (nn.Parameter, Tensor)
+            and not base.weight.requires_grad
+        )
+
+    def _may_be_resident(self) -> bool:
+        weight = self.base_parameter
+        return (
+            self.resident
+            and weight.is_contiguous()
+            and weight.dtype in WRITABLE_DTYPES
+            and not weight.is_inference()
+            and not (weight.device.type == "cpu" and weight.is_shared())
+            # a view into a larger buffer belongs to whoever made it (FSDP's flat parameters, packed checkpoints)
+            and weight.untyped_storage().nbytes() == weight.nbytes
+        )
+
+    def dense_base_weight(self) -> Tensor:
+        """The base weight in floats and in its stored layout, for criteria to look at."""
+        return self.base_parameter.detach() if self.quantization_backend is None else self.dequantised()
+
+    def dequantised(self) -> Tensor:
+        """The base weight as a fresh float tensor ``(out_features, in_features)``."""
+        weight = self.get_base_weight()
+        packed = getattr(self.get_base_layer(), "weight", None)
+        return weight.clone() if packed is not None and weight.data_ptr() == packed.data_ptr() else weight
+
+    # ------------------------------------------------------------------ forward
+
+    def forward(self, x: Tensor, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any) -> Tensor:
+        if adapter_names is None and not torch.is_grad_enabled() and self._holds_current():
+            return self.base_layer(x, *args, **kwargs)
+        if self.disable_adapters:
+            if self.merged:
+                self.unmerge()
+            return self._base_forward(x, *args, **kwargs)
+        if adapter_names is not None:
+            return self._mixed_batch_forward(x, adapter_names, *args, **kwargs)
+        if self.merged:
+            return self.base_layer(x, *args, **kwargs)
+        names = self._active_names()
+        if not names:
+            return self._base_forward(x, *args, **kwargs)
+        delta = self._join(names)
+        if self.quantization_backend is not None:
+            self._restore_dtypes(delta)
+            if not self.quantization_backend.supports_merge or self._is_hooked():
+                _log_once(f"layer {self.name}: the quantised base is used through base(x) + delta(x)")
+                return self._additive_forward(x, delta, *args, **kwargs)
+            return self._dequantised_forward(x, delta)
+        if args or kwargs or not self._base_is_stock():
+            _log_once(f"layer {self.name}: the base layer's own forward is used, with the delta added to its result")
+            return self._additive_forward(x, delta, *args, **kwargs)
+        if torch.compiler.is_compiling():
+            return self._functional_forward(x, delta)
+        if not self._may_be_resident():
+            _log_once(f"layer {self.name}: the base weight cannot be written, its panels are copied in every pass")
+            self.release()
+            return self._product(x, delta, OverlaySource(self, delta))
+        if torch.is_grad_enabled() and (x.requires_grad or any(self._delta(n).values.requires_grad for n in names)):
+            return self._product(x, delta, ResidentSource(self, delta))
+        self.hold(delta, self.stamp(delta))
+        return self.base_layer(x)
+
+    def _holds_current(self) -> bool:
+        """Whether the base weight holds the active adapters' current values: the short way of inference."""
+        held = self._residency.held
+        return (
+            held is not None
+            and not torch.compiler.is_compiling()
+            and not self._step_expected
+            and isinstance(held.stamp, Stamp)
+            and held.stamp.is_current()
+        )
+
+    def _restore_dtypes(self, delta: ActiveDelta) -> None:
+        if self.training and torch.is_grad_enabled():
+            for name in delta.names:
+                self.deltas[name].restore_dtype()
+
+    def _is_hooked(self) -> bool:
+        base = self.base_layer
+        return "forward" in base.__dict__ or bool(base._forward_hooks or base._forward_pre_hooks)
+
+    def _compute_dtype(self, x: Tensor) -> torch.dtype:
+        """The dtype a plain linear layer would multiply in: autocast's where it is on."""
+        kind = x.device.type
+        if torch.is_autocast_enabled(kind) and x.is_floating_point() and x.dtype != torch.float64:
+            return torch.get_autocast_dtype(kind)
+        return x.dtype
+
+    def _product(self, x: Tensor, delta: ActiveDelta | None, source) -> Tensor:
+        dtype = self._compute_dtype(x)
+        bias = self.base_layer.bias
+        return support_linear(
+            x.to(dtype),
+            None if delta is None else self.sum_values(delta),
+            None if bias is None else bias.to(dtype),
+            source,
+            None if delta is None else delta.support,
+        )
+
+    def _base_forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """The base layer without any adapter, such that an adapter may act before this pass's backward."""
+        self.release()
+        plain = torch.compiler.is_compiling() or args or kwargs or not torch.is_grad_enabled() or not x.requires_grad
+        if plain or self.quantization_backend is not None or not self._base_is_stock() or not self._may_be_resident():
+            return self.base_layer(x, *args, **kwargs)
+        return self._product(x, None, ResidentSource(self, None))
+
+    def _functional_forward(self, x: Tensor, delta: ActiveDelta) -> Tensor:
+        dtype = self._compute_dtype(x)
+        base, support, held = self.base_layer, delta.support, self._residency.held
+        originals = read_entries(base.weight, support.indices) if held is None else held.originals
+        return functional_support_linear(
+            x.to(dtype),
+            self.sum_values(delta),
+            None if base.bias is None else base.bias.to(dtype),
+            base.weight,
+            support.indices,
+            originals,
+            delta.row_ptr,
+            delta.cols,
+            self.in_dim,
+        )
+
+    def _dequantised_forward(self, x: Tensor, delta: ActiveDelta) -> Tensor:
+        dtype = getattr(self.base_layer, "compute_dtype", None) or x.dtype
+        return self._product(x.to(dtype), delta, DequantisedSource(self, delta)).to(x.dtype)
+
+    def _additive_forward(self, x: Tensor, delta: ActiveDelta, *args: Any, **kwargs: Any) -> Tensor:
+        self.release()
+        result = self.base_layer(x, *args, **kwargs)
+        if self.quantization_backend is not None:
+            result = self.quantization_backend.maybe_clone_base_result(result)
+        return result + delta_matmul(x, self.sum_values(delta), delta.support, self.in_dim).to(result.dtype)
+
+    def _mixed_batch_forward(self, x: Tensor, adapter_names: list[str], *args: Any, **kwargs: Any) -> Tensor:
+        if len(x) != len(adapter_names):
+            raise ValueError(
+                "Length of `adapter_names` should be the same as the number of inputs, but got "
+                f"{len(adapter_names)} and {len(x)} respectively."
+            )
+        if self.merged:
+            raise ValueError(
+                "Cannot pass `adapter_names` when there are merged adapters, please call `unmerge_adapter` first."
+            )
+        self.release()
+        result = self.base_layer(x, *args, **kwargs).clone()
+        for name in dict.fromkeys(adapter_names):
+            if name == BASE_ADAPTER or name not in self.deltas:
+                continue
+            rows = torch.tensor([i for i, other in enumerate(adapter_names) if other == name], device=x.device)
+            part = delta_matmul(x.index_select(0, rows), self._delta(name)(), self._delta(name).support, self.in_dim)
+            result.index_add_(0, rows, part.to(result.dtype))
+        return result
+
+    # ------------------------------------------------------------------ merging
+
+    @torch.no_grad()
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Merge adapters into the base weight; :meth:`unmerge` gives every bit of it back.
+
+        Args:
+            safe_merge: check that the merged entries are finite before anything is written.
+            adapter_names: adapters to merge; the active ones if None.
+
+        Raises:
+            ValueError: ``safe_merge`` found a value that is not finite, or the base's backend cannot be written.
+        """
+        names = tuple(name for name in check_adapters_to_merge(self, adapter_names) if name in self.deltas)
+        if not names:
+            return
+        self.release()
+        delta = self._join((*self.merged_adapters, *names))
+        values = self.sum_values(delta)
+        with torch.inference_mode(False):
+            if self.quantization_backend is None:
+                weight = self.base_parameter
+                if safe_merge:
+                    originals = self._residency.originals_at(weight, delta.support)
+                    self._check_merged(effective_entries(originals, values), names)
+                self._residency.write(weight, delta.support, values, ("merged", *self.merged_adapters, *names))
+            else:
+                self._merge_packed(delta, values, names, safe_merge)
+        self.merged_adapters.extend(names)
+
+    def _check_merged(self, entries: Tensor, names: tuple[str, ...]) -> None:
+        if not torch.isfinite(entries).all():
+            broken = [name for name in names if not torch.isfinite(self._delta(name).values).all()] or names
+            raise ValueError(
+                f"NaNs detected in the merged weights. The adapter {', '.join(broken)} seems to be broken: layer "
+                f"{self.name} has values that are not finite; use an earlier checkpoint"
+            )
+
+    def _merge_packed(self, delta: ActiveDelta, values: Tensor, names: tuple[str, ...], safe_merge: bool) -> None:
+        backend = self.quantization_backend
+        if not backend.supports_merge:
+            raise ValueError(
+                f"layer {self.name}: a {backend.backend_name} base cannot be merged into; keep the adapter unmerged, "
+                "or load the base in float16, bfloat16 or float32 to merge"
+            )
+        if self._packed is not None:
+            self._packed.restore(self)
+        buffer = self.dequantised()
+        indices = delta.support.indices
+        entries = effective_entries(read_entries(buffer, indices), values)
+        if safe_merge:
+            self._check_merged(entries, names)
+        warnings.warn(
+            f"Merging into a {backend.backend_name} base rounds the merged weight to the base's quantisation again; "
+            "outputs may differ slightly from the unmerged adapter's. Unmerging gives the packed weight back exactly.",
+            stacklevel=4,
+        )
+        self._packed = self._packed or PackedWeight(self)
+        write_entries(buffer, indices, entries)
+        self.set_base_weight(buffer)
+
+    @torch.no_grad()
+    def unmerge(self) -> None:
+        """Give the base weight back as it was before any merge, bit for bit."""
+        if not self.merged:
+            warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
+            return
+        self.merged_adapters.clear()
+        if self._packed is not None:
+            self._packed.restore(self)
+            self._packed = None
+        self.release()
+
+    def get_delta_weight(self, adapter: str) -> Tensor:
+        """The adapter's delta as a dense matrix of the stored weight's shape, in the values' dtype."""
+        module = self._delta(adapter)
+        dense = module.values.new_zeros(self.stored_shape)
+        write_entries(dense, module.support.indices, module.values.detach())
+        return dense
+
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        return False  # a sparse delta has full rank in general
+
+    # ------------------------------------------------------------------ PEFT's and torch's bookkeeping
+
+    def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
+        self.release()
+        super().set_adapter(adapter_names, inference_mode=inference_mode)
+        self.rejoin()
+
+    def enable_adapters(self, enabled: bool) -> None:
+        self.release()
+        super().enable_adapters(enabled)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        self.release()
+        self._joined = None
+        super().delete_adapter(adapter_name)
+
+    def check_finite(self, adapter_name: str, action: str) -> None:
+        """Refuse to ``action`` (save, ...) an adapter whose values are not finite here."""
+        check_values(self._delta(adapter_name).values.detach(), self.name, action)
+
+    def _apply(self, fn, *args, **kwargs):
+        self.release()
+        module = super()._apply(fn, *args, **kwargs)
+        if self._residency.held is not None:
+            self._residency.moved(self.base_parameter)
+        self.rejoin()
+        return module
+
+    def _save_to_state_dict(self, destination, prefix, keep_vars):
+        self.release()
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+
+    def _load_from_state_dict(self, *args, **kwargs):
+        self.release()
+        super()._load_from_state_dict(*args, **kwargs)
+
+    def __getstate__(self):
+        self.release()
+        return {**self.__dict__, "_joined": None}
+
+    def extra_repr(self) -> str:
+        return quantization_extra_repr(self)

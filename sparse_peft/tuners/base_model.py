@@ -1,0 +1,315 @@
+"""What the tuners of all sparse methods share: PEFT's model contract."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _maybe_include_all_linear_layers
+from peft.utils import (
+    TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING,
+    get_quantization_kwargs,
+    resolve_quantization_backend,
+)
+from peft.utils.other import AuxiliaryTrainingWrapper
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from ..support import Support
+from .base_layer import BASE_ADAPTER, SparseTunerLayer
+from .checkpoint import TAG, check_loaded_entries, check_values
+from .delta import SparseDelta
+from .selection import SupportRecipe
+
+
+@dataclass(frozen=True)
+class LayerPlan:
+    """What one layer's new adapter will be."""
+
+    shape: tuple[int, int]
+    entries: int
+    recipe: SupportRecipe
+    support: Support | None
+
+
+def base_of(module: nn.Module) -> nn.Module:
+    return module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
+
+
+def stored_shape(module: nn.Module) -> tuple[int, int]:
+    """``(rows, cols)`` of a target's weight as stored; quantised layers count unpacked, ``(out, in)``."""
+    base = base_of(module)
+    if isinstance(base, Conv1D) or not hasattr(base, "out_features"):
+        return tuple(base.weight.shape)
+    return base.out_features, base.in_features
+
+
+class BaseSparseModel(BaseTuner):
+    """Base of the sparse methods' tuners.
+
+    A subclass sets ``prefix``, ``tuner_layer_cls`` and ``layer_cls``, and says in :meth:`plan_layers` what each target
+    layer trains.
+    """
+
+    layer_cls: type[SparseTunerLayer]
+    target_module_mapping = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+
+    @abstractmethod
+    def plan_layers(
+        self, config, targets: dict[str, nn.Module], adapter_name: str, file_entries: dict[str, int] | None
+    ) -> dict[str, LayerPlan]:
+        """What each target layer trains.
+
+        Args:
+            config: the new adapter's config; what is resolved here is recorded in it.
+            targets: ``{layer name: module}``.
+            adapter_name: the new adapter's name.
+            file_entries: ``{layer name: entries}`` of the adapter file the layers are made for, if that is known.
+        """
+
+    # ------------------------------------------------------------------ injection
+
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        self._injection = (adapter_name, kwargs.get("state_dict"))
+        self._plans: dict[str, LayerPlan] = {}
+        try:
+            super().inject_adapter(model, adapter_name, *args, **kwargs)
+        finally:
+            del self._injection, self._plans
+
+    def _prepare_model(self, peft_config, model: nn.Module) -> None:
+        # budgets are shared between layers, so all of them are planned before PEFT creates the first
+        adapter_name, state_dict = self._injection
+        targets = self.find_targets(peft_config, model, state_dict)
+        self.check_targets(model, targets)
+        self.release()
+        if targets:
+            self._plans = self.plan_layers(peft_config, targets, adapter_name, self._file_entries(state_dict))
+
+    @classmethod
+    def find_targets(
+        cls, config, model: nn.Module, state_dict: dict[str, Tensor] | None = None
+    ) -> dict[str, nn.Module]:
+        """The layers that PEFT will adapt for this config, by name, in the model's order."""
+        config = _maybe_include_all_linear_layers(config, model)
+        if state_dict is not None:
+            wanted = {key.rsplit(f".{cls.prefix}", 1)[0].removeprefix("_orig_mod.") for key in state_dict}
+        targets, inside = {}, ()
+        for name, module in model.named_modules():
+            if not name or (inside and name.startswith(inside)):
+                continue
+            if isinstance(module, BaseTunerLayer):
+                inside = (*inside, f"{name}.")
+            if name in wanted if state_dict is not None else cls._check_target_module_exists(config, name):
+                targets[name] = module
+        return targets
+
+    @classmethod
+    def _file_entries(cls, state_dict: dict[str, Tensor] | None) -> dict[str, int] | None:
+        if state_dict is None:
+            return None
+        return {
+            key.rsplit(f".{cls.prefix}", 1)[0].removeprefix("_orig_mod."): value.numel()
+            for key, value in state_dict.items()
+            if key.endswith(".values") and f".{cls.prefix}" in key
+        }
+
+    @classmethod
+    def check_targets(cls, model: nn.Module, targets: dict[str, nn.Module]) -> None:
+        """Refuse layers of other kinds, and weights that something else uses too.
+
+        Raises:
+            TypeError: a target is no linear layer, or is quantised in a way that PEFT has no backend for.
+            ValueError: a target's weight is shared.
+        """
+        owners: dict[int, list[str]] = {}
+        for name, parameter in model.named_parameters(remove_duplicate=False):
+            owners.setdefault(id(parameter), []).append(name)
+        kwargs = get_quantization_kwargs(model)
+        for name, module in targets.items():
+            base = base_of(module)
+            backend = resolve_quantization_backend(base, **kwargs)
+            weight = getattr(base, "weight", None)
+            if backend is None and not isinstance(base, (nn.Linear, Conv1D)):
+                raise TypeError(
+                    f"Target module {name} of type {type(base).__name__} is not supported. {cls.__name__} trains "
+                    "`torch.nn.Linear`, transformers' `Conv1D` and the quantised linear layers that PEFT has a "
+                    "backend for; name other target_modules, or leave this one out with exclude_modules."
+                )
+            if backend is None and isinstance(weight, Tensor) and not weight.is_floating_point():
+                raise TypeError(
+                    f"Target module {name} of type {type(base).__module__}.{type(base).__name__} holds {weight.dtype} "
+                    "weights and PEFT has no quantisation backend for it; use a base quantised with bitsandbytes, HQQ "
+                    "or torchao, or one in float16, bfloat16 or float32."
+                )
+            names = owners.get(id(weight), [])
+            if len(names) > 1:
+                others = ", ".join(other for other in names if other != f"{name}.weight")
+                raise ValueError(
+                    f"Target module {name} shares its weight with {others} (tied weights): training one would change "
+                    "the other. Leave it out with exclude_modules, or untie the weights first (load the model with "
+                    "tie_word_embeddings=False and copy the weight)."
+                )
+
+    def _create_and_replace(
+        self, peft_config, adapter_name, target, target_name, parent, current_key, parameter_name=None
+    ) -> None:
+        plan = self._plans[current_key]
+        layer = target
+        if not isinstance(target, SparseTunerLayer):
+            layer = self.layer_cls(
+                target, current_key, resident=peft_config.resident, **get_quantization_kwargs(self.model)
+            )
+            layer._active_adapter = adapter_name
+        layer.add_delta(
+            adapter_name,
+            SparseDelta(plan.shape, plan.entries, current_key, plan.recipe, plan.support),
+            init_weights=peft_config.init_weights,
+            inference_mode=peft_config.inference_mode,
+        )
+        if layer is not target:
+            if adapter_name not in self.active_adapters:
+                layer.requires_grad_(False)  # an additional adapter is not trained before it is made active
+            self._replace_module(parent, target_name, layer, target)
+
+    def _post_injection_hook(self, model: nn.Module, config, adapter_name: str) -> None:
+        tags = list(getattr(model, "model_tags", None) or [])
+        if TAG not in tags:
+            model.model_tags = [*tags, TAG]
+
+    def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
+        super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype=autocast_adapter_dtype)
+        for layer in self.sparse_layers(self.model):
+            if adapter_name in layer.deltas:
+                layer.deltas[adapter_name].keep_dtype()
+
+    @staticmethod
+    def sparse_layers(model: nn.Module) -> Iterator[SparseTunerLayer]:
+        return (module for module in model.modules() if isinstance(module, SparseTunerLayer))
+
+    # ------------------------------------------------------------------ mixed batches
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        """Hand ``adapter_names`` of a mixed batch to the layers, for the duration of one call.
+
+        A call that fails leaves no base weight holding an adapter's entries.
+        """
+        names = kwargs.pop("adapter_names", None)
+        if torch.compiler.is_compiling() and names is None:
+            yield
+            return
+        try:
+            with self._mixed_batch(names, kwargs.get("num_beams") or 1):
+                yield
+        except BaseException:
+            self.release()
+            raise
+
+    def release(self) -> None:
+        """Give every base weight its own entries back; the next forward pass writes the adapter's anew."""
+        for layer in self.sparse_layers(self.model):
+            layer.release()
+
+    @contextmanager
+    def _mixed_batch(self, names: list[str] | None, beams: int) -> Iterator[None]:
+        if names is None:
+            yield
+            return
+        if self.training:
+            raise ValueError("Cannot pass `adapter_names` when the model is in training mode.")
+        if isinstance(names, str) or not all(isinstance(name, str) for name in names):
+            raise TypeError(f"adapter_names={names!r}: a list with one adapter name for each input is expected")
+        known = {name for layer in self.sparse_layers(self) for name in layer.deltas}
+        unknown = sorted(set(names) - known - {BASE_ADAPTER})
+        if unknown:
+            raise ValueError(f"Trying to infer with non-existing adapter(s): {', '.join(unknown)}")
+        # beam search repeats each input in the decoder; the encoder still sees it once
+        encoder = self.model.get_encoder() if beams > 1 and hasattr(self.model, "get_encoder") else None
+        in_encoder = set() if encoder is None or encoder is self.model else set(encoder.modules())
+        repeated = [name for name in names for _ in range(beams)]
+        with ExitStack() as stack:
+            for module in self.modules():
+                if isinstance(module, (SparseTunerLayer, AuxiliaryTrainingWrapper)):
+                    given = list(names) if module in in_encoder else repeated
+                    handle = module.register_forward_pre_hook(
+                        lambda _, args, kwargs, given=given: (args, {**kwargs, "adapter_names": given}),
+                        with_kwargs=True,
+                    )
+                    stack.callback(handle.remove)
+            yield
+
+    # ------------------------------------------------------------------ after training
+
+    def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> nn.Module:
+        self.release()
+        return super()._unload_and_optionally_merge(*args, **kwargs)
+
+    def add_weighted_adapter(self, *args: Any, **kwargs: Any) -> None:
+        raise NotImplementedError(
+            f"{type(self).__name__} has no add_weighted_adapter; activate several adapters at once with "
+            "`model.base_model.set_adapter([...])`, which adds them, and `merge_and_unload()` to keep the sum."
+        )
+
+    # ------------------------------------------------------------------ checkpoints
+
+    @classmethod
+    def _named_deltas(cls, model: nn.Module, adapter_name: str) -> Iterator[tuple[str, SparseTunerLayer, SparseDelta]]:
+        """``(state dict key prefix, layer, trained state)`` of one adapter."""
+        for name, module in model.named_modules():
+            if isinstance(module, SparseTunerLayer) and adapter_name in module.deltas:
+                name = name.removeprefix("_fsdp_wrapped_module.")
+                key = f"{module.delta_container}.{adapter_name}."
+                yield f"{name}.{key}" if name else key, module, module.deltas[adapter_name]
+
+    @classmethod
+    def _get_adapter_state_dict(cls, model, config, adapter_name, state_dict, unwanted_adapter_names):
+        entries = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
+        dtype = getattr(torch, config.save_dtype)
+        for key, layer, _ in cls._named_deltas(model, adapter_name):
+            values = entries.get(f"{key}values")
+            if values is None:
+                continue
+            check_values(values.detach(), layer.name, "save")
+            if values.dtype != dtype and values.dtype == torch.float32:
+                entries[f"{key}values"] = values.detach().to(dtype)
+            # positions that no file brought are chosen now; the state dict was taken before
+            entries[f"{key}indices"] = layer.support(adapter_name).indices
+        return entries
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(cls, model, config, adapter_name, state_dict):
+        entries = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
+        for key, layer, delta in cls._named_deltas(model, adapter_name):
+            values, indices = entries.get(f"{key}values"), entries.get(f"{key}indices")
+            if values is None or indices is None:
+                missing = (
+                    "values and positions"
+                    if values is indices is None
+                    else "values"
+                    if values is None
+                    else "positions"
+                )
+                raise ValueError(
+                    f"the adapter file has no {missing} for layer {layer.name}; it was saved for other "
+                    "target_modules, or it is damaged: load it with the adapter_config.json it was saved with"
+                )
+            check_loaded_entries(layer.name, values, indices, delta.shape, delta.values.numel())
+            entries[f"{key}indices"] = indices.to(delta.indices.dtype)
+            layer.release()
+        return entries
+
+
+@contextmanager
+def base_weights(model: nn.Module) -> Iterator[nn.Module]:
+    """Inside the block the base weights hold their own entries only, and may be read, compared, saved and changed.
+
+    Adapters that were merged by ``merge_adapter`` stay merged. No forward pass with an active adapter may run inside.
+    """
+    for layer in BaseSparseModel.sparse_layers(model):
+        layer.release()
+    yield model

@@ -1,0 +1,123 @@
+"""The trained state of one adapter in one layer: values and the positions they belong to."""
+
+from __future__ import annotations
+
+import warnings
+
+import torch
+from torch import Tensor, nn
+
+from ..support import Support, index_dtype
+from .selection import SupportRecipe
+
+# Positions not chosen yet: an adapter built from a saved config waits for its file, which brings them.
+UNSET = -1
+
+
+class SparseDelta(nn.Module):
+    """``values[e]`` is added to the stored weight at flat position ``indices[e]``.
+
+    A module of its own, not a bare parameter: TRL copies its reference adapter by names that contain ``.default.``,
+    and FSDP and ZeRO hook modules. The parameter is not called ``weight``, which FSDP1 would wrap.
+
+    Args:
+        shape: ``(rows, cols)`` of the weight as stored.
+        entries: number of trained entries.
+        name: the layer's name, for error messages.
+        recipe: how the positions are chosen if no file brings them.
+        support: the positions, or None where they come later (from a file).
+    """
+
+    def __init__(
+        self, shape: tuple[int, int], entries: int, name: str, recipe: SupportRecipe, support: Support | None = None
+    ):
+        super().__init__()
+        self.shape = shape
+        self.name = name
+        self.recipe = recipe
+        self.values = nn.Parameter(torch.zeros(entries))
+        positions = (
+            torch.full((entries,), UNSET, dtype=index_dtype(shape)) if support is None else support.indices.clone()
+        )
+        self.register_buffer("indices", positions)
+        self._support: Support | None = None
+        self._support_of: tuple[Tensor, int] | None = None
+        self.keep_dtype()
+
+    def forward(self) -> Tensor:
+        """The values ``(entries,)``; called, not read, so that hooks of sharding wrappers run."""
+        return self.values
+
+    def keep_dtype(self) -> None:
+        """Note the values' dtype as the one they are trained in."""
+        self.trained_dtype = self.values.dtype
+
+    def restore_dtype(self) -> None:
+        """Undo a cast behind our back: TRL rounds trainable parameters to bfloat16 where the base is quantised.
+
+        Small updates of bfloat16 values are lost. The parameter stays the same object, so an optimizer that was built
+        on it goes on; under DDP its buckets have the other dtype already, so there it is only reported.
+        """
+        if self.values.dtype == self.trained_dtype:
+            return
+        sharded = torch.distributed.is_available() and torch.distributed.is_initialized()
+        warnings.warn(
+            f"the values of the adapter in layer {self.name} (and maybe others) were cast to {self.values.dtype} "
+            f"after the adapter was made; sparse values are trained in {self.trained_dtype}: "
+            + ("cast them back before the model is wrapped for distributed training." if sharded else "cast back."),
+            stacklevel=2,
+        )
+        if sharded:
+            self.keep_dtype()
+        else:
+            self.values.data = self.values.data.to(self.trained_dtype)
+
+    def _apply(self, fn, *args, **kwargs):
+        module = super()._apply(fn, *args, **kwargs)
+        self.keep_dtype()
+        return module
+
+    @property
+    def is_set(self) -> bool:
+        """Whether the positions are known."""
+        self._refresh()
+        return self._support is not None
+
+    @property
+    def support(self) -> Support:
+        """The positions as a :class:`~sparse_peft.support.Support`, with its row pointers cached.
+
+        Raises:
+            RuntimeError: the positions were never set.
+        """
+        self._refresh()
+        if self._support is None:
+            raise RuntimeError(f"layer {self.name}: the adapter's positions were never set")
+        return self._support
+
+    @support.setter
+    def support(self, support: Support) -> None:
+        if support.shape != self.shape or support.nnz != self.values.numel():
+            raise ValueError(
+                f"layer {self.name}: a support of {support.nnz} entries over {support.shape} does not fit "
+                f"{self.values.numel()} values over {self.shape}"
+            )
+        # a new tensor, never a write into the old one: whoever still holds the old positions may need them to restore
+        self.indices = support.indices.to(self.indices.device).clone()
+        self._refresh()
+
+    def _refresh(self) -> None:
+        # the buffer is replaced or filled by loading, by .to() and by reselection; the cached view follows it
+        indices = self.indices
+        writes = 0 if indices.is_inference() else indices._version
+        if self._support_of is not None and self._support_of[0] is indices and self._support_of[1] == writes:
+            return
+        self._support = None
+        if indices.device.type != "meta" and not (indices.numel() and int(indices[0]) == UNSET):
+            self._support = Support(self.shape, indices, name=self.name)
+        self._support_of = indices, writes
+
+    def extra_repr(self) -> str:
+        rows, cols = self.shape
+        entries = self.values.numel()
+        return f"entries={entries}, shape=({rows}, {cols}), density={entries / (rows * cols):.3g}"

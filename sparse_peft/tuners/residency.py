@@ -1,0 +1,249 @@
+"""Where a layer's effective weight comes from, and what the base weight currently holds.
+
+*Resident*: the base weight itself holds the active adapter's entries, ``round(original + value)``; the originals are
+kept beside it. The forward pass is the base layer's own product, and giving the originals back restores every bit.
+*Overlay*: a base that must not be written is copied panel by panel, with the entries set in the copy.
+*Dequantised*: the entries are set in the buffer that a quantisation backend makes anyway.
+"""
+
+from __future__ import annotations
+
+import functools
+import weakref
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import register_optimizer_step_post_hook
+
+from ..ops import effective_entries, panels, read_entries, write_entries_
+from ..support import Support
+
+
+@dataclass(frozen=True)
+class ActiveDelta:
+    """The adapters that act together on one weight.
+
+    Attributes:
+        names: the adapters, in order.
+        support: the union of their supports.
+        slots: for each adapter the places of its entries in the union; None where it is alone.
+        row_ptr, cols: the union's CSR view, made beforehand because a compiled graph cannot.
+    """
+
+    names: tuple[str, ...]
+    support: Support
+    slots: tuple[Tensor | None, ...]
+    row_ptr: Tensor
+    cols: Tensor
+
+    @classmethod
+    def join(cls, supports: dict[str, Support]) -> ActiveDelta:
+        names, parts = tuple(supports), list(supports.values())
+        if len(parts) == 1:
+            union, slots = parts[0], (None,)
+        else:
+            union, slots = parts[0].union(*parts[1:])
+        return cls(names, union, tuple(slots), union.row_ptr, union.cols)
+
+    def sum_values(self, values: list[Tensor]) -> Tensor:
+        """Values at the union, overlaps added: ``(support.nnz,)``, differentiable."""
+        if len(values) == 1:
+            return values[0]
+        dtype = functools.reduce(torch.promote_types, (part.dtype for part in values))
+        total = torch.zeros(self.support.nnz, dtype=dtype, device=values[0].device)
+        for slots, part in zip(self.slots, values):
+            total = total.index_add(0, slots, part.to(dtype))
+        return total
+
+
+def version(tensor: Tensor) -> int:
+    """The tensor's count of in-place writes; inference tensors keep none."""
+    return 0 if tensor.is_inference() else tensor._version
+
+
+class Stamp:
+    """What the values of some adapters were: equal to another exactly if nothing was written to them in between.
+
+    Compares the tensors themselves, their addresses and torch's counts of in-place writes, never their contents.
+    """
+
+    def __init__(self, deltas: tuple):
+        self.deltas = deltas
+        self.state = tuple(
+            (delta.values, version(delta.values), delta.values.data_ptr(), delta.support) for _, delta in deltas
+        )
+
+    def __eq__(self, other: object) -> bool:
+        return (
+            isinstance(other, Stamp)
+            and len(self.state) == len(other.state)
+            and all(
+                a[0] is b[0] and a[1] == b[1] and a[2] == b[2] and a[3] is b[3]
+                for a, b in zip(self.state, other.state)
+            )
+        )
+
+    def is_current(self) -> bool:
+        """Whether the adapters' values are still what they were."""
+        return all(
+            delta.values is values and version(values) == count and values.data_ptr() == address
+            for (_, delta), (values, count, address, _) in zip(self.deltas, self.state)
+        )
+
+
+@dataclass
+class Held:
+    """What was written into a base weight: enough to take it back, and to know whether it is still current."""
+
+    support: Support
+    originals: Tensor
+    stamp: object
+    version: int
+
+
+class Residency:
+    """The ledger of one base weight: its own entries wherever an adapter's were written over them.
+
+    Its own entries are read anew whenever nothing is held, so a base that was changed in between is never undone.
+    """
+
+    def __init__(self, layer_name: str) -> None:
+        self.layer_name = layer_name
+        self.held: Held | None = None
+
+    def holds(self, stamp: object) -> bool:
+        return self.held is not None and self.held.stamp == stamp
+
+    def write(self, weight: Tensor, support: Support, values: Tensor, stamp: object) -> None:
+        """Make ``weight`` hold ``round(original + value)`` at ``support``, and its own entries elsewhere."""
+        if self.held is not None and self.held.support is not support:
+            self.release(weight)
+        if self.held is None:
+            originals = read_entries(weight, support.indices)
+        else:
+            self._check_untouched(weight, self.held)
+            originals = self.held.originals
+        write_entries_(weight, support.indices, effective_entries(originals, values))
+        self.held = Held(support, originals, stamp, version(weight))
+
+    def release(self, weight: Tensor) -> None:
+        """Give the base its own entries back, bit for bit."""
+        held, self.held = self.held, None
+        if held is not None:
+            self._check_untouched(weight, held)
+            write_entries_(weight, held.support.indices, held.originals)
+
+    def originals_at(self, weight: Tensor, support: Support) -> Tensor:
+        """The base's own entries at ``support``, which covers whatever is held; nothing is written."""
+        entries = read_entries(weight, support.indices)
+        if self.held is not None:
+            entries[torch.searchsorted(support.indices, self.held.support.indices)] = self.held.originals
+        return entries
+
+    def moved(self, weight: Tensor) -> None:
+        """The weight was moved or cast with the entries in it: the kept ones follow."""
+        if self.held is not None:
+            self.held.support = self.held.support.to(weight.device)
+            self.held.originals = self.held.originals.to(weight)
+            self.held.version = version(weight)
+
+    def _check_untouched(self, weight: Tensor, held: Held) -> None:
+        if version(weight) != held.version:
+            self.held = None
+            raise RuntimeError(
+                f"the base weight of layer {self.layer_name} was changed while it held an adapter's entries, so the "
+                "two cannot be told apart any more; change base weights inside `with sparse_peft.base_weights(model):`"
+            )
+
+
+# Layers whose base weight holds unmerged entries. Every torch optimizer's step gives them back, so that between steps
+# the base's parameters are the base's own for whoever reads, saves or compares them; the next forward writes anew.
+_holding: weakref.WeakSet = weakref.WeakSet()
+_hook = None
+
+
+def note_holding(layer) -> None:
+    global _hook
+    if _hook is None:
+        _hook = register_optimizer_step_post_hook(lambda *_: release_all())
+    _holding.add(layer)
+
+
+def release_all() -> None:
+    for layer in list(_holding):
+        layer.release()
+    _holding.clear()
+
+
+class ResidentSource:
+    """The base weight itself; asked again in backward, it is made to hold what it held in forward.
+
+    Raises:
+        RuntimeError: the values changed in between, as autograd does for tensors it saved.
+    """
+
+    def __init__(self, layer, delta: ActiveDelta | None):
+        self.layer = layer
+        self.delta = delta
+        self.stamp = layer.stamp(delta)
+        self.shape = tuple(layer.base_parameter.shape)
+        self.in_dim = layer.in_dim
+
+    def panels(self, dtype: torch.dtype) -> Iterator[tuple[int, int, Tensor]]:
+        self.layer.hold(self.delta, self.stamp)
+        weight = self.layer.base_parameter.detach()
+        if weight.dtype == dtype:
+            yield 0, self.shape[0], weight
+            return
+        for start, stop in panels(self.shape[0], self.shape[1] * dtype.itemsize):
+            yield start, stop, weight[start:stop].to(dtype)
+
+    def after_backward(self) -> None:
+        self.layer.expect_step()
+
+
+class OverlaySource:
+    """Copies of the base's rows with the entries set in them, for bases that must not be written."""
+
+    def __init__(self, layer, delta: ActiveDelta):
+        self.layer, self.delta, self.stamp = layer, delta, layer.stamp(delta)
+        self.shape = tuple(layer.base_parameter.shape)
+        self.in_dim = layer.in_dim
+
+    def panels(self, dtype: torch.dtype) -> Iterator[tuple[int, int, Tensor]]:
+        self.layer.check_stamp(self.delta, self.stamp)
+        support, weight = self.delta.support, self.layer.base_parameter.detach()
+        originals = read_entries(weight, support.indices)
+        entries = effective_entries(originals, self.layer.sum_values(self.delta).detach())
+        rows, cols = self.shape
+        bounds = panels(rows, cols * max(dtype.itemsize, weight.dtype.itemsize))
+        offsets = support.row_ptr[[start for start, _ in bounds] + [rows]].tolist()
+        for (start, stop), first, last in zip(bounds, offsets[:-1], offsets[1:]):
+            panel = weight[start:stop].clone(memory_format=torch.contiguous_format)
+            write_entries_(panel, support.indices[first:last] - start * cols, entries[first:last])
+            yield start, stop, panel.to(dtype)
+
+    def after_backward(self) -> None:
+        pass
+
+
+class DequantisedSource:
+    """The backend's dequantised buffer with the entries set in it; the packed weight is only read."""
+
+    def __init__(self, layer, delta: ActiveDelta):
+        self.layer, self.delta, self.stamp = layer, delta, layer.stamp(delta)
+        self.shape = delta.support.shape
+        self.in_dim = layer.in_dim
+
+    def panels(self, dtype: torch.dtype) -> Iterator[tuple[int, int, Tensor]]:
+        self.layer.check_stamp(self.delta, self.stamp)
+        buffer = self.layer.dequantised()
+        indices = self.delta.support.indices
+        values = self.layer.sum_values(self.delta).detach()
+        write_entries_(buffer, indices, effective_entries(read_entries(buffer, indices), values))
+        yield 0, self.shape[0], buffer.to(dtype)
+
+    def after_backward(self) -> None:
+        pass

@@ -1,0 +1,79 @@
+"""torch.compile: no graph breaks, the same numbers, and no write to the base from inside a graph."""
+
+import pytest
+import torch
+from helpers import adapted, assert_base_untouched, layers_of
+
+from sparse_peft import SparseConfig
+
+
+@pytest.fixture(autouse=True)
+def _fresh_compiler():
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+def gradients(model, forward, x):
+    model.zero_grad()
+    x = x.clone().requires_grad_()
+    y = forward(x)
+    y.pow(2).sum().backward()
+    return [y.detach(), x.grad, *(p.grad.clone() for p in model.parameters() if p.grad is not None)]
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("conv1d", [False, True])
+def test_no_graph_break_and_equal_numbers(backend, conv1d):
+    from helpers import TwoLayers
+
+    model, reference = adapted(TwoLayers(conv1d=conv1d))
+    x = torch.randn(4, 17)
+    eager = gradients(model, model, x)
+    compiled = torch.compile(model, backend=backend, fullgraph=True)
+    for a, b in zip(eager, gradients(model, compiled, x)):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    optimizer.step()
+    assert_base_untouched(model, reference)
+    for a, b in zip(gradients(model, model, x), gradients(model, compiled, x)):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+
+
+def test_a_graph_is_right_whether_or_not_the_base_holds_the_entries():
+    model, _ = adapted()
+    x = torch.randn(4, 17)
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    expected = compiled(x)
+    torch.testing.assert_close(model(x), expected)  # the base holds the entries from here on
+    assert layers_of(model)["first"]._residency.held is not None
+    torch.testing.assert_close(compiled(x), expected)
+    with torch.no_grad():
+        for layer in layers_of(model).values():
+            layer.deltas["default"].values.mul_(2)
+    after = compiled(x)
+    torch.testing.assert_close(model(x), after)
+    assert not torch.allclose(after, expected)
+
+
+def test_adapters_may_be_switched_added_and_disabled_around_a_graph():
+    model, reference = adapted()
+    model.add_adapter("other", SparseConfig(density=0.3, target_modules=["first"], seed=3, init_weights=False))
+    x = torch.randn(4, 17)
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    for names in ("default", "other", ["default", "other"]):
+        model.base_model.set_adapter(names)
+        torch.testing.assert_close(compiled(x), model(x))
+    with model.disable_adapter():
+        assert torch.equal(compiled(x), reference(x))
+
+
+def test_loading_positions_is_seen_by_a_graph():
+    model, _ = adapted()
+    other, _ = adapted(seed=11)
+    x = torch.randn(4, 17)
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    compiled(x)
+    model.load_state_dict({k: v for k, v in other.state_dict().items() if "sparse_peft_delta" in k}, strict=False)
+    expected = compiled(x)
+    torch.testing.assert_close(model(x), expected)

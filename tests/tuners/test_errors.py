@@ -1,0 +1,113 @@
+"""Bad input: the exception names the field, the value, the layer and the cure."""
+
+import pytest
+import torch
+from helpers import TwoLayers
+from peft import get_peft_model
+from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from sparse_peft import SparseConfig, select_support
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "message"),
+    [
+        ({"density": 0}, "density=0"),
+        ({"density": -0.1}, "density=-0.1"),
+        ({"density": 1.5}, "density=1.5"),
+        ({"density": float("nan")}, "density=nan"),
+        ({"r": 0}, "r=0"),
+        ({"r": 2.5}, "r=2.5"),
+        ({"num_params": -3}, "num_params=-3"),
+        ({"density": 0.1, "r": 4}, "density.*r"),
+        ({"density_pattern": {"q": 2}}, "density_pattern.*2"),
+        ({"allocation": "fair"}, "allocation='fair'.*numel"),
+        ({"selection": "best"}, "selection='best'.*random"),
+        ({"selection": "threshold"}, "selection='threshold' with threshold=None"),
+        ({"threshold": 0.1}, "threshold=0.1: a threshold is given exactly when selection='threshold'"),
+        ({"selection": "threshold", "threshold": -1.0}, "threshold=-1.0: a positive number"),
+        ({"selection": "threshold", "threshold": 0.1, "density": 0.1}, "threshold=0.1 and density are both given"),
+        ({"principal_rank": 0}, "principal_rank=0"),
+        ({"seed": "a"}, "seed='a'"),
+        ({"bias": "lora_only"}, "bias='lora_only'.*'sparse_peft_delta_only'"),
+        ({"save_dtype": "int8"}, "save_dtype='int8'.*'bfloat16'"),
+        ({"layers_pattern": "h", "target_modules": ["q"]}, "`layers_to_transform` must also be specified"),
+    ],
+)
+def test_bad_config(kwargs, message):
+    with pytest.raises((ValueError, TypeError), match=message):
+        SparseConfig(**kwargs)
+
+
+def test_budgets_above_the_targets():
+    for budget in ({"num_params": 10**6}, {"r": 1000}):
+        field, value = next(iter(budget.items()))
+        with pytest.raises(ValueError, match=f"{field}={value}"):
+            get_peft_model(TwoLayers(), SparseConfig(target_modules=["first", "second"], **budget))
+
+
+def test_targets_that_match_nothing():
+    with pytest.raises(ValueError, match="Target modules {'nothing'} not found in the base model"):
+        get_peft_model(TwoLayers(), SparseConfig(target_modules=["nothing"]))
+
+
+def test_layers_of_other_kinds():
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Embedding(5, 4), nn.Linear(3, 3))
+    for name, kind in (("0", "Conv2d"), ("1", "Embedding")):
+        with pytest.raises(TypeError, match=f"Target module {name} of type {kind} is not supported.*exclude_modules"):
+            get_peft_model(model, SparseConfig(target_modules=[name, "2"]))
+    assert not any("sparse" in n for n, _ in model.named_parameters())  # nothing was replaced
+
+
+def test_tied_weights():
+    config = LlamaConfig(
+        vocab_size=32,
+        hidden_size=16,
+        intermediate_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        tie_word_embeddings=True,
+    )
+    with pytest.warns(UserWarning, match="tie_word_embeddings"):
+        with pytest.raises(ValueError, match="Target module lm_head shares its weight with model.embed_tokens.weight"):
+            get_peft_model(LlamaForCausalLM(config), SparseConfig(target_modules=["lm_head"]))
+
+
+def test_a_module_under_two_names_and_a_weight_in_two_modules():
+    shared = nn.Linear(8, 8)
+    with pytest.raises(ValueError, match="Target module 0 shares its weight with 1.weight"):
+        get_peft_model(nn.Sequential(shared, shared), SparseConfig(target_modules=["0"]))
+    first, second = nn.Linear(8, 8), nn.Linear(8, 8)
+    second.weight = first.weight
+    with pytest.raises(ValueError, match="Target module 1 shares its weight with 0.weight"):
+        get_peft_model(nn.Sequential(first, second), SparseConfig(target_modules=["1"]))
+
+
+def test_criteria_that_need_data_say_how_to_give_it():
+    with pytest.raises(ValueError, match="selection='gradient'.*layer first.*select_support"):
+        get_peft_model(TwoLayers(), SparseConfig(selection="gradient", target_modules=["first"]))
+    with pytest.raises(ValueError, match="selection='random' needs no data"):
+        select_support(TwoLayers(), SparseConfig(target_modules=["first"]), [torch.ones(1, 17)])
+    config = SparseConfig(selection="gradient", target_modules=["first"])
+    with pytest.raises(ValueError, match="either data .* or gradients"):
+        select_support(TwoLayers(), config)
+    with pytest.raises(ValueError, match="target_modules={'nothing'} match no layer of TwoLayers"):
+        select_support(TwoLayers(), SparseConfig(selection="gradient", target_modules=["nothing"]), [1])
+
+
+def test_positions_for_another_model():
+    config = SparseConfig(selection="gradient", target_modules=["first"], density=0.1)
+    chosen = select_support(TwoLayers(), config, gradients={"first": torch.randn(33, 17)})
+    with pytest.raises(ValueError, match="positions chosen by select_support are for other layers"):
+        get_peft_model(nn.ModuleDict({"a": nn.ModuleDict({"first": nn.Linear(17, 33)})}), chosen)
+
+
+def test_threshold_that_selects_nothing():
+    with pytest.raises(ValueError, match="layer first.*threshold"):
+        get_peft_model(TwoLayers(), SparseConfig(selection="threshold", threshold=1e-30, target_modules=["first"]))
+
+
+def test_uniform_scores_cannot_be_shared_out_globally():
+    with pytest.raises(ValueError, match="allocation='global'"):
+        get_peft_model(TwoLayers(), SparseConfig(allocation="global", target_modules=["first", "second"]))

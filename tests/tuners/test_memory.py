@@ -1,0 +1,128 @@
+"""What a step keeps and what it allocates, counted: nothing of a weight's size, no temporary above a panel."""
+
+import pytest
+import torch
+from helpers import TwoLayers, adapted
+from peft import LoraConfig, ShiraConfig, get_peft_model
+from torch import nn
+from torch.autograd.graph import saved_tensors_hooks
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from sparse_peft import SparseConfig, panel_limit, use_backend
+
+TOKENS, WIDTH = 8, 256
+
+
+class Stack(nn.Module):
+    def __init__(self, depth=3):
+        super().__init__()
+        self.layers = nn.ModuleList([nn.Linear(WIDTH, WIDTH, bias=False) for _ in range(depth)])
+
+    def forward(self, x):
+        for layer in self.layers:
+            x = layer(x)
+        return x
+
+
+class LargestTensor(TorchDispatchMode):
+    """The largest storage, in bytes, that any operation inside the block made."""
+
+    def __init__(self):
+        super().__init__()
+        self.nbytes = 0
+        self.known = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        inputs = {t.untyped_storage().data_ptr() for t in _tensors((args, kwargs))}
+        out = func(*args, **kwargs)
+        for t in _tensors(out):
+            if t.untyped_storage().data_ptr() not in inputs:
+                self.nbytes = max(self.nbytes, t.untyped_storage().nbytes())
+        return out
+
+
+def _tensors(tree):
+    leaves = torch.utils._pytree.tree_leaves(tree)
+    return [t for t in leaves if isinstance(t, torch.Tensor) and t.layout == torch.strided]
+
+
+def saved_bytes(model, x):
+    """Bytes kept for backward, each storage once, parameters and the input not counted."""
+    own = {p.untyped_storage().data_ptr() for p in model.parameters()} | {x.untyped_storage().data_ptr()}
+    kept = {}
+
+    def pack(t):
+        if t.layout == torch.strided and t.untyped_storage().data_ptr() not in own:
+            kept[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
+        return t
+
+    with saved_tensors_hooks(pack, lambda t: t):
+        y = model(x)
+    return sum(kept.values()), y
+
+
+@pytest.mark.parametrize("resident", [True, False])
+@pytest.mark.parametrize("names", ["one adapter", "two adapters"])
+def test_only_the_inputs_are_saved(resident, names):
+    config = {"target_modules": r"layers\.\d", "density": 0.05, "resident": resident}
+    model = get_peft_model(Stack(), SparseConfig(**config))
+    if names == "two adapters":
+        model.add_adapter("other", SparseConfig(seed=3, **config))
+        model.base_model.set_adapter(["default", "other"])
+    x = torch.randn(TOKENS, WIDTH)
+    nbytes, y = saved_bytes(model, x)
+    slots = 0 if names == "one adapter" else 6 * 8 * round(0.05 * WIDTH * WIDTH)  # the union's places, per adapter
+    assert nbytes <= 2 * TOKENS * WIDTH * 4 + slots
+    y.sum().backward()
+
+
+def test_shira_saves_a_merged_weight_per_layer_and_we_do_not():
+    x = torch.randn(TOKENS, WIDTH)
+    shira = get_peft_model(Stack(), ShiraConfig(r=4, target_modules=r"layers\.\d"))
+    ours = get_peft_model(Stack(), SparseConfig(r=4, target_modules=r"layers\.\d"))
+    lora = get_peft_model(Stack(), LoraConfig(r=4, target_modules=r"layers\.\d"))
+    assert saved_bytes(shira, x)[0] > WIDTH * WIDTH * 4
+    assert saved_bytes(ours, x)[0] < saved_bytes(lora, x)[0]
+
+
+def test_frozen_adapter_saves_nothing():
+    model, _ = adapted(Stack(), names=["0", "1", "2"])
+    for p in model.parameters():
+        p.requires_grad_(False)
+    assert saved_bytes(model, torch.randn(TOKENS, WIDTH, requires_grad=True))[0] == 0
+
+
+@pytest.mark.parametrize("resident", [True, False])
+@pytest.mark.parametrize("backend", ["sampled", "panels"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("conv1d", [False, True])
+def test_no_temporary_of_a_training_step_is_larger_than_a_panel(resident, backend, dtype, conv1d):
+    limit = 32 * 1024  # an eighth of the smaller weight in float32
+    model, _ = adapted(TwoLayers(WIDTH, 4 * WIDTH, WIDTH, conv1d=conv1d).to(dtype), density=0.01, resident=resident)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
+    x = torch.randn(TOKENS, WIDTH).to(dtype).requires_grad_()
+    activations = TOKENS * 4 * WIDTH * dtype.itemsize
+    with panel_limit(limit), use_backend(backend), LargestTensor() as largest:
+        for _ in range(2):
+            model(x).float().sum().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    assert 0 < largest.nbytes <= max(limit, activations)
+
+
+def test_the_largest_tensor_mode_sees_a_dense_temporary():
+    model = get_peft_model(Stack(1), ShiraConfig(r=1, target_modules=r"layers\.\d"))
+    with LargestTensor() as largest:
+        model(torch.randn(2, WIDTH)).sum().backward()
+    assert largest.nbytes >= WIDTH * WIDTH * 4
+
+
+def test_inference_allocates_the_outputs_only():
+    model, _ = adapted(Stack(), names=["0", "1", "2"])
+    x = torch.randn(1, WIDTH)
+    with torch.no_grad():
+        model(x)
+        with LargestTensor() as largest:
+            model(x)
+    assert largest.nbytes <= WIDTH * 4
