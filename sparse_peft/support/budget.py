@@ -251,13 +251,12 @@ def divide(shapes: dict[str, tuple[int, int]], budget: Budget) -> Division:
     own = {name: max(1, round(density * math.prod(shapes[name]))) for name, density in densities.items()}
     taken = sum(own.values())
     rest = {name: shape for name, shape in shapes.items() if name not in own}
-    total = _total(budget, rest, taken)
-    if not rest and total:
+    if not rest and budget.num_params not in (None, taken):
         raise ValueError(
             f"num_params={budget.num_params}: density_pattern sets every layer, {taken} entries in all; "
             "leave one layer to num_params, or give density instead"
         )
-    return Division(dict(shapes), own, total)
+    return Division(dict(shapes), own, _total(budget, rest, taken))
 
 
 def allocate(

@@ -189,7 +189,7 @@ class SparseTunerLayer(BaseTunerLayer, nn.Module):
             and not (base._forward_hooks or base._forward_pre_hooks or base._backward_hooks)
             and not base._backward_pre_hooks
             and type(base.weight) in (nn.Parameter, Tensor)
-            and not base.weight.requires_grad
+            and not (base.weight.requires_grad and torch.is_grad_enabled())
         )
 
     def _may_be_resident(self) -> bool:

@@ -176,6 +176,11 @@ class BaseSparseModel(BaseTuner):
                 layer.requires_grad_(False)  # an additional adapter is not trained before it is made active
             self._replace_module(parent, target_name, layer, target)
 
+    def _replace_module(self, parent, child_name, new_module, child) -> None:
+        # PEFT's version also assigns the child's weight to whatever replaces it, which fails for a child whose weight
+        # is computed (a trained token embedding being merged); a replacement here is a layer or a base, with its own
+        setattr(parent, child_name, new_module)
+
     def _post_injection_hook(self, model: nn.Module, config, adapter_name: str) -> None:
         tags = list(getattr(model, "model_tags", None) or [])
         if TAG not in tags:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from ...ops import panel_bytes
-from ...support import Support, get_criterion, resolve_counts
+from ...support import Support, collect_supports, get_criterion, resolve_counts, supports_from_gradients
 from ..base_layer import SparseTunerLayer
 from ..base_model import BaseSparseModel, LayerPlan, base_of, stored_shape
 from ..selection import SupportRecipe
@@ -158,8 +158,6 @@ class SparseModel(BaseSparseModel):
         oversample: float = 8.0,
     ) -> SparseConfig:
         """See :func:`sparse_peft.select_support`, which copies the config first."""
-        from ...support import collect_supports, supports_from_gradients
-
         criterion = get_criterion(config.selection)
         if criterion.needs not in ("gradient", "activation"):
             raise ValueError(
