@@ -1,0 +1,170 @@
+"""Training with transformers' Trainer and TRL on small random models."""
+
+import copy
+
+import pytest
+import torch
+from datasets import Dataset
+from peft import PeftModel, get_peft_model
+from transformers import (
+    DataCollatorForLanguageModeling,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+    Trainer,
+    TrainingArguments,
+)
+
+from sparse_peft import SparseConfig
+from sparse_peft.tuners.base_layer import SparseTunerLayer
+
+trl = pytest.importorskip("trl")
+WORDS = "the quick brown fox jumps over a lazy dog and runs away from it".split()
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    from tokenizers import Tokenizer
+    from tokenizers.models import WordLevel
+    from tokenizers.pre_tokenizers import Whitespace
+
+    vocabulary = {w: i for i, w in enumerate(["<pad>", "<eos>", "<unk>", *dict.fromkeys(WORDS)])}
+    inner = Tokenizer(WordLevel(vocabulary, unk_token="<unk>"))
+    inner.pre_tokenizer = Whitespace()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=inner, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>",
+        chat_template="{% for m in messages %}{{ m['content'] }} {% endfor %}",
+    )  # fmt: skip
+
+
+def llama():
+    torch.manual_seed(0)
+    return LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=32, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+            pad_token_id=0, eos_token_id=1, bos_token_id=1,
+        )
+    )  # fmt: skip
+
+
+def config(**kwargs):
+    return SparseConfig(**{"density": 0.1, "target_modules": "all-linear", "task_type": "CAUSAL_LM", **kwargs})
+
+
+def text(n=16):
+    return Dataset.from_dict({"text": [" ".join(WORDS[i % 5 :]) for i in range(n)]})
+
+
+def base_is_untouched(model):
+    pristine = dict(llama().named_parameters())
+    for name, module in model.named_modules():
+        if isinstance(module, SparseTunerLayer):
+            module.release()
+            name = name.removeprefix("base_model.model.")
+            assert torch.equal(module.base_layer.weight, pristine[f"{name}.weight"]), name
+
+
+def values(model):
+    return {n: p.detach().clone() for n, p in model.named_parameters() if n.endswith("values")}
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_sft_trains_saves_and_leaves_the_base_alone(tokenizer, tmp_path, checkpointing):
+    args = trl.SFTConfig(
+        output_dir=tmp_path, max_steps=6, per_device_train_batch_size=4, learning_rate=0.05, report_to=[],
+        logging_steps=1, save_steps=3, use_cpu=True, gradient_accumulation_steps=2, bf16=False,
+        gradient_checkpointing=checkpointing, disable_tqdm=True, max_length=16,
+    )  # fmt: skip
+    trainer = trl.SFTTrainer(
+        model=llama(), args=args, train_dataset=text(), processing_class=tokenizer, peft_config=config()
+    )
+    trainer.train()
+    losses = [row["loss"] for row in trainer.state.log_history if "loss" in row]
+    assert losses[-1] < losses[0] - 0.1
+    base_is_untouched(trainer.model)
+    again = PeftModel.from_pretrained(llama(), tmp_path / "checkpoint-6").eval()
+    ids = torch.randint(0, 20, (2, 5))
+    trainer.model.eval()
+    with torch.no_grad():
+        assert torch.equal(again(ids).logits, trainer.model(ids).logits)
+
+
+def test_trainer_resume_equals_the_uninterrupted_run(tokenizer, tmp_path):
+    data = text().map(lambda row: tokenizer(row["text"]), remove_columns=["text"])
+
+    def run(folder, seed, steps=6, **kwargs):
+        args = TrainingArguments(
+            output_dir=folder, max_steps=steps, per_device_train_batch_size=4, learning_rate=0.02, report_to=[],
+            save_steps=3, use_cpu=True, disable_tqdm=True, lr_scheduler_type="constant",
+        )  # fmt: skip
+        model = get_peft_model(llama(), config(seed=seed))
+        collator = DataCollatorForLanguageModeling(tokenizer, mlm=False)
+        trainer = Trainer(model=model, args=args, train_dataset=data, data_collator=collator)
+        trainer.train(**kwargs)
+        return trainer.model
+
+    whole = run(tmp_path / "whole", 0)
+    resumed = run(
+        tmp_path / "resumed", 77, resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-3")
+    )  # this model drew other positions: the checkpoint's are the ones that count
+    for (name, a), (_, b) in zip(whole.state_dict().items(), resumed.state_dict().items()):
+        assert torch.equal(a, b), name
+
+
+def test_dpo_with_the_base_as_reference(tokenizer, tmp_path):
+    rows = [{"prompt": "the quick", "chosen": "brown fox jumps", "rejected": "lazy dog runs"}] * 8
+    args = trl.DPOConfig(
+        output_dir=tmp_path, max_steps=4, per_device_train_batch_size=2, learning_rate=0.05, report_to=[],
+        logging_steps=1, use_cpu=True, disable_tqdm=True, bf16=False, max_length=16,
+    )  # fmt: skip
+    trainer = trl.DPOTrainer(
+        model=llama(),
+        args=args,
+        train_dataset=Dataset.from_list(rows),
+        processing_class=tokenizer,
+        peft_config=config(),
+    )
+    trainer.train()
+    log = [row for row in trainer.state.log_history if "rewards/margins" in row]
+    # at the first step policy and reference are the same model
+    assert log[0]["rewards/margins"] == pytest.approx(0, abs=1e-6)
+    assert log[-1]["rewards/margins"] > 0.01
+    base_is_untouched(trainer.model)
+
+
+def test_dpo_with_a_trained_adapter_as_reference(tokenizer, tmp_path):
+    rows = [{"prompt": "the quick", "chosen": "brown fox jumps", "rejected": "lazy dog runs"}] * 8
+    policy = get_peft_model(llama(), config(init_weights=False))
+    started = values(policy)
+    args = trl.DPOConfig(
+        output_dir=tmp_path, max_steps=2, per_device_train_batch_size=2, learning_rate=0.05, report_to=[],
+        logging_steps=1, use_cpu=True, disable_tqdm=True, bf16=False, max_length=16,
+    )  # fmt: skip
+    trainer = trl.DPOTrainer(
+        model=policy, args=args, train_dataset=Dataset.from_list(rows), processing_class=tokenizer
+    )
+    trainer.train()
+    log = [row for row in trainer.state.log_history if "rewards/margins" in row]
+    assert log[0]["rewards/margins"] == pytest.approx(0, abs=1e-5)
+    for name, parameter in trainer.model.named_parameters():
+        if name.endswith("ref.values"):
+            assert torch.equal(parameter, started[name.replace(".ref.", ".default.")]), name
+
+
+def test_accelerate_state_and_compiled_training(tmp_path, tokenizer):
+    data = text().map(lambda row: tokenizer(row["text"]), remove_columns=["text"])
+    collator = DataCollatorForLanguageModeling(tokenizer, mlm=False)
+    results = []
+    for backend in (None, "eager"):
+        args = TrainingArguments(
+            output_dir=tmp_path, max_steps=4, per_device_train_batch_size=4, learning_rate=0.02, report_to=[],
+            use_cpu=True, disable_tqdm=True, torch_compile=backend is not None, torch_compile_backend=backend,
+        )  # fmt: skip
+        trainer = Trainer(
+            model=get_peft_model(llama(), config()), args=args, train_dataset=data, data_collator=copy.copy(collator)
+        )
+        trainer.train()
+        results.append(values(trainer.model))
+        torch._dynamo.reset()
+    for (name, a), (_, b) in zip(results[0].items(), results[1].items()):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4, msg=name)
