@@ -1,0 +1,72 @@
+"""Every Python block of the documents runs, in order, with small models in the place of those on the hub."""
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+ROOT = Path(__file__).parents[1]
+DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+def python_blocks(path):
+    return re.findall(r"^```python\n(.*?)^```", path.read_text(), flags=re.MULTILINE | re.DOTALL)
+
+
+@pytest.fixture(scope="module")
+def stand_in(tmp_path_factory):
+    """A folder with a random Llama and a character tokenizer, under which every hub name is found."""
+    from tokenizers import Regex, Tokenizer
+    from tokenizers.models import WordLevel
+    from tokenizers.pre_tokenizers import Split
+
+    folder = tmp_path_factory.mktemp("model")
+    characters = ["<pad>", "<eos>", "<unk>", *map(chr, range(32, 127))]
+    inner = Tokenizer(WordLevel({c: i for i, c in enumerate(characters)}, unk_token="<unk>"))
+    inner.pre_tokenizer = Split(Regex("."), "isolated")
+    PreTrainedTokenizerFast(
+        tokenizer_object=inner, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>"
+    ).save_pretrained(folder)
+    torch.manual_seed(0)
+    LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=len(characters),
+            hidden_size=64,
+            intermediate_size=128,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            pad_token_id=0,
+            eos_token_id=1,
+        )
+    ).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda p: p.name)
+def test_blocks_run(path, stand_in, tmp_path, monkeypatch):
+    pytest.importorskip("bitsandbytes")
+    pytest.importorskip("trl")
+    for cls in (AutoModelForCausalLM, AutoTokenizer):
+        original = cls.from_pretrained.__func__
+
+        def from_pretrained(cls, name, *args, original=original, **kwargs):
+            assert re.fullmatch(r"[\w-]+/[\w.-]+", str(name)), f"{name} is no hub name"
+            return original(cls, stand_in, *args, **kwargs)
+
+        monkeypatch.setattr(cls, "from_pretrained", classmethod(from_pretrained))
+    monkeypatch.chdir(tmp_path)
+    blocks = python_blocks(path)
+    assert blocks
+    namespace = {"__name__": path.stem}
+    for number, block in enumerate(blocks, 1):
+        exec(compile(block, f"{path.name}, block {number}", "exec"), namespace)
+
+
+def test_links_lead_somewhere():
+    for path in [*DOCUMENTS, ROOT / "CONTRIBUTING.md"]:
+        for target in re.findall(r"\]\(([^)#]+)\)", path.read_text()):
+            if "://" not in target:
+                assert (path.parent / target).exists(), f"{path.name}: {target}"
