@@ -23,11 +23,11 @@ def read_entries(weight: Tensor, indices: Tensor) -> Tensor:
 @torch.no_grad()
 def write_entries_(weight: Tensor, indices: Tensor, entries: Tensor) -> None:
     """Overwrite the weight's entries at flat row-major ``indices``, in place; every other bit stays as it is."""
-    # index_copy_ wants int64 positions; in pieces, so that they are never larger than a panel
+    # scatter_ wants int64 positions; in pieces, so that they are never larger than a panel
     for start, stop in panels(indices.numel(), torch.int64.itemsize):
         piece = indices[start:stop].long()
         if weight.is_contiguous():
-            weight.view(-1).index_copy_(0, piece, entries[start:stop])
+            weight.view(-1).scatter_(0, piece, entries[start:stop])
         else:
             cols = weight.shape[1]
             weight[piece // cols, piece % cols] = entries[start:stop]

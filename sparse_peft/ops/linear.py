@@ -90,7 +90,7 @@ class _FunctionalSupportLinear(torch.autograd.Function):
     @staticmethod
     def _effective(weight, values, indices, originals):
         entries = effective_entries(originals, values)
-        return weight.reshape(-1).index_copy(0, indices.long(), entries).view(weight.shape)
+        return weight.reshape(-1).scatter(0, indices.long(), entries).view(weight.shape)
 
     @staticmethod
     def forward(ctx, x, values, bias, weight, indices, originals, row_ptr, cols, in_dim):

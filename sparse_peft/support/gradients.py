@@ -330,7 +330,7 @@ class GradientSums:
         if batch.fault is not None:
             return
         # a backward hook runs under the caller's autocast, which would round the products
-        with torch.autocast(pairs[0][0].device.type, enabled=torch.is_autocast_enabled("cpu"), dtype=torch.bfloat16):
+        with torch.autocast(pairs[0][0].device.type, enabled=False):
             panels = gradient_panels(pairs, layer.shape, layer.in_dim, self.panel_bytes)
             if layer.total is None:
                 batch.fault = batch.proposals.add(name, panels)

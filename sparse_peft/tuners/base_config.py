@@ -27,6 +27,7 @@ class BaseSparseConfig(PeftConfig):
         layers_pattern: name of the layer list where it is not a common one.
         modules_to_save: further modules trained whole and saved with the adapter.
         trainable_token_indices: token indices of the embedding to train, as in ``LoraConfig``.
+        target_parameters: not supported; named so that it can be refused with a reason.
         bias: ``"none"``, ``"all"``, or ``"<type>_only"`` with the method's PEFT type in lower case: the biases of the
             adapted layers.
         fan_in_fan_out: accepted for parity with ``LoraConfig``; the layout is read from the layer's type.
@@ -57,6 +58,9 @@ class BaseSparseConfig(PeftConfig):
     trainable_token_indices: list[int] | dict[str, list[int]] | None = field(
         default=None, metadata={"help": "Indices of the token embeddings to train, as in LoraConfig."}
     )
+    target_parameters: list[str] | None = field(
+        default=None, metadata={"help": "Not supported yet: bare parameters, as of fused mixture-of-experts layers."}
+    )
     bias: str = field(default="none", metadata={"help": "Which biases train: 'none', 'all' or '<type>_only'."})
     fan_in_fan_out: bool = field(
         default=False,
@@ -82,6 +86,11 @@ class BaseSparseConfig(PeftConfig):
             raise ValueError("`layers_pattern` cannot be used when `target_modules` is a str.")
         if self.layers_pattern and self.layers_to_transform is None:
             raise ValueError("When `layers_pattern` is specified, `layers_to_transform` must also be specified.")
+        if self.target_parameters:
+            raise ValueError(
+                f"target_parameters={self.target_parameters!r}: bare parameters, such as fused experts, cannot be trained "
+                "sparsely yet; name linear layers in target_modules"
+            )
         biases = ("none", "all", f"{self.method.lower()}_only")
         if self.bias not in biases:
             raise ValueError(f"bias={self.bias!r}: choose one of {', '.join(map(repr, biases))}")

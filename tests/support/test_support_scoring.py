@@ -277,12 +277,17 @@ def test_callers_modes_do_not_matter():
     assert not any(support.indices.is_inference() for support in expected.values())
 
 
-def test_autocast_does_not_round_the_sums():
+@pytest.mark.parametrize("inside", [True, False])
+def test_autocast_does_not_round_the_sums(inside):
     model, batches = build(), data(2)
     arguments = (model, targets_of(model), get_criterion("fisher"), Budget(density=0.3), batches)
     seen = []
 
     from sparse_peft.support import gradients
+
+    def loss_fn(model, batch):
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=inside):
+            return model(**batch).loss
 
     original = gradients.gradient_panels
 
@@ -296,7 +301,7 @@ def test_autocast_does_not_round_the_sums():
 
     with pytest.MonkeyPatch.context() as patch, torch.autocast("cpu", dtype=torch.bfloat16):
         patch.setattr(gradients, "gradient_panels", spy)
-        collect_supports(*arguments)
+        collect_supports(*arguments, loss_fn=loss_fn)
         assert torch.is_autocast_enabled("cpu")
     assert len(seen) == 8 and max(seen) < 1e-5
 
@@ -331,8 +336,17 @@ def test_gradient_checkpointing(reentrant, criterion):
     assert found == expected
 
 
-def test_checkpointing_still_frees_the_activations():
-    kept = []
+def test_checkpointing_still_frees_the_activations(monkeypatch):
+    from sparse_peft.support import gradients
+
+    kept, waiting = [], []
+    fold = gradients.GradientSums._fold
+
+    def spy(self, name):
+        waiting.append(len(self._batch.pairs))
+        fold(self, name)
+
+    monkeypatch.setattr(gradients.GradientSums, "_fold", spy)
 
     class Block(nn.Module):
         def __init__(self):
@@ -362,6 +376,8 @@ def test_checkpointing_still_frees_the_activations():
         model, targets, get_criterion("gradient"), Budget(density=0.1), [{"x": torch.randn(4, 8)}]
     )
     assert len(supports) == 8
+    # each layer is done with before the next one's turn
+    assert waiting == [1] * 8
 
 
 def test_a_write_to_a_layers_input_is_noticed():
