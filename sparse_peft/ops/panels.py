@@ -37,7 +37,10 @@ def panel_limit(num_bytes: int) -> Iterator[None]:
         _panel_bytes = previous
 
 
-def panels(length: int, bytes_per_item: int) -> list[tuple[int, int]]:
-    """Cut ``range(length)`` into half-open ranges whose items fit the panel limit; each holds at least one item."""
-    step = max(1, _panel_bytes // max(1, bytes_per_item))
+def panels(length: int, bytes_per_item: int, at_most: int | None = None) -> list[tuple[int, int]]:
+    """Cut ``range(length)`` into half-open ranges whose items fit the panel limit, and are ``at_most`` so many.
+
+    Each range holds at least one item.
+    """
+    step = max(1, min(_panel_bytes // max(1, bytes_per_item), at_most or length))
     return [(start, min(start + step, length)) for start in range(0, length, step)]

@@ -176,6 +176,14 @@ class SparseTunerLayer(BaseTunerLayer, nn.Module):
             with torch.inference_mode(False):
                 self._residency.release(self.base_parameter)
 
+    def make_resident(self) -> None:
+        """Make the base weight hold the active adapters' entries now, where it may and they are known."""
+        names = self._active_names()
+        if names and not (self.merged or self.disable_adapters or self.quantization_backend is not None):
+            if self._base_is_stock() and self._may_be_resident():
+                delta = self._join(names)
+                self.hold(delta, self.stamp(delta))
+
     def expect_step(self) -> None:
         """After a backward pass the values may be stepped by means that leave no trace, as ``param.data`` does."""
         self._step_expected = True

@@ -220,6 +220,14 @@ class BaseSparseModel(BaseTuner):
         for layer in self.sparse_layers(self.model):
             layer.release()
 
+    def make_resident(self) -> None:
+        """Write the active adapters' entries into the base weights now instead of in the next forward pass.
+
+        For servers that want a switch to be over before the next request; layers that cannot hold entries are left.
+        """
+        for layer in self.sparse_layers(self.model):
+            layer.make_resident()
+
     @contextmanager
     def _mixed_batch(self, names: list[str] | None, beams: int) -> Iterator[None]:
         if names is None:

@@ -312,6 +312,24 @@ def test_safe_merge_touches_nothing_when_it_fails():
         assert not second.merged and torch.equal(second.base_layer.weight, reference.second.weight)
 
 
+def test_a_switch_may_be_made_before_the_next_pass(monkeypatch):
+    model, reference = adapted()
+    config = sparse_peft.SparseConfig(density=0.3, target_modules=["first"], seed=2, init_weights=False)
+    model.add_adapter("other", config)
+    model.set_adapter("other")
+    model.base_model.make_resident()
+    assert holding(model) == [True, False]
+    x = torch.randn(3, 17)
+    weights = {"second": reference.second.weight.double()} | effective_weights(model, reference, ("other",))
+    with torch.no_grad():
+        for layer in layers_of(model).values():
+            monkeypatch.setattr(layer, "hold", None)
+        torch.testing.assert_close(model(x).double(), oracle_output(reference, weights, x.double()), rtol=1e-4, atol=1e-4)
+    with model.disable_adapter():
+        model.base_model.make_resident()
+        assert_base_untouched(model, reference)
+
+
 def test_optimizers_of_other_models_do_no_harm():
     model, _ = adapted()
     y = run(model)
