@@ -1,0 +1,146 @@
+"""What is put in the place of upstream's case lists: one line a method, one line a layout."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import os
+from typing import Any
+
+METHODS_VARIABLE = "SPARSE_PEFT_SUITE_METHODS"
+
+
+@dataclasses.dataclass(frozen=True)
+class Method:
+    """One config class under test.
+
+    Attributes:
+        name: for the command line and the tests' ids.
+        config: ``module:class``, imported late, so that a baseline runs where sparse_peft does not import.
+        kwargs: arguments of every case; the 5x1, 10x20 and 20x2 layers of upstream's models must get a few entries.
+        other: a second, different setting, for tests with two adapters.
+        conv1d: whether transformers' Conv1D can be a target.
+        mixed_batches: whether ``adapter_names=`` is supported.
+        baseline: runs only when named; built into PEFT, to show what upstream's tests do without anything of ours.
+    """
+
+    name: str
+    config: str
+    kwargs: dict[str, Any]
+    other: dict[str, Any]
+    conv1d: bool = True
+    mixed_batches: bool = True
+    baseline: bool = False
+
+    @property
+    def config_cls(self) -> type:
+        module, _, attribute = self.config.partition(":")
+        return getattr(importlib.import_module(module), attribute)
+
+
+METHODS = (
+    Method("sparse", "sparse_peft:SparseConfig", {"density": 0.4}, {"density": 0.2}),
+    Method("shira", "peft:ShiraConfig", {"r": 1}, {"r": 1}, conv1d=False, mixed_batches=False, baseline=True),
+)
+
+# (name, upstream's model, keyword arguments, needs Conv1D)
+CUSTOM_LAYOUTS = (
+    ("MLP, one layer by name", "MLP", {"target_modules": "lin0"}, False),
+    ("MLP, the small layer", "MLP", {"target_modules": ["lin1"]}, False),
+    ("MLP, two layers", "MLP", {"target_modules": ["lin0", "lin1"]}, False),
+    ("MLP, modules_to_save", "MLP", {"target_modules": ["lin0"], "modules_to_save": ["lin1"]}, False),
+    ("Embedding and Conv1D", "EmbConv1D", {"target_modules": ["conv1d", "lin0"]}, True),
+    (
+        "Trained tokens",
+        "EmbConv1D",
+        {"target_modules": ["conv1d"], "trainable_token_indices": {"emb": [0, 10]}},
+        True,
+    ),
+)
+
+
+def selected_methods() -> tuple[Method, ...]:
+    """The methods named in the environment (comma separated), or all that are not baselines.
+
+    Raises:
+        ValueError: for a name that no method has.
+    """
+    names = [name for name in os.environ.get(METHODS_VARIABLE, "").split(",") if name]
+    if not names:
+        return tuple(method for method in METHODS if not method.baseline)
+    known = {method.name: method for method in METHODS}
+    unknown = sorted(set(names) - set(known))
+    if unknown:
+        raise ValueError(f"{METHODS_VARIABLE} names {unknown}; known methods: {sorted(known)}")
+    return tuple(known[name] for name in names)
+
+
+def config_classes(methods: tuple[Method, ...]) -> list[type]:
+    return [method.config_cls for method in methods]
+
+
+def custom_rows(methods: tuple[Method, ...]) -> list[tuple]:
+    """Rows of ``TEST_CASES``: (test name, model, config class, keyword arguments)."""
+    return [
+        (f"{method.name}: {name}", model, method.config_cls, {**method.kwargs, **layout})
+        for method in methods
+        for name, model, layout, needs_conv1d in CUSTOM_LAYOUTS
+        if (method.conv1d or not needs_conv1d) and _accepts(method.config_cls, layout)
+    ]
+
+
+def multiple_adapter_rows(methods: tuple[Method, ...]) -> list[tuple]:
+    """Rows of ``MULTIPLE_ACTIVE_ADAPTERS_TEST_CASES``: (test name, tuner, config class, 1st and 2nd arguments)."""
+    rows = []
+    for method in methods:
+        first = {**method.kwargs, "target_modules": ["lin0"], "init_weights": False}
+        seconds = {
+            "same layer": first,
+            "same layer, other budget": {**first, **method.other},
+            "other layer": {**first, "target_modules": ["lin1"]},
+            "overlapping layers": {**first, "target_modules": ["lin0", "lin1"]},
+        }
+        for name, second in seconds.items():
+            rows.append((f"{method.name}: {name}", method.name, method.config_cls, first, second))
+    return rows
+
+
+def mixed_batch_rows(methods: tuple[Method, ...], first: dict[str, Any], second: dict[str, Any]) -> list[tuple]:
+    """Rows of the mixed-batch tests: (test name, config, config), the targets given by ``first`` and ``second``."""
+    return [
+        (
+            f"{method.name}: mixed batch",
+            method.config_cls(**method.kwargs, **first, init_weights=False),
+            method.config_cls(**{**method.kwargs, **method.other}, **second, init_weights=False),
+        )
+        for method in methods
+        if method.mixed_batches
+    ]
+
+
+def mandatory_rows(methods: tuple[Method, ...]) -> list[tuple]:
+    """Rows of ``ALL_CONFIG_CLASSES``: none of our configs has a mandatory argument."""
+    return [(method.config_cls, {}) for method in methods]
+
+
+def layer_indexing_rows(methods: tuple[Method, ...]) -> list[tuple]:
+    wanted = {"layers_to_transform": 0, "layers_pattern": "layers"}
+    return [row for row in mandatory_rows(methods) if _accepts(row[0], wanted)]
+
+
+def transformers_rows(methods: tuple[Method, ...], task_type: str) -> list[tuple]:
+    """Rows of ``ALL_CONFIGS``: (config class, keyword arguments), targets by the model type's default and by wildcard.
+
+    The wildcard is left out for feature extraction: it would reach the pooler, which has no part in the output that
+    upstream's tests train on.
+    """
+    targets = [None] if task_type == "FEATURE_EXTRACTION" else [None, "all-linear"]
+    return [
+        (method.config_cls, {**method.kwargs, "task_type": task_type, "target_modules": target})
+        for method in methods
+        for target in targets
+    ]
+
+
+def _accepts(config_cls: type, arguments: dict[str, Any]) -> bool:
+    return set(arguments) <= {field.name for field in dataclasses.fields(config_cls)}
