@@ -52,7 +52,7 @@ lint: $(STAMP)
 	$(BIN)/ruff format --check .
 
 bench: $(STAMP)
-	$(BIN)/python -m benchmarks
+	$(BIN)/python -m benchmarks.step
 
 clean:
 	rm -rf $(VENV) .pytest_cache .ruff_cache .hypothesis

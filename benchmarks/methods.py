@@ -1,0 +1,169 @@
+"""The methods that are compared: one line of data each in :func:`methods`, and how it becomes a trainable model."""
+
+from __future__ import annotations
+
+import gc
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from peft import LoraConfig, PeftConfig, ShiraConfig, get_peft_model
+from torch import Tensor, nn
+
+from sparse_peft import SparseConfig
+
+from .workloads import Workload
+
+FROZEN, FULL = "frozen", "full"
+FIRST, SECOND = "default", "second"
+SETTLING_STEPS = 2
+
+
+@dataclass(frozen=True)
+class Method:
+    """One row of the benchmark.
+
+    Args:
+        name: how tables and files call it.
+        config: makes the adapter's config from a seed and the fields that all configs share; None for no adapter.
+        trains_base: train all weights of the base model.
+        density: share of each weight that trains, for rows that are defined by it.
+        is_sparse: one of this package's methods, which the goals speak of.
+        fuses: serving one of several adapters means to merge it; for the others, to activate it.
+    """
+
+    name: str
+    config: Callable[..., PeftConfig] | None = None
+    trains_base: bool = False
+    density: float | None = None
+    is_sparse: bool = False
+    fuses: bool = False
+
+
+def lora_name(rank: int) -> str:
+    return f"lora-r{rank}"
+
+
+def methods(rank: int, densities: Sequence[float]) -> list[Method]:
+    """All rows. ``sparse-r`` and ``shira-r`` train exactly as many entries as LoRA of that rank."""
+
+    def lora(seed: int, **shared) -> PeftConfig:
+        return LoraConfig(r=rank, lora_alpha=2 * rank, lora_dropout=0.0, **shared)
+
+    def shira(seed: int, **shared) -> PeftConfig:
+        return ShiraConfig(r=rank, random_seed=seed, **shared)
+
+    def sparse(**budget) -> Callable[..., PeftConfig]:
+        return lambda seed, **shared: SparseConfig(**budget, seed=seed, **shared)
+
+    return [
+        Method(FROZEN),
+        Method(FULL, trains_base=True),
+        Method(lora_name(rank), lora, fuses=True),
+        Method(f"shira-r{rank}", shira, fuses=True),
+        *(
+            Method(f"sparse-{100 * density:g}%", sparse(density=density), density=density, is_sparse=True)
+            for density in densities
+        ),
+        Method(f"sparse-r{rank}", sparse(r=rank), is_sparse=True),
+    ]
+
+
+class Subject:
+    """A method's model with its optimizer, trained for a few steps so that every lasting buffer exists."""
+
+    def __init__(self, method: Method, workload: Workload, base: nn.Module):
+        self.method = method
+        self.workload = workload
+        torch.manual_seed(0)
+        base.train()
+        base.requires_grad_(method.trains_base)
+        self.model = base if method.config is None else get_peft_model(base, self._config(seed=0))
+        trained = self.trained
+        self.optimizer = torch.optim.AdamW(trained, lr=1e-4, foreach=True) if trained else None
+        self._output: Tensor | None = None
+        for _ in range(SETTLING_STEPS):
+            self.step()
+        gc.collect()
+
+    def _config(self, seed: int) -> PeftConfig:
+        return self.method.config(
+            seed, target_modules=list(self.workload.target_modules), task_type=self.workload.task_type
+        )
+
+    @property
+    def trained(self) -> list[Tensor]:
+        return [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+
+    # ------------------------------------------------------------------ one training step, in three parts
+
+    def forward(self) -> None:
+        self._output = self.workload.forward(self.model)
+
+    def backward(self) -> None:
+        self._output.backward(self.workload.output_gradient)
+        self._output = None
+
+    def update(self) -> None:
+        if self.optimizer is not None:
+            self.optimizer.step()
+            self.optimizer.zero_grad(set_to_none=True)
+
+    def step(self) -> None:
+        self.forward()
+        self.backward()
+        self.update()
+
+    # ------------------------------------------------------------------ serving
+
+    def prepare_serving(self) -> None:
+        """Drop the optimizer, go to evaluation, and add a second adapter; both adapters get values that show."""
+        self.optimizer = None
+        self.model.eval()
+        if self.method.config is None:
+            return
+        self.model.add_adapter(SECOND, self._config(seed=1))
+        generator = torch.Generator().manual_seed(1)
+        with torch.no_grad():
+            for name in (FIRST, SECOND):
+                self.model.set_adapter(name)
+                for parameter in self.trained:
+                    noise = torch.randn(parameter.shape, generator=generator)
+                    parameter.add_(noise.to(parameter), alpha=1e-2)
+        self.model.set_adapter(FIRST)
+        self.model.eval()
+
+    @torch.no_grad()
+    def decode(self) -> Tensor:
+        """One token through the adapted layers: what ``generate`` runs for each, PEFT's wrapper being entered once."""
+        return self.workload.decode(self.model if self.method.config is None else self.model.get_base_model())
+
+    def begin_switching(self) -> None:
+        """Serve one adapter as fast as the method can: merged, for a method that fuses."""
+        if self.method.fuses:
+            self.model.merge_adapter()
+
+    def end_switching(self) -> None:
+        """Back to adapters beside the base weight."""
+        if self.method.fuses:
+            self.model.unmerge_adapter()
+
+    def switch(self, name: str) -> None:
+        """Serve another adapter: by merging it, or by activating it with all that its next forward would do first."""
+        if self.method.fuses:
+            self.model.unmerge_adapter()
+            self.model.set_adapter(name)
+            self.model.merge_adapter()
+        else:
+            self.model.set_adapter(name)
+            self.model.base_model.make_resident()
+
+    # ------------------------------------------------------------------ files
+
+    def file_bytes(self) -> int:
+        """Size of the weight file that ``save_pretrained`` writes for the trained adapter."""
+        with tempfile.TemporaryDirectory() as folder:
+            self.model.save_pretrained(folder, selected_adapters=[FIRST], save_embedding_layers=False)
+            return sum(path.stat().st_size for path in Path(folder).rglob("*.safetensors"))

@@ -1,0 +1,349 @@
+"""The benchmark measures what it says: exact bytes, paired ratios, goals, and a whole run on a tiny model."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from torch import nn
+from typer.testing import CliRunner
+
+import benchmarks.step
+from benchmarks.goals import GOALS, Goal, judge
+from benchmarks.measure import (
+    Phase,
+    Ratio,
+    Sample,
+    bytes_of,
+    interleave,
+    levels,
+    main_clock,
+    measure_phases,
+    paired,
+    saved_bytes,
+)
+from benchmarks.methods import FIRST, SECOND, Subject, methods
+from benchmarks.runner import Result, Row, run_workload
+from benchmarks.workloads import linear_stack, random_llama
+
+CPU = torch.device("cpu")
+FLOAT = 4
+
+
+# -------------------------------------------------------------------------------------------------------------- memory
+
+
+def test_phases_count_peak_and_end_exactly():
+    kept = []
+
+    def keep_1000_of_1500():
+        kept.append(torch.empty(1000))
+        torch.empty(500)  # released at once
+
+    first, second, third = measure_phases([keep_1000_of_1500, keep_1000_of_1500, kept.clear], CPU)
+
+    assert first == Phase(0, 1500 * FLOAT, 1000 * FLOAT)
+    assert second == Phase(1000 * FLOAT, 2500 * FLOAT, 2000 * FLOAT)
+    assert third == Phase(2000 * FLOAT, 2000 * FLOAT, 0)
+
+
+def test_phases_follow_views_and_resizing_not_tensors():
+    kept = []
+
+    def views():
+        whole = torch.empty(64, 10)
+        kept.extend([whole[0], whole.t(), whole.reshape(-1)])
+
+    (phase,) = measure_phases([views], CPU)
+
+    assert phase.end == phase.peak == 640 * FLOAT
+
+
+def test_phases_see_the_backward_pass():
+    layer = nn.Linear(32, 16, bias=False)
+    x = torch.randn(8, 32)
+    outputs = []
+
+    def backward():
+        outputs.pop().sum().backward()
+
+    forward, after = measure_phases([lambda: outputs.append(layer(x)), backward], CPU)
+
+    assert forward.end == 8 * 16 * FLOAT
+    assert after.end == 16 * 32 * FLOAT  # the weight's gradient, and nothing else
+
+
+def test_phases_see_buffers_inside_a_kernel():
+    # sampled_addmm makes dense copies of its operands that no dispatch mode can see
+    dense = torch.eye(64).to_sparse_csr()
+    left, right = torch.randn(64, 64).t(), torch.randn(64, 64)
+    torch.sparse.sampled_addmm(dense, left, right)
+
+    (phase,) = measure_phases([lambda: torch.sparse.sampled_addmm(dense, left, right)], CPU)
+
+    assert phase.end == 0
+    assert phase.peak >= 2 * 64 * 64 * FLOAT
+
+
+def test_levels_reject_a_profile_without_its_borders():
+    with pytest.raises(RuntimeError, match="1 phases where 2 were run"):
+        levels([(0, None), (1, 8), (2, None)], phases=2)
+
+
+def test_levels_sort_by_time():
+    assert levels([(3, -8), (0, None), (4, None), (1, 8), (2, 8)], phases=1) == [Phase(0, 16, 8)]
+
+
+def test_saved_bytes_count_each_storage_once_and_no_parameter():
+    layer = nn.Linear(8, 8, bias=False)
+    x = torch.randn(4, 8, requires_grad=True)
+
+    # x for the layer and twice for x * x; relu's output for itself and for the product; x * x for the product
+    assert saved_bytes(lambda: layer(x).relu() * (x * x), layer.parameters()) == 3 * (4 * 8) * FLOAT
+    assert saved_bytes(lambda: layer(x)) == (4 * 8 + 8 * 8) * FLOAT
+    assert saved_bytes(lambda: layer(x), [*layer.parameters(), x]) == 0
+
+
+def test_saved_bytes_count_the_whole_storage_of_a_view():
+    x = torch.randn(100, 4)
+    scale = torch.ones(4, requires_grad=True)
+
+    assert saved_bytes(lambda: x[:2] * scale, [scale]) == 400 * FLOAT
+
+
+def test_saved_bytes_reach_into_sparse_layouts():
+    values = torch.ones(3, requires_grad=True)
+    indices = torch.tensor([[0, 1, 2], [2, 1, 0]])
+    dense = torch.randn(3, 5)
+
+    saved = saved_bytes(lambda: torch.sparse.mm(torch.sparse_coo_tensor(indices, values, (3, 3)), dense), [values])
+
+    assert saved >= dense.nbytes + indices.nbytes
+
+
+@pytest.mark.parametrize("layout", [torch.strided, torch.sparse_coo, torch.sparse_csr, torch.sparse_csc])
+def test_bytes_of_layouts(layout):
+    values, positions, pointers = torch.ones(6), torch.arange(6), torch.arange(7)
+    tensor, expected = {
+        torch.strided: (torch.eye(6), 36 * 4),
+        torch.sparse_coo: (torch.sparse_coo_tensor(positions.expand(2, 6).clone(), values, (6, 6)), 6 * (4 + 2 * 8)),
+        torch.sparse_csr: (torch.sparse_csr_tensor(pointers, positions, values, (6, 6)), 6 * (4 + 8) + 7 * 8),
+        torch.sparse_csc: (torch.sparse_csc_tensor(pointers, positions, values, (6, 6)), 6 * (4 + 8) + 7 * 8),
+    }[layout]
+
+    assert bytes_of([tensor, tensor.detach()]) == expected
+
+
+# ---------------------------------------------------------------------------------------------------------------- time
+
+
+def test_ratios_are_paired_within_rounds():
+    ratio = Ratio.of([2.0, 20.0, 9.0], [1.0, 10.0, 3.0])  # the ratio of the medians would be 3
+
+    assert (ratio.median, ratio.low, ratio.high) == (2.0, 2.0, 3.0)
+    assert ratio.error == pytest.approx(1.96 * 1.253 / 1.349 * 0.5 / 3**0.5)
+    assert Ratio.of([3.0], [2.0]) == Ratio(1.5, 1.5, 1.5, 0.0)
+
+
+def test_ratio_needs_equal_rounds():
+    with pytest.raises(ValueError, match="as many rounds of both, got 2 and 1"):
+        Ratio.of([1.0, 2.0], [1.0])
+    with pytest.raises(ValueError, match="got 0 and 0"):
+        Ratio.of([], [])
+
+
+def test_paired_uses_the_clock_it_is_told():
+    ours, theirs = [Sample(wall=6.0, cpu=2.0)], [Sample(wall=2.0, cpu=1.0)]
+
+    assert paired(ours, theirs, "cpu").median == 2.0
+    assert paired(ours, theirs, "wall").median == 3.0
+    assert ours[0] - theirs[0] == Sample(wall=4.0, cpu=1.0)
+
+
+def test_interleaving_runs_every_action_once_a_round_in_changing_order():
+    ran = []
+    samples = interleave({name: lambda name=name: ran.append(name) for name in "abc"}, 8, CPU, warmup=1)
+    rounds = ["".join(ran[i : i + 3]) for i in range(0, len(ran), 3)]
+
+    assert len(rounds) == 1 + 8
+    assert all(sorted(order) == ["a", "b", "c"] for order in rounds)
+    assert len(set(rounds)) > 2
+    assert {name: len(taken) for name, taken in samples.items()} == {"a": 8, "b": 8, "c": 8}
+
+
+def test_warm_caches_run_each_action_twice_in_a_row():
+    ran = []
+    samples = interleave({name: lambda name=name: ran.append(name) for name in "ab"}, 4, CPU, 0, warm_caches=True)
+
+    assert all(ran[i] == ran[i + 1] for i in range(0, len(ran), 2)) and len(ran) == 16
+    assert [len(taken) for taken in samples.values()] == [4, 4]
+
+
+def test_cpu_time_is_the_main_clock_of_the_cpu_only():
+    assert main_clock(CPU) == "cpu"
+    assert main_clock(torch.device("cuda", 0)) == "wall"
+
+
+def test_interleaving_needs_a_round():
+    with pytest.raises(ValueError, match="rounds=0"):
+        interleave({"a": int}, 0, CPU)
+
+
+# ------------------------------------------------------------------------------------------------------------- methods
+
+
+@pytest.fixture(scope="module")
+def stack():
+    return linear_stack(d=48, depth=2, tokens=8, device=CPU, dtype=torch.float32)
+
+
+def _subject(workload, name):
+    method = next(method for method in methods(2, [0.05]) if method.name == name)
+    return Subject(method, workload, workload.copy_of_base())
+
+
+def test_rank_rows_train_as_many_entries_as_lora(stack):
+    counts = {
+        name: sum(p.numel() for p in _subject(stack, name).trained) for name in ("lora-r2", "shira-r2", "sparse-r2")
+    }
+
+    assert set(counts.values()) == {2 * (48 + 48) * 2}
+
+
+@pytest.mark.parametrize("name", ["lora-r2", "shira-r2", "sparse-5%"])
+def test_switching_changes_what_is_served_and_comes_back(stack, name):
+    subject = _subject(stack, name)
+    subject.prepare_serving()
+    unfused = subject.decode()
+    subject.begin_switching()
+    torch.testing.assert_close(subject.decode(), unfused)
+    subject.switch(SECOND)
+    other = subject.decode()
+    subject.switch(FIRST)
+
+    assert not torch.allclose(other, unfused)
+    torch.testing.assert_close(subject.decode(), unfused)
+
+
+def test_frozen_row_trains_nothing_but_differentiates_its_input(stack):
+    subject = _subject(stack, "frozen")
+
+    assert subject.trained == []
+    subject.forward()
+    assert subject._output.requires_grad
+
+
+def test_llama_sizes_must_fit_its_heads():
+    with pytest.raises(ValueError, match="d=100 must be a multiple of 64"):
+        random_llama(100, 1, 8, CPU, torch.float32, checkpointing=False)
+    with pytest.raises(ValueError, match="tokens=130"):
+        random_llama(64, 1, 130, CPU, torch.float32, checkpointing=False)
+
+
+# --------------------------------------------------------------------------------------------------------------- goals
+
+
+def _row(**fields):
+    numbers = dict.fromkeys(
+        ("entries", "peak_extra", "alive_after_forward", "saved", "state", "trained", "optimizer"), 1
+    )
+    return Row(**{"method": "sparse-1%", "density": 0.01, "is_sparse": True} | numbers | fields)
+
+
+def _result(*rows, clock="cpu"):
+    return Result("w", {}, clock, list(rows), decode_noise=Ratio(0.99, 0.9, 1.1, 0.02))
+
+
+def test_goals_bound_sparse_rows_only():
+    goal = Goal("switch", "switch_vs_lora", 0.05)
+    result = _result(
+        _row(switch_vs_lora=Ratio(0.04, 0.01, 0.9, 0.1)),
+        _row(method="sparse-5%", switch_vs_lora=Ratio(0.06, 0.01, 0.9, 0.1)),
+        _row(method="lora", is_sparse=False, switch_vs_lora=Ratio(1.0, 1.0, 1.0, 0.0)),
+    )
+
+    assert [(v.method, v.value, v.passed) for v in judge(result, (goal,))] == [
+        ("sparse-1%", 0.04, True),
+        ("sparse-5%", 0.06, False),
+    ]
+
+
+def test_what_was_not_measured_is_missed():
+    (verdict,) = judge(_result(_row()), (Goal("memory", "peak_extra_vs_lora", 0.6),))
+
+    assert verdict.value is None and not verdict.passed
+
+
+def test_decode_bound_is_the_measured_noise():
+    (goal,) = (goal for goal in GOALS if goal.field == "decode_vs_base")
+    (verdict,) = judge(_result(_row(decode_vs_base=Ratio(1.029, 1.0, 1.1, 0.0))), (goal,))
+
+    assert verdict.bound == pytest.approx(1.0 + 0.01 + 0.02)
+    assert verdict.passed
+
+
+@pytest.mark.parametrize(("density", "clock", "count"), [(0.01, "cpu", 1), (0.05, "cpu", 0), (0.01, "wall", 0)])
+def test_step_goal_is_for_small_densities_on_the_cpu(density, clock, count):
+    (goal,) = (goal for goal in GOALS if goal.field == "step_vs_lora")
+
+    assert len(judge(_result(_row(density=density), clock=clock), (goal,))) == count
+
+
+# ----------------------------------------------------------------------------------------------------------- whole run
+
+
+def test_references_must_be_among_the_methods(stack):
+    rows = [method for method in methods(2, []) if method.name != "lora-r2"]
+    with pytest.raises(ValueError, match="must contain 'lora-r2'"):
+        run_workload(stack, rows, "lora-r2", 1, CPU)
+
+
+def test_groups_share_their_references_and_nothing_is_missing(stack):
+    rows = [method for method in methods(2, [0.05]) if method.name not in ("shira-r2", "sparse-r2")]
+    result = run_workload(stack, rows, "lora-r2", 1, CPU, together=1)
+
+    assert [set(group["train"]) - {"frozen", "lora-r2"} for group in result.samples] == [{"full"}, {"sparse-5%"}]
+    full, lora, sparse = (result.row(name) for name in ("full", "lora-r2", "sparse-5%"))
+    assert full.optimizer >= 2 * full.trained == 2 * 2 * 48 * 48 * FLOAT
+    assert lora.peak_extra_vs_lora == 1.0
+    assert sparse.step_vs_full == pytest.approx(sparse.step_vs_lora.median / full.step_vs_lora.median)
+    assert sparse.state >= sparse.trained + sparse.optimizer
+    assert sparse.file > sparse.entries * FLOAT
+
+
+def test_command_writes_json_with_samples_and_goals(tmp_path, monkeypatch):
+    app = benchmarks.step.typer.Typer()
+    app.command()(benchmarks.step.main)
+    path = tmp_path / "out" / "run.json"
+    command = f"--model llama --d 64 --depth 1 --tokens 16 --rounds 2 --rank 2 --densities 0.05 --output {path}"
+    outcome = CliRunner().invoke(app, command.split(), catch_exceptions=False)
+
+    assert outcome.exit_code == 0
+    assert "goals" in outcome.output and "sparse-5%" in outcome.output
+    content = json.loads(path.read_text())
+    assert {"torch", "peft", "transformers", "sparse-peft"} <= content["versions"].keys()
+    (workload,) = content["workloads"]
+    assert [row["method"] for row in workload["rows"]] == [
+        "frozen",
+        "full",
+        "lora-r2",
+        "shira-r2",
+        "sparse-5%",
+        "sparse-r2",
+    ]
+    samples = workload["samples"][0]["train"]["sparse-5%"]
+    assert len(samples) == 2 and all(sample["cpu"] > 0 for sample in samples)
+    assert {goal["goal"] for goal in workload["goals"]} == {goal.name for goal in GOALS} - {
+        "training step at 0.1-1 % on CPU / LoRA's"  # 5 % is no density of that goal
+    }
+    assert list(path.parent.iterdir()) == [path]
+
+
+def test_command_refuses_rows_that_do_not_exist():
+    app = benchmarks.step.typer.Typer()
+    app.command()(benchmarks.step.main)
+    outcome = CliRunner().invoke(app, ["--only", "lora-r17"])
+
+    assert outcome.exit_code == 2
+    assert "lora-r17" in outcome.output
