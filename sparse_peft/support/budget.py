@@ -31,6 +31,8 @@ class Budget:
             that layer's density, and the layer takes no part in the sharing.
         allocation: ``"numel"`` shares in proportion to the layers' sizes, ``"uniform"`` equally, ``"erk"`` in
             proportion to ``rows + cols`` (Evci et al. 2020, section 3), ``"global"`` by the best scores of all layers.
+        at_least: entries that every sharing layer gets if it has so many, whatever its part; 1 for ``"global"``. The
+            total is raised where it would not do.
 
     Raises:
         TypeError: a value of the wrong type.
@@ -42,6 +44,7 @@ class Budget:
     r: int | None = None
     density_pattern: dict[str, float] = field(default_factory=dict)
     allocation: str = "numel"
+    at_least: int = 1
 
     def __post_init__(self):
         given = [name for name in ("density", "num_params", "r") if getattr(self, name) is not None]
@@ -180,7 +183,7 @@ def _total(budget: Budget, shapes: dict[str, tuple[int, int]], taken: int) -> in
                 f"num_params={budget.num_params}{own}: none are left for the other {len(shapes)} layers; "
                 f"at least num_params={taken + len(shapes)} is needed, or lower densities in density_pattern"
             )
-    return max(total, len(shapes))
+    return max(total, sum(min(budget.at_least, rows * cols) for rows, cols in shapes.values()))
 
 
 def _global_counts(
@@ -224,11 +227,13 @@ class Division:
         shapes: ``{layer name: (rows, cols)}`` of all layers.
         own: entries of the layers that ``density_pattern`` sets.
         total: entries that the others share.
+        at_least: entries that each of the others gets, if it has so many.
     """
 
     shapes: dict[str, tuple[int, int]]
     own: dict[str, int]
     total: int
+    at_least: int
 
     @property
     def sharing(self) -> dict[str, tuple[int, int]]:
@@ -256,7 +261,7 @@ def divide(shapes: dict[str, tuple[int, int]], budget: Budget) -> Division:
             f"num_params={budget.num_params}: density_pattern sets every layer, {taken} entries in all; "
             "leave one layer to num_params, or give density instead"
         )
-    return Division(dict(shapes), own, _total(budget, rest, taken))
+    return Division(dict(shapes), own, _total(budget, rest, taken), budget.at_least)
 
 
 def allocate(
@@ -278,7 +283,7 @@ def allocate(
     else:
         weigh = {"numel": lambda r, c: r * c, "uniform": lambda r, c: 1, "erk": lambda r, c: r + c}[allocation]
         caps = [rows * cols for rows, cols in rest.values()]
-        parts = apportion([weigh(*shape) for shape in rest.values()], caps, total)
+        parts = apportion([weigh(*shape) for shape in rest.values()], caps, total, division.at_least)
         shared = dict(zip(rest, parts, strict=True))
     if sum(shared.values()) != total:
         raise AssertionError(f"{sum(shared.values())} entries shared instead of {total}; please report this")

@@ -88,8 +88,8 @@ class BaseSparseConfig(PeftConfig):
             raise ValueError("When `layers_pattern` is specified, `layers_to_transform` must also be specified.")
         if self.target_parameters:
             raise ValueError(
-                f"target_parameters={self.target_parameters!r}: bare parameters, such as fused experts, cannot be trained "
-                "sparsely yet; name linear layers in target_modules"
+                f"target_parameters={self.target_parameters!r}: bare parameters, such as fused experts, cannot be "
+                "trained sparsely yet; name linear layers in target_modules"
             )
         biases = ("none", "all", f"{self.method.lower()}_only")
         if self.bias not in biases:

@@ -303,3 +303,12 @@ def test_no_layers():
 def test_numpy_numbers_are_numbers():
     assert sum(resolve_counts(SHAPES, Budget(num_params=np.int64(50))).values()) == 50
     assert sum(resolve_counts(SHAPES, Budget(density=np.float32(0.5))).values()) == 172
+
+
+def test_at_least_so_many_entries_in_every_layer_that_has_them():
+    shapes = {"tiny": (2, 3), "small": (20, 2), "large": (200, 100)}
+    for allocation in ("numel", "uniform", "erk"):
+        counts = resolve_counts(shapes, Budget(density=0.01, allocation=allocation, at_least=16))
+        assert counts["tiny"] == 6 and counts["small"] >= 16
+        assert sum(counts.values()) == round(0.01 * 20046)
+    assert resolve_counts({"small": (20, 2)}, Budget(density=0.01, at_least=16)) == {"small": 16}

@@ -352,7 +352,11 @@ def test_weighted_adapters_say_what_to_use_instead():
 
 def test_layers_as_small_as_twenty_by_two():
     model = get_peft_model(nn.Sequential(nn.Linear(10, 20), nn.Linear(20, 2)), SparseConfig(target_modules=["0", "1"]))
-    assert all(d.values.numel() >= 1 for _, d in _deltas(model))
+    assert [d.values.numel() for _, d in _deltas(model)] == [16, 16]
+    model = get_peft_model(
+        nn.Sequential(nn.Linear(10, 20), nn.Linear(20, 2)), SparseConfig(target_modules=["0", "1"], density=0.01)
+    )
+    assert [d.values.numel() for _, d in _deltas(model)] == [1, 1]
 
 
 def test_deleting_the_active_adapter_leaves_the_other(tmp_path):

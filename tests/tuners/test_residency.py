@@ -324,7 +324,9 @@ def test_a_switch_may_be_made_before_the_next_pass(monkeypatch):
     with torch.no_grad():
         for layer in layers_of(model).values():
             monkeypatch.setattr(layer, "hold", None)
-        torch.testing.assert_close(model(x).double(), oracle_output(reference, weights, x.double()), rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(
+            model(x).double(), oracle_output(reference, weights, x.double()), rtol=1e-4, atol=1e-4
+        )
     with model.disable_adapter():
         model.base_model.make_resident()
         assert_base_untouched(model, reference)

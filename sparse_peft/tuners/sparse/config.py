@@ -9,7 +9,9 @@ from typing import ClassVar
 from ...support import ALLOCATIONS, Budget, get_criterion
 from ..base_config import BaseSparseConfig
 
+# Without a budget: this density, and in layers so small that it would be next to nothing, this many entries.
 DEFAULT_DENSITY = 0.01
+DEFAULT_AT_LEAST = 16
 
 # Fields that decide how many entries each layer trains: once one is set again, what was resolved before is void.
 BUDGET_FIELDS = frozenset({"density", "num_params", "r", "density_pattern", "allocation", "selection", "threshold"})
@@ -19,7 +21,8 @@ BUDGET_FIELDS = frozenset({"density", "num_params", "r", "density_pattern", "all
 class SparseConfig(BaseSparseConfig):
     """Fine-tune a sparse delta: a chosen set of the weight's entries, everything else frozen.
 
-    The budget is one of ``density``, ``num_params`` and ``r``; without any, 1 % of the target weights train.
+    The budget is one of ``density``, ``num_params`` and ``r``; without any, 1 % of the target weights train, and at
+    least 16 entries of each layer.
 
     Args:
         density: share of the target layers' weights that trains, in (0, 1].
@@ -49,7 +52,7 @@ class SparseConfig(BaseSparseConfig):
 
     density: float | None = field(
         default=None,
-        metadata={"help": "Share of the target weights that trains, in (0, 1]. 0.01 if no budget is given."},
+        metadata={"help": "Share of the target weights that trains, in (0, 1]; without any budget 0.01."},
     )
     num_params: int | None = field(
         default=None, metadata={"help": "Number of trained entries over all target layers."}
@@ -121,7 +124,7 @@ class SparseConfig(BaseSparseConfig):
         Raises:
             ValueError, TypeError: the fields contradict each other or are out of range.
         """
-        density = self.density
-        if density is None and self.num_params is None and self.r is None:
-            density = DEFAULT_DENSITY
-        return Budget(density, self.num_params, self.r, self.density_pattern, self.allocation)
+        shared = {"density_pattern": self.density_pattern, "allocation": self.allocation}
+        if self.density is None and self.num_params is None and self.r is None:
+            return Budget(DEFAULT_DENSITY, at_least=DEFAULT_AT_LEAST, **shared)
+        return Budget(self.density, self.num_params, self.r, **shared)
