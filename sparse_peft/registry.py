@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from importlib import import_module
 
-from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING
 from peft.utils import PeftType, register_peft_method
 
 
@@ -87,7 +87,3 @@ def register(method: Method) -> None:
 def register_all() -> None:
     for method in METHODS:
         register(method)
-
-
-def is_registered(method: Method) -> bool:
-    return method.peft_type in PEFT_TYPE_TO_TUNER_MAPPING

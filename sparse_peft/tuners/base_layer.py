@@ -15,7 +15,6 @@ from transformers.pytorch_utils import Conv1D
 from ..ops import delta_matmul, effective_entries, functional_support_linear, read_entries, support_linear
 from ..ops import write_entries_ as write_entries
 from ..support import Support
-from .checkpoint import check_values
 from .delta import SparseDelta
 from .packed import PackedWeight, keep_packing
 from .residency import (
@@ -146,7 +145,7 @@ class SparseTunerLayer(BaseTunerLayer, nn.Module):
 
     def stamp(self, delta: ActiveDelta | None) -> Stamp | None:
         """What the values of the joined adapters are now."""
-        return None if delta is None else Stamp(tuple((name, self._delta(name)) for name in delta.names))
+        return None if delta is None else Stamp(tuple(self._delta(name) for name in delta.names))
 
     def check_stamp(self, delta: ActiveDelta, stamp: Stamp) -> None:
         if self.stamp(delta) != stamp:
@@ -180,7 +179,7 @@ class SparseTunerLayer(BaseTunerLayer, nn.Module):
         """Make the base weight hold the active adapters' entries now, where it may and they are known."""
         names = self._active_names()
         if names and not (self.merged or self.disable_adapters or self.quantization_backend is not None):
-            if self._base_is_stock() and self._may_be_resident():
+            if not self._is_hooked() and self._base_is_stock() and self._may_be_resident():
                 delta = self._join(names)
                 self.hold(delta, self.stamp(delta))
 
@@ -188,16 +187,26 @@ class SparseTunerLayer(BaseTunerLayer, nn.Module):
         """After a backward pass the values may be stepped by means that leave no trace, as ``param.data`` does."""
         self._step_expected = True
 
-    def _base_is_stock(self) -> bool:
-        """Whether the base layer's forward is the plain product, with nothing hooked to it."""
+    def _is_hooked(self) -> bool:
+        """Whether more happens in the base layer than its own forward: hooks, offloading, another tuner's layer."""
+        base = self.base_layer
+        return bool(
+            "forward" in base.__dict__
+            or base._forward_hooks
+            or base._forward_pre_hooks
+            or base._backward_hooks
+            or base._backward_pre_hooks
+            or isinstance(base, BaseTunerLayer)
+        )
+
+    def _base_is_stock(self, x: Tensor | None = None) -> bool:
+        """Whether the base layer's forward (on ``x``) is a plain product with a frozen, ordinary weight."""
         base = self.base_layer
         return (
             type(base).forward in STOCK_FORWARDS
-            and "forward" not in base.__dict__
-            and not (base._forward_hooks or base._forward_pre_hooks or base._backward_hooks)
-            and not base._backward_pre_hooks
             and type(base.weight) in (nn.Parameter, Tensor)
             and not (base.weight.requires_grad and torch.is_grad_enabled())
+            and (x is None or x.dtype == base.weight.dtype or torch.is_autocast_enabled(x.device.type))
         )
 
     def _may_be_resident(self) -> bool:
@@ -241,11 +250,11 @@ class SparseTunerLayer(BaseTunerLayer, nn.Module):
         delta = self._join(names)
         if self.quantization_backend is not None:
             self._restore_dtypes(delta)
-            if not self.quantization_backend.supports_merge or self._is_hooked():
+            if args or kwargs or self._is_hooked() or not self.quantization_backend.supports_merge:
                 _log_once(f"layer {self.name}: the quantised base is used through base(x) + delta(x)")
                 return self._additive_forward(x, delta, *args, **kwargs)
             return self._dequantised_forward(x, delta)
-        if args or kwargs or not self._base_is_stock():
+        if args or kwargs or self._is_hooked() or not self._base_is_stock(x):
             _log_once(f"layer {self.name}: the base layer's own forward is used, with the delta added to its result")
             return self._additive_forward(x, delta, *args, **kwargs)
         if torch.compiler.is_compiling():
@@ -275,10 +284,6 @@ class SparseTunerLayer(BaseTunerLayer, nn.Module):
             for name in delta.names:
                 self.deltas[name].restore_dtype()
 
-    def _is_hooked(self) -> bool:
-        base = self.base_layer
-        return "forward" in base.__dict__ or bool(base._forward_hooks or base._forward_pre_hooks)
-
     def _compute_dtype(self, x: Tensor) -> torch.dtype:
         """The dtype a plain linear layer would multiply in: autocast's where it is on."""
         kind = x.device.type
@@ -301,7 +306,9 @@ class SparseTunerLayer(BaseTunerLayer, nn.Module):
         """The base layer without any adapter, such that an adapter may act before this pass's backward."""
         self.release()
         plain = torch.compiler.is_compiling() or args or kwargs or not torch.is_grad_enabled() or not x.requires_grad
-        if plain or self.quantization_backend is not None or not self._base_is_stock() or not self._may_be_resident():
+        if plain or self.quantization_backend is not None or self._is_hooked():
+            return self.base_layer(x, *args, **kwargs)
+        if not self._base_is_stock(x) or not self._may_be_resident():
             return self.base_layer(x, *args, **kwargs)
         return self._product(x, None, ResidentSource(self, None))
 
@@ -451,10 +458,6 @@ class SparseTunerLayer(BaseTunerLayer, nn.Module):
         self._joined = None
         super().delete_adapter(adapter_name)
 
-    def check_finite(self, adapter_name: str, action: str) -> None:
-        """Refuse to ``action`` (save, ...) an adapter whose values are not finite here."""
-        check_values(self._delta(adapter_name).values.detach(), self.name, action)
-
     def _apply(self, fn, *args, **kwargs):
         self.release()
         module = super()._apply(fn, *args, **kwargs)
@@ -473,7 +476,7 @@ class SparseTunerLayer(BaseTunerLayer, nn.Module):
 
     def __getstate__(self):
         self.release()
-        return {**self.__dict__, "_joined": None}
+        return self.__dict__
 
     def extra_repr(self) -> str:
         return quantization_extra_repr(self)

@@ -19,6 +19,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from ..ops import effective_entries, panels, read_entries, write_entries_
 from ..support import Support
+from .delta import SparseDelta
 
 
 @dataclass(frozen=True)
@@ -69,10 +70,10 @@ class Stamp:
     Compares the tensors themselves, their addresses and torch's counts of in-place writes, never their contents.
     """
 
-    def __init__(self, deltas: tuple):
+    def __init__(self, deltas: tuple[SparseDelta, ...]):
         self.deltas = deltas
         self.state = tuple(
-            (delta.values, version(delta.values), delta.values.data_ptr(), delta.support) for _, delta in deltas
+            (delta.values, version(delta.values), delta.values.data_ptr(), delta.support) for delta in deltas
         )
 
     def __eq__(self, other: object) -> bool:
@@ -89,7 +90,7 @@ class Stamp:
         """Whether the adapters' values are still what they were."""
         return all(
             delta.values is values and version(values) == count and values.data_ptr() == address
-            for (_, delta), (values, count, address, _) in zip(self.deltas, self.state)
+            for delta, (values, count, address, _) in zip(self.deltas, self.state)
         )
 
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 
 from ..support import Support, get_criterion, select
 
@@ -68,6 +68,8 @@ def select_support(
     ``oversample`` times the budget and all of them are summed at those candidates only; ``oversample=float("inf")``
     sums everything.
 
+    In a distributed run all processes call it, and all get what process 0 chose from its data.
+
     Args:
         model: the base model, without adapters.
         config: a :class:`~sparse_peft.SparseConfig` with a data-driven ``selection``.
@@ -84,6 +86,12 @@ def select_support(
     """
     from .sparse.model import SparseModel
 
-    return SparseModel.select_support(
+    chosen = SparseModel.select_support(
         model, copy.copy(config), data, gradients=gradients, loss_fn=loss_fn, oversample=oversample
     )
+    if distributed.is_available() and distributed.is_initialized():
+        # every process saw data of its own; they must train the same positions
+        supports = [{name: support.to("cpu") for name, support in chosen.supports.items()}]
+        distributed.broadcast_object_list(supports, src=0)
+        chosen.supports = supports[0]
+    return chosen

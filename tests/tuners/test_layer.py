@@ -178,6 +178,28 @@ def test_trainable_base_falls_back_and_both_get_gradients():
     assert torch.equal(layer.base_layer.weight, reference.first.weight)
 
 
+def test_inputs_of_another_dtype_are_refused_in_training_as_in_inference():
+    model, _ = adapted(TwoLayers().to(torch.bfloat16))
+    for grad in (True, False):
+        with torch.set_grad_enabled(grad), pytest.raises(RuntimeError, match="dtype"):
+            model(torch.randn(2, 17))
+
+
+def test_another_tuners_layer_below_ours_acts_too():
+    from peft import LoraConfig, inject_adapter_in_model
+
+    from sparse_peft import SparseConfig
+
+    model = inject_adapter_in_model(LoraConfig(r=2, target_modules=["first"], init_lora_weights=False), TwoLayers())
+    x = torch.randn(3, 17)
+    below = model.first(x).detach()
+    model = inject_adapter_in_model(
+        SparseConfig(density=0.2, target_modules=["first"], init_weights=False), model, adapter_name="ours"
+    )
+    expected = below + x @ model.first.get_delta_weight("ours").t()
+    torch.testing.assert_close(model.first(x), expected)
+
+
 def test_hooks_on_the_base_layer_run():
     model, reference = adapted()
     seen = []
