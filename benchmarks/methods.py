@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 import tempfile
 from collections.abc import Callable, Sequence
@@ -80,6 +81,9 @@ class Subject:
         torch.manual_seed(0)
         base.train()
         base.requires_grad_(method.trains_base)
+        # the base model on the very same weights: where a weight lies in memory decides more of a decode step than
+        # anything a method does
+        self.bare = copy.deepcopy(base, {id(parameter): parameter for parameter in base.parameters()})
         self.model = base if method.config is None else get_peft_model(base, self._config(seed=0))
         trained = self.trained
         self.optimizer = torch.optim.AdamW(trained, lr=1e-4, foreach=True) if trained else None
@@ -121,6 +125,7 @@ class Subject:
     def prepare_serving(self) -> None:
         """Drop the optimizer, go to evaluation, and add a second adapter; both adapters get values that show."""
         self.optimizer = None
+        self.bare.eval()
         self.model.eval()
         if self.method.config is None:
             return
@@ -139,6 +144,11 @@ class Subject:
     def decode(self) -> Tensor:
         """One token through the adapted layers: what ``generate`` runs for each, PEFT's wrapper being entered once."""
         return self.workload.decode(self.model if self.method.config is None else self.model.get_base_model())
+
+    @torch.no_grad()
+    def decode_bare(self) -> Tensor:
+        """The same token through the base model, which shares this method's weights."""
+        return self.workload.decode(self.bare)
 
     def begin_switching(self) -> None:
         """Serve one adapter as fast as the method can: merged, for a method that fuses."""

@@ -18,7 +18,11 @@ MOST_REPEATS = 50
 # In rounds of training: these actions are short, and what they are asked for is small.
 DECODE_ROUNDS = 8
 SWITCH_ROUNDS = 3
-AGAIN = "base again"
+
+
+def bare(name: str) -> str:
+    """How samples of the base model on a method's own weights are called."""
+    return f"{name}: base"
 
 
 @dataclass
@@ -132,7 +136,9 @@ def time_serving(
     base = subjects[FROZEN].decode
     base()
     repeats = round(SHORTEST_SAMPLE / max(time_once(base, device).wall, SHORTEST_SAMPLE / MOST_REPEATS))
-    decoding = {name: subject.decode for name, subject in subjects.items()} | {AGAIN: base}
+    decoding = {}
+    for name, subject in subjects.items():
+        decoding |= {name: subject.decode, bare(name): subject.decode_bare}
     decoding = {name: _repeated(action, max(1, repeats)) for name, action in decoding.items()}
     decode = interleave(decoding, rounds * DECODE_ROUNDS, device, warm_caches=True)
 
@@ -223,7 +229,7 @@ def _fill_ratios(rows: dict[str, Row], samples: list[dict], lora: str, clock: st
             if FULL in train:
                 row.step_vs_full = paired(train[name], train[FULL], clock)
             if name in decode:
-                row.decode_vs_base = paired(decode[name], decode[FROZEN], clock)
+                row.decode_vs_base = paired(decode[name], decode[bare(name)], clock)
             if name in switch:
                 row.switch_seconds = median(sample.on(clock) for sample in switch[name])
                 row.switch_vs_lora = paired(switch[name], switch[lora], clock)
@@ -234,6 +240,6 @@ def _fill_ratios(rows: dict[str, Row], samples: list[dict], lora: str, clock: st
             row.step_vs_full = row.step_vs_lora.median / full.step_vs_lora.median  # never alive together
         if lora_extra > 0:
             row.peak_extra_vs_lora = (row.peak_extra - rows[FROZEN].peak_extra) / lora_extra
-    again = [sample for group in samples for sample in group["decode"][AGAIN]]
+    again = [sample for group in samples for sample in group["decode"][bare(FROZEN)]]
     first = [sample for group in samples for sample in group["decode"][FROZEN]]
     return paired(again, first, clock)
