@@ -99,11 +99,7 @@ class BaseSparseConfig(PeftConfig):
 
     def to_dict(self) -> dict:
         """As PEFT's, with sets sorted, so that saving twice gives the same file."""
-        return {
-            key: sorted(value) if isinstance(value, set) else value
-            for key, value in super().to_dict().items()
-            if not key.startswith("_")
-        }
+        return {key: sorted(value) if isinstance(value, set) else value for key, value in super().to_dict().items()}
 
     def save_pretrained(self, save_directory: str, **kwargs) -> None:
         """As PEFT's, whole or not at all, and the model card beside it says what to install and import."""

@@ -299,16 +299,10 @@ class BaseSparseModel(BaseTuner):
         entries = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
         for key, layer, delta in cls._named_deltas(model, adapter_name):
             values, indices = entries.get(f"{key}values"), entries.get(f"{key}indices")
-            if values is None or indices is None:
-                missing = (
-                    "values and positions"
-                    if values is indices is None
-                    else "values"
-                    if values is None
-                    else "positions"
-                )
+            missing = [name for name, tensor in (("values", values), ("positions", indices)) if tensor is None]
+            if missing:
                 raise ValueError(
-                    f"the adapter file has no {missing} for layer {layer.name}; it was saved for other "
+                    f"the adapter file has no {' and '.join(missing)} for layer {layer.name}; it was saved for other "
                     "target_modules, or it is damaged: load it with the adapter_config.json it was saved with"
                 )
             check_loaded_entries(layer.name, values, indices, delta.shape, delta.values.numel())
