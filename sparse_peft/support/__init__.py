@@ -2,7 +2,10 @@
 
 from .budget import ALLOCATIONS, Budget, apportion, resolve_counts
 from .criteria import CRITERIA, Criterion, Statistics, get_criterion, select
+from .outer import topk_outer
+from .regrowth import RANDOM_SCORE, REGROWTHS, Candidates, Exchange, Regrowth, exchange, random_inactive
 from .rng import sample_without_replacement
+from .schedules import DECAYS, ReselectionSchedule, steps_of
 from .scoring import collect_supports, supports_from_gradients
 from .support import Support, check_indices, index_dtype
 from .topk import RunningTopK, topk_indices
@@ -10,19 +13,30 @@ from .topk import RunningTopK, topk_indices
 __all__ = [
     "ALLOCATIONS",
     "CRITERIA",
+    "DECAYS",
+    "RANDOM_SCORE",
+    "REGROWTHS",
     "Budget",
+    "Candidates",
     "Criterion",
+    "Exchange",
+    "Regrowth",
+    "ReselectionSchedule",
     "RunningTopK",
     "Statistics",
     "Support",
     "apportion",
     "check_indices",
     "collect_supports",
+    "exchange",
     "get_criterion",
     "index_dtype",
+    "random_inactive",
     "resolve_counts",
     "sample_without_replacement",
     "select",
+    "steps_of",
     "supports_from_gradients",
     "topk_indices",
+    "topk_outer",
 ]

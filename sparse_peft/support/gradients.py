@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from .criteria import Criterion, Statistics
 from .passes import each_batch, flatten_tokens, frozen, layer_input, model_loss, tiles
 from .support import index_dtype
-from .topk import RunningTopK, topk_indices
+from .topk import RunningTopK
 
 Pair = tuple[Tensor, Tensor]
 
@@ -156,11 +156,9 @@ class Proposals:
             statistic = _statistic(criterion, panel)
             rows = None if weight is None else weight[start:stop]
             scores = criterion.score(rows, Statistics(gradient=statistic)).reshape(-1)
-            chosen = topk_indices(scores, min(limit, scores.numel()), criterion.largest, name=name)
-            scores, values = scores[chosen], statistic.reshape(-1)[chosen]
-            keys = chosen.add_(self.offsets[name] + start * cols)
-            kept.update(scores, keys, values, name=name)
-            best.update(scores, keys, values, name=name)
+            values, key = statistic.reshape(-1), self.offsets[name] + start * cols
+            kept.update_block(scores, key, values, name=name)
+            best.update_block(scores, key, values, name=name)
         return None
 
     def results(self) -> Iterator[tuple[str, Tensor | None, Tensor]]:

@@ -145,6 +145,26 @@ class RunningTopK:
         if self._waiting > 2 * self.k:
             self._merge()
 
+    def update_block(self, scores: Tensor, first_key: int, payload: Tensor, *, name: str = "") -> None:
+        """Take in a long run of scores with consecutive keys, without making a key for each.
+
+        Args:
+            scores: ``(n,)``.
+            first_key: key of the first; the others follow it.
+            payload: ``(n,)`` a number to carry along with each score.
+            name: the layer's name, for error messages.
+
+        Raises:
+            ValueError: NaN scores.
+        """
+        check_scores(scores, name)
+        if self._last is None:
+            keep = topk_indices(scores, min(self.k, scores.numel()), self.largest, name=name)
+        else:
+            last = self._last.to(scores.device)
+            keep = (scores >= last if self.largest else scores <= last).nonzero().squeeze(1)
+        self.update(scores[keep], keep + first_key, payload[keep], name=name)
+
     def _merge(self) -> None:
         if not self._parts:
             return

@@ -3,10 +3,10 @@
 import pytest
 import torch
 from helpers import TwoLayers, adapted
+from memory_probe import LargestTensor
 from peft import LoraConfig, ShiraConfig, get_peft_model
 from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from sparse_peft import SparseConfig, panel_limit, use_backend
 
@@ -22,29 +22,6 @@ class Stack(nn.Module):
         for layer in self.layers:
             x = layer(x)
         return x
-
-
-class LargestTensor(TorchDispatchMode):
-    """The largest storage, in bytes, that any operation inside the block made."""
-
-    def __init__(self):
-        super().__init__()
-        self.nbytes = 0
-        self.known = set()
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        inputs = {t.untyped_storage().data_ptr() for t in _tensors((args, kwargs))}
-        out = func(*args, **kwargs)
-        for t in _tensors(out):
-            if t.untyped_storage().data_ptr() not in inputs:
-                self.nbytes = max(self.nbytes, t.untyped_storage().nbytes())
-        return out
-
-
-def _tensors(tree):
-    leaves = torch.utils._pytree.tree_leaves(tree)
-    return [t for t in leaves if isinstance(t, torch.Tensor) and t.layout == torch.strided]
 
 
 def saved_bytes(model, x):

@@ -1,0 +1,224 @@
+"""Prune and regrow: which of a layer's entries are given up for which others.
+
+A reselection gives up a share of the entries whose trained value is smallest and grows as many elsewhere. The methods
+differ in what they know about the positions that do not train.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .rng import sample_without_replacement
+from .support import Support
+from .topk import topk_indices
+
+
+@dataclass(frozen=True)
+class Regrowth:
+    """One way to choose the positions that start to train.
+
+    Attributes:
+        name: as in ``selection=``.
+        observes: what is collected during training: ``"gradients"`` of candidates in a window of steps, ``"covers"``
+            (one number for each row and column, from every step), or ``"nothing"``.
+        accumulate: default length of the window before an event, in optimizer steps.
+        leads: whether the first event comes at the end of a first window instead of after a whole period.
+        replaces_first: share of the random first positions that the first event replaces; None for the schedule's.
+        competes: whether the entries that are to be dropped may win against the new ones.
+        fills: whether missing candidates are made up for at random.
+    """
+
+    name: str
+    observes: str
+    accumulate: int
+    leads: bool = False
+    replaces_first: float | None = None
+    competes: bool = False
+    fills: bool = False
+
+
+REGROWTHS: dict[str, Regrowth] = {
+    regrowth.name: regrowth
+    for regrowth in (
+        # SpIEL-AG (Ansell et al. 2024, section 3): accumulated gradients of candidates
+        Regrowth("accumulated_gradient", "gradients", 5, leads=True, replaces_first=1.0, competes=True),
+        # SpIEL-MA (the same, section 3): products of SM3's row and column accumulators
+        Regrowth("momentum", "covers", 5, leads=True, replaces_first=1.0),
+        # SET (Mocanu et al. 2018): uniform among the positions that do not train
+        Regrowth("set", "nothing", 0),
+        # RigL (Evci et al. 2020, section 3): the gradient of the step itself
+        Regrowth("rigl", "gradients", 1, competes=True, fills=True),
+    )
+}
+
+
+# The score of a position drawn at random: below any that was observed, above that of an entry without a gradient.
+RANDOM_SCORE = torch.finfo(torch.float32).tiny
+
+
+@dataclass(frozen=True)
+class Candidates:
+    """Positions that may start to train, of one layer.
+
+    Attributes:
+        positions: ``(candidates,)`` flat, ascending, none of them in the support.
+        scores: ``(candidates,)`` float32; :data:`RANDOM_SCORE` where a position was drawn at random.
+        incumbent_scores: ``(entries,)`` scores of the support's own entries, by which those to be dropped compete;
+            None if they may not.
+    """
+
+    positions: Tensor
+    scores: Tensor
+    incumbent_scores: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Exchange:
+    """The outcome for one layer.
+
+    Attributes:
+        support: the new positions.
+        source: ``(new entries,)`` int64: the old slot of an entry that stays, -1 for a new one.
+        drop_threshold: largest absolute value among the dropped entries.
+        grow_threshold: smallest score among the new entries; None where positions were drawn at random.
+    """
+
+    support: Support
+    source: Tensor
+    drop_threshold: float | None
+    grow_threshold: float | None
+
+    @property
+    def replaced(self) -> int:
+        return int((self.source < 0).sum())
+
+
+def random_inactive(support: Support, k: int, *, seed: int, name: str) -> Tensor:
+    """``k`` positions outside the support, uniform, ascending int64; they depend on the arguments alone.
+
+    Raises:
+        ValueError: fewer than ``k`` positions are outside.
+    """
+    rows, cols = support.shape
+    ranks = sample_without_replacement(rows * cols - support.nnz, k, seed=seed, name=name).to(support.device)
+    # the r-th free position stands behind as many taken ones as have fewer than r + 1 free ones before them
+    free_before = support.indices.long() - torch.arange(support.nnz, device=support.device)
+    return ranks + torch.searchsorted(free_before, ranks, right=True)
+
+
+def exchange(
+    supports: Sequence[Support],
+    values: Sequence[Tensor],
+    counts: Sequence[int],
+    candidates: Sequence[Candidates],
+    *,
+    together: bool = False,
+) -> list[Exchange]:
+    """Drop the entries with the smallest absolute values and grow the candidates with the highest scores.
+
+    In each layer, as many entries as ``counts`` says are up for replacement. They compete with the candidates where
+    their own scores are given, and the winners among them are not touched. Otherwise as many are replaced as there
+    are candidates for, the smallest first. Ties go to the lowest position.
+
+    Args:
+        supports: of the layers.
+        values: ``(entries,)`` trained values of each layer.
+        counts: entries of each layer that are up for replacement.
+        candidates: of each layer.
+        together: drop and grow by one ranking over all layers. The total of entries stays; each layer keeps at least
+            its largest entry.
+
+    Raises:
+        ValueError: values or scores that are NaN.
+    """
+    if not together:
+        return [
+            _exchange([part], [value], count, [candidate], keep_largest=False)[0]
+            for part, value, count, candidate in zip(supports, values, counts, candidates, strict=True)
+        ]
+    return _exchange(supports, values, sum(counts), candidates, keep_largest=True)
+
+
+def _exchange(
+    supports: Sequence[Support],
+    values: Sequence[Tensor],
+    count: int,
+    candidates: Sequence[Candidates],
+    keep_largest: bool,
+) -> list[Exchange]:
+    device = supports[0].device
+    sizes = [value.numel() for value in values]
+    name = supports[0].name if len(supports) == 1 else ""
+    magnitude = torch.cat([value.detach().abs().to(device, torch.float32) for value in values])
+    if keep_largest:
+        # a layer that gave up everything could never come back; infinite ones are not among the smallest
+        starts = torch.tensor([0, *sizes[:-1]]).cumsum(0).tolist()
+        for start, size in zip(starts, sizes):
+            magnitude[start + int(magnitude[start : start + size].argmax())] = torch.inf
+        count = min(count, magnitude.numel() - len(sizes))
+    scores = torch.cat([candidate.scores.to(device, torch.float32) for candidate in candidates])
+    competes = all(candidate.incumbent_scores is not None for candidate in candidates)
+    if not competes:
+        count = min(count, scores.numel())
+    dropped = topk_indices(magnitude, count, largest=False, name=name)
+    if competes:
+        own = torch.cat([candidate.incumbent_scores.to(device, torch.float32) for candidate in candidates])
+        grown, stays = _compete(scores, own[dropped], _ranks(supports, candidates, dropped, sizes), count, name)
+        dropped = dropped[~stays]
+    else:
+        grown = topk_indices(scores, count, name=name)
+    given_up = torch.zeros(magnitude.numel(), dtype=torch.bool, device=device)
+    given_up[dropped] = True
+    chosen = torch.zeros(scores.numel(), dtype=torch.bool, device=device)
+    chosen[grown] = True
+    exchanges = []
+    parts = zip(
+        supports,
+        given_up.split(sizes),
+        magnitude.split(sizes),
+        candidates,
+        chosen.split([candidate.scores.numel() for candidate in candidates]),
+    )
+    for support, gone, size, candidate, new in parts:
+        exchanges.append(_assemble(support, gone, size, candidate, new.nonzero().squeeze(1)))
+    return exchanges
+
+
+def _ranks(
+    supports: Sequence[Support], candidates: Sequence[Candidates], dropped: Tensor, sizes: list[int]
+) -> tuple[Tensor, Tensor]:
+    """Keys that order candidates and dropped entries of all layers by (layer, position)."""
+    offset, keys, own = 0, [], []
+    for support, candidate in zip(supports, candidates):
+        keys.append(candidate.positions.to(support.device, torch.int64) + offset)
+        own.append(support.indices.long() + offset)
+        offset += support.shape[0] * support.shape[1]
+    return torch.cat(keys), torch.cat(own)[dropped]
+
+
+def _compete(scores: Tensor, own: Tensor, keys: tuple[Tensor, Tensor], count: int, name: str) -> tuple[Tensor, Tensor]:
+    """The ``count`` best of both kinds: ``(winning candidates, whether each incumbent won)``."""
+    order = torch.cat(keys).argsort()
+    best = order[topk_indices(torch.cat((scores, own))[order], count, name=name)]
+    stays = torch.zeros(own.numel(), dtype=torch.bool, device=own.device)
+    stays[best[best >= scores.numel()] - scores.numel()] = True
+    return best[best < scores.numel()], stays
+
+
+def _assemble(support: Support, gone: Tensor, magnitude: Tensor, candidate: Candidates, new: Tensor) -> Exchange:
+    gone, new = gone.to(support.device), new.to(support.device)
+    kept = (~gone).nonzero().squeeze(1)
+    grown = candidate.positions.to(support.device, support.indices.dtype)[new]
+    positions, order = torch.cat((support.indices[kept], grown)).sort()
+    source = torch.cat((kept, torch.full_like(new, -1)))[order]
+    lowest = float(candidate.scores[new].amin()) if new.numel() else 0.0
+    return Exchange(
+        Support(support.shape, positions, validate=False, name=support.name),
+        source,
+        float(magnitude.to(support.device)[gone].amax()) if bool(gone.any()) else None,
+        lowest if lowest > RANDOM_SCORE else None,
+    )
