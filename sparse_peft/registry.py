@@ -15,12 +15,15 @@ class Method:
 
     The type carries the package's name, so that the bare ``KeyError`` that PEFT raises where the plugin was not
     imported says what is missing, and so that no method added to PEFT later can collide with it.
+
+    ``dynamics`` is the full name of the class that acts during training (:mod:`sparse_peft.training.dynamics`).
     """
 
     peft_type: str
     module: str
     config: str
     model: str
+    dynamics: str | None = None
 
     @property
     def name(self) -> str:
@@ -31,7 +34,15 @@ class Method:
         return f"{self.name}_"
 
 
-METHODS = (Method("SPARSE_PEFT_DELTA", "sparse_peft.tuners.sparse", "SparseConfig", "SparseModel"),)
+METHODS = (
+    Method(
+        "SPARSE_PEFT_DELTA",
+        "sparse_peft.tuners.sparse",
+        "SparseConfig",
+        "SparseModel",
+        dynamics="sparse_peft.training.reselection.ReselectionDynamics",
+    ),
+)
 
 
 def extend_peft_type(value: str) -> PeftType:

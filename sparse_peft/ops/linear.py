@@ -14,18 +14,19 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .entries import effective_entries
-from .support_grad import support_grad, support_grad_op
+from .support_grad import observed_support_grad, support_grad_op
 
 
 class WeightSource(Protocol):
     """Where a step's effective weight comes from.
 
     ``shape`` is that of the weight as stored, ``in_dim`` the dimension of it that is the input's (1 for ``nn.Linear``,
-    0 for GPT-2's ``Conv1D``).
+    0 for GPT-2's ``Conv1D``), ``key`` the layer's for observers.
     """
 
     shape: tuple[int, int]
     in_dim: int
+    key: int
 
     def panels(self, dtype: torch.dtype) -> Iterator[tuple[int, int, Tensor]]:
         """``(start, stop, weight[start:stop])`` in ``dtype``, over consecutive rows, together all rows."""
@@ -77,7 +78,8 @@ class _SupportLinear(torch.autograd.Function):
             left, right = _matrix(grad), _matrix(x)
             if source.in_dim == 0:
                 left, right = right, left
-            grad_values = support_grad(left, right, s.row_ptr, s.cols, s.indices, s.shape).to(ctx.values_dtype)
+            grad_values = observed_support_grad(left, right, s.row_ptr, s.cols, s.indices, s.shape, source.key)
+            grad_values = grad_values.to(ctx.values_dtype)
             source.after_backward()
         if ctx.needs_input_grad[2]:
             grad_bias = _matrix(grad).sum(0)
@@ -93,9 +95,9 @@ class _FunctionalSupportLinear(torch.autograd.Function):
         return weight.reshape(-1).scatter(0, indices.long(), entries).view(weight.shape)
 
     @staticmethod
-    def forward(ctx, x, values, bias, weight, indices, originals, row_ptr, cols, in_dim):
+    def forward(ctx, x, values, bias, weight, indices, originals, row_ptr, cols, in_dim, key):
         ctx.save_for_backward(x, values, weight, indices, originals, row_ptr, cols)
-        ctx.in_dim = in_dim
+        ctx.in_dim, ctx.key = in_dim, key
         effective = _FunctionalSupportLinear._effective(weight, values, indices, originals).to(x.dtype)
         return F.linear(x, effective if in_dim == 1 else effective.t(), bias)
 
@@ -111,10 +113,11 @@ class _FunctionalSupportLinear(torch.autograd.Function):
             if ctx.in_dim == 0:
                 left, right = right, left
             rows, columns = weight.shape
-            grad_values = support_grad_op(left, right, row_ptr, cols, indices, rows, columns).to(values.dtype)
+            grad_values = support_grad_op(left, right, row_ptr, cols, indices, rows, columns, ctx.key)
+            grad_values = grad_values.to(values.dtype)
         if ctx.needs_input_grad[2]:
             grad_bias = _matrix(grad).sum(0)
-        return grad_x, grad_values, grad_bias, None, None, None, None, None, None
+        return grad_x, grad_values, grad_bias, None, None, None, None, None, None, None
 
 
 def support_linear(x: Tensor, values: Tensor | None, bias: Tensor | None, source: WeightSource, support) -> Tensor:
@@ -144,10 +147,11 @@ def functional_support_linear(
     row_ptr: Tensor,
     cols: Tensor,
     in_dim: int,
+    key: int,
 ) -> Tensor:
     """:func:`support_linear` for ``torch.compile``: no state, no in-place write.
 
     ``originals`` are the base's entries at ``indices``; the effective entries are *set*, so the result is the same
     whether or not ``weight`` already holds them.
     """
-    return _FunctionalSupportLinear.apply(x, values, bias, weight, indices, originals, row_ptr, cols, in_dim)
+    return _FunctionalSupportLinear.apply(x, values, bias, weight, indices, originals, row_ptr, cols, in_dim, key)

@@ -6,11 +6,14 @@ For a stored weight ``(rows, cols)`` whose product gives the dense gradient ``le
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
 from .csr import csr_matrix
 from .dispatch import support_grad_backend
+from .observe import UNOBSERVED, observer_of
 from .panels import panels
 
 # Tokens in a tile of the sampled product; 64 to 256 measured fastest, on 576 to 2,048 wide layers, at 0.1 to 5 %.
@@ -45,6 +48,24 @@ def _panel_product(left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
     for start, stop in panels(left.shape[0], max(left.shape[1], right.shape[1]) * dtype.itemsize):
         product.addmm_(left[start:stop].to(dtype).t(), right[start:stop].to(dtype))
     return product
+
+
+def gradient_panels(
+    left: Tensor, right: Tensor, shape: tuple[int, int], bytes_per_weight: int | None = None
+) -> Iterator[tuple[int, int, Tensor]]:
+    """The dense gradient ``left.T @ right``, a block of rows at a time.
+
+    Args:
+        left, right, shape: as in :func:`support_grad`.
+        bytes_per_weight: of all that is made of a panel, its own included; its own if None.
+
+    Yields:
+        ``(first row, last row + 1, (rows, cols) panel)`` in float32 (float64 for float64 inputs).
+    """
+    dtype = accumulation_dtype(left.dtype)
+    rows, cols = shape
+    for start, stop in panels(rows, cols * (bytes_per_weight or dtype.itemsize)):
+        yield start, stop, _panel_product(left[:, start:stop], right, dtype)
 
 
 def _panels(left: Tensor, right: Tensor, row_ptr: Tensor, indices: Tensor, shape: tuple[int, int]) -> Tensor:
@@ -85,14 +106,32 @@ def support_grad(
     return _panels(left, right, row_ptr, indices, shape)
 
 
+def observed_support_grad(
+    left: Tensor,
+    right: Tensor,
+    row_ptr: Tensor,
+    cols: Tensor,
+    indices: Tensor,
+    shape: tuple[int, int],
+    key: int = UNOBSERVED,
+) -> Tensor:
+    """:func:`support_grad`, by way of the observer under ``key`` if there is one."""
+    observer = observer_of(key)
+    if observer is None:
+        return support_grad(left, right, row_ptr, cols, indices, shape)
+    # backward may run inside the caller's autocast, which would round the observer's products
+    with torch.autocast(left.device.type, enabled=False):
+        return observer.support_grad(left, right, row_ptr, cols, indices, shape)
+
+
 @torch.library.custom_op("sparse_peft::support_grad", mutates_args=())
 def support_grad_op(
-    left: Tensor, right: Tensor, row_ptr: Tensor, cols: Tensor, indices: Tensor, rows: int, columns: int
+    left: Tensor, right: Tensor, row_ptr: Tensor, cols: Tensor, indices: Tensor, rows: int, columns: int, key: int
 ) -> Tensor:
-    """:func:`support_grad` as one node of a compiled graph."""
-    return support_grad(left, right, row_ptr, cols, indices, (rows, columns))
+    """:func:`observed_support_grad` as one node of a compiled graph."""
+    return observed_support_grad(left, right, row_ptr, cols, indices, (rows, columns), key)
 
 
 @support_grad_op.register_fake
-def _(left, right, row_ptr, cols, indices, rows, columns):
+def _(left, right, row_ptr, cols, indices, rows, columns, key):
     return left.new_empty(indices.shape, dtype=accumulation_dtype(left.dtype))

@@ -97,6 +97,11 @@ class BaseSparseConfig(PeftConfig):
         if self.save_dtype not in SAVE_DTYPES:
             raise ValueError(f"save_dtype={self.save_dtype!r}: choose one of {', '.join(map(repr, SAVE_DTYPES))}")
 
+    @property
+    def changes_in_training(self) -> bool:
+        """Whether training needs a controller: something else than the values changes."""
+        return False
+
     def to_dict(self) -> dict:
         """As PEFT's, with sets sorted, so that saving twice gives the same file."""
         return {key: sorted(value) if isinstance(value, set) else value for key, value in super().to_dict().items()}

@@ -12,7 +12,14 @@ from peft.utils import quantization_extra_repr, resolve_quantization_backend
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from ..ops import delta_matmul, effective_entries, functional_support_linear, read_entries, support_linear
+from ..ops import (
+    delta_matmul,
+    effective_entries,
+    functional_support_linear,
+    new_key,
+    read_entries,
+    support_linear,
+)
 from ..ops import write_entries_ as write_entries
 from ..support import Support
 from .delta import SparseDelta
@@ -82,6 +89,7 @@ class SparseTunerLayer(BaseTunerLayer, nn.Module):
         self._packed: PackedWeight | None = None
         self._joined: tuple[tuple[Support, ...], ActiveDelta] | None = None
         self._step_expected = False
+        self.observer_key = new_key()
         self.register_load_state_dict_post_hook(_rejoin)
 
     # ------------------------------------------------------------------ adapters
@@ -145,7 +153,7 @@ class SparseTunerLayer(BaseTunerLayer, nn.Module):
 
     def stamp(self, delta: ActiveDelta | None) -> Stamp | None:
         """What the values of the joined adapters are now."""
-        return None if delta is None else Stamp(tuple(self._delta(name) for name in delta.names))
+        return None if delta is None else Stamp(tuple(self._delta(name) for name in delta.names), self._is_sharded())
 
     def check_stamp(self, delta: ActiveDelta, stamp: Stamp) -> None:
         if self.stamp(delta) != stamp:
@@ -209,10 +217,15 @@ class SparseTunerLayer(BaseTunerLayer, nn.Module):
             and (x is None or x.dtype == base.weight.dtype or torch.is_autocast_enabled(x.device.type))
         )
 
+    def _is_sharded(self) -> bool:
+        """Whether FSDP2 shards the weight: what is gathered for a pass is a copy that comes and goes."""
+        return getattr(self.base_layer, "_is_fsdp_managed_module", False)
+
     def _may_be_resident(self) -> bool:
         weight = self.base_parameter
         return (
             self.resident
+            and not self._is_sharded()
             and weight.is_contiguous()
             and weight.dtype in WRITABLE_DTYPES
             and not weight.is_inference()
@@ -326,6 +339,7 @@ class SparseTunerLayer(BaseTunerLayer, nn.Module):
             delta.row_ptr,
             delta.cols,
             self.in_dim,
+            self.observer_key,
         )
 
     def _dequantised_forward(self, x: Tensor, delta: ActiveDelta) -> Tensor:
@@ -337,7 +351,8 @@ class SparseTunerLayer(BaseTunerLayer, nn.Module):
         result = self.base_layer(x, *args, **kwargs)
         if self.quantization_backend is not None:
             result = self.quantization_backend.maybe_clone_base_result(result)
-        return result + delta_matmul(x, self.sum_values(delta), delta.support, self.in_dim).to(result.dtype)
+        part = delta_matmul(x, self.sum_values(delta), delta.support, self.in_dim, self.observer_key)
+        return result + part.to(result.dtype)
 
     def _mixed_batch_forward(self, x: Tensor, adapter_names: list[str], *args: Any, **kwargs: Any) -> Tensor:
         if len(x) != len(adapter_names):
@@ -477,6 +492,10 @@ class SparseTunerLayer(BaseTunerLayer, nn.Module):
     def __getstate__(self):
         self.release()
         return self.__dict__
+
+    def __setstate__(self, state):
+        super().__setstate__(state)
+        self.observer_key = new_key()  # a copy's gradients are none of the original's observer's business
 
     def extra_repr(self) -> str:
         return quantization_extra_repr(self)

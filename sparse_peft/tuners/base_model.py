@@ -24,6 +24,7 @@ from .base_layer import BASE_ADAPTER, SparseTunerLayer
 from .checkpoint import TAG, check_loaded_entries, check_values
 from .delta import SparseDelta
 from .selection import SupportRecipe
+from .watch import expect_attendance
 
 
 @dataclass(frozen=True)
@@ -171,6 +172,8 @@ class BaseSparseModel(BaseTuner):
             init_weights=peft_config.init_weights,
             inference_mode=peft_config.inference_mode,
         )
+        if peft_config.changes_in_training and not peft_config.inference_mode:
+            expect_attendance(layer.deltas[adapter_name])
         if layer is not target:
             if adapter_name not in self.active_adapters:
                 layer.requires_grad_(False)  # an additional adapter is not trained before it is made active
@@ -295,6 +298,10 @@ class BaseSparseModel(BaseTuner):
         return entries
 
     @classmethod
+    def _fit(cls, config, delta: SparseDelta, values: Tensor) -> None:
+        """Give a layer as many entries as the file has, for methods that move entries between layers."""
+
+    @classmethod
     def _remap_adapter_state_dict_for_load(cls, model, config, adapter_name, state_dict):
         entries = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
         for key, layer, delta in cls._named_deltas(model, adapter_name):
@@ -305,6 +312,7 @@ class BaseSparseModel(BaseTuner):
                     f"the adapter file has no {' and '.join(missing)} for layer {layer.name}; it was saved for other "
                     "target_modules, or it is damaged: load it with the adapter_config.json it was saved with"
                 )
+            cls._fit(config, delta, values)
             check_loaded_entries(layer.name, values, indices, delta.shape, delta.values.numel())
             entries[f"{key}indices"] = indices.to(delta.indices.dtype)
             layer.release()

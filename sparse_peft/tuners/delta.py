@@ -106,6 +106,16 @@ class SparseDelta(nn.Module):
         self.indices = support.indices.to(self.indices.device).clone()
         self._refresh()
 
+    def resize(self, entries: int) -> None:
+        """Make room for another number of entries; values and positions are to be set afterwards.
+
+        The parameter is a new one where the number changes: autograd and optimizers know the old one by its size.
+        """
+        if entries == self.values.numel():
+            return
+        self.values = nn.Parameter(self.values.new_zeros(entries), requires_grad=self.values.requires_grad)
+        self.indices = self.indices.new_full((entries,), UNSET)
+
     def _refresh(self) -> None:
         # the buffer is replaced or filled by loading, by .to() and by reselection; the cached view follows it
         indices = self.indices

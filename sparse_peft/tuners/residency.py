@@ -68,12 +68,17 @@ class Stamp:
     """What the values of some adapters were: equal to another exactly if nothing was written to them in between.
 
     Compares the tensors themselves, their addresses and torch's counts of in-place writes, never their contents.
+
+    Args:
+        deltas: the adapters' trained state.
+        sharded: whether FSDP2 gathers the values anew, to another address, for each forward and backward pass.
     """
 
-    def __init__(self, deltas: tuple[SparseDelta, ...]):
+    def __init__(self, deltas: tuple[SparseDelta, ...], sharded: bool = False):
         self.deltas = deltas
         self.state = tuple(
-            (delta.values, version(delta.values), delta.values.data_ptr(), delta.support) for delta in deltas
+            (delta.values, version(delta.values), 0 if sharded else delta.values.data_ptr(), delta.support)
+            for delta in deltas
         )
 
     def __eq__(self, other: object) -> bool:
@@ -190,7 +195,7 @@ class ResidentSource:
         self.delta = delta
         self.stamp = layer.stamp(delta)
         self.shape = tuple(layer.base_parameter.shape)
-        self.in_dim = layer.in_dim
+        self.in_dim, self.key = layer.in_dim, layer.observer_key
 
     def panels(self, dtype: torch.dtype) -> Iterator[tuple[int, int, Tensor]]:
         self.layer.hold(self.delta, self.stamp)
@@ -211,7 +216,7 @@ class OverlaySource:
     def __init__(self, layer, delta: ActiveDelta):
         self.layer, self.delta, self.stamp = layer, delta, layer.stamp(delta)
         self.shape = tuple(layer.base_parameter.shape)
-        self.in_dim = layer.in_dim
+        self.in_dim, self.key = layer.in_dim, layer.observer_key
 
     def panels(self, dtype: torch.dtype) -> Iterator[tuple[int, int, Tensor]]:
         self.layer.check_stamp(self.delta, self.stamp)
@@ -236,7 +241,7 @@ class DequantisedSource:
     def __init__(self, layer, delta: ActiveDelta):
         self.layer, self.delta, self.stamp = layer, delta, layer.stamp(delta)
         self.shape = delta.support.shape
-        self.in_dim = layer.in_dim
+        self.in_dim, self.key = layer.in_dim, layer.observer_key
 
     def panels(self, dtype: torch.dtype) -> Iterator[tuple[int, int, Tensor]]:
         self.layer.check_stamp(self.delta, self.stamp)

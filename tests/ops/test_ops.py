@@ -63,7 +63,7 @@ def test_support_grad_op_passes_opcheck():
     s = random_support((9, 8), 0.3)
     torch.library.opcheck(
         support_grad_op,
-        (torch.randn(5, 9), torch.randn(5, 8), s.row_ptr, s.cols, s.indices, 9, 8),
+        (torch.randn(5, 9), torch.randn(5, 8), s.row_ptr, s.cols, s.indices, 9, 8, 0),
     )
 
 

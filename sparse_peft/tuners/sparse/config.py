@@ -6,15 +6,31 @@ import math
 from dataclasses import dataclass, field
 from typing import ClassVar
 
-from ...support import ALLOCATIONS, Budget, get_criterion
+from ...support import (
+    ALLOCATIONS,
+    DECAYS,
+    REGROWTHS,
+    Budget,
+    Criterion,
+    Regrowth,
+    ReselectionSchedule,
+    get_criterion,
+    steps_of,
+)
 from ..base_config import BaseSparseConfig
 
 # Without a budget: this density, and in layers so small that it would be next to nothing, this many entries.
 DEFAULT_DENSITY = 0.01
 DEFAULT_AT_LEAST = 16
 
+SEED_MOMENTS = ("gradient", "zero")
+
 # Fields that decide how many entries each layer trains: once one is set again, what was resolved before is void.
 BUDGET_FIELDS = frozenset({"density", "num_params", "r", "density_pattern", "allocation", "selection", "threshold"})
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 @dataclass
@@ -34,10 +50,28 @@ class SparseConfig(BaseSparseConfig):
             of all layers together; needs a criterion with scores).
         selection: which entries train: ``"random"``, ``"magnitude"`` (largest), ``"magnitude_smallest"``,
             ``"threshold"``, ``"principal"``, or, chosen from data by :func:`~sparse_peft.select_support` beforehand,
-            ``"gradient"``, ``"fisher"``, ``"wanda"``, ``"movement"``.
+            ``"gradient"``, ``"fisher"``, ``"wanda"``, ``"movement"``. With ``"accumulated_gradient"`` (SpIEL-AG),
+            ``"momentum"`` (SpIEL-MA), ``"set"`` or ``"rigl"`` they start at random and change during training: add
+            :class:`~sparse_peft.SparsityCallback` to the trainer, or drive a
+            :class:`~sparse_peft.SparsityController` in a loop of your own.
         threshold: with ``selection="threshold"``: train the entries with absolute value below it (SaRA, section 3.2).
         principal_rank: with ``selection="principal"``: rank of the approximation whose largest entries train (LIFT).
         seed: of the random positions; every layer draws its own from (seed, layer name).
+        reselect_every: optimizer steps from one reselection to the next (the paper's S).
+        accumulate: optimizer steps before a reselection whose gradients count for it (the paper's gamma); by default 5
+            for SpIEL, 1 for RigL. With ``"momentum"`` and ``"accumulated_gradient"`` the first reselection comes after
+            this many steps.
+        replace_rate: share of each layer's entries that a reselection at the start puts up for replacement.
+        first_replace_rate: share at the first reselection; by default 1 for SpIEL, whose first positions are random,
+            and what the schedule says for SET and RigL.
+        schedule: how the share falls from the start to the stop: ``"linear"``, ``"cosine"``, ``"cubic"`` or
+            ``"constant"``.
+        reselect_start: where the first window or period begins: a number of optimizer steps (int), or a share of the
+            run (float in [0, 1]).
+        reselect_stop: after which no entry is replaced any more; likewise.
+        candidates: with gradients: positions that are watched in a window, for each trained entry.
+        redistribute: whether entries may move between layers: one ranking over all of them, the total stays.
+        seed_moments: the optimizer's moments of a new entry: ``"gradient"`` what was observed of it, ``"zero"`` none.
         resident: let the base weight hold the adapter's entries between steps where that is possible, which makes the
             forward pass as fast as the base's. ``False`` never writes to the base; it changes speed, not results.
         num_entries: resolved number of entries per layer; filled in when the adapter is made, and what a saved adapter
@@ -75,6 +109,36 @@ class SparseConfig(BaseSparseConfig):
         default=32, metadata={"help": "With selection='principal': rank of the approximation that is looked at."}
     )
     seed: int = field(default=0, metadata={"help": "Seed of the random positions."})
+    reselect_every: int = field(
+        default=20, metadata={"help": "Optimizer steps from one reselection to the next; dynamic selections only."}
+    )
+    accumulate: int | None = field(
+        default=None,
+        metadata={"help": "Optimizer steps observed before a reselection; by default 5 for SpIEL and 1 for RigL."},
+    )
+    replace_rate: float = field(
+        default=0.2, metadata={"help": "Share of the entries up for replacement at the start of the schedule."}
+    )
+    first_replace_rate: float | None = field(
+        default=None,
+        metadata={"help": "Share at the first reselection; by default 1 for SpIEL, else what the schedule says."},
+    )
+    schedule: str = field(
+        default="linear", metadata={"help": f"How the share falls over the run: one of {', '.join(DECAYS)}."}
+    )
+    reselect_start: int | float = field(
+        default=0, metadata={"help": "Where reselection begins: optimizer steps (int) or a share of the run (float)."}
+    )
+    reselect_stop: int | float = field(
+        default=1.0, metadata={"help": "Where reselection ends: optimizer steps (int) or a share of the run (float)."}
+    )
+    candidates: float = field(default=1.0, metadata={"help": "Positions watched in a window for each trained entry."})
+    redistribute: bool = field(
+        default=False, metadata={"help": "Whether entries may move between layers, the total being fixed."}
+    )
+    seed_moments: str = field(
+        default="gradient", metadata={"help": "Optimizer moments of new entries: 'gradient' (observed) or 'zero'."}
+    )
     resident: bool = field(
         default=True,
         metadata={"help": "Whether the base weight may hold the adapter's entries between steps (speed only)."},
@@ -88,7 +152,7 @@ class SparseConfig(BaseSparseConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        get_criterion(self.selection)
+        self._check_selection()
         self.density_pattern = dict(self.density_pattern or {})
         for name in ("seed", "principal_rank"):
             value = getattr(self, name)
@@ -111,6 +175,89 @@ class SparseConfig(BaseSparseConfig):
             raise ValueError(
                 f"threshold={self.threshold} and {', '.join(budgets) or 'density_pattern'} are both given: the "
                 "threshold alone decides how many entries train"
+            )
+
+    @property
+    def regrowth(self) -> Regrowth | None:
+        """How the positions change during training; None if they do not."""
+        return REGROWTHS.get(self.selection)
+
+    @property
+    def changes_in_training(self) -> bool:
+        return self.regrowth is not None
+
+    @property
+    def criterion(self) -> Criterion:
+        """What chooses the first positions."""
+        return get_criterion("random" if self.regrowth else self.selection)
+
+    def reselection_schedule(self, total_steps: int | None) -> ReselectionSchedule:
+        """When entries are replaced in a run of this many optimizer steps.
+
+        Raises:
+            ValueError: start or stop are shares of a run whose length is not known, or leave no room.
+        """
+        regrowth = self.regrowth
+        start = steps_of(self.reselect_start, total_steps, "reselect_start")
+        stop = steps_of(self.reselect_stop, total_steps, "reselect_stop")
+        if start > stop:
+            raise ValueError(
+                f"reselect_start={self.reselect_start!r} is step {start}, after reselect_stop={self.reselect_stop!r}, "
+                f"step {stop}"
+            )
+        return ReselectionSchedule(
+            every=self.reselect_every,
+            window=self.accumulate,
+            leads=regrowth.leads,
+            rate=self.replace_rate,
+            first_rate=regrowth.replaces_first if self.first_replace_rate is None else self.first_replace_rate,
+            decay=self.schedule,
+            start=start,
+            stop=stop,
+        )
+
+    def _check_selection(self) -> None:
+        if self.selection not in REGROWTHS:
+            try:
+                get_criterion(self.selection)
+            except ValueError as error:
+                raise ValueError(f"{error}, or for positions that change: {', '.join(REGROWTHS)}") from None
+            return
+        regrowth = self.regrowth
+        if self.accumulate is None:
+            self.accumulate = regrowth.accumulate
+        for name, least in (("reselect_every", 1), ("accumulate", 0 if regrowth.observes == "nothing" else 1)):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int):
+                raise TypeError(f"{name}={value!r}: an int is expected, a number of optimizer steps")
+            if value < least:
+                raise ValueError(f"{name}={value}: at least {least} is expected with selection={self.selection!r}")
+        if self.accumulate > self.reselect_every:
+            raise ValueError(
+                f"accumulate={self.accumulate} and reselect_every={self.reselect_every}: the steps that are observed "
+                "before a reselection must fit between two of them"
+            )
+        for name in ("replace_rate", "first_replace_rate"):
+            value = getattr(self, name)
+            if value is not None and not (_is_number(value) and 0 < value <= 1):
+                raise ValueError(f"{name}={value!r}: a share in (0, 1] is expected")
+        if self.schedule not in DECAYS:
+            raise ValueError(f"schedule={self.schedule!r}: one of {', '.join(DECAYS)} is expected")
+        for name in ("reselect_start", "reselect_stop"):
+            value = getattr(self, name)
+            if not (_is_number(value) and (value >= 0 if isinstance(value, int) else 0 <= value <= 1)):
+                raise ValueError(
+                    f"{name}={value!r}: a number of optimizer steps (int), or a share of the run (float in [0, 1]) is "
+                    "expected"
+                )
+        if not (_is_number(self.candidates) and math.isfinite(self.candidates) and self.candidates > 0):
+            raise ValueError(f"candidates={self.candidates!r}: a positive number of positions per entry is expected")
+        if self.seed_moments not in SEED_MOMENTS:
+            raise ValueError(f"seed_moments={self.seed_moments!r}: one of {', '.join(SEED_MOMENTS)} is expected")
+        if self.redistribute and regrowth.observes == "nothing":
+            raise ValueError(
+                f"redistribute=True with selection={self.selection!r}: positions that grow at random have no scores "
+                "to compare layers by; use accumulated_gradient, momentum or rigl"
             )
 
     def __setattr__(self, name, value):

@@ -12,9 +12,10 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from ...ops import panel_bytes
-from ...support import Support, collect_supports, get_criterion, resolve_counts, supports_from_gradients
+from ...support import Support, collect_supports, resolve_counts, supports_from_gradients
 from ..base_layer import SparseTunerLayer
 from ..base_model import BaseSparseModel, LayerPlan, base_of, stored_shape
+from ..delta import SparseDelta
 from ..selection import SupportRecipe
 from .config import SparseConfig
 from .layer import SparseLinear
@@ -79,7 +80,8 @@ class SparseModel(BaseSparseModel):
     @staticmethod
     def _recipe(config: SparseConfig, name: str, entries: int) -> SupportRecipe:
         options = {"principal": {"r": config.principal_rank}, "threshold": {"threshold": config.threshold}}
-        return SupportRecipe(config.selection, entries, config.seed, name, options.get(config.selection, {}))
+        criterion = config.criterion.name
+        return SupportRecipe(criterion, entries, config.seed, name, options.get(criterion, {}))
 
     def _cloned_supports(
         self, config: SparseConfig, targets: dict[str, nn.Module], adapter_name: str
@@ -97,7 +99,7 @@ class SparseModel(BaseSparseModel):
         cls, config: SparseConfig, targets: dict[str, nn.Module], shapes: dict[str, tuple[int, int]]
     ) -> tuple[dict[str, int], dict[str, Support]]:
         """Share the budget between the layers and choose their positions, from the weights alone."""
-        criterion = get_criterion(config.selection)
+        criterion = config.criterion
         recipes = {name: cls._recipe(config, name, 0) for name in targets}
         if criterion.count is not None:
             counts = {
@@ -147,6 +149,12 @@ class SparseModel(BaseSparseModel):
                 )
 
     @classmethod
+    def _fit(cls, config: SparseConfig, delta: SparseDelta, values: Tensor) -> None:
+        if config.redistribute and 0 < values.numel() <= delta.shape[0] * delta.shape[1]:
+            delta.resize(values.numel())
+            config.num_entries = {**(config.num_entries or {}), delta.name: values.numel()}
+
+    @classmethod
     def select_support(
         cls,
         model: nn.Module,
@@ -158,7 +166,7 @@ class SparseModel(BaseSparseModel):
         oversample: float = 8.0,
     ) -> SparseConfig:
         """See :func:`sparse_peft.select_support`, which copies the config first."""
-        criterion = get_criterion(config.selection)
+        criterion = config.criterion
         if criterion.needs not in ("gradient", "activation"):
             raise ValueError(
                 f"selection={config.selection!r} needs no data; pass the config to get_peft_model as it is"

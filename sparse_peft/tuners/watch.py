@@ -1,0 +1,45 @@
+"""Adapters whose positions should change in training: a word of warning where nothing changes them."""
+
+from __future__ import annotations
+
+import warnings
+import weakref
+
+from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
+
+from .delta import SparseDelta
+
+_unattended: weakref.WeakSet[SparseDelta] = weakref.WeakSet()
+_hook = None
+
+
+def expect_attendance(delta: SparseDelta) -> None:
+    """Warn, once, if an optimizer steps these values and no controller was made for them by then."""
+    global _hook
+    if _hook is None:
+        _hook = register_optimizer_step_post_hook(_check)
+    _unattended.add(delta)
+
+
+def attend(delta: SparseDelta) -> None:
+    """A controller looks after these values."""
+    _unattended.discard(delta)
+
+
+def _check(optimizer: Optimizer, *_) -> None:
+    if not _unattended:
+        return
+    stepped = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    alone = [delta for delta in _unattended if id(delta.values) in stepped]
+    if not alone:
+        return
+    _unattended.clear()
+    warnings.warn(
+        f"the adapter in layer {alone[0].name} (and {len(alone) - 1} more) is trained, but nothing reselects its "
+        "positions as its config asks for. With a Trainer or a TRL trainer add "
+        "`callbacks=[sparse_peft.SparsityCallback()]`; in a loop of your own make "
+        "`controller = sparse_peft.SparsityController(model, optimizer, total_steps=...)` and call "
+        "`controller.step()` after each `optimizer.step()`.",
+        UserWarning,
+        stacklevel=3,
+    )
