@@ -9,14 +9,22 @@ from .tuners.selection import select_support
 register_all()
 guard_adapter_writes()
 
+from .training.adamw import SparseAdamW  # noqa: E402
+from .training.callback import SparsityCallback  # noqa: E402
+from .training.controller import SparsityController  # noqa: E402
+from .training.sm3 import SM3  # noqa: E402
 from .tuners.sparse import SparseConfig, SparseLinear, SparseModel  # noqa: E402  (their PEFT type exists from here on)
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "SM3",
+    "SparseAdamW",
     "SparseConfig",
     "SparseLinear",
     "SparseModel",
+    "SparsityCallback",
+    "SparsityController",
     "__version__",
     "base_weights",
     "panel_limit",

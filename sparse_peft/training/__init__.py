@@ -1,0 +1,1 @@
+"""What happens during training besides the optimizer's steps."""

@@ -1,0 +1,108 @@
+"""AdamW that counts each entry's own steps."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .optimizer_state import Seeds, rearranged, restore_dtypes
+from .sharded import full, write_full_
+
+
+class SparseAdamW(torch.optim.Optimizer):
+    """AdamW (Loshchilov and Hutter 2019) whose bias correction goes by the age of each entry (SpIEL, section 3).
+
+    Until positions change it is torch's AdamW. An entry that begins to train later has its first step like any
+    other's first step, one learning rate long; with what was observed of it before, its moments are those of an entry
+    that is as many steps old.
+
+    Args:
+        params: parameters or parameter groups.
+        lr: learning rate.
+        betas: decay of the two moments.
+        eps: added to the root of the second moment.
+        weight_decay: decoupled; pulls the values of a sparse delta, not the weights, to 0.
+
+    Raises:
+        ValueError: a hyper-parameter out of range.
+    """
+
+    def __init__(
+        self,
+        params: Iterable,
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+    ):
+        for name, value in (("lr", lr), ("eps", eps), ("weight_decay", weight_decay)):
+            if not value >= 0:
+                raise ValueError(f"{name}={value!r}: at least 0 is expected")
+        if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
+            raise ValueError(f"betas={betas!r}: two numbers in [0, 1) are expected")
+        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Tensor] | None = None) -> Tensor | None:
+        """One step."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    self._update(parameter, group)
+        return loss
+
+    def _update(self, parameter: Tensor, group: dict[str, Any]) -> None:
+        state = self.state[parameter]
+        dtype = torch.promote_types(parameter.dtype, torch.float32)
+        gradient = parameter.grad.to(dtype)
+        if not state:
+            state["exp_avg"] = torch.zeros_like(gradient)
+            state["exp_avg_sq"] = torch.zeros_like(gradient)
+            # one number for all entries; a tensor of the parameter's size from the first change of positions on
+            state["age"] = torch.zeros((), device=parameter.device)
+        beta1, beta2 = group["betas"]
+        first, second, age = state["exp_avg"], state["exp_avg_sq"], state["age"]
+        age += 1
+        first.lerp_(gradient, 1 - beta1)
+        second.mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
+        exact = age.double()
+        corrected = (second / (1 - beta2**exact).to(dtype)).sqrt_().add_(group["eps"])
+        update = (first / (1 - beta1**exact).to(dtype)).div_(corrected)
+        value = parameter.to(dtype) * (1 - group["lr"] * group["weight_decay"])
+        parameter.copy_(value.sub_(update, alpha=group["lr"]))
+
+    @torch.no_grad()
+    def remap_state(self, parameter: Tensor, source: Tensor, seeds: Seeds | None = None) -> None:
+        """Follow a change of positions, as :func:`~sparse_peft.training.optimizer_state.remap_` does for others."""
+        state = self.state.get(parameter) or {}
+        if not state:
+            return
+        group = next(group for group in self.param_groups if any(other is parameter for other in group["params"]))
+        beta1, beta2 = group["betas"]
+        old = {name: full(state[name]) for name in ("exp_avg", "exp_avg_sq", "age")}
+        old["age"] = old["age"].expand(old["exp_avg"].shape)
+        new: dict[str, Tensor | None] = dict.fromkeys(old)
+        if seeds is not None:
+            new["exp_avg"] = seeds.mean * (1 - beta1**seeds.steps)
+            new["exp_avg_sq"] = seeds.mean_square * (1 - beta2**seeds.steps)
+            new["age"] = seeds.steps
+        for name, tensor in old.items():
+            value = rearranged(tensor, source, new[name])
+            if state["exp_avg"].shape != value.shape:
+                state[name] = value
+                continue
+            if state[name].shape != value.shape:
+                state[name] = torch.zeros_like(state["exp_avg"], dtype=torch.float32)
+            write_full_(state[name], value)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """As torch's; the moments keep their dtype for parameters of any dtype."""
+        super().load_state_dict(state_dict)
+        restore_dtypes(self, state_dict)

@@ -1,0 +1,57 @@
+"""What the processes of a data-parallel run tell each other; nothing in a run of one process."""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+class Collectives:
+    """The processes whose gradients are averaged.
+
+    Args:
+        group: a process group; None for all processes.
+    """
+
+    def __init__(self, group: dist.ProcessGroup | None = None):
+        self.group = group
+        running = dist.is_available() and dist.is_initialized()
+        self.size = dist.get_world_size(group) if running else 1
+
+    @property
+    def alone(self) -> bool:
+        return self.size == 1
+
+    def mean(self, tensor: Tensor) -> Tensor:
+        """The mean over the processes, of float32 tensors of one shape."""
+        if self.alone:
+            return tensor
+        total = tensor.clone()
+        dist.all_reduce(total, group=self.group)
+        return total.div_(self.size)
+
+    def gather_ragged(self, *columns: Tensor) -> list[tuple[Tensor, ...]]:
+        """Every process's columns, 1-D tensors of one length, which may differ between processes."""
+        if self.alone:
+            return [columns]
+        length = torch.tensor([columns[0].numel()], device=columns[0].device)
+        lengths = [torch.empty_like(length) for _ in range(self.size)]
+        dist.all_gather(lengths, length, group=self.group)
+        lengths = [int(n) for n in lengths]
+        gathered = []
+        for column in columns:
+            padded = column.new_zeros(max(lengths))
+            padded[: column.numel()] = column
+            parts = [torch.empty_like(padded) for _ in range(self.size)]
+            dist.all_gather(parts, padded, group=self.group)
+            gathered.append([part[:n] for part, n in zip(parts, lengths)])
+        return list(zip(*gathered))
+
+    def from_first(self, tensor: Tensor) -> Tensor:
+        """The first process's tensor; all have one of its shape."""
+        if self.alone:
+            return tensor
+        tensor = tensor.contiguous()
+        dist.broadcast(tensor, group=self.group, group_src=0)
+        return tensor

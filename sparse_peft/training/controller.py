@@ -1,0 +1,200 @@
+"""Driving what changes during training, in any loop."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.fsdp import FullyShardedDataParallel
+
+from .collectives import Collectives
+from .dynamics import Dynamics, Setting, configs_of, make_dynamics
+from .optimizer_state import inner_optimizer
+from .records import Reselection
+
+# Under this key of the first parameter group the state travels with the optimizer's own.
+STATE_KEY = "sparse_peft"
+# Calls of step() without a step of the optimizer after which something is wrong: a loss scale is halved each time.
+MAX_SKIPPED = 64
+
+
+class SparsityController:
+    """Changes the trained positions of a model's adapters in the course of training, as their configs say.
+
+    Make it once the optimizer is there, and call :meth:`step` after each ``optimizer.step()``::
+
+        controller = SparsityController(model, optimizer, total_steps=1000)
+        for batch in batches:
+            model(**batch).loss.backward()
+            optimizer.step()
+            controller.step()
+            optimizer.zero_grad()
+
+    Its state is saved and restored with the optimizer's: ``optimizer.state_dict()`` holds it, and a controller made
+    for an optimizer whose state was loaded goes on from there. Load the adapter before.
+
+    Args:
+        model: the PEFT model, or whatever wraps it (DDP, accelerate, ``fully_shard``).
+        optimizer: a torch optimizer, or accelerate's wrapper of one.
+        total_steps: optimizer steps of the whole run; needed where a config gives start or stop as shares.
+        completed_steps: steps done before, where the optimizer's state does not say.
+        process_group: the processes whose gradients are averaged; None for all of them.
+
+    Attributes:
+        completed_steps: number of optimizer steps taken.
+        history: what the reselections did, oldest first.
+
+    Raises:
+        TypeError: the optimizer is none of torch's.
+        ValueError: the optimizer does not train an adapter that it should, or ``total_steps`` is missing.
+        NotImplementedError: the model is wrapped in FSDP1.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: Any,
+        total_steps: int | None = None,
+        *,
+        completed_steps: int = 0,
+        process_group: dist.ProcessGroup | None = None,
+    ):
+        self.optimizer = inner_optimizer(optimizer)
+        self.completed_steps = completed_steps
+        self.history: list[Reselection] = []
+        self._stepped = False
+        self._skipped = 0
+        self._dynamics = self._find(model, total_steps, Collectives(process_group))
+        self._handles = [
+            self.optimizer.register_step_pre_hook(self._before_step),
+            self.optimizer.register_step_post_hook(self._after_step),
+            self.optimizer.register_state_dict_post_hook(self._add_state),
+            self.optimizer.register_load_state_dict_post_hook(self._take_state),
+        ]
+        self._take_state(self.optimizer)
+        self._begin_step()
+
+    def _find(self, model: nn.Module, total_steps: int | None, collectives: Collectives) -> dict[str, Dynamics]:
+        from ..tuners.base_model import BaseSparseModel
+
+        trained = {id(parameter) for group in self.optimizer.param_groups for parameter in group["params"]}
+        layers = list(BaseSparseModel.sparse_layers(model))
+        found = {}
+        for adapter, config in configs_of(model).items():
+            mine = {layer.name: layer for layer in layers if adapter in getattr(layer, "deltas", {})}
+            values = [layer.deltas[adapter].values for layer in mine.values()]
+            if not getattr(config, "changes_in_training", False) or not any(v.requires_grad for v in values):
+                continue
+            if not all(id(parameter) in trained for parameter in values):
+                raise ValueError(
+                    f"the optimizer does not train the values of adapter {adapter!r}: make it from the parameters the "
+                    "model has now, after get_peft_model, load_adapter and any wrapping, and the controller after it"
+                )
+            if any(isinstance(module, FullyShardedDataParallel) for module in model.modules()):
+                raise NotImplementedError(
+                    f"adapter {adapter!r} changes its positions during training, which FSDP1's flat parameters do not "
+                    "let it; use FSDP2 (fully_shard, or fsdp_version: 2), DDP, or a static selection"
+                )
+            setting = Setting(adapter, config, mine, self.optimizer, total_steps, collectives)
+            dynamics = make_dynamics(setting)
+            if dynamics is not None:
+                found[adapter] = dynamics
+        return found
+
+    # ------------------------------------------------------------------ steps
+
+    def step(self) -> list[Reselection]:
+        """Take note of the optimizer's step; call it after each ``optimizer.step()``, on every process.
+
+        A step that the optimizer did not take, because a loss scaler found gradients that are not finite, does not
+        count.
+
+        Returns:
+            What was reselected, if anything was.
+        """
+        if not self._stepped:
+            self._note_skip()
+            return []
+        self._stepped, self._skipped = False, 0
+        self.completed_steps += 1
+        records = [dynamics.after_step(self.completed_steps) for dynamics in self._dynamics.values()]
+        records = [record for record in records if record is not None]
+        self.history.extend(records)
+        self._begin_step()
+        return records
+
+    def discard_step(self) -> None:
+        """Forget the backward passes since the last step; call it where a loop of your own skips ``optimizer.step()``
+        and throws the gradients away."""
+        for dynamics in self._dynamics.values():
+            dynamics.discard_step()
+
+    def close(self) -> None:
+        """Let go of model and optimizer; training may go on without the controller."""
+        for handle in self._handles:
+            handle.remove()
+        for dynamics in self._dynamics.values():
+            dynamics.close()
+        self._dynamics = {}
+
+    def _note_skip(self) -> None:
+        self.discard_step()
+        self._skipped += 1
+        if self._skipped == MAX_SKIPPED and self._dynamics:
+            warnings.warn(
+                f"SparsityController.step() was called {MAX_SKIPPED} times in a row without a step of the "
+                f"{type(self.optimizer).__name__} it was made for, so no positions change; make the controller with "
+                "the optimizer that is stepped, and call optimizer.step() first",
+                UserWarning,
+                stacklevel=3,
+            )
+
+    def _begin_step(self) -> None:
+        for dynamics in self._dynamics.values():
+            dynamics.begin_step(self.completed_steps + 1)
+
+    def _before_step(self, *_) -> None:
+        for dynamics in self._dynamics.values():
+            dynamics.before_step(self.completed_steps + 1)
+
+    def _after_step(self, *_) -> None:
+        self._stepped = True
+
+    # ------------------------------------------------------------------ checkpoints
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything a resumed run needs, between two steps: tensors, numbers, strings, lists and dicts."""
+        return {
+            "completed_steps": self.completed_steps,
+            "history": [record.to_dict() for record in self.history],
+            "adapters": {adapter: dynamics.state_dict() for adapter, dynamics in self._dynamics.items()},
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue where :meth:`state_dict` was taken; load the adapter and the optimizer's state before.
+
+        Raises:
+            ValueError: the state is of other adapters, layers or positions.
+        """
+        if set(state["adapters"]) != set(self._dynamics):
+            raise ValueError(
+                f"the saved state is of the adapters {sorted(state['adapters'])}, but those that change during this "
+                f"training are {sorted(self._dynamics)}"
+            )
+        for adapter, dynamics in self._dynamics.items():
+            dynamics.load_state_dict(state["adapters"][adapter])
+        self.completed_steps = state["completed_steps"]
+        self.history = [Reselection.from_dict(record) for record in state["history"]]
+        self._begin_step()
+
+    def _add_state(self, optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
+        if self._dynamics:
+            state_dict["param_groups"][0][STATE_KEY] = self.state_dict()
+        return state_dict
+
+    def _take_state(self, optimizer) -> None:
+        state = optimizer.param_groups[0].pop(STATE_KEY, None)
+        if state is not None and self._dynamics:
+            self.load_state_dict(state)

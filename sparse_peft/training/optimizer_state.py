@@ -1,0 +1,198 @@
+"""An optimizer's state follows its parameter's entries when the positions they stand for change."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .sharded import full, write_full_
+
+BNB_BLOCK = 256
+
+
+@dataclass(frozen=True)
+class Seeds:
+    """What was observed of new entries before they began to train.
+
+    Attributes:
+        mean: ``(entries,)`` float32 mean gradient of an optimizer step; 0 where nothing is known.
+        mean_square: ``(entries,)`` float32 mean of its square, likewise.
+        steps: ``(entries,)`` number of optimizer steps observed; 0 where nothing is known.
+    """
+
+    mean: Tensor
+    mean_square: Tensor
+    steps: Tensor
+
+
+def inner_optimizer(optimizer: Any) -> torch.optim.Optimizer:
+    """The torch optimizer inside accelerate's wrappers.
+
+    Raises:
+        TypeError: there is none, as with DeepSpeed.
+    """
+    inner = optimizer
+    while isinstance(getattr(inner, "optimizer", None), torch.optim.Optimizer):
+        inner = inner.optimizer
+    if not isinstance(inner, torch.optim.Optimizer):
+        raise TypeError(
+            f"optimizer of type {type(optimizer).__module__}.{type(optimizer).__name__}: a torch.optim.Optimizer is "
+            "expected, whose state can be moved with the entries; an engine such as DeepSpeed's keeps the state in "
+            "partitions of its own: use DDP or FSDP2, or a selection that does not change"
+        )
+    return inner
+
+
+def rearranged(tensor: Tensor, source: Tensor, new: Tensor | None = None) -> Tensor:
+    """``tensor[..., source]`` where ``source`` is a slot, and ``new`` (or 0) where it is -1."""
+    moved = tensor[..., source.clamp(min=0)]
+    is_new = source < 0
+    return moved.masked_fill(is_new, 0) if new is None else torch.where(is_new, new.to(moved.dtype), moved)
+
+
+@torch.no_grad()
+def remap_(
+    optimizer: torch.optim.Optimizer, parameter: Tensor, source: Tensor, seeds: Seeds | None = None, *, old_size: int
+) -> None:
+    """Rearrange a parameter's optimizer state as its entries were rearranged.
+
+    Every state tensor of the parameter's former shape is moved, whatever the optimizer; scalars stay. What a new
+    entry gets depends on what the tensor holds (``g`` and ``q`` are the observed mean gradient and mean square, ``s``
+    the number of observed steps, ``t`` the optimizer's):
+
+    ===========================================  =====================================================
+    Adam, AdamW and their kin, also in 8 bit     ``g (1 - beta1^t)``, ``q (1 - beta2^t)``: bias-corrected
+                                                 with the shared ``t``, exactly ``g`` and ``q``
+    averages without correction (Lion, RMSprop,  ``g (1 - beta^s)``, ``q (1 - beta^s)``: as if it had
+    Adadelta)                                    trained for ``s`` steps
+    SGD with momentum                            ``g (1 - dampening) (1 - mu^s) / (1 - mu)``: likewise
+    Adafactor                                    ``q``: its decay makes a plain average
+    Adagrad                                      ``q s``
+    anything else, or nothing was observed       0
+    ===========================================  =====================================================
+
+    With zeros and a shared ``t`` far above 1, Adam's first step of a new entry is about ``(1 - beta1) / sqrt(1 -
+    beta2)`` learning rates long, 3.2 with the usual betas: it seeds the first moment with a tenth of the gradient and
+    the second with a thousandth of its square. :class:`~sparse_peft.SparseAdamW` counts each entry's own steps.
+
+    An optimizer with a method ``remap_state(parameter, source, seeds)`` does all this itself.
+
+    Args:
+        optimizer: a torch optimizer.
+        parameter: ``(new entries,)``, in the optimizer.
+        source: ``(new entries,)`` int64: the old slot of an entry that stays, -1 for a new one.
+        seeds: what is known of the new ones.
+        old_size: number of entries before.
+
+    Raises:
+        NotImplementedError: 8-bit states that are not block-wise.
+    """
+    if hasattr(optimizer, "remap_state"):
+        optimizer.remap_state(parameter, source, seeds)
+        return
+    state = optimizer.state.get(parameter) or {}
+    group = next(group for group in optimizer.param_groups if any(other is parameter for other in group["params"]))
+    for key, tensor in list(state.items()):
+        if not isinstance(tensor, Tensor) or key.startswith(("qmap", "absmax")) or tensor.ndim == 0:
+            continue
+        if tensor.shape[-1] != old_size or tensor.ndim > 2:
+            continue
+        new = None if seeds is None else _seed(key, state, group, optimizer, seeds)
+        if f"qmap{key[-1]}" in state and tensor.dtype == torch.uint8:
+            _remap_8bit(optimizer, parameter, state, key, source, new)
+        else:
+            if new is not None and tensor.ndim == 2:
+                new = torch.stack((new, torch.zeros_like(new)))  # AdEMAMix: a fast average, and one too slow to seed
+            _put(state, key, rearranged(full(tensor).to(torch.float32), source, new).to(tensor.dtype))
+
+
+def _put(state: dict[str, Any], key: str, value: Tensor) -> None:
+    """In place where the size allows it: the tensor may be sharded, or paged."""
+    if state[key].shape == value.shape:
+        write_full_(state[key], value)
+    else:
+        state[key] = value
+
+
+def _seed(
+    key: str, state: Mapping[str, Any], group: Mapping[str, Any], optimizer: torch.optim.Optimizer, seeds: Seeds
+) -> Tensor | None:
+    """``(entries,)`` what a new entry's state is to be; None where nothing is known of this kind of state."""
+    name = getattr(optimizer, "optimizer_name", None)  # bitsandbytes' own
+    betas = group.get("betas")
+    squares = seeds.mean_square
+    if key in ("exp_avg", "exp_avg_sq", "max_exp_avg_sq") and betas is not None and "exp_avg_sq" in state:
+        return _corrected(state, seeds, betas, first=key == "exp_avg")
+    if key in ("state1", "state2") and name in ("adam", "lamb", "ademamix"):
+        return _corrected(state, seeds, betas, first=key == "state1")
+    if (key == "exp_avg" and betas is not None) or (key == "state1" and name == "lion"):
+        return seeds.mean * (1 - betas[1] ** seeds.steps)
+    if key == "exp_avg" and group.get("beta1") is not None:
+        return seeds.mean * (1 - group["beta1"] ** seeds.steps)
+    if key == "momentum_buffer" and "dampening" in group:
+        damped = seeds.mean * (1 - group["dampening"])
+        return damped * (1 - group["momentum"] ** seeds.steps) / (1 - group["momentum"])
+    if key == "state1" and name == "momentum":
+        return seeds.mean * (1 - betas[0] ** seeds.steps) / (1 - betas[0])
+    if key in ("square_avg", "grad_avg") and ("alpha" in group or "rho" in group):
+        decay = group["alpha"] if "alpha" in group else group["rho"]
+        return (squares if key == "square_avg" else seeds.mean) * (1 - decay**seeds.steps)
+    if key in ("variance", "exp_avg_sq"):
+        return squares
+    if key == "sum":
+        return squares * seeds.steps
+    return None
+
+
+def _corrected(state: Mapping[str, Any], seeds: Seeds, betas: tuple[float, ...], first: bool) -> Tensor:
+    steps = float(state["step"])
+    return seeds.mean * (1 - betas[0] ** steps) if first else seeds.mean_square * (1 - betas[1] ** steps)
+
+
+def _remap_8bit(
+    optimizer: torch.optim.Optimizer,
+    parameter: Tensor,
+    state: dict[str, Any],
+    key: str,
+    source: Tensor,
+    new: Tensor | None,
+) -> None:
+    """bitsandbytes' block-wise 8-bit state, through float32: entries change blocks, so their codes are made anew."""
+    from bitsandbytes.functional import dequantize_blockwise, quantize_blockwise
+
+    number = key[-1]
+    code, absmax = state[f"qmap{number}"], state.get(f"absmax{number}")
+    if absmax is None:
+        raise NotImplementedError(
+            f"{type(optimizer).__name__} with block_wise=False has one scale for a whole tensor, and rounds small "
+            "entries to 0; make it with block_wise=True"
+        )
+    codes = state[key]
+    two = codes.ndim == 2
+    rows = []
+    for row, (part, scale) in enumerate(zip(codes, absmax) if two else [(codes, absmax)]):
+        values = dequantize_blockwise(part.contiguous(), absmax=scale, code=code, blocksize=BNB_BLOCK)
+        values = rearranged(values, source, new if row == 0 else None)
+        rows.append(quantize_blockwise(values, code=code, blocksize=BNB_BLOCK))
+    coded = [packed for packed, _ in rows]
+    scales = [quantised.absmax for _, quantised in rows]
+    value = torch.stack(coded) if two else coded[0]
+    if value.shape != codes.shape and not two:
+        state[key] = optimizer.get_state_buffer(parameter, dtype=torch.uint8)
+    _put(state, key, value)
+    state[f"absmax{number}"] = torch.stack(scales) if two else scales[0]
+
+
+def restore_dtypes(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> None:
+    """Take saved state tensors again as they are: torch casts them to their parameter's dtype."""
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    for index, saved in state_dict["state"].items():
+        parameter = parameters[index]
+        for name, value in saved.items():
+            loaded = optimizer.state[parameter][name]
+            if isinstance(value, Tensor) and loaded.dtype != value.dtype:
+                optimizer.state[parameter][name] = value.to(parameter.device, copy=True)

@@ -1,0 +1,99 @@
+"""What a reselection did: for the log, for plots, and kept in checkpoints."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+# Ages are counted in reselection periods: entries younger than 1, 2, 4 and 8 of them, and the rest.
+AGE_EDGES = (1, 2, 4, 8)
+
+
+@dataclass(frozen=True)
+class LayerChange:
+    """One layer's part in a reselection.
+
+    Attributes:
+        entries: trained entries afterwards.
+        replaced: entries that are new.
+        numel: size of the weight.
+        drop_threshold: largest absolute value among the dropped entries; None if none was dropped.
+        grow_threshold: smallest score among the new entries; None if none is new, or growth was random.
+    """
+
+    entries: int
+    replaced: int
+    numel: int
+    drop_threshold: float | None = None
+    grow_threshold: float | None = None
+
+
+@dataclass(frozen=True)
+class Reselection:
+    """One prune-and-regrow event of one adapter.
+
+    Attributes:
+        step: number of optimizer steps completed when it happened.
+        adapter: the adapter's name.
+        rate: share of each layer's entries that was up for replacement.
+        layers: ``{layer name: what happened there}``.
+        age_edges: ages in optimizer steps that separate the bins of ``ages``.
+        ages: ``len(age_edges) + 1`` numbers of entries by age, all layers together, youngest first.
+    """
+
+    step: int
+    adapter: str
+    rate: float
+    layers: dict[str, LayerChange]
+    age_edges: tuple[int, ...] = ()
+    ages: tuple[int, ...] = ()
+
+    @property
+    def entries(self) -> int:
+        """Trained entries of all layers."""
+        return sum(layer.entries for layer in self.layers.values())
+
+    @property
+    def replaced(self) -> int:
+        """New entries of all layers."""
+        return sum(layer.replaced for layer in self.layers.values())
+
+    @property
+    def density(self) -> float:
+        """Share of the layers' weights that trains."""
+        return self.entries / sum(layer.numel for layer in self.layers.values())
+
+    @property
+    def overlap(self) -> float:
+        """Share of the entries that were in the previous support too."""
+        return 1 - self.replaced / self.entries
+
+    def logs(self) -> dict[str, float]:
+        """Numbers for a Trainer's log, each under ``sparsity/``."""
+        drop = [layer.drop_threshold for layer in self.layers.values() if layer.drop_threshold is not None]
+        grow = [layer.grow_threshold for layer in self.layers.values() if layer.grow_threshold is not None]
+        logs = {
+            "density": self.density,
+            "replaced": self.replaced,
+            "replace_rate": self.rate,
+            "overlap": self.overlap,
+        }
+        if drop:
+            logs["drop_threshold"] = sum(drop) / len(drop)
+        if grow:
+            logs["grow_threshold"] = sum(grow) / len(grow)
+        if self.ages:
+            below = [f"age_below_{edge}" for edge in self.age_edges]
+            for name, count in zip([*below, f"age_from_{self.age_edges[-1]}"], self.ages):
+                logs[name] = count / self.entries
+        return {f"sparsity/{name}": float(value) for name, value in logs.items()}
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain numbers, strings, lists and dicts."""
+        return {**asdict(self), "age_edges": list(self.age_edges), "ages": list(self.ages)}
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> Reselection:
+        """What :meth:`to_dict` gave."""
+        layers = {name: LayerChange(**change) for name, change in data["layers"].items()}
+        return cls(**{**data, "layers": layers, "age_edges": tuple(data["age_edges"]), "ages": tuple(data["ages"])})

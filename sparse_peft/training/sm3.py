@@ -1,0 +1,137 @@
+"""SM3 over sparse values: the optimizer of SpIEL-MA."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from ..support import Support
+from ..tuners.delta import SparseDelta
+from .covers import update_covers_
+from .optimizer_state import rearranged, restore_dtypes
+
+
+class SM3(torch.optim.Optimizer):
+    """SM3-II (Anil et al. 2019) with a sparse delta's values as entries of their matrix (SpIEL, section 3).
+
+    A matrix has one accumulator for each row and column instead of one for each trained entry, so ``k`` values of a
+    ``(rows, cols)`` weight cost ``4 * (rows + cols)`` bytes of state. With ``selection="momentum"`` their products
+    are the scores by which positions grow. Other parameters are treated as the matrices or vectors they are.
+
+    With a Trainer: ``optimizer_cls_and_kwargs=(SM3, {"lr": 1e-3, "model": model})``, where ``model`` may be the base
+    model that the trainer adapts. Rates are higher than Adam's: the paper searches 4e-4 to 2e-3.
+
+    Args:
+        params: parameters or parameter groups.
+        lr: learning rate.
+        model: where the values' positions are looked up.
+        momentum: of the update, in [0, 1); 0 keeps no buffer.
+        eps: added to the accumulators.
+        weight_decay: decoupled; pulls the values of a delta, not the weights, to 0.
+
+    Raises:
+        ValueError: a hyper-parameter out of range.
+    """
+
+    def __init__(
+        self,
+        params: Iterable,
+        lr: float = 1e-3,
+        *,
+        model: nn.Module,
+        momentum: float = 0.0,
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+    ):
+        for name, value, top in (("lr", lr, None), ("momentum", momentum, 1), ("eps", eps, None)):
+            if not 0 <= value or (top is not None and value >= top):
+                raise ValueError(f"{name}={value!r}: at least 0 {'and below 1 ' if top else ''}is expected")
+        if weight_decay < 0:
+            raise ValueError(f"weight_decay={weight_decay!r}: at least 0 is expected")
+        super().__init__(params, {"lr": lr, "momentum": momentum, "eps": eps, "weight_decay": weight_decay})
+        self._model = model
+        self._deltas: dict[int, SparseDelta] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name != "_deltas"} | {"_deltas": {}}
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Tensor] | None = None) -> Tensor | None:
+        """One step.
+
+        Raises:
+            NotImplementedError: a sharded or a sparse gradient.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    self._update(parameter, group)
+        return loss
+
+    def _update(self, parameter: Tensor, group: dict[str, Any]) -> None:
+        gradient = parameter.grad
+        if isinstance(parameter, DTensor) or gradient.is_sparse:
+            raise NotImplementedError(
+                "SM3 needs whole, dense gradients: rows and columns of a matrix are spread over the processes of FSDP "
+                "(use DDP, or AdamW with selection='momentum'), and sparse gradients have no columns"
+            )
+        gradient = gradient.to(torch.float32).nan_to_num(0.0, 0.0, 0.0)
+        accumulators = self._accumulate(parameter, gradient)
+        update = gradient / (accumulators + group["eps"]).sqrt()
+        beta = group["momentum"]
+        if beta:
+            state = self.state[parameter]
+            if "momentum_buffer" not in state:
+                state["momentum_buffer"] = torch.zeros_like(update)
+            update = state["momentum_buffer"].mul_(beta).add_(update, alpha=1 - beta)
+        value = parameter.to(torch.float32) - group["lr"] * update
+        parameter.copy_(value.mul_(1 - group["lr"] * group["weight_decay"]))
+
+    def _accumulate(self, parameter: Tensor, gradient: Tensor) -> Tensor:
+        """Take the gradient into the parameter's accumulators, and give those of each entry."""
+        state, device = self.state[parameter], parameter.device
+        support = self._support_of(parameter)
+        if support is None and parameter.ndim < 2:
+            if "accumulator" not in state:
+                state["accumulator"] = torch.zeros(parameter.shape, device=device)
+            return state["accumulator"].add_(gradient.square())
+        shape = (parameter.shape[0], parameter[0].numel()) if support is None else support.shape
+        if "row" not in state:
+            state["row"], state["col"] = (torch.zeros(n, device=device) for n in shape)
+        row, col = state["row"], state["col"]
+        if support is not None:
+            return update_covers_(row, col, support, gradient)
+        entries = torch.minimum(row[:, None], col) + gradient.reshape(shape).square()
+        row.copy_(torch.maximum(row, entries.amax(1)))
+        col.copy_(torch.maximum(col, entries.amax(0)))
+        return entries.view(parameter.shape)
+
+    def _support_of(self, parameter: Tensor) -> Support | None:
+        """The positions of a delta's values; None for any other parameter."""
+        delta = self._deltas.get(id(parameter))
+        if delta is None or delta.values is not parameter:
+            # parameters are replaced by loading, and by reselection between layers
+            self._deltas = {
+                id(module.values): module for module in self._model.modules() if isinstance(module, SparseDelta)
+            }
+            delta = self._deltas.get(id(parameter))
+        return None if delta is None else delta.support
+
+    def remap_state(self, parameter: Tensor, source: Tensor, seeds: Any = None) -> None:
+        """Follow a change of positions: the accumulators are the matrix's and stay, momentum goes with its entry."""
+        state = self.state.get(parameter) or {}
+        if "momentum_buffer" in state:
+            state["momentum_buffer"] = rearranged(state["momentum_buffer"], source)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """As torch's; the accumulators keep float32 for parameters of any dtype."""
+        super().load_state_dict(state_dict)
+        restore_dtypes(self, state_dict)
