@@ -22,13 +22,13 @@ class SM3(torch.optim.Optimizer):
     ``(rows, cols)`` weight cost ``4 * (rows + cols)`` bytes of state. With ``selection="momentum"`` their products
     are the scores by which positions grow. Other parameters are treated as the matrices or vectors they are.
 
-    With a Trainer: ``optimizer_cls_and_kwargs=(SM3, {"lr": 1e-3, "model": model})``, where ``model`` may be the base
-    model that the trainer adapts. Rates are higher than Adam's: the paper searches 4e-4 to 2e-3.
+    With a Trainer: ``optimizer_cls_and_kwargs=(SM3, {"lr": 1e-3, "peft_model": model})``, where ``model`` may be the
+    base model that the trainer adapts. Rates are higher than Adam's: the paper searches 4e-4 to 2e-3.
 
     Args:
         params: parameters or parameter groups.
         lr: learning rate.
-        model: where the values' positions are looked up.
+        peft_model: where the values' positions are looked up.
         momentum: of the update, in [0, 1); 0 keeps no buffer.
         eps: added to the accumulators.
         weight_decay: decoupled; pulls the values of a delta, not the weights, to 0.
@@ -42,7 +42,7 @@ class SM3(torch.optim.Optimizer):
         params: Iterable,
         lr: float = 1e-3,
         *,
-        model: nn.Module,
+        peft_model: nn.Module,
         momentum: float = 0.0,
         eps: float = 1e-8,
         weight_decay: float = 0.0,
@@ -53,7 +53,7 @@ class SM3(torch.optim.Optimizer):
         if weight_decay < 0:
             raise ValueError(f"weight_decay={weight_decay!r}: at least 0 is expected")
         super().__init__(params, {"lr": lr, "momentum": momentum, "eps": eps, "weight_decay": weight_decay})
-        self._model = model
+        self._model = peft_model
         self._deltas: dict[int, SparseDelta] = {}
 
     def __getstate__(self) -> dict[str, Any]:

@@ -6,53 +6,12 @@ import pytest
 import torch
 from datasets import Dataset
 from peft import PeftModel, get_peft_model
-from transformers import (
-    DataCollatorForLanguageModeling,
-    LlamaConfig,
-    LlamaForCausalLM,
-    PreTrainedTokenizerFast,
-    Trainer,
-    TrainingArguments,
-)
+from small import config, llama, text
+from transformers import DataCollatorForLanguageModeling, Trainer, TrainingArguments
 
-from sparse_peft import SparseConfig
 from sparse_peft.tuners.base_layer import SparseTunerLayer
 
 trl = pytest.importorskip("trl")
-WORDS = "the quick brown fox jumps over a lazy dog and runs away from it".split()
-
-
-@pytest.fixture(scope="module")
-def tokenizer():
-    from tokenizers import Tokenizer
-    from tokenizers.models import WordLevel
-    from tokenizers.pre_tokenizers import Whitespace
-
-    vocabulary = {w: i for i, w in enumerate(["<pad>", "<eos>", "<unk>", *dict.fromkeys(WORDS)])}
-    inner = Tokenizer(WordLevel(vocabulary, unk_token="<unk>"))
-    inner.pre_tokenizer = Whitespace()
-    return PreTrainedTokenizerFast(
-        tokenizer_object=inner, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>",
-        chat_template="{% for m in messages %}{{ m['content'] }} {% endfor %}",
-    )  # fmt: skip
-
-
-def llama():
-    torch.manual_seed(0)
-    return LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=32, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
-            pad_token_id=0, eos_token_id=1, bos_token_id=1,
-        )
-    )  # fmt: skip
-
-
-def config(**kwargs):
-    return SparseConfig(**{"density": 0.1, "target_modules": "all-linear", "task_type": "CAUSAL_LM", **kwargs})
-
-
-def text(n=16):
-    return Dataset.from_dict({"text": [" ".join(WORDS[i % 5 :]) for i in range(n)]})
 
 
 def base_is_untouched(model):

@@ -30,7 +30,7 @@ def adapted(selection="accumulated_gradient", base=None, **config):
 def optimizer_of(model, kind="adamw", lr=1e-2):
     values = [p for p in model.parameters() if p.requires_grad]
     if kind == "sm3":
-        return SM3(values, lr=lr, model=model)
+        return SM3(values, lr=lr, peft_model=model)
     return {"adamw": torch.optim.AdamW, "by age": SparseAdamW, "sgd": torch.optim.SGD}[kind](values, lr=lr)
 
 

@@ -45,7 +45,7 @@ def leaf(model):
 def test_it_is_sm3_over_the_matrix(density, options):
     model = model_of(density)
     delta = leaf(model)
-    optimizer = SM3([delta.values], lr=0.1, model=model, **options)
+    optimizer = SM3([delta.values], lr=0.1, peft_model=model, **options)
     mask, at = delta.support.to_mask(), delta.support.indices.long()
     gradients = [torch.randn(5, 7) * mask for _ in range(6)]
     for gradient in gradients:
@@ -60,7 +60,7 @@ def test_it_is_sm3_over_the_matrix(density, options):
 
 def test_other_parameters_are_matrices_and_vectors_of_their_own():
     weight, bias = nn.Parameter(torch.zeros(4, 3)), nn.Parameter(torch.zeros(4))
-    optimizer = SM3([weight, bias], lr=0.1, model=nn.Linear(3, 4))
+    optimizer = SM3([weight, bias], lr=0.1, peft_model=nn.Linear(3, 4))
     gradients = [(torch.randn(4, 3), torch.randn(4)) for _ in range(4)]
     total = torch.zeros(4).double()
     expected = torch.zeros(4).double()
@@ -77,7 +77,7 @@ def test_other_parameters_are_matrices_and_vectors_of_their_own():
 def test_gradients_that_are_not_finite_leave_their_entries_alone():
     model = model_of(0.5)
     delta = leaf(model)
-    optimizer = SM3([delta.values], lr=0.1, model=model)
+    optimizer = SM3([delta.values], lr=0.1, peft_model=model)
     gradient = torch.randn(delta.values.numel())
     gradient[3], gradient[5] = float("nan"), float("inf")
     delta.values.grad = gradient
@@ -100,7 +100,7 @@ def test_covers_bound_the_sums_of_squares():
 def test_momentum_goes_with_its_entry_and_the_covers_stay():
     model = model_of(0.5)
     delta = leaf(model)
-    optimizer = SM3([delta.values], lr=0.1, model=model, momentum=0.5)
+    optimizer = SM3([delta.values], lr=0.1, peft_model=model, momentum=0.5)
     delta.values.grad = torch.randn(delta.values.numel())
     optimizer.step()
     state = {k: v.clone() for k, v in optimizer.state[delta.values].items()}
@@ -125,7 +125,7 @@ def test_saved_and_loaded_it_goes_on_bit_for_bit(dtype):
     whole, resumed = (model_of(0.5) for _ in range(2))
     for model in (whole, resumed):
         leaf(model).values.data = leaf(model).values.data.to(dtype)
-    make = lambda m: SM3([leaf(m).values], lr=0.1, model=m, momentum=0.9)  # noqa: E731
+    make = lambda m: SM3([leaf(m).values], lr=0.1, peft_model=m, momentum=0.9)  # noqa: E731
     optimizer = make(whole)
     run(whole, optimizer, range(3))
     file = io.BytesIO()
@@ -146,4 +146,4 @@ def test_saved_and_loaded_it_goes_on_bit_for_bit(dtype):
 )
 def test_options_out_of_range_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
-        SM3([nn.Parameter(torch.zeros(1))], model=nn.Linear(1, 1), **options)
+        SM3([nn.Parameter(torch.zeros(1))], peft_model=nn.Linear(1, 1), **options)

@@ -1,0 +1,229 @@
+"""Prune and regrow on two processes: DDP through accelerate, and FSDP2, against one process with the whole batch."""
+
+import copy
+import os
+import traceback
+
+import pytest
+import torch
+import torch.multiprocessing as mp
+import torch.nn.functional as F
+from accelerate import Accelerator
+from peft import PeftModel, get_peft_model
+from torch import distributed, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+
+from sparse_peft import SparseAdamW, SparseConfig, SparsityController
+from sparse_peft.training.sharded import full
+
+STEPS, TOTAL = 11, 12
+OPTIMIZERS = {"adamw": torch.optim.AdamW, "by age": SparseAdamW}
+
+
+class Block(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.up = nn.Linear(12, 23)
+        self.down = nn.Linear(23, 12, bias=False)
+
+    def forward(self, x):
+        return x + self.down(torch.tanh(self.up(x)))
+
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.blocks = nn.ModuleList([Block(), Block()])
+        self.head = nn.Linear(12, 3)
+
+    def forward(self, x):
+        for block in self.blocks:
+            x = block(x)
+        return self.head(x)
+
+
+def adapted(selection, seed=0, **fields):
+    window = {"set": 0, "rigl": 1}.get(selection, 3)
+    fields = {"density": 0.1, "reselect_every": 4, "accumulate": window, "candidates": 1e9, **fields}
+    config = SparseConfig(selection=selection, target_modules=["up", "down"], seed=seed, **fields)
+    return get_peft_model(Net(), config)
+
+
+def batch_at(step):
+    generator = torch.Generator().manual_seed(step)
+    return torch.randn(16, 12, generator=generator), torch.randint(0, 3, (16,), generator=generator)
+
+
+def leaves(model):
+    # layers keep their names inside whatever wraps the model
+    return {
+        name.split("base_model.model.")[-1]: module
+        for name, module in model.named_modules()
+        if hasattr(module, "recipe")
+    }
+
+
+def look_at(model):
+    return {
+        name: (
+            leaf.indices.tolist(),
+            full(leaf.values).tolist(),
+            None if leaf.values.grad is None else full(leaf.values.grad).tolist(),
+        )
+        for name, leaf in leaves(model).items()
+    }
+
+
+def train(
+    model, called, optimizer, controller, steps, part=slice(None), accumulation=1, backward=torch.Tensor.backward
+):
+    seen = []
+    for step in steps:
+        x, y = (t[part] for t in batch_at(step))
+        for a, b in zip(x.chunk(accumulation), y.chunk(accumulation)):
+            backward(F.cross_entropy(called(a), b) / accumulation)
+        nn.utils.clip_grad_norm_(model.parameters(), 0.1)
+        seen.append(look_at(model))  # gradients, before the step
+        optimizer.step()
+        controller.step()
+        optimizer.zero_grad()
+    seen.append(look_at(model))
+    return seen
+
+
+def on_one_process(selection, kind="adamw", **fields):
+    model = adapted(selection, **fields)
+    optimizer = OPTIMIZERS[kind]([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    return train(model, model, optimizer, SparsityController(model, optimizer, TOTAL), range(STEPS))
+
+
+def half(rank):
+    return slice(8 * rank, 8 * rank + 8)
+
+
+def with_ddp(rank, selection, kind, fields, folder):
+    accelerator = Accelerator(cpu=True)
+    # each process would draw other positions; those of the first count, as its parameters do in DDP
+    model = adapted(selection, **fields)
+    optimizer = OPTIMIZERS[kind]([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    wrapped, prepared = accelerator.prepare(model, optimizer)
+    assert isinstance(wrapped, nn.parallel.DistributedDataParallel)
+    controller = SparsityController(wrapped, prepared, TOTAL)
+    return train(model, wrapped, prepared, controller, range(STEPS), half(rank), backward=accelerator.backward)
+
+
+def with_fsdp2(rank, selection, kind, fields, folder):
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+
+    def make():
+        model = adapted(selection, **fields)
+        mesh = init_device_mesh("cpu", (2,))
+        for block in model.get_base_model().blocks:
+            fully_shard(block, mesh=mesh)
+        fully_shard(model, mesh=mesh)
+        optimizer = OPTIMIZERS[kind]([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+        return model, optimizer
+
+    model, optimizer = make()
+    controller = SparsityController(model, optimizer, TOTAL)
+    first = train(model, model, optimizer, controller, range(6), half(rank))
+    state = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True))
+    if rank == 0:
+        model.save_pretrained(folder, state_dict=state)
+    distributed.barrier()
+    saved = copy.deepcopy(optimizer.state_dict())
+
+    resumed, other = make()
+    for name, leaf in leaves(model).items():
+        twin = leaves(resumed)[name]
+        with torch.no_grad():
+            twin.values.to_local().copy_(leaf.values.to_local())
+        twin.indices = leaf.indices.clone()
+    other.load_state_dict(saved)
+    going_on = SparsityController(resumed, other, TOTAL)
+    assert going_on.completed_steps == 6
+    rest = train(model, model, optimizer, controller, range(6, STEPS), half(rank))
+    again = train(resumed, resumed, other, going_on, range(6, STEPS), half(rank))
+    assert rest == again, "a resumed run is the uninterrupted one"
+    return first[:-1] + rest
+
+
+def refused(rank, selection, kind, fields, folder):
+    model = adapted("accumulated_gradient", redistribute=True)
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1)
+    with pytest.raises(NotImplementedError, match="redistribute=True of adapter default in a run of 2 processes"):
+        SparsityController(model, optimizer, TOTAL)
+    wrapped = FullyShardedDataParallel(adapted("rigl"), use_orig_params=True, device_id=torch.device("cpu"))
+    optimizer = torch.optim.SGD([p for p in wrapped.parameters() if p.requires_grad], lr=1)
+    with pytest.raises(NotImplementedError, match="FSDP1's flat parameters.*FSDP2"):
+        SparsityController(wrapped, optimizer, TOTAL)
+    return "refused"
+
+
+def process(rank, run, address, cases, results):
+    try:
+        # what a launcher sets, and accelerate looks for
+        os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "ACCELERATE_USE_CPU": "true"}
+        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}  # not used: the processes meet at a file
+        distributed.init_process_group("gloo", init_method=f"file://{address}", rank=rank, world_size=2)
+        torch.set_num_threads(1)
+        results[rank] = [run(rank, *case) for case in cases]
+        distributed.barrier()
+        distributed.destroy_process_group()
+    except Exception:
+        results[rank] = traceback.format_exc()
+        raise
+
+
+def on_two_processes(run, tmp_path, cases):
+    """What the two processes returned, for each case."""
+    cases = [(selection, kind, fields, tmp_path / selection) for selection, kind, fields in cases]
+    with mp.Manager() as manager:
+        results = manager.dict()
+        try:
+            mp.spawn(process, (run, tmp_path / "rendezvous", cases, results), nprocs=2)
+        except Exception:
+            pytest.fail("\n".join(str(value) for value in results.values()))
+        return list(zip(results[0], results[1]))
+
+
+def assert_close(found, expected):
+    for step, (a, b) in enumerate(zip(found, expected, strict=True)):
+        for name, (indices, values, gradient) in b.items():
+            assert a[name][0] == indices, f"positions of {name} after {step} steps"
+            assert a[name][1] == pytest.approx(values, rel=1e-3, abs=2e-5), f"values of {name} after {step} steps"
+            if gradient is not None:
+                assert a[name][2] == pytest.approx(gradient, rel=1e-3, abs=1e-6), f"gradient of {name} in step {step}"
+
+
+CASES = [
+    ("accumulated_gradient", "adamw", {}),
+    ("momentum", "adamw", {}),
+    ("rigl", "by age", {}),
+    ("set", "by age", {}),
+]
+
+
+@pytest.mark.parametrize("run", [with_ddp, with_fsdp2], ids=["ddp", "fsdp2"])
+def test_two_processes_do_what_one_does_with_the_whole_batch(tmp_path, run):
+    for (selection, kind, fields), (first, second) in zip(CASES, on_two_processes(run, tmp_path, CASES)):
+        assert first == second, f"{selection}: the processes agree to the bit"
+        assert_close(first, on_one_process(selection, kind, **fields))
+        assert first[0] != first[-1]
+        if run is with_fsdp2:
+            loaded = PeftModel.from_pretrained(Net(), tmp_path / selection)
+            for name, (indices, values, _) in look_at(loaded).items():
+                assert (indices, values) == first[6][name][:2]
+
+
+def test_processes_that_propose_different_candidates_agree(tmp_path):
+    ((first, second),) = on_two_processes(with_ddp, tmp_path, [("accumulated_gradient", "adamw", {"candidates": 0.7})])
+    assert first == second
+    supports = [{name: state[0] for name, state in seen.items()} for seen in first]
+    assert supports[0] != supports[3] != supports[7]
+
+
+def test_what_cannot_work_is_refused(tmp_path):
+    assert on_two_processes(refused, tmp_path, [("rigl", "adamw", {})]) == [("refused", "refused")]
