@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import nn
 from typer.testing import CliRunner
 
+import benchmarks.dynamic
+import benchmarks.reselection
 import benchmarks.step
 from benchmarks.goals import GOALS, Goal, judge
 from benchmarks.measure import (
@@ -346,3 +349,66 @@ def test_command_refuses_rows_that_do_not_exist():
 
     assert outcome.exit_code == 2
     assert "lora-r17" in outcome.output
+
+
+# ------------------------------------------------------------------------------------------------- dynamic sparsity
+
+
+class TinyLM(nn.Module):
+    """Next-token loss of a table of logits, through a linear layer."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed = nn.Embedding(11, 8)
+        self.proj = nn.Linear(8, 11)
+
+    def forward(self, input_ids, labels, use_cache=False):
+        logits = self.proj(self.embed(input_ids))
+        return SimpleNamespace(loss=nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten()))
+
+
+@pytest.mark.parametrize("method", benchmarks.dynamic.METHODS)
+def test_a_run_of_the_comparison_trains_and_leaves_the_model_as_it_was(method):
+    torch.manual_seed(0)
+    model = TinyLM()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    batch = torch.arange(22).remainder(11).view(2, 11)
+    config = benchmarks.dynamic.config_of(method, 0.2, 5, 2, 0)
+    config.task_type, config.target_modules = None, {"proj"}
+
+    def loss(model):
+        with torch.no_grad():
+            return model(input_ids=batch, labels=batch).loss.item()
+
+    run = benchmarks.dynamic.train(model, config, lambda step: batch, loss, 20, 0.05, 3)
+
+    assert run.loss < run.start and len(run.curve) == 20 and run.seed == 3
+    assert (run.replaced > 0) == (method != "random") == (run.reselections > 0)
+    assert model.state_dict().keys() == before.keys()
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_methods_are_compared_seed_by_seed():
+    def run(method, seed, loss):
+        return benchmarks.dynamic.Run(method, seed, 0.01, 4.0, loss, 2.0, 0, 0, 10)
+
+    static, rigl = benchmarks.dynamic.compare(
+        [run("random", 0, 3.0), run("random", 1, 2.0), run("rigl", 0, 2.9), run("rigl", 1, 1.9)]
+    )
+    assert (static.loss, static.difference) == (2.5, 0.0)
+    assert rigl.difference == pytest.approx(-0.1) and rigl.difference_spread == pytest.approx(0.0, abs=1e-9)
+    assert rigl.spread == pytest.approx(0.5**0.5)
+
+
+def test_reselection_costs_are_spread_over_their_period():
+    cost = benchmarks.reselection.Cost(
+        "l", 1, "m", step=2.0, product=1.0, proposal=0.3, following=0.2, event=0.1, largest=1
+    )
+    shares = cost.shares(every=20, window=5)
+    assert shares == {"selection": pytest.approx(0.4 / 40), "gradients": pytest.approx(1.8 / 40)}
+
+
+@pytest.mark.parametrize("selection", ["accumulated_gradient", "momentum"])
+def test_reselection_is_measured(selection):
+    cost = benchmarks.reselection.measure("tiny", 64, 48, 1, selection, 0.05, 32, 1)
+    assert cost.step > 0 and cost.event > 0 and 0 < cost.largest < 2**26

@@ -1,0 +1,243 @@
+"""Plots of what trains and of how it changed during training, as PNG files.
+
+Needs matplotlib: ``pip install "sparse-peft[plot]"``.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from statistics import quantiles
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from .support import Support
+from .training.records import Reselection
+from .tuners.base_layer import SparseTunerLayer
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+HISTORY_FILE = "sparsity_history.json"
+
+
+def support_map(support: Support, bins: tuple[int, int] = (64, 64)) -> Tensor:
+    """Local density of a support.
+
+    Args:
+        support: over a ``(rows, cols)`` weight.
+        bins: most cells in each direction; a smaller weight has one for each row or column.
+
+    Returns:
+        ``(cells, cells)`` float32: share of each cell's weights that trains.
+    """
+    (rows, cols), (height, width) = support.shape, (min(n, most) for n, most in zip(support.shape, bins))
+    row, col = support.rows.long() * height // rows, support.cols.long() * width // cols
+    counts = torch.bincount(row * width + col, minlength=height * width).view(height, width)
+    sizes = [
+        torch.bincount(torch.arange(n) * most // n, minlength=most) for n, most in ((rows, height), (cols, width))
+    ]
+    return counts.cpu() / (sizes[0][:, None] * sizes[1])
+
+
+def plot_supports(
+    supports: nn.Module | Mapping[str, Support],
+    path: str | os.PathLike,
+    adapter: str = "default",
+    max_layers: int = 24,
+) -> Path:
+    """A heat map for each layer: where its trained entries are, relative to the layer's density.
+
+    Args:
+        supports: a model with an adapter, or ``{layer name: support}``.
+        path: of the PNG file.
+        adapter: which adapter of the model.
+        max_layers: so many are drawn at most, evenly spaced over the model.
+
+    Raises:
+        ValueError: no layer has such an adapter.
+        ImportError: matplotlib is not installed.
+    """
+    if isinstance(supports, nn.Module):
+        supports = _supports_of(supports, adapter)
+    if not supports:
+        raise ValueError("supports: no layers to draw")
+    names = list(supports)
+    if len(names) > max_layers:
+        names = [names[round(i * (len(names) - 1) / max(1, max_layers - 1))] for i in range(max_layers)]
+    columns = min(len(names), 6 if len(names) > 8 else 4)
+    rows = -(-len(names) // columns)
+    figure = _figure(2.6 * columns + 1.2, 2.7 * rows + 0.9)
+    axes = figure.subplots(rows, columns, squeeze=False)
+    maps = {name: support_map(supports[name]) / supports[name].density for name in names}
+    top = max(2.0, float(torch.cat([grid.flatten() for grid in maps.values()]).quantile(0.99)))
+    for index, axis in enumerate(axes.flat):
+        if index >= len(names):
+            axis.set_axis_off()
+            continue
+        name = names[index]
+        image = axis.imshow(maps[name], aspect="auto", vmin=0, vmax=top, cmap="viridis", interpolation="nearest")
+        axis.set_title(f"{_short(name)}\n{supports[name].density:.2%} of {_shape(supports[name])}", fontsize=7)
+        axis.set_xticks([])
+        axis.set_yticks([])
+        if index % columns == 0:
+            axis.set_ylabel("row", fontsize=7)
+        if index + columns >= len(names):
+            axis.set_xlabel("column", fontsize=7)
+    figure.colorbar(image, ax=axes, label="trained entries, relative to the layer's mean", fraction=0.03)
+    shown = f"{len(names)} of {len(supports)} layers" if len(names) < len(supports) else f"{len(names)} layers"
+    figure.suptitle(f"Where the trained entries are ({shown})", fontsize=10)
+    return _save(figure, path)
+
+
+def plot_turnover(history: Sequence[Reselection], path: str | os.PathLike) -> Path:
+    """What each reselection replaced, its thresholds, and how old the trained entries were after it.
+
+    Args:
+        history: of one adapter, as in ``SparsityController.history``.
+        path: of the PNG file.
+
+    Raises:
+        ValueError: an empty history, or one of several adapters.
+        ImportError: matplotlib is not installed.
+    """
+    if not history:
+        raise ValueError("history: no reselection to draw; it is filled during training, by SparsityController.step()")
+    adapters = sorted({record.adapter for record in history})
+    if len(adapters) > 1:
+        raise ValueError(
+            f"history: reselections of {len(adapters)} adapters ({', '.join(adapters)}); draw one after the other, "
+            f"[record for record in history if record.adapter == {adapters[0]!r}]"
+        )
+    steps = [record.step for record in history]
+    figure = _figure(7.5, 8.0)
+    turnover, thresholds, ages = figure.subplots(3, 1, sharex=True)
+    turnover.plot(steps, [100 * (1 - record.overlap) for record in history], "o-", label="replaced")
+    turnover.plot(steps, [100 * record.rate for record in history], "k--", lw=1, label="up for replacement")
+    turnover.set_ylabel("% of the entries")
+    turnover.set_title(f"Reselection of adapter {adapters[0]!r}", fontsize=10)
+    turnover.legend(fontsize=8)
+    for what, label in (("drop_threshold", "largest dropped |value|"), ("grow_threshold", "smallest grown score")):
+        _band(thresholds, history, what, label)
+    thresholds.set_ylabel("threshold, median\nand 10-90 % of the layers", fontsize=9)
+    if thresholds.get_legend_handles_labels()[0]:
+        thresholds.set_yscale("log")
+        thresholds.legend(fontsize=8)
+    shares = [[100 * record.ages[i] / record.entries for record in history] for i in range(len(history[0].ages))]
+    edges = [0, *history[0].age_edges]
+    labels = [f"{a} to {b - 1}" for a, b in zip(edges, edges[1:])] + [f"{edges[-1]} and more"]
+    if len(steps) > 1:
+        ages.stackplot(steps, shares, labels=labels)
+    else:
+        bottom = 0.0
+        for share, label in zip(shares, labels):
+            ages.bar(steps, share, bottom=bottom, label=label)
+            bottom += share[0]
+    ages.set_ylabel("% of the entries")
+    ages.set_xlabel("optimizer step")
+    ages.legend(title="age in steps", fontsize=7, title_fontsize=7, loc="upper left", bbox_to_anchor=(1.01, 1))
+    return _save(figure, path)
+
+
+def _band(axis, history: Sequence[Reselection], what: str, label: str) -> None:
+    rows = []
+    for record in history:
+        found = sorted(
+            value for layer in record.layers.values() if (value := getattr(layer, what)) is not None and value > 0
+        )
+        if found:
+            deciles = quantiles(found, n=10, method="inclusive") if len(found) > 1 else found * 9
+            rows.append((record.step, deciles[0], deciles[4], deciles[8]))
+    if rows:
+        steps, low, middle, high = zip(*rows)
+        (line,) = axis.plot(steps, middle, "o-", label=label)
+        axis.fill_between(steps, low, high, alpha=0.2, color=line.get_color())
+
+
+def write_history(history: Sequence[Reselection], folder: str | os.PathLike) -> Path:
+    """Keep a history as ``sparsity_history.json`` in a folder; whole or not at all."""
+    path = Path(folder) / HISTORY_FILE
+    staged = path.with_suffix(".tmp")
+    staged.write_text(json.dumps([record.to_dict() for record in history], indent=1) + "\n", encoding="utf-8")
+    staged.replace(path)
+    return path
+
+
+def read_history(path: str | os.PathLike) -> list[Reselection]:
+    """What :func:`write_history` wrote, from the file or its folder.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: the file holds something else.
+    """
+    path = Path(path)
+    path = path / HISTORY_FILE if path.is_dir() else path
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no history; write_history(controller.history, folder) makes one")
+    try:
+        return [Reselection.from_dict(record) for record in json.loads(path.read_text(encoding="utf-8"))]
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise ValueError(
+            f"{path} is no history of reselections ({error}); write it anew with write_history"
+        ) from error
+
+
+def plot_report(model: nn.Module, history: Sequence[Reselection], folder: str | os.PathLike) -> list[Path]:
+    """``turnover.png`` and ``supports.png`` of one adapter's training, and the history beside them.
+
+    Raises:
+        ValueError: an empty history, or one of several adapters.
+        ImportError: matplotlib is not installed.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    turnover = plot_turnover(history, folder / "turnover.png")
+    supports = plot_supports(model, folder / "supports.png", history[0].adapter)
+    return [turnover, supports, write_history(history, folder)]
+
+
+def _supports_of(model: nn.Module, adapter: str) -> dict[str, Support]:
+    layers = [module for module in model.modules() if isinstance(module, SparseTunerLayer)]
+    found = {layer.name: layer.support(adapter) for layer in layers if adapter in layer.deltas}
+    if not found:
+        known = sorted({name for layer in layers for name in layer.deltas})
+        raise ValueError(
+            f"adapter={adapter!r}: no layer of {type(model).__name__} has it; "
+            + (f"there are {', '.join(map(repr, known))}" if known else "the model has no sparse adapter")
+        )
+    return found
+
+
+def _short(name: str) -> str:
+    """The end of a layer's name, with the number of its block."""
+    parts = name.split(".")
+    number = next((i for i, part in enumerate(parts) if part.isdigit()), max(0, len(parts) - 2))
+    return ".".join([*parts[number : number + 1], *parts[max(number + 1, len(parts) - 1) :]])
+
+
+def _shape(support: Support) -> str:
+    return f"{support.shape[0]} x {support.shape[1]}"
+
+
+def _figure(width: float, height: float) -> Figure:
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError('plots need matplotlib: pip install "sparse-peft[plot]"') from error
+    return Figure(figsize=(width, height), dpi=120, layout="constrained")
+
+
+def _save(figure: Any, path: str | os.PathLike) -> Path:
+    path = Path(path)
+    if path.suffix.lower() != ".png":
+        raise ValueError(f"path={str(path)!r}: a file name that ends in .png is expected")
+    if not path.parent.is_dir():
+        raise ValueError(f"path={str(path)!r}: the folder {path.parent} does not exist")
+    staged = path.with_name(f".{path.name}.tmp")
+    figure.savefig(staged, format="png")
+    staged.replace(path)
+    return path

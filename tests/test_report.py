@@ -1,0 +1,107 @@
+import builtins
+
+import pytest
+import torch
+from matplotlib import image
+from peft import get_peft_model
+from torch import nn
+
+from sparse_peft import SparseConfig
+from sparse_peft.report import plot_report, plot_supports, plot_turnover, read_history, support_map, write_history
+from sparse_peft.support import Support
+from sparse_peft.training.records import LayerChange, Reselection
+
+
+def history(events=6, adapter="default", random=False):
+    out = []
+    for i in range(events):
+        layers = {
+            f"layers.{n}.q": LayerChange(100, 20 - 3 * i, 10000, 1e-3 * (n + 1), None if random else 0.1 / (i + 1 + n))
+            for n in range(4)
+        }
+        out.append(
+            Reselection(5 + 20 * i, adapter, 0.2, layers, (20, 40, 80, 160), (80 - 12 * i, 320 + 12 * i, 0, 0, 0))
+        )
+    return out
+
+
+def model_of(blocks=3):
+    base = nn.Sequential(*[nn.ModuleDict({"q_proj": nn.Linear(70, 90)}) for _ in range(blocks)])
+    return get_peft_model(base, SparseConfig(target_modules=["q_proj"], density=0.1))
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (5, 3), (64, 64), (130, 67), (200, 33)])
+def test_support_map_is_the_local_density(shape):
+    support = Support.random(shape, max(1, shape[0] * shape[1] // 7), seed=0, name="x")
+    grid = support_map(support, (16, 64))
+    height, width = min(shape[0], 16), min(shape[1], 64)
+    assert grid.shape == (height, width)
+    mask = support.to_mask()
+    rows, cols = torch.arange(shape[0]) * height // shape[0], torch.arange(shape[1]) * width // shape[1]
+    for i in range(height):
+        for j in range(width):
+            cell = mask[rows == i][:, cols == j]
+            assert grid[i, j] == pytest.approx(cell.float().mean().item())
+
+
+def looks_like_a_plot(path):
+    picture = image.imread(path)
+    assert picture.ndim == 3 and min(picture.shape[:2]) > 250
+    assert picture[..., :3].std() > 0.02
+    assert not [other for other in path.parent.iterdir() if other.name.startswith(".")]
+
+
+@pytest.mark.parametrize("blocks", [1, 3, 30])
+def test_supports_are_drawn(tmp_path, blocks):
+    looks_like_a_plot(plot_supports(model_of(blocks), tmp_path / "supports.png", max_layers=7))
+
+
+@pytest.mark.parametrize("events", [1, 2, 6])
+@pytest.mark.parametrize("random", [False, True])
+def test_turnover_is_drawn(tmp_path, events, random):
+    looks_like_a_plot(plot_turnover(history(events, random=random), tmp_path / "turnover.png"))
+
+
+def test_a_report_has_both_and_the_history(tmp_path):
+    files = plot_report(model_of(), history(), tmp_path / "report")
+    assert [file.name for file in files] == ["turnover.png", "supports.png", "sparsity_history.json"]
+    assert read_history(tmp_path / "report") == history() == read_history(files[2])
+
+
+def test_errors_say_what_is_wrong(tmp_path, monkeypatch):
+    with pytest.raises(ValueError, match="history: no reselection to draw"):
+        plot_turnover([], tmp_path / "a.png")
+    with pytest.raises(ValueError, match="history: reselections of 2 adapters \\(a, b\\)"):
+        plot_turnover([*history(1, "a"), *history(1, "b")], tmp_path / "a.png")
+    with pytest.raises(ValueError, match="adapter='ref': no layer of PeftModel has it; there are 'default'"):
+        plot_supports(model_of(), tmp_path / "a.png", adapter="ref")
+    with pytest.raises(ValueError, match="the model has no sparse adapter"):
+        plot_supports(nn.Linear(2, 2), tmp_path / "a.png")
+    with pytest.raises(ValueError, match="ends in .png"):
+        plot_turnover(history(), tmp_path / "a.svg")
+    with pytest.raises(ValueError, match="folder .*missing does not exist"):
+        plot_turnover(history(), tmp_path / "missing" / "a.png")
+    with pytest.raises(FileNotFoundError, match="sparsity_history.json: no history"):
+        read_history(tmp_path)
+    (tmp_path / "sparsity_history.json").write_text('[{"step": 1}]')
+    with pytest.raises(ValueError, match="is no history of reselections"):
+        read_history(tmp_path)
+    real = builtins.__import__
+
+    def without(name, *args, **kwargs):
+        if name.startswith("matplotlib"):
+            raise ImportError(name)
+        return real(name, *args, **kwargs)
+
+    monkeypatch.setattr(builtins, "__import__", without)
+    with pytest.raises(ImportError, match=r'pip install "sparse-peft\[plot\]"'):
+        plot_turnover(history(), tmp_path / "a.png")
+
+
+def test_a_history_that_cannot_be_written_leaves_the_old_one(tmp_path, monkeypatch):
+    write_history(history(2), tmp_path)
+    monkeypatch.setattr("json.dumps", lambda *_, **__: (_ for _ in ()).throw(OSError("full")))
+    with pytest.raises(OSError):
+        write_history(history(3), tmp_path)
+    monkeypatch.undo()
+    assert read_history(tmp_path) == history(2)
