@@ -132,7 +132,17 @@ def compare(runs: list[Run]) -> list[Comparison]:
         differences = [run.loss - static[run.seed].loss for run in mine]
         spread = [stdev(numbers) if len(mine) > 1 else 0.0 for numbers in ([r.loss for r in mine], differences)]
         ratio = mean(run.seconds / static[run.seed].seconds for run in mine)
-        rows.append(Comparison(method, mean(run.loss for run in mine), spread[0], mean(differences), spread[1], ratio))
+        rows.append(
+            Comparison(
+                method,
+                mine[0].learning_rate,
+                mean(run.loss for run in mine),
+                spread[0],
+                mean(differences),
+                spread[1],
+                ratio,
+            )
+        )
     return rows
 
 
