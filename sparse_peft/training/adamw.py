@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from .optimizer_state import Seeds, rearranged, restore_dtypes
 from .sharded import full, write_full_
@@ -65,8 +66,14 @@ class SparseAdamW(torch.optim.Optimizer):
         if not state:
             state["exp_avg"] = torch.zeros_like(gradient)
             state["exp_avg_sq"] = torch.zeros_like(gradient)
-            # one number for all entries; a tensor of the parameter's size from the first change of positions on
-            state["age"] = torch.zeros((), device=parameter.device)
+            # one number for all entries; a tensor of the parameter's size from the first change of positions on, or
+            # from the start where it is sharded: distributed checkpoints are loaded into what is there
+            sharded = isinstance(parameter, DTensor)
+            state["age"] = (
+                torch.zeros_like(gradient, dtype=torch.float32)
+                if sharded
+                else torch.zeros((), device=parameter.device)
+            )
         beta1, beta2 = group["betas"]
         first, second, age = state["exp_avg"], state["exp_avg_sq"], state["age"]
         age += 1

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -47,6 +49,18 @@ class Collectives:
             dist.all_gather(parts, padded, group=self.group)
             gathered.append([part[:n] for part, n in zip(parts, lengths)])
         return list(zip(*gathered))
+
+    def whoever_has(self, thing: Any) -> Any:
+        """The first process's object that is not None, on every process; None if all are."""
+        if self.alone:
+            return thing
+        flags: list[bool] = [False] * self.size
+        dist.all_gather_object(flags, thing is not None, group=self.group)
+        if not any(flags) or all(flags):
+            return thing
+        box = [thing]
+        dist.broadcast_object_list(box, group=self.group, group_src=flags.index(True))
+        return box[0]
 
     def from_first(self, tensor: Tensor) -> Tensor:
         """The first process's tensor; all have one of its shape."""

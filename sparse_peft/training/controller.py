@@ -66,7 +66,8 @@ class SparsityController:
         self.history: list[Reselection] = []
         self._stepped = False
         self._skipped = 0
-        self._dynamics = self._find(model, total_steps, Collectives(process_group))
+        self._collectives = Collectives(process_group)
+        self._dynamics = self._find(model, total_steps)
         self._handles = [
             self.optimizer.register_step_pre_hook(self._before_step),
             self.optimizer.register_step_post_hook(self._after_step),
@@ -76,7 +77,7 @@ class SparsityController:
         self._take_state(self.optimizer)
         self._begin_step()
 
-    def _find(self, model: nn.Module, total_steps: int | None, collectives: Collectives) -> dict[str, Dynamics]:
+    def _find(self, model: nn.Module, total_steps: int | None) -> dict[str, Dynamics]:
         from ..tuners.base_model import BaseSparseModel
 
         trained = {id(parameter) for group in self.optimizer.param_groups for parameter in group["params"]}
@@ -97,7 +98,7 @@ class SparsityController:
                     f"adapter {adapter!r} changes its positions during training, which FSDP1's flat parameters do not "
                     "let it; use FSDP2 (fully_shard, or fsdp_version: 2), DDP, or a static selection"
                 )
-            setting = Setting(adapter, config, mine, self.optimizer, total_steps, collectives)
+            setting = Setting(adapter, config, mine, self.optimizer, total_steps, self._collectives)
             dynamics = make_dynamics(setting)
             if dynamics is not None:
                 found[adapter] = dynamics
@@ -196,5 +197,9 @@ class SparsityController:
 
     def _take_state(self, optimizer) -> None:
         state = optimizer.param_groups[0].pop(STATE_KEY, None)
-        if state is not None and self._dynamics:
+        if not self._dynamics:
+            return
+        # a full distributed checkpoint is read by one process, and torch hands on what it knows of it
+        state = self._collectives.whoever_has(state)
+        if state is not None:
             self.load_state_dict(state)

@@ -189,10 +189,10 @@ def _remap_8bit(
 
 def restore_dtypes(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> None:
     """Take saved state tensors again as they are: torch casts them to their parameter's dtype."""
-    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    for index, saved in state_dict["state"].items():
-        parameter = parameters[index]
-        for name, value in saved.items():
-            loaded = optimizer.state[parameter][name]
-            if isinstance(value, Tensor) and loaded.dtype != value.dtype:
-                optimizer.state[parameter][name] = value.to(parameter.device, copy=True)
+    groups = zip(state_dict["param_groups"], optimizer.param_groups)
+    named = {name: parameter for old, new in groups for name, parameter in zip(old["params"], new["params"])}
+    for name, saved in state_dict["state"].items():
+        state = optimizer.state[named[name]]
+        for key, value in saved.items():
+            if isinstance(value, Tensor) and state[key].dtype != value.dtype:
+                state[key] = value.to(named[name].device, copy=True)

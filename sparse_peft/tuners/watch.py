@@ -29,7 +29,9 @@ def attend(delta: SparseDelta) -> None:
 def _check(optimizer: Optimizer, *_) -> None:
     if not _unattended:
         return
-    stepped = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    # a learning rate of 0 trains nothing: so torch makes an optimizer's state before it loads a distributed checkpoint
+    groups = [group for group in optimizer.param_groups if float(group.get("lr", 1.0))]
+    stepped = {id(parameter) for group in groups for parameter in group["params"]}
     alone = [delta for delta in _unattended if id(delta.values) in stepped]
     if not alone:
         return

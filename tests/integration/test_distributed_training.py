@@ -3,6 +3,7 @@
 import copy
 import os
 import traceback
+import warnings
 
 import pytest
 import torch
@@ -11,6 +12,12 @@ import torch.nn.functional as F
 from accelerate import Accelerator
 from peft import PeftModel, get_peft_model
 from torch import distributed, nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_optimizer_state_dict,
+)
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 
@@ -105,8 +112,8 @@ def half(rank):
 
 def with_ddp(rank, selection, kind, fields, folder):
     accelerator = Accelerator(cpu=True)
-    # each process would draw other positions; those of the first count, as its parameters do in DDP
-    model = adapted(selection, **fields)
+    # this process draws positions of its own; those of the first count, as its parameters do in DDP
+    model = adapted(selection, seed=rank, **fields)
     optimizer = OPTIMIZERS[kind]([p for p in model.parameters() if p.requires_grad], lr=1e-2)
     wrapped, prepared = accelerator.prepare(model, optimizer)
     assert isinstance(wrapped, nn.parallel.DistributedDataParallel)
@@ -115,8 +122,6 @@ def with_ddp(rank, selection, kind, fields, folder):
 
 
 def with_fsdp2(rank, selection, kind, fields, folder):
-    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
-
     def make():
         model = adapted(selection, **fields)
         mesh = init_device_mesh("cpu", (2,))
@@ -129,11 +134,12 @@ def with_fsdp2(rank, selection, kind, fields, folder):
     model, optimizer = make()
     controller = SparsityController(model, optimizer, TOTAL)
     first = train(model, model, optimizer, controller, range(6), half(rank))
+    whole = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
     state = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True))
     if rank == 0:
         model.save_pretrained(folder, state_dict=state)
+    saved = copy.deepcopy(get_optimizer_state_dict(model, optimizer, options=StateDictOptions(full_state_dict=True)))
     distributed.barrier()
-    saved = copy.deepcopy(optimizer.state_dict())
 
     resumed, other = make()
     for name, leaf in leaves(model).items():
@@ -141,7 +147,9 @@ def with_fsdp2(rank, selection, kind, fields, folder):
         with torch.no_grad():
             twin.values.to_local().copy_(leaf.values.to_local())
         twin.indices = leaf.indices.clone()
-    other.load_state_dict(saved)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        set_optimizer_state_dict(resumed, other, saved if rank == 0 else {}, options=whole)
     going_on = SparsityController(resumed, other, TOTAL)
     assert going_on.completed_steps == 6
     rest = train(model, model, optimizer, controller, range(6, STEPS), half(rank))

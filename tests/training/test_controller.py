@@ -7,6 +7,8 @@ import warnings
 import pytest
 import torch
 import torch.nn.functional as F
+from accelerate import Accelerator
+from accelerate.optimizer import AcceleratedOptimizer
 from helpers import TwoLayers, layers_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -347,6 +349,28 @@ def test_a_loss_scaler_changes_nothing_and_its_skipped_steps_do_not_count(select
             optimizer.zero_grad()
         train(model, optimizer, controller, [step], clip=0.1, scaler=scaler)
     assert controller.completed_steps == 12
+    for n, (indices, values) in snapshot(plain).items():
+        assert torch.equal(indices, snapshot(model)[n][0])
+        torch.testing.assert_close(values, snapshot(model)[n][1], rtol=1e-4, atol=1e-6)
+
+
+def test_accelerates_optimizer_skips_steps_too():
+    accelerator = Accelerator(cpu=True)
+    model = adapted()
+    optimizer = AcceleratedOptimizer(optimizer_of(model), scaler=torch.amp.GradScaler("cpu", init_scale=4.0))
+    controller = SparsityController(model, optimizer, total_steps=12)
+    for step in range(8):
+        x, y = batch_at(step)
+        loss = F.cross_entropy(model(x), y) * (float("inf") if step in (1, 4) else 1.0)
+        optimizer.scaler.scale(loss).backward()
+        optimizer.step()
+        assert optimizer.step_was_skipped == (step in (1, 4))
+        controller.step()
+        optimizer.zero_grad()
+    assert accelerator.num_processes == 1 and controller.completed_steps == 6
+    plain = adapted()
+    other = optimizer_of(plain)
+    train(plain, other, SparsityController(plain, other, total_steps=12), [0, 2, 3, 5, 6, 7])
     for n, (indices, values) in snapshot(plain).items():
         assert torch.equal(indices, snapshot(model)[n][0])
         torch.testing.assert_close(values, snapshot(model)[n][1], rtol=1e-4, atol=1e-6)
