@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from .optimizer_state import Seeds, rearranged, restore_dtypes
+from .entrywise import EntrywiseOptimizer
+from .optimizer_state import Seeds, rearranged
 from .sharded import full, write_full_
 
 
-class SparseAdamW(torch.optim.Optimizer):
+class SparseAdamW(EntrywiseOptimizer):
     """AdamW (Loshchilov and Hutter 2019) whose bias correction goes by the age of each entry (SpIEL, section 3).
 
     Until positions change it is torch's AdamW. An entry that begins to train later has its first step like any
@@ -39,27 +40,12 @@ class SparseAdamW(torch.optim.Optimizer):
         eps: float = 1e-8,
         weight_decay: float = 0.0,
     ):
-        for name, value in (("lr", lr), ("eps", eps), ("weight_decay", weight_decay)):
-            if not value >= 0:
-                raise ValueError(f"{name}={value!r}: at least 0 is expected")
+        self.check_at_least_0(lr=lr, eps=eps, weight_decay=weight_decay)
         if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
             raise ValueError(f"betas={betas!r}: two numbers in [0, 1) are expected")
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
 
-    @torch.no_grad()
-    def step(self, closure: Callable[[], Tensor] | None = None) -> Tensor | None:
-        """One step."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        for group in self.param_groups:
-            for parameter in group["params"]:
-                if parameter.grad is not None:
-                    self._update(parameter, group)
-        return loss
-
-    def _update(self, parameter: Tensor, group: dict[str, Any]) -> None:
+    def update(self, parameter: Tensor, group: dict[str, Any]) -> None:
         state = self.state[parameter]
         dtype = torch.promote_types(parameter.dtype, torch.float32)
         gradient = parameter.grad.to(dtype)
@@ -87,7 +73,6 @@ class SparseAdamW(torch.optim.Optimizer):
 
     @torch.no_grad()
     def remap_state(self, parameter: Tensor, source: Tensor, seeds: Seeds | None = None) -> None:
-        """Follow a change of positions, as :func:`~sparse_peft.training.optimizer_state.remap_` does for others."""
         state = self.state.get(parameter) or {}
         if not state:
             return
@@ -108,8 +93,3 @@ class SparseAdamW(torch.optim.Optimizer):
             if state[name].shape != value.shape:
                 state[name] = torch.zeros_like(state["exp_avg"], dtype=torch.float32)
             write_full_(state[name], value)
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """As torch's; the moments keep their dtype for parameters of any dtype."""
-        super().load_state_dict(state_dict)
-        restore_dtypes(self, state_dict)

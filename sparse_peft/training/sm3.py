@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -12,10 +12,11 @@ from torch.distributed.tensor import DTensor
 from ..support import Support
 from ..tuners.delta import SparseDelta
 from .covers import update_covers_
-from .optimizer_state import rearranged, restore_dtypes
+from .entrywise import EntrywiseOptimizer
+from .optimizer_state import Seeds, rearranged
 
 
-class SM3(torch.optim.Optimizer):
+class SM3(EntrywiseOptimizer):
     """SM3-II (Anil et al. 2019) with a sparse delta's values as entries of their matrix (SpIEL, section 3).
 
     A matrix has one accumulator for each row and column instead of one for each trained entry, so ``k`` values of a
@@ -47,11 +48,9 @@ class SM3(torch.optim.Optimizer):
         eps: float = 1e-8,
         weight_decay: float = 0.0,
     ):
-        for name, value, top in (("lr", lr, None), ("momentum", momentum, 1), ("eps", eps, None)):
-            if not 0 <= value or (top is not None and value >= top):
-                raise ValueError(f"{name}={value!r}: at least 0 {'and below 1 ' if top else ''}is expected")
-        if weight_decay < 0:
-            raise ValueError(f"weight_decay={weight_decay!r}: at least 0 is expected")
+        self.check_at_least_0(lr=lr, momentum=momentum, eps=eps, weight_decay=weight_decay)
+        if momentum >= 1:
+            raise ValueError(f"momentum={momentum!r}: below 1 is expected")
         super().__init__(params, {"lr": lr, "momentum": momentum, "eps": eps, "weight_decay": weight_decay})
         self._model = peft_model
         self._deltas: dict[int, SparseDelta] = {}
@@ -59,24 +58,12 @@ class SM3(torch.optim.Optimizer):
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in self.__dict__.items() if name != "_deltas"} | {"_deltas": {}}
 
-    @torch.no_grad()
-    def step(self, closure: Callable[[], Tensor] | None = None) -> Tensor | None:
-        """One step.
+    def update(self, parameter: Tensor, group: dict[str, Any]) -> None:
+        """Step one parameter.
 
         Raises:
             NotImplementedError: a sharded or a sparse gradient.
         """
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        for group in self.param_groups:
-            for parameter in group["params"]:
-                if parameter.grad is not None:
-                    self._update(parameter, group)
-        return loss
-
-    def _update(self, parameter: Tensor, group: dict[str, Any]) -> None:
         gradient = parameter.grad
         if isinstance(parameter, DTensor) or gradient.is_sparse:
             raise NotImplementedError(
@@ -125,13 +112,8 @@ class SM3(torch.optim.Optimizer):
             delta = self._deltas.get(id(parameter))
         return None if delta is None else delta.support
 
-    def remap_state(self, parameter: Tensor, source: Tensor, seeds: Any = None) -> None:
+    def remap_state(self, parameter: Tensor, source: Tensor, seeds: Seeds | None = None) -> None:
         """Follow a change of positions: the accumulators are the matrix's and stay, momentum goes with its entry."""
         state = self.state.get(parameter) or {}
         if "momentum_buffer" in state:
             state["momentum_buffer"] = rearranged(state["momentum_buffer"], source)
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """As torch's; the accumulators keep float32 for parameters of any dtype."""
-        super().load_state_dict(state_dict)
-        restore_dtypes(self, state_dict)
