@@ -35,7 +35,7 @@ from .report import environment, write_json
 RESULTS = Path(__file__).parent / "results" / "dynamic-smollm2-cpu.json"
 STATIC = "random"
 METHODS = (STATIC, "set", "rigl", "momentum", "accumulated_gradient")
-LEARNING_RATES = [1e-3, 3e-3, 1e-2, 3e-2]
+LEARNING_RATES = [1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1]
 TUNING_SEED = 1000
 
 
@@ -108,6 +108,17 @@ def train(
     )
     peft_model.unload()
     return run
+
+
+def downhill(rates: list[float], loss: Callable[[float], float]) -> float:
+    """The rate, from the middle on, that is better than both its neighbours; ``rates`` ascend."""
+    at = len(rates) // 2
+    while True:
+        near = [i for i in (at - 1, at, at + 1) if 0 <= i < len(rates)]
+        best = min(near, key=lambda i: loss(rates[i])) if len(rates) > 1 else at
+        if best == at:
+            return rates[at]
+        at = best
 
 
 @dataclass(frozen=True)
@@ -198,15 +209,14 @@ def main(
         console.print(f"{method}, seed {seed}, lr {rate:g}: {run.start:.4f} -> {run.loss:.4f} in {run.seconds:.0f} s")
         return run
 
-    tuning: list[Run] = []
-    if len(rates) > 1:
-        jobs = [(method, rate) for method in methods for rate in rates]
-        for method, rate in track(jobs, "choosing learning rates", console=console):
-            tuning.append(run_once(method, TUNING_SEED, rate, other))
-    best = {
-        method: min((run.loss, run.learning_rate) for run in tuning if run.method == method)[1] if tuning else rates[0]
-        for method in methods
-    }
+    tuning: dict[tuple[str, float], Run] = {}
+
+    def tuned(method: str, rate: float) -> float:
+        if (method, rate) not in tuning:
+            tuning[method, rate] = run_once(method, TUNING_SEED, rate, other)
+        return tuning[method, rate].loss
+
+    best = {method: downhill(sorted(rates), lambda rate, method=method: tuned(method, rate)) for method in methods}
     jobs = [(method, seed) for seed in range(seeds) for method in methods]
     runs = [run_once(method, seed, best[method], unseen) for method, seed in track(jobs, "training", console=console)]
     rows = compare(runs)
@@ -223,7 +233,7 @@ def main(
             "options": options,
             "rows": [asdict(row) for row in rows],
             "runs": [asdict(run) for run in runs],
-            "tuning": [asdict(run) for run in tuning],
+            "tuning": [asdict(run) for run in tuning.values()],
         },
     )
 

@@ -400,6 +400,18 @@ def test_methods_are_compared_seed_by_seed():
     assert rigl.spread == pytest.approx(0.5**0.5)
 
 
+@pytest.mark.parametrize("best", [0.1, 0.3, 1.0, 30.0])
+def test_the_learning_rate_is_found_by_going_downhill(best):
+    tried = []
+
+    def loss(rate):
+        tried.append(rate)
+        return abs(rate - best)
+
+    assert benchmarks.dynamic.downhill([0.1, 0.3, 1.0, 3.0, 10.0, 30.0], loss) == best
+    assert benchmarks.dynamic.downhill([0.5], loss) == 0.5
+
+
 def test_reselection_costs_are_spread_over_their_period():
     cost = benchmarks.reselection.Cost(
         "l", 1, "m", step=2.0, product=1.0, proposal=0.3, following=0.2, event=0.1, largest=1

@@ -99,7 +99,8 @@ def test_entries_that_stay_go_on_as_if_nothing_had_happened(make, data):
     for gradient in torch.randn(3, SIZE, generator=generator):
         step(twin, twin_optimizer, gradient)
         step(parameter, optimizer, rearranged(gradient, source))
-        assert torch.equal(parameter[kept], twin[source[kept]])
+        # a vectorised kernel rounds otherwise at the end of a tensor, where a vector is not full
+        torch.testing.assert_close(parameter[kept], twin[source[kept]], rtol=1e-6, atol=1e-7)
 
 
 @pytest.mark.parametrize("make", (ELEMENTWISE | COUPLED).values(), ids=ELEMENTWISE | COUPLED)
