@@ -17,6 +17,7 @@ from peft import get_peft_model, get_peft_model_state_dict, set_peft_model_state
 from torch import nn
 
 from sparse_peft import SM3, SparseAdamW, SparseConfig, SparsityController, base_weights, panel_limit
+from sparse_peft.ops.observe import observer_of
 from sparse_peft.support import Support
 
 METHODS = ("accumulated_gradient", "momentum", "set", "rigl")
@@ -187,6 +188,26 @@ def test_spiel_ma_grows_by_the_product_of_the_covers(conv1d):
             grown = new[~torch.isin(new, old)]
             count = int(old.numel() * (1.0 if step == 2 else 0.2 * (1 - 9 / 30)))
             assert torch.equal(grown, scores.topk(count).indices.sort().values)
+
+
+@pytest.mark.parametrize("conv1d", [False, True])
+def test_candidates_lie_in_the_stored_layout(conv1d):
+    """GPT-2's Conv1D stores (in, out): its candidates are the largest of that weight's own gradient."""
+    model = adapted(base=TwoLayers(conv1d=conv1d))
+    dense = copy.deepcopy(model.get_base_model())
+    SparsityController(model, optimizer_of(model), total_steps=12)
+    x, y = batch_at(0)
+    F.cross_entropy(model(x), y).backward()
+    plain = TwoLayers(conv1d=conv1d)
+    for n in ("first", "second"):
+        plain.get_submodule(n).load_state_dict(dense.get_submodule(n).base_layer.state_dict())
+    F.cross_entropy(plain(x), y).backward()
+    for n, layer in layers_of(model).items():
+        gradient = plain.get_submodule(n).weight.grad.reshape(-1).abs()
+        gradient[layer.support("default").indices.long()] = 0
+        window = observer_of(layer.observer_key)
+        best = gradient.topk(window.positions.numel()).indices.sort().values
+        assert window.positions.numel() > 0 and torch.equal(window.positions, best)
 
 
 def test_momentum_needs_no_sm3():

@@ -9,7 +9,7 @@ from peft import PeftModel, get_peft_model
 from peft.utils.quantization_utils import ForwardOnlyQuantizationBackend
 from torch import nn
 
-from sparse_peft import SparseConfig
+from sparse_peft import SparseConfig, SparsityController
 from sparse_peft.tuners import base_layer, base_model
 
 bnb = pytest.importorskip("bitsandbytes")
@@ -223,3 +223,36 @@ def test_deepcopy_while_merged():
     twin.unmerge_adapter()
     assert torch.equal(twin(x), before)
     torch.save(twin.state_dict(), io.BytesIO())
+
+
+@pytest.mark.parametrize("kind", ["4bit", "8bit"])
+def test_positions_change_on_a_quantised_base(kind):
+    config = {"selection": "accumulated_gradient", "reselect_every": 4, "accumulate": 2, "init_weights": True}
+    model = adapted(kind, **config)
+    layers = [m for m in model.modules() if isinstance(m, base_layer.SparseTunerLayer)]
+    packed = [layer.base_layer.weight.detach().clone() for layer in layers]
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    controller = SparsityController(model, optimizer, total_steps=12)
+    x, target = torch.randn(16, 128), torch.randn(16, 32)
+    losses = []
+    for step in range(12):
+        before = [layer.support("default") for layer in layers]
+        y = model(x)
+        loss = (y - target).square().mean()
+        loss.backward()
+        if step == 0:  # the candidates are the dense gradient's largest outside the support
+            window = controller._dynamics["default"].tracks["second"].window
+            hidden = torch.relu(layers[0](x)).detach()
+            dense = (2 * (y - target) / y.numel()).detach().t() @ hidden
+            dense = dense.reshape(-1).abs()
+            dense[before[1].indices.long()] = 0
+            best = dense.topk(window.positions.numel()).indices.sort().values
+            assert torch.isin(window.positions, best).float().mean() > 0.97, "8-bit products round"
+        optimizer.step()
+        controller.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0]
+    assert [record.step for record in controller.history] == [2, 6, 10] and controller.history[1].replaced > 0
+    for layer, weight in zip(layers, packed):
+        assert torch.equal(layer.base_layer.weight, weight)
