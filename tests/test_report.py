@@ -2,7 +2,6 @@ import builtins
 
 import pytest
 import torch
-from matplotlib import image
 from peft import get_peft_model
 from torch import nn
 
@@ -10,6 +9,8 @@ from sparse_peft import SparseConfig
 from sparse_peft.report import plot_report, plot_supports, plot_turnover, read_history, support_map, write_history
 from sparse_peft.support import Support
 from sparse_peft.training.records import LayerChange, Reselection
+
+image = pytest.importorskip("matplotlib.image")
 
 
 def history(events=6, adapter="default", random=False):

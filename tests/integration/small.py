@@ -46,3 +46,17 @@ def config(**kwargs):
 
 def text(n=16):
     return Dataset.from_dict({"text": [" ".join(WORDS[i % 5 :]) for i in range(n)]})
+
+
+def bnb_optimizers_run():
+    """Whether bitsandbytes can step on the CPU, which its older versions cannot."""
+    import bitsandbytes
+
+    parameter = torch.nn.Parameter(torch.zeros(1))
+    parameter.grad = torch.ones(1)
+    optimizer = bitsandbytes.optim.AdamW32bit([parameter])
+    try:
+        optimizer.step()
+    except Exception:
+        return False
+    return True

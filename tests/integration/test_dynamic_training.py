@@ -8,7 +8,7 @@ import torch
 from datasets import Dataset
 from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file
-from small import config, llama, sequence_classifier, text
+from small import bnb_optimizers_run, config, llama, sequence_classifier, text
 from transformers import (
     DataCollatorForLanguageModeling,
     EarlyStoppingCallback,
@@ -38,8 +38,8 @@ def arguments(folder, cls=TrainingArguments, **fields):
     return cls(output_dir=folder, **fields)
 
 
-def trainer_of(tokenizer, args, peft_config, callbacks=(), optimizer=None, **fields):
-    data = text().map(lambda row: tokenizer(row["text"]), remove_columns=["text"])
+def trainer_of(tokenizer, args, peft_config, callbacks=(), optimizer=None, rows=16, **fields):
+    data = text(rows).map(lambda row: tokenizer(row["text"]), remove_columns=["text"])
     model = get_peft_model(llama(), peft_config)
     if optimizer is not None:
         cls, options = optimizer
@@ -67,6 +67,8 @@ CASES = {
 @pytest.mark.parametrize("case", CASES)
 def test_a_resumed_run_is_the_uninterrupted_one(tokenizer, tmp_path, case):
     selection, options, optimizer = CASES[case]
+    if "bnb" in options.get("optim", "") and not bnb_optimizers_run():
+        pytest.skip("this version of bitsandbytes has no optimizers for the CPU")
     options = {
         "gradient_accumulation_steps": 2, "max_grad_norm": 0.05, "save_strategy": "steps", "save_steps": 1,
         "lr_scheduler_type": "linear", **options,
@@ -74,7 +76,8 @@ def test_a_resumed_run_is_the_uninterrupted_one(tokenizer, tmp_path, case):
 
     def run(folder, seed, **kwargs):
         args = arguments(folder, **options)
-        trainer = trainer_of(tokenizer, args, dynamic(selection, seed=seed), optimizer=optimizer)
+        # one epoch: transformers 5.0 does not find its place in a later one
+        trainer = trainer_of(tokenizer, args, dynamic(selection, seed=seed), optimizer=optimizer, rows=64)
         trainer.train(**kwargs)
         return trainer
 
