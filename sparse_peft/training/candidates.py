@@ -152,7 +152,7 @@ class CandidateWindow:
         """Whether this step's sums are finite: a bool tensor with one number."""
         return self.partial.isfinite().all() & self.own.isfinite().all()
 
-    def commit(self, factor: Tensor, gradient: Tensor) -> None:
+    def commit(self, factor: float, gradient: Tensor) -> None:
         """Take this step into the sums.
 
         Args:

@@ -134,20 +134,19 @@ class ReselectionDynamics:
     def _close_step(self) -> None:
         """Take this step's sums into the windows, if all of them are finite."""
         watched = [track for track in self.tracks.values() if track.window is not None]
-        along = total = 0.0
-        finite = True
+        seen = []
         for track in watched:
             track.window.reduce(self.collectives)
-            own, gradient = track.window.own, track.gradient
-            finite = finite and bool(track.window.is_finite() & gradient.isfinite().all())
-            # whatever lies between backward and the optimizer (a loss scale, clipping) multiplies all gradients alike;
-            # the trained entries show by how much
-            along = along + torch.dot(own.double(), gradient.double()).to("cpu")
-            total = total + torch.dot(own.double(), own.double()).to("cpu")
-        factor = float(along / total) if total > 0 else 1.0
+            own, gradient = track.window.own.double(), track.gradient.double()
+            finite = track.window.is_finite() & gradient.isfinite().all()
+            seen.append(torch.stack((torch.dot(own, gradient), torch.dot(own, own), (~finite).double())))
+        along, total, broken = torch.stack([numbers.to(seen[0].device) for numbers in seen]).sum(0).tolist()
+        # whatever lies between backward and the optimizer (a loss scale, clipping) multiplies all gradients alike; the
+        # trained entries show by how much
+        factor = along / total if total > 0 else 1.0
         for track in watched:
-            if finite and math.isfinite(factor):
-                track.window.commit(torch.tensor(factor, device=track.support.device), track.gradient)
+            if not broken and math.isfinite(factor):
+                track.window.commit(factor, track.gradient)
             else:
                 track.window.discard()
             track.gradient = None
@@ -174,6 +173,7 @@ class ReselectionDynamics:
 
     @torch.no_grad()
     def _reselect(self, step: int) -> Reselection:
+        self._check()
         rate = self.schedule.rate_at(step)
         tracks = list(self.tracks.values())
         groups = [tracks] if self.config.redistribute else [[track] for track in tracks]
@@ -201,21 +201,36 @@ class ReselectionDynamics:
         edges = tuple(edge * self.schedule.every for edge in AGE_EDGES)
         return Reselection(step, self.adapter, rate, changes, edges, self._ages(step, edges))
 
+    def _check(self) -> None:
+        """Refuse before anything is changed."""
+        for name, track in self.tracks.items():
+            if track.layer.merged:
+                raise RuntimeError(
+                    f"layer {name}: positions cannot change while adapters are merged "
+                    f"({', '.join(track.layer.merged_adapters)}); call unmerge_adapter() before training goes on"
+                )
+            if not bool(track.delta.values.detach().isfinite().all()):
+                raise ValueError(
+                    f"layer {name}: values of adapter {self.adapter} are NaN or infinite: the training diverged; go "
+                    "back to an earlier checkpoint, with a lower learning rate or with clipping"
+                )
+
     def _candidates(self, track: _Track, count: int, step: int) -> Candidates:
         support = track.support
-        none = torch.empty(0, dtype=torch.int64, device=support.device)
-        positions, scores, own = none, none.float(), None
-        if track.window is not None and track.window.steps:
-            window = track.window
+        positions = torch.empty(0, dtype=torch.int64, device=support.device)
+        scores, window = positions.float(), track.window
+        own = torch.zeros(support.nnz, device=support.device) if self.regrowth.competes else None
+        observed = window is not None and window.steps > 0
+        if observed:
             scores = (window.total / window.counts().clamp(min=1)).abs()
             seen = scores > 0
             positions, scores = window.positions[seen].long(), scores[seen]
-            own = (window.own_total / window.steps).abs() if self.regrowth.competes else None
+            own = (window.own_total / window.steps).abs()
         elif self.regrowth.observes == "covers" and self._covers(track) is not None:
             wanted = math.ceil(self.config.candidates * support.nnz) if self.config.redistribute else count
             row, col = self._covers(track)
             positions, scores = topk_outer(row, col, wanted, support, name=track.layer.name)
-        if self.regrowth.observes == "nothing" or self.regrowth.fills:
+        if self.regrowth.observes == "nothing" or (self.regrowth.fills and observed):
             positions, scores = self._fill(track, positions, scores, count, step)
         return Candidates(positions, scores, own)
 
@@ -241,11 +256,6 @@ class ReselectionDynamics:
         return Exchange(support, source, result.drop_threshold, result.grow_threshold)
 
     def _apply(self, track: _Track, old: Tensor, result: Exchange, step: int) -> None:
-        if track.layer.merged:
-            raise RuntimeError(
-                f"layer {track.layer.name}: positions cannot change while adapters are merged "
-                f"({', '.join(track.layer.merged_adapters)}); call unmerge_adapter() before training goes on"
-            )
         if result.replaced == 0 and result.support.nnz == track.support.nnz:
             return
         track.layer.release()

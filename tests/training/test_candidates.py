@@ -10,7 +10,7 @@ from sparse_peft.support import Support
 from sparse_peft.training.candidates import CandidateWindow
 from sparse_peft.training.collectives import Collectives
 
-ONE = torch.ones(())
+ONE = 1.0
 ALONE = Collectives()
 
 
@@ -141,7 +141,7 @@ def test_what_scales_the_gradients_scales_the_sums():
     steps = [[pair(4, shape, generator)] for _ in range(2)]
     plain, scaled = CandidateWindow(support, 10, 2), CandidateWindow(support, 10, 2)
     run(plain, steps)
-    run(scaled, steps, factor=torch.tensor(0.25))
+    run(scaled, steps, factor=0.25)
     assert torch.equal(scaled.total, plain.total * 0.25)
     assert torch.equal(scaled.squares, plain.squares * 0.0625)
 

@@ -421,6 +421,42 @@ def test_a_step_that_is_not_finite_does_not_enter_the_statistics(selection):
         assert record.replaced > 0
 
 
+@pytest.mark.parametrize("selection", ["accumulated_gradient", "rigl"])
+def test_without_a_finite_step_in_the_window_nothing_is_replaced(selection):
+    model = adapted(selection, accumulate=1)
+    optimizer = optimizer_of(model, "sgd")
+    controller = SparsityController(model, optimizer, total_steps=30)
+    start = snapshot(model)
+    for step in range(6):
+        x, y = batch_at(step)
+        F.cross_entropy(model(x * float("nan")), y).backward()
+        for p in model.parameters():
+            if p.grad is not None:
+                p.grad.zero_()
+        optimizer.step()
+        controller.step()
+        optimizer.zero_grad()
+    assert controller.history and not any(record.replaced for record in controller.history)
+    assert_equal(snapshot(model), start)
+
+
+def test_a_diverged_run_is_stopped_before_anything_changes():
+    model = adapted("set")
+    optimizer = optimizer_of(model)
+    controller = SparsityController(model, optimizer, total_steps=30)
+    train(model, optimizer, controller, range(5))
+    x, y = batch_at(5)
+    F.cross_entropy(model(x), y).backward()
+    optimizer.step()
+    with torch.no_grad():
+        layers_of(model)["second"].deltas["default"].values[3] = float("nan")
+    before = snapshot(model)
+    with pytest.raises(ValueError, match="layer second: values of adapter default are NaN.*diverged"):
+        controller.step()
+    for n, (indices, _) in snapshot(model).items():
+        assert torch.equal(indices, before[n][0])
+
+
 def test_a_loop_that_skips_a_step_says_so():
     runs = []
     for skips in (False, True):
