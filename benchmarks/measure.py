@@ -14,6 +14,7 @@ from statistics import median, quantiles
 import torch
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile, record_function
+from torch.utils._python_dispatch import TorchDispatchMode
 
 _MARK = "benchmarks.measure.mark"
 
@@ -262,3 +263,25 @@ def saved_bytes(forward: Callable[[], object], exclude: Iterable[Tensor] = ()) -
     total = sum(size for address, size in storages(saved).items() if address not in excluded)
     del output
     return total
+
+
+class LargestTensor(TorchDispatchMode):
+    """The largest storage, in bytes, that any operation inside the block made."""
+
+    def __init__(self):
+        super().__init__()
+        self.nbytes = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        inputs = {t.untyped_storage().data_ptr() for t in _strided((args, kwargs))}
+        out = func(*args, **kwargs)
+        for t in _strided(out):
+            if t.untyped_storage().data_ptr() not in inputs:
+                self.nbytes = max(self.nbytes, t.untyped_storage().nbytes())
+        return out
+
+
+def _strided(tree):
+    leaves = torch.utils._pytree.tree_leaves(tree)
+    return [t for t in leaves if isinstance(t, torch.Tensor) and t.layout == torch.strided]

@@ -20,30 +20,18 @@ from peft import get_peft_model
 from rich.console import Console
 from rich.table import Table
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from sparse_peft import SparseConfig, SparsityController
 from sparse_peft.ops import gradient_panels, panel_bytes
 from sparse_peft.training.candidates import PROPOSAL_BYTES, CandidateWindow
 
+from .measure import LargestTensor
 from .report import environment, write_json
 
 RESULTS = Path(__file__).parent / "results" / "reselection-cpu.json"
 LLAMA_7B = {"4096 x 4096": (4096, 4096, 4), "11008 x 4096": (11008, 4096, 2), "4096 x 11008": (4096, 11008, 1)}
+SHORT = {"accumulated_gradient": "AG", "momentum": "MA"}
 MEBIBYTE = 2**20
-
-
-class LargestTensor(TorchDispatchMode):
-    """The largest storage that the operations of the block make."""
-
-    nbytes = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        leaves = torch.utils._pytree.tree_leaves(out)
-        fresh = [t for t in leaves if isinstance(t, torch.Tensor) and t.layout == torch.strided and t._base is None]
-        self.nbytes = max([self.nbytes, *(t.untyped_storage().nbytes() for t in fresh)])
-        return out
 
 
 @dataclass(frozen=True)
@@ -167,7 +155,7 @@ def main(
     """Time the parts of a reselection on layers of Llama-2-7B's shapes."""
     console = Console()
     table = Table(title=f"{density:.1%} of each layer, {tokens} tokens, a reselection every {every} steps")
-    for name in ("layer", "step s", "choosing s", "event s", "selection", "gradients", "largest MiB"):
+    for name in ("layer", "step s", "choose s", "event s", "select", "gradient", "MiB"):
         table.add_column(name, justify="left" if name == "layer" else "right", no_wrap=True)
     costs = []
     for selection in ("accumulated_gradient", "momentum"):
@@ -176,7 +164,7 @@ def main(
             costs.append(cost)
             shares = cost.shares(every, window)
             table.add_row(
-                f"{selection[:8]} {layer}", f"{cost.step:.2f}", f"{cost.proposal:.2f}", f"{cost.event:.2f}",
+                f"{SHORT[selection]} {layer}", f"{cost.step:.2f}", f"{cost.proposal:.2f}", f"{cost.event:.2f}",
                 f"{shares['selection']:.2%}", f"{shares['gradients']:.2%}", f"{cost.largest / MEBIBYTE:.0f}",
             )  # fmt: skip
     console.print(table)

@@ -2,8 +2,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from memory_probe import LargestTensor
 
+from benchmarks.measure import LargestTensor
 from sparse_peft.support import Support
 from sparse_peft.support.outer import topk_outer
 

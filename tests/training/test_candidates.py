@@ -2,8 +2,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from memory_probe import LargestTensor
 
+from benchmarks.measure import LargestTensor
 from sparse_peft import panel_limit
 from sparse_peft.ops import support_grad
 from sparse_peft.support import Support

@@ -12,10 +12,10 @@ from accelerate.optimizer import AcceleratedOptimizer
 from helpers import TwoLayers, layers_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from memory_probe import LargestTensor
 from peft import get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from torch import nn
 
+from benchmarks.measure import LargestTensor
 from sparse_peft import SM3, SparseAdamW, SparseConfig, SparsityController, base_weights, panel_limit
 from sparse_peft.ops.observe import observer_of
 from sparse_peft.support import Support

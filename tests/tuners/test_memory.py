@@ -3,11 +3,11 @@
 import pytest
 import torch
 from helpers import TwoLayers, adapted
-from memory_probe import LargestTensor
 from peft import LoraConfig, ShiraConfig, get_peft_model
 from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
 
+from benchmarks.measure import LargestTensor
 from sparse_peft import SparseConfig, panel_limit, use_backend
 
 TOKENS, WIDTH = 8, 256
