@@ -72,10 +72,6 @@ class ReselectionSchedule:
         event = step + until_event
         return until_event < self.window and self.first_event <= event <= self.stop
 
-    def opens(self, step: int) -> bool:
-        """Whether this step is the first of a window."""
-        return self.observes(step) and (self.first_event - step) % self.every == self.window - 1
-
     def rate_at(self, step: int) -> float:
         """Share of the entries that an event after this step puts up for replacement."""
         if self.first_rate is not None and step == self.first_event:

@@ -49,7 +49,7 @@ def test_set_and_rigl_begin_after_a_whole_period_without_a_full_replacement():
 def test_start_and_stop_may_be_steps_or_shares():
     schedule = spiel(reselect_start=10, reselect_stop=0.5, reselect_every=10, accumulate=3).reselection_schedule(100)
     assert events(schedule, 100) == [13, 23, 33, 43]
-    assert schedule.opens(11) and not schedule.opens(12) and not schedule.observes(10)
+    assert schedule.observes(11) and not schedule.observes(10)
     assert not any(schedule.observes(step) for step in range(44, 101)), "a window without an event observes nothing"
     assert schedule.rate_at(23) == pytest.approx(0.2 * (1 - 13 / 40))
 
@@ -81,9 +81,6 @@ def test_each_event_has_exactly_its_window(every, window, leads, start, length):
         assert at[0] == start + (window if leads else every)
     observed = {step for step in range(1, 251) if schedule.observes(step)}
     assert observed == {step for event in at for step in range(event - window + 1, event + 1)}
-    assert {step for step in range(1, 251) if schedule.opens(step)} == (
-        {e - window + 1 for e in at} if window else set()
-    )
     assert all(0 <= schedule.rate_at(event) <= 1 for event in at)
 
 
