@@ -22,8 +22,8 @@ from rich.table import Table
 from torch import nn
 
 from sparse_peft import SparseConfig, SparsityController
-from sparse_peft.ops import gradient_panels, panel_bytes
-from sparse_peft.training.candidates import PROPOSAL_BYTES, CandidateWindow
+from sparse_peft.ops import PANEL_BYTES_PER_WEIGHT, gradient_panels, panel_bytes
+from sparse_peft.training.candidates import CandidateWindow
 
 from .measure import LargestTensor
 from .report import environment, write_json
@@ -108,10 +108,10 @@ def measure(
     data, support = x.detach(), adapted.support("default")
     with largest:
         observer = CandidateWindow(support, support.nnz, window)
-        observer.support_grad(gradient, data, support.row_ptr, support.cols, support.indices, support.shape)
+        observer.support_grad(gradient, data, support)
     for _ in range(rounds):
         begin = time.perf_counter()
-        for _ in gradient_panels(gradient, data, (out, inp), PROPOSAL_BYTES):
+        for _ in gradient_panels(gradient, data, (out, inp), PANEL_BYTES_PER_WEIGHT):
             pass
         times["product"].append(time.perf_counter() - begin)
     plain, product = median(times["plain"]), median(times["product"])

@@ -9,21 +9,45 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..support import Support
+from . import triton_kernels
 from .csr import csr_matrix
+from .dispatch import kernel_backend
 from .observe import UNOBSERVED
 from .panels import panels
 from .support_grad import accumulation_dtype, observed_support_grad
 
 
-def _matmul(x: Tensor, values: Tensor, row_ptr: Tensor, cols: Tensor, shape: tuple[int, int], t: bool) -> Tensor:
-    """``x @ S.T`` if ``t`` else ``x @ S``, with S the ``(rows, cols)`` CSR matrix; float32 sums, ``x``'s dtype out."""
+def spmm_add_(out: Tensor, x: Tensor, values: Tensor, row_ptr: Tensor, cols: Tensor) -> None:
+    """``out += x @ S.T`` for the sparse matrix S in CSR form; sums in float32 (float64 for float64), rounded once.
+
+    Args:
+        out: ``(tokens, rows)``.
+        x: ``(tokens, cols)``, ``out``'s dtype.
+        values: ``(entries,)`` of S, whose shape is ``(rows, cols)``.
+        row_ptr: ``(rows + 1,)`` row pointers.
+        cols: ``(entries,)`` column of each entry.
+    """
+    if 0 in (out.numel(), cols.numel()):
+        return
+    kernel = kernel_backend("spmm_add", x.dtype, x.device)
+    if kernel == "triton" and out.stride(-1) == 1:
+        triton_kernels.kernels("spmm").spmm_add_(out, x.contiguous(), values.contiguous(), row_ptr, cols)
+        return
     dtype = accumulation_dtype(x.dtype)
-    delta = csr_matrix(row_ptr, cols, values.to(dtype), shape)
-    if t:
-        delta = delta.t()
-    out = x.new_empty(x.shape[0], shape[0] if t else shape[1])
+    shape = (out.shape[1], x.shape[1])
+    delta = csr_matrix(row_ptr, cols, values.to(dtype), shape).t()
     for start, stop in panels(x.shape[0], sum(shape) * dtype.itemsize):
-        out[start:stop] = x[start:stop].to(dtype) @ delta
+        out[start:stop] = out[start:stop].to(dtype).add_(x[start:stop].to(dtype) @ delta)
+
+
+def _product(x: Tensor, values: Tensor, support: Support, t: bool) -> Tensor:
+    """``x @ S.T`` if ``t`` else ``x @ S``, in ``x``'s dtype."""
+    if not t:
+        support, order = support.transposed
+        values = values[order]
+    out = x.new_zeros(x.shape[0], support.shape[0])
+    spmm_add_(out, x, values, support.row_ptr, support.cols)
     return out
 
 
@@ -32,25 +56,23 @@ class _DeltaMatmul(torch.autograd.Function):
     def forward(ctx, x, values, support, t, key):
         ctx.save_for_backward(x if values.requires_grad else None, values)
         ctx.support, ctx.t, ctx.key = support, t, key
-        return _matmul(x, values, support.row_ptr, support.cols, support.shape, t)
+        return _product(x, values, support, t)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
         x, values = ctx.saved_tensors
-        s = ctx.support
         grad = grad.contiguous()
         grad_x = grad_values = None
         if ctx.needs_input_grad[0]:
-            grad_x = _matmul(grad, values, s.row_ptr, s.cols, s.shape, not ctx.t)
+            grad_x = _product(grad, values, ctx.support, not ctx.t)
         if ctx.needs_input_grad[1]:
             left, right = (grad, x) if ctx.t else (x, grad)
-            grad_values = observed_support_grad(left, right, s.row_ptr, s.cols, s.indices, s.shape, ctx.key)
-            grad_values = grad_values.to(values.dtype)
+            grad_values = observed_support_grad(left, right, ctx.support, ctx.key).to(values.dtype)
         return grad_x, grad_values, None, None, None
 
 
-def delta_matmul(x: Tensor, values: Tensor, support, in_dim: int, key: int = UNOBSERVED) -> Tensor:
+def delta_matmul(x: Tensor, values: Tensor, support: Support, in_dim: int, key: int = UNOBSERVED) -> Tensor:
     """``x @ S.T`` for a weight stored ``(out, in)`` (``in_dim=1``), ``x @ S`` for one stored ``(in, out)`` (``0``).
 
     Args:

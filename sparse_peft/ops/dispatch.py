@@ -6,18 +6,34 @@ same numbers up to the order of summation; the choice changes only speed and mem
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 import torch
 
-BACKENDS = ("auto", "panels", "sampled")
+from ..support import Support, layout_of
+from . import cuda_kernels, triton_kernels
+from .calibration import crossover
 
-# Density up to which the CPU's sampled product beats a dense panel product: it passes 1.0 at 15-20 % density.
-SAMPLED_MAX_DENSITY = 0.12
+logger = logging.getLogger(__name__)
+
+# "panels", "sampled" and "tiles" are PyTorch's own operations; "triton" and "cuda" this package's kernels.
+BACKENDS = ("auto", "panels", "sampled", "tiles", "triton", "cuda")
+
+# More groups than this, and launching a product for each takes a GPU longer than one dense product.
+MAX_GROUPS_ON_CUDA = 16
 
 _forced: str | None = None
+_logged: set[str] = set()
+
+
+def log_once(reason: str) -> None:
+    if reason not in _logged:
+        _logged.add(reason)
+        logger.info(reason)
 
 
 def _checked(name: str, where: str) -> str:
@@ -28,7 +44,12 @@ def _checked(name: str, where: str) -> str:
 
 @contextmanager
 def use_backend(name: str) -> Iterator[None]:
-    """Force one implementation inside the block: ``"panels"``, ``"sampled"``, or ``"auto"`` for the default choice.
+    """Force one implementation inside the block.
+
+    Args:
+        name: ``"panels"`` (rows of the dense gradient, in PyTorch), ``"sampled"`` (PyTorch's sampled product),
+            ``"tiles"`` (dense products of row groups), ``"triton"`` or ``"cuda"`` (kernels for CUDA tensors), or
+            ``"auto"`` for the default choice. An op that has no such implementation uses PyTorch's operations.
 
     Raises:
         ValueError: ``name`` is none of :data:`BACKENDS`.
@@ -41,9 +62,79 @@ def use_backend(name: str) -> Iterator[None]:
         _forced = previous
 
 
-def support_grad_backend(density: float, device: torch.device) -> str:
-    """``"sampled"`` or ``"panels"`` for the values' gradient of a support of this density on this device."""
-    forced = _forced or _checked(os.environ.get("SPARSE_PEFT_BACKEND", "auto"), "environment SPARSE_PEFT_BACKEND")
-    if forced != "auto":
-        return forced
-    return "sampled" if device.type == "cpu" and density <= SAMPLED_MAX_DENSITY else "panels"
+def forced_backend() -> str | None:
+    """The backend that the user forces, or None."""
+    name = _forced or _checked(os.environ.get("SPARSE_PEFT_BACKEND", "auto"), "environment SPARSE_PEFT_BACKEND")
+    return None if name == "auto" else name
+
+
+def kernel_backend(
+    op: str, dtype: torch.dtype, device: torch.device, index: torch.dtype = torch.int32, capturing_ok: bool = True
+) -> str | None:
+    """``"cuda"``, ``"triton"`` or None: which of this package's kernels run an op on such tensors.
+
+    Args:
+        op: ``"scatter_add"``, ``"write_entries"`` and ``"sddmm"`` have a CUDA C++ kernel; every op has a Triton one.
+        dtype: of the floats.
+        device: of all tensors.
+        index: dtype of the positions.
+
+    Raises:
+        RuntimeError: a backend is forced that cannot run on this device.
+    """
+    forced = forced_backend()
+    if forced not in (None, "triton", "cuda") or (device.type == "cpu" and forced is None):
+        return None
+    if forced == "triton" and not triton_kernels.usable(device):
+        raise RuntimeError(
+            f"the backend 'triton' is forced, but the tensors are on {device}"
+            + ("" if triton_kernels.installed() else " and Triton is not installed")
+            + "; Triton's kernels run on CUDA tensors, and on the CPU under TRITON_INTERPRET=1 for tests"
+        )
+    if forced == "cuda" and device.type != "cuda":
+        raise RuntimeError(f"the backend 'cuda' is forced, but the tensors are on {device}; it runs on CUDA tensors")
+    if dtype not in cuda_kernels.FLOATS:
+        return None  # the kernels sum in float32, which would round float64
+    if forced != "triton" and op in ("scatter_add", "write_entries", "sddmm"):
+        if cuda_kernels.usable(op, dtype, index, device):
+            return "cuda"
+    if forced != "cuda" and triton_kernels.usable(device):
+        return "triton"
+    return None
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How the values' gradient of one support is computed.
+
+    Attributes:
+        path: one of :data:`BACKENDS`, without ``"auto"``.
+        why: in words, for reports.
+    """
+
+    path: str
+    why: str
+
+
+def plan_support_grad(support: Support, dtype: torch.dtype, device: torch.device) -> Plan:
+    """The path for a support: what is forced, else dense tiles, else by density and the device's crossover."""
+    layout = layout_of(support)
+    density = layout.inner.density
+    forced = forced_backend()
+    if forced == "tiles" and not layout.groups:
+        log_once("the backend 'tiles' is forced, but some supports have no rows that go together: chosen by density")
+        forced = None
+    if forced in ("triton", "cuda"):
+        kernel = kernel_backend("sddmm", dtype, device, support.indices.dtype)
+        return Plan(kernel or "panels", "forced" if kernel else f"the forced kernels do not take {dtype}")
+    if forced is not None:
+        return Plan(forced, "forced")
+    if layout.groups and (device.type == "cpu" or len(layout.groups) <= MAX_GROUPS_ON_CUDA or dtype != torch.float64):
+        return Plan("tiles", f"{len(layout.groups)} groups of rows that train the same columns")
+    kernel = "sampled" if device.type == "cpu" else kernel_backend("sddmm", dtype, device, support.indices.dtype)
+    if kernel is None:
+        return Plan("panels", "no kernel for this device and dtype")
+    found = crossover(device, dtype, density)
+    side = "below" if density <= found.density else "above"
+    path = found.path if side == "below" else "panels"
+    return Plan(path, f"density {density:.3g} {side} the crossover {found.density:.3g} ({found.source})")

@@ -6,9 +6,14 @@ to the weight's, so that training, merging and a reloaded adapter give the same 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
+from torch.autograd.graph import increment_version
 
+from . import cuda_kernels, triton_kernels
+from .dispatch import kernel_backend
 from .panels import panels
 
 
@@ -37,3 +42,112 @@ def effective_entries(originals: Tensor, values: Tensor) -> Tensor:
     """``round(original + value)`` in the originals' dtype, ``(entries,)``."""
     wide = torch.promote_types(originals.dtype, values.dtype)
     return (originals.to(wide) + values.to(wide)).to(originals.dtype)
+
+
+def _kernel_for(op: str, weight: Tensor, indices: Tensor, values: Tensor | None) -> str | None:
+    """The kernel backend for these tensors; None for PyTorch's operations, which take whatever there is."""
+    if not weight.is_contiguous() or not indices.is_contiguous() or indices.numel() == 0:
+        return None
+    if values is not None and not (values.dtype == torch.float32 and values.is_contiguous()):
+        return None
+    return kernel_backend(op, weight.dtype, weight.device, indices.dtype)
+
+
+def scatter_add_(weight: Tensor, indices: Tensor, values: Tensor) -> None:
+    """``weight.flat[indices] = round(weight.flat[indices] + values)``, in place and rounded once.
+
+    Args:
+        weight: ``(rows, cols)`` floats.
+        indices: ``(entries,)`` flat row-major positions, each at most once: the result does not depend on any order.
+        values: ``(entries,)`` floats.
+    """
+    kernel = _kernel_for("scatter_add", weight, indices, values)
+    if kernel is None:
+        write_entries_(weight, indices, effective_entries(read_entries(weight.detach(), indices), values.detach()))
+        return
+    if kernel == "cuda":
+        cuda_kernels.scatter_add_(weight, indices, values)
+    else:
+        triton_kernels.kernels("entries").add_entries_(weight, indices, values)
+    increment_version(weight)
+
+
+# Tables of addresses on the device, by the addresses: from one step to the next they hardly ever change.
+_tables: dict[tuple, Tensor] = {}
+MAX_TABLES = 64
+
+
+def _table(columns: tuple[tuple[int, ...], ...], device: torch.device) -> Tensor:
+    key = (device, *columns)
+    if key not in _tables:
+        if len(_tables) >= MAX_TABLES:
+            _tables.pop(next(iter(_tables)))
+        table = torch.tensor(columns, dtype=torch.int64)
+        # pinned: the copy is ordered on the stream, and the host goes on
+        _tables[key] = table.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else table
+    return _tables[key]
+
+
+@torch.no_grad()
+def _write_many(
+    weights: Sequence[Tensor],
+    indices: Sequence[Tensor],
+    originals: Sequence[Tensor],
+    values: Sequence[Tensor] | None,
+    take: bool,
+) -> None:
+    """All tensors that a kernel takes in one launch for each combination of types, the others one by one."""
+    together: dict[tuple, list[int]] = {}
+    for n, (weight, index) in enumerate(zip(weights, indices)):
+        value = None if values is None else values[n]
+        kernel = _kernel_for("write_entries", weight, index, value) if originals[n].is_contiguous() else None
+        if kernel is not None:
+            together.setdefault((kernel, weight.dtype, index.dtype, weight.device), []).append(n)
+        elif index.numel():
+            if take:
+                originals[n].copy_(read_entries(weight, index))
+            entries = originals[n] if value is None else effective_entries(originals[n], value)
+            write_entries_(weight, index, entries)
+    for (kernel, dtype, index_dtype, device), members in together.items():
+        for start in range(0, len(members), cuda_kernels.GRID_LIMIT):
+            part = members[start : start + cuda_kernels.GRID_LIMIT]
+            columns = tuple(
+                tuple(tensors[n].data_ptr() for n in part)
+                for tensors in (weights, indices, originals, originals if values is None else values)
+            )
+            sizes = tuple(indices[n].numel() for n in part)
+            table = _table((*columns, sizes), device)
+            if kernel == "cuda":
+                mode = "restore" if values is None else "take" if take else "resync"
+                cuda_kernels.write_many_(table, max(sizes), dtype, index_dtype, mode)
+            else:
+                first = part[0]
+                value = None if values is None else values[first]
+                triton_kernels.kernels("entries").write_many_(
+                    table, max(sizes), weights[first], indices[first], value, take
+                )
+            increment_version([weights[n] for n in part])
+
+
+def resync_(
+    weights: Sequence[Tensor],
+    indices: Sequence[Tensor],
+    originals: Sequence[Tensor],
+    values: Sequence[Tensor],
+    take: bool,
+) -> None:
+    """``weight.flat[index] = round(original + value)`` for many weights, in one launch where there is a kernel.
+
+    Args:
+        weights: ``(rows, cols)`` each.
+        indices: ``(entries,)`` flat positions each, in no weight one twice.
+        originals: ``(entries,)`` each, in the weight's dtype: the base's own entries.
+        values: ``(entries,)`` each: the deltas.
+        take: fill ``originals`` from the weights first.
+    """
+    _write_many(weights, indices, originals, values, take)
+
+
+def restore_(weights: Sequence[Tensor], indices: Sequence[Tensor], originals: Sequence[Tensor]) -> None:
+    """``weight.flat[index] = original`` for many weights, in one launch where there is a kernel."""
+    _write_many(weights, indices, originals, None, False)

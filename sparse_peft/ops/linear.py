@@ -14,7 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .entries import effective_entries
-from .support_grad import observed_support_grad, support_grad_op
+from .library import sddmm
+from .support_grad import observed_support_grad
 
 
 class WeightSource(Protocol):
@@ -70,7 +71,7 @@ class _SupportLinear(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
         (x,) = ctx.saved_tensors
-        source, s = ctx.source, ctx.support
+        source = ctx.source
         grad_x = grad_values = grad_bias = None
         if ctx.needs_input_grad[0]:
             grad_x = _product(grad, source, source.in_dim == 0)
@@ -78,7 +79,7 @@ class _SupportLinear(torch.autograd.Function):
             left, right = _matrix(grad), _matrix(x)
             if source.in_dim == 0:
                 left, right = right, left
-            grad_values = observed_support_grad(left, right, s.row_ptr, s.cols, s.indices, s.shape, source.key)
+            grad_values = observed_support_grad(left, right, ctx.support, source.key)
             grad_values = grad_values.to(ctx.values_dtype)
             source.after_backward()
         if ctx.needs_input_grad[2]:
@@ -113,7 +114,7 @@ class _FunctionalSupportLinear(torch.autograd.Function):
             if ctx.in_dim == 0:
                 left, right = right, left
             rows, columns = weight.shape
-            grad_values = support_grad_op(left, right, row_ptr, cols, indices, rows, columns, ctx.key)
+            grad_values = sddmm(left, right, row_ptr, cols, indices, rows, columns, ctx.key)
             grad_values = grad_values.to(values.dtype)
         if ctx.needs_input_grad[2]:
             grad_bias = _matrix(grad).sum(0)

@@ -11,6 +11,8 @@ from typing import Protocol
 
 from torch import Tensor
 
+from ..support import Support
+
 _keys = itertools.count(1)
 _observers: dict[int, GradientObserver] = {}
 
@@ -18,9 +20,7 @@ UNOBSERVED = 0
 
 
 class GradientObserver(Protocol):
-    def support_grad(
-        self, left: Tensor, right: Tensor, row_ptr: Tensor, cols: Tensor, indices: Tensor, shape: tuple[int, int]
-    ) -> Tensor:
+    def support_grad(self, left: Tensor, right: Tensor, support: Support) -> Tensor:
         """What :func:`~sparse_peft.ops.support_grad` returns for these arguments, having seen what it wants to."""
         ...
 

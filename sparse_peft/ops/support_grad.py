@@ -11,13 +11,18 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from ..support import Layout, Support, layout_of
+from . import cuda_kernels, triton_kernels
 from .csr import csr_matrix
-from .dispatch import support_grad_backend
+from .dispatch import MAX_GROUPS_ON_CUDA, plan_support_grad
 from .observe import UNOBSERVED, observer_of
 from .panels import panels
+from .transposed import token_contiguous
 
 # Tokens in a tile of the sampled product; 64 to 256 measured fastest, on 576 to 2,048 wide layers, at 0.1 to 5 %.
 SAMPLED_TILE = 128
+# Tokens in a tile of the kernels: of a 4,096 wide activation in bfloat16 8 MB, which a GPU's second cache holds.
+KERNEL_TILE = 1024
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -25,12 +30,12 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
 
 
-def _sampled(left: Tensor, right: Tensor, row_ptr: Tensor, cols: Tensor, shape: tuple[int, int]) -> Tensor:
+def _sampled(left: Tensor, right: Tensor, support: Support) -> Tensor:
     dtype = accumulation_dtype(left.dtype)
     # The stock kernel copies both operands: tiles of tokens keep the copies small, and in the cache.
     tiles = panels(left.shape[0], (left.shape[1] + right.shape[1]) * dtype.itemsize, SAMPLED_TILE)
-    values = torch.zeros(cols.numel(), dtype=dtype, device=left.device)
-    product = csr_matrix(row_ptr, cols, values, shape)
+    values = torch.zeros(support.nnz, dtype=dtype, device=left.device)
+    product = csr_matrix(support.row_ptr, support.cols, values, support.shape)
     for start, stop in tiles:
         product = torch.sparse.sampled_addmm(
             product, left[start:stop].to(dtype).t(), right[start:stop].to(dtype), beta=0.0 if start == 0 else 1.0
@@ -56,7 +61,8 @@ def gradient_panels(
     """The dense gradient ``left.T @ right``, a block of rows at a time.
 
     Args:
-        left, right, shape: as in :func:`support_grad`.
+        left, right: as in :func:`support_grad`.
+        shape: ``(rows, cols)`` of the stored weight.
         bytes_per_weight: of all that is made of a panel, its own included; its own if None.
 
     Yields:
@@ -68,70 +74,92 @@ def gradient_panels(
         yield start, stop, _panel_product(left[:, start:stop], right, dtype)
 
 
-def _panels(left: Tensor, right: Tensor, row_ptr: Tensor, indices: Tensor, shape: tuple[int, int]) -> Tensor:
+def _panels(left: Tensor, right: Tensor, support: Support) -> Tensor:
     dtype = accumulation_dtype(left.dtype)
-    rows, cols = shape
-    values = torch.zeros(indices.numel(), dtype=dtype, device=left.device)
+    rows, cols = support.shape
+    values = torch.zeros(support.nnz, dtype=dtype, device=left.device)
     bounds = panels(rows, cols * dtype.itemsize)
-    offsets = row_ptr[[start for start, _ in bounds] + [rows]].tolist()
-    for (start, stop), first, last in zip(bounds, offsets[:-1], offsets[1:]):
+    for (start, stop), (first, last) in zip(bounds, support.entry_ranges(bounds)):
         if first < last:
             panel = _panel_product(left[:, start:stop], right, dtype)
-            values[first:last] = panel.reshape(-1).index_select(0, indices[first:last] - start * cols)
+            values[first:last] = panel.reshape(-1).index_select(0, support.indices[first:last] - start * cols)
     return values
 
 
-def support_grad(
-    left: Tensor, right: Tensor, row_ptr: Tensor, cols: Tensor, indices: Tensor, shape: tuple[int, int]
-) -> Tensor:
+def _tiles(left: Tensor, right: Tensor, layout: Layout) -> Tensor:
+    groups, kept = layout.groups, layout.inner
+    if len(groups) > MAX_GROUPS_ON_CUDA and left.is_cuda and triton_kernels.usable(left.device):
+        values = torch.empty(kept.nnz, dtype=torch.float32, device=left.device)
+        kernels = triton_kernels.kernels("groups")
+        kernels.groups_(values, left.contiguous(), right.contiguous(), *layout.work(kernels.work_list))
+        return values
+    dtype = accumulation_dtype(left.dtype)
+    values = torch.zeros(kept.nnz, dtype=dtype, device=left.device)
+    gathered = sum(right.shape[1] if group.cols is None else group.cols.numel() for group in groups)
+    for first_token, last_token in panels(left.shape[0], 2 * (left.shape[1] + right.shape[1]) * dtype.itemsize):
+        a, b = left[first_token:last_token].to(dtype), right[first_token:last_token].to(dtype)
+        # rows of the transposed activation are copied whole; for a few columns the transposition would cost more
+        turned = token_contiguous(b, dtype)[:, : b.shape[0]] if gathered > right.shape[1] else None
+        for group in groups:
+            out = values[group.first : group.last].view(group.stop - group.start, -1)
+            if group.cols is None:
+                columns = b
+            elif turned is None:
+                columns = b.index_select(1, group.cols)
+            else:
+                columns = turned.index_select(0, group.cols).t()
+            out.addmm_(a[:, group.start : group.stop].t(), columns)
+    return values
+
+
+def _kernel(path: str, left: Tensor, right: Tensor, support: Support) -> Tensor:
+    values = torch.empty(support.nnz, dtype=torch.float32, device=left.device)
+    run = cuda_kernels.sddmm_ if path == "cuda" else triton_kernels.kernels("sddmm").sddmm_
+    tiles = panels(left.shape[0], (left.shape[1] + right.shape[1]) * left.element_size(), KERNEL_TILE)
+    for start, stop in tiles:
+        # the input first: it is the one that other layers share, and the last one made is kept
+        turned = token_contiguous(left[start:stop], left.dtype), token_contiguous(right[start:stop], right.dtype)
+        run(values, *turned, support.indices, support.shape[1], add=start > 0)
+    return values
+
+
+def grad_by_path(path: str, left: Tensor, right: Tensor, support: Support) -> Tensor:
+    """:func:`support_grad` by one of the paths of :data:`~sparse_peft.ops.dispatch.BACKENDS`."""
+    layout = layout_of(support)
+    if layout.rows is not None:
+        left = left.index_select(1, layout.rows)
+    if layout.cols is not None:
+        right = right.index_select(1, layout.cols)
+    if path == "tiles":
+        return _tiles(left, right, layout)
+    if path == "sampled":
+        return _sampled(left, right, layout.inner)
+    if path == "panels":
+        return _panels(left, right, layout.inner)
+    return _kernel(path, left, right, layout.inner)
+
+
+def support_grad(left: Tensor, right: Tensor, support: Support) -> Tensor:
     """``(left.T @ right)`` at the entries of a support.
 
     Args:
         left: ``(tokens, rows)``: what multiplies a row (the output gradient of a Linear layer).
         right: ``(tokens, cols)``, same dtype (the input of a Linear layer).
-        row_ptr: ``(rows + 1,)`` CSR row pointers of the support.
-        cols: ``(entries,)`` column of each entry.
-        indices: ``(entries,)`` flat row-major positions, sorted.
-        shape: ``(rows, cols)`` of the stored weight.
+        support: of the stored weight ``(rows, cols)``.
 
     Returns:
         ``(entries,)`` in float32 (float64 for float64 inputs).
     """
-    rows, columns = shape
-    entries = indices.numel()
-    if left.shape[0] == 0 or entries == 0:
-        return torch.zeros(entries, dtype=accumulation_dtype(left.dtype), device=left.device)
-    if support_grad_backend(entries / (rows * columns), left.device) == "sampled":
-        return _sampled(left, right, row_ptr, cols, shape)
-    return _panels(left, right, row_ptr, indices, shape)
+    if left.shape[0] == 0 or support.nnz == 0:
+        return torch.zeros(support.nnz, dtype=accumulation_dtype(left.dtype), device=left.device)
+    return grad_by_path(plan_support_grad(support, left.dtype, left.device).path, left, right, support)
 
 
-def observed_support_grad(
-    left: Tensor,
-    right: Tensor,
-    row_ptr: Tensor,
-    cols: Tensor,
-    indices: Tensor,
-    shape: tuple[int, int],
-    key: int = UNOBSERVED,
-) -> Tensor:
+def observed_support_grad(left: Tensor, right: Tensor, support: Support, key: int = UNOBSERVED) -> Tensor:
     """:func:`support_grad`, by way of the observer under ``key`` if there is one."""
     observer = observer_of(key)
     if observer is None:
-        return support_grad(left, right, row_ptr, cols, indices, shape)
+        return support_grad(left, right, support)
     # backward may run inside the caller's autocast, which would round the observer's products
     with torch.autocast(left.device.type, enabled=False):
-        return observer.support_grad(left, right, row_ptr, cols, indices, shape)
-
-
-@torch.library.custom_op("sparse_peft::support_grad", mutates_args=())
-def support_grad_op(
-    left: Tensor, right: Tensor, row_ptr: Tensor, cols: Tensor, indices: Tensor, rows: int, columns: int, key: int
-) -> Tensor:
-    """:func:`observed_support_grad` as one node of a compiled graph."""
-    return observed_support_grad(left, right, row_ptr, cols, indices, (rows, columns), key)
-
-
-@support_grad_op.register_fake
-def _(left, right, row_ptr, cols, indices, rows, columns, key):
-    return left.new_empty(indices.shape, dtype=accumulation_dtype(left.dtype))
+        return observer.support_grad(left, right, support)

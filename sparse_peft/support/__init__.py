@@ -2,6 +2,7 @@
 
 from .budget import ALLOCATIONS, Budget, apportion, resolve_counts
 from .criteria import CRITERIA, Criterion, Statistics, get_criterion, select
+from .layout import Layout, RowGroup, layout_of
 from .outer import topk_outer
 from .regrowth import RANDOM_SCORE, REGROWTHS, Candidates, Exchange, Regrowth, exchange, random_inactive
 from .rng import sample_without_replacement
@@ -20,8 +21,10 @@ __all__ = [
     "Candidates",
     "Criterion",
     "Exchange",
+    "Layout",
     "Regrowth",
     "ReselectionSchedule",
+    "RowGroup",
     "RunningTopK",
     "Statistics",
     "Support",
@@ -31,6 +34,7 @@ __all__ = [
     "exchange",
     "get_criterion",
     "index_dtype",
+    "layout_of",
     "random_inactive",
     "resolve_counts",
     "sample_without_replacement",

@@ -138,7 +138,35 @@ class Support:
         """``(entries,)`` int32 row of each entry."""
         return torch.div(self.indices, self.shape[1], rounding_mode="floor").to(torch.int32)
 
+    def entry_ranges(self, row_ranges: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
+        """The half-open range of entries in each of some consecutive ranges of rows; asks the device once for each."""
+        key = (len(row_ranges), row_ranges[0]) if row_ranges else ()
+        if key not in self._entry_ranges:
+            bounds = [start for start, _ in row_ranges] + [stop for _, stop in row_ranges[-1:]]
+            offsets = self.row_ptr[bounds].tolist()
+            self._entry_ranges[key] = list(zip(offsets[:-1], offsets[1:]))
+        return self._entry_ranges[key]
+
+    @cached_property
+    def _entry_ranges(self) -> dict[tuple, list[tuple[int, int]]]:
+        return {}
+
+    @cached_property
+    def transposed(self) -> tuple[Support, Tensor]:
+        """The support of the transposed weight, and for each of its entries the place in this one: int64."""
+        rows, cols = self.shape
+        order = (self.cols.long() * rows + self.rows).argsort()
+        flat = (self.cols.long() * rows + self.rows)[order]
+        return Support((cols, rows), flat, validate=False, name=self.name), order
+
     # ------------------------------------------------------------------ constructors
+
+    @classmethod
+    def from_csr(cls, shape: tuple[int, int], indices: Tensor, row_ptr: Tensor, cols: Tensor) -> Support:
+        """A support whose CSR view is at hand already; nothing is checked."""
+        support = cls(shape, indices, validate=False)
+        support.__dict__.update(row_ptr=row_ptr, cols=cols)
+        return support
 
     @classmethod
     def from_indices(cls, shape: tuple[int, int], indices: Tensor, name: str = "") -> Support:

@@ -5,12 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..ops import accumulation_dtype, gradient_panels, support_grad
-from ..support import RunningTopK, Support, topk_indices
+from ..ops import masked_dw, support_grad
+from ..support import Support, topk_indices
 from .collectives import Collectives
-
-# Of a panel's weights, in bytes, all float32: the panel itself, its absolute values, and what their top-k makes.
-PROPOSAL_BYTES = 12
 
 
 class CandidateWindow:
@@ -49,56 +46,41 @@ class CandidateWindow:
         self.partial = torch.zeros(self.positions.numel(), device=self.positions.device)
         self.own = torch.zeros(self.support.nnz, device=self.support.device)
         self._rejected = False  # whether any position with a gradient was not kept in this step
-        self._joint: tuple[Tensor, Support, Tensor, Tensor] | None = None
+        self._joint: tuple[Support, Support, Tensor, Tensor] | None = None
 
     # ------------------------------------------------------------------ during the backward pass
 
-    def support_grad(
-        self, left: Tensor, right: Tensor, row_ptr: Tensor, cols: Tensor, indices: Tensor, shape: tuple[int, int]
-    ) -> Tensor:
-        """The gradient at ``indices``, as :func:`~sparse_peft.ops.support_grad`; sees the candidates' on the way."""
+    def support_grad(self, left: Tensor, right: Tensor, active: Support) -> Tensor:
+        """The gradient at the active adapters' support, as :func:`~sparse_peft.ops.support_grad`.
+
+        Sees the candidates' on the way.
+        """
         if left.shape[0] == 0:
-            return support_grad(left, right, row_ptr, cols, indices, shape)
+            return support_grad(left, right, active)
         see = self._propose if self.steps == 0 else self._follow
-        values = see(left, right, row_ptr, indices)
-        self.own += values[self._slots(indices)].to(torch.float32)
+        values = see(left, right, active)
+        self.own += values[self._slots(active)].to(torch.float32)
         return values
 
-    def _slots(self, indices: Tensor) -> Tensor | slice:
+    def _slots(self, active: Support) -> Tensor | slice:
         """Where the adapter's entries are among those of all active adapters."""
-        alone = indices.numel() == self.support.nnz
-        return slice(None) if alone else torch.searchsorted(indices, self.support.indices)
+        return slice(None) if active.nnz == self.support.nnz else active.slots(self.support.indices)
 
-    def _propose(self, left: Tensor, right: Tensor, row_ptr: Tensor, indices: Tensor) -> Tensor:
-        rows, cols = self.support.shape
-        width = PROPOSAL_BYTES * accumulation_dtype(left.dtype).itemsize // 4
-        values = torch.empty(indices.numel(), dtype=accumulation_dtype(left.dtype), device=left.device)
-        found = torch.zeros(self.positions.numel(), device=left.device)
-        best = RunningTopK(self.limit)
-        taken = [(indices, values), (self.positions, found)]
-        for start, stop, panel in gradient_panels(left, right, (rows, cols), width):
-            flat = panel.reshape(-1)
-            for positions, out in taken:
-                bounds = positions.new_tensor([start * cols, stop * cols])
-                first, last = torch.searchsorted(positions, bounds).tolist()
-                local = positions[first:last] - start * cols
-                out[first:last] = flat[local]
-                flat[local] = 0
-            scores = flat.abs()
+    def _propose(self, left: Tensor, right: Tensor, active: Support) -> Tensor:
+        rows, cols = active.shape
+        watched = Support(active.shape, self.positions, validate=False)
+        joint, (own, theirs) = active.union(watched)
+        limit = min(self.limit, rows * cols - joint.nnz)
+        gradient, positions, sums = masked_dw(left, right, joint, limit)
+        found = gradient[theirs].to(torch.float32)
+        if limit and bool(sums[0].isnan()):
             # what is not finite makes the whole step's sums so, and they are thrown away with it
-            if bool(scores.amax().isfinite()):
-                best.update_block(scores, start * cols, flat)
-            else:
-                self.own.fill_(torch.nan)
-        keys, scores = best.result()
-        if keys.numel():
-            nonzero = scores > 0
-            self._merge(keys[nonzero], best.payload()[nonzero].to(torch.float32), found)
-            full = int(nonzero.sum()) == self.limit
-            self._rejected |= full and self.limit < rows * cols - indices.numel()
-        else:
-            self.partial += found
-        return values
+            self.own.fill_(torch.nan)
+        nonzero = sums.abs() > 0
+        self._merge(positions[nonzero], sums[nonzero].to(torch.float32), found)
+        full = int(nonzero.sum()) == self.limit
+        self._rejected |= full and self.limit < rows * cols - active.nnz
+        return gradient[own]
 
     def _merge(self, positions: Tensor, sums: Tensor, found: Tensor) -> None:
         """Let newly proposed positions compete with those already watched, by the absolute sums so far."""
@@ -114,14 +96,13 @@ class CandidateWindow:
         keep = topk_indices(magnitude, min(self.limit, magnitude.numel()))
         self.positions, self.partial, self.late = positions[keep], sums[keep], late[keep]
 
-    def _follow(self, left: Tensor, right: Tensor, row_ptr: Tensor, indices: Tensor) -> Tensor:
-        if self._joint is None or self._joint[0] is not indices:
-            active = Support(self.support.shape, indices, validate=False)
-            candidates = Support(self.support.shape, self.positions, validate=False)
+    def _follow(self, left: Tensor, right: Tensor, active: Support) -> Tensor:
+        if self._joint is None or self._joint[0] is not active:
+            candidates = Support(active.shape, self.positions, validate=False)
             joint, (own, theirs) = active.union(candidates)
-            self._joint = indices, joint, own, theirs
+            self._joint = active, joint, own, theirs
         _, joint, own, theirs = self._joint
-        gradient = support_grad(left, right, joint.row_ptr, joint.cols, joint.indices, joint.shape)
+        gradient = support_grad(left, right, joint)
         self.partial += gradient[theirs].to(torch.float32)
         return gradient[own]
 

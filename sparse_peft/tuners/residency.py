@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from ..ops import effective_entries, panels, read_entries, write_entries_
+from ..ops import effective_entries, panels, read_entries, remember, scatter_add_, write_entries_
 from ..support import Support
 from .delta import SparseDelta
 
@@ -46,6 +46,7 @@ class ActiveDelta:
             union, slots = parts[0], (None,)
         else:
             union, slots = parts[0].union(*parts[1:])
+        remember(union)
         return cls(names, union, tuple(slots), union.row_ptr, union.cols)
 
     def sum_values(self, values: list[Tensor]) -> Tensor:
@@ -221,14 +222,12 @@ class OverlaySource:
     def panels(self, dtype: torch.dtype) -> Iterator[tuple[int, int, Tensor]]:
         self.layer.check_stamp(self.delta, self.stamp)
         support, weight = self.delta.support, self.layer.base_parameter.detach()
-        originals = read_entries(weight, support.indices)
-        entries = effective_entries(originals, self.layer.sum_values(self.delta).detach())
+        values = self.layer.sum_values(self.delta).detach()
         rows, cols = self.shape
         bounds = panels(rows, cols * max(dtype.itemsize, weight.dtype.itemsize))
-        offsets = support.row_ptr[[start for start, _ in bounds] + [rows]].tolist()
-        for (start, stop), first, last in zip(bounds, offsets[:-1], offsets[1:]):
+        for (start, stop), (first, last) in zip(bounds, support.entry_ranges(bounds)):
             panel = weight[start:stop].clone(memory_format=torch.contiguous_format)
-            write_entries_(panel, support.indices[first:last] - start * cols, entries[first:last])
+            scatter_add_(panel, support.indices[first:last] - start * cols, values[first:last])
             yield start, stop, panel.to(dtype)
 
     def after_backward(self) -> None:
@@ -246,9 +245,7 @@ class DequantisedSource:
     def panels(self, dtype: torch.dtype) -> Iterator[tuple[int, int, Tensor]]:
         self.layer.check_stamp(self.delta, self.stamp)
         buffer = self.layer.dequantised()
-        indices = self.delta.support.indices
-        values = self.layer.sum_values(self.delta).detach()
-        write_entries_(buffer, indices, effective_entries(read_entries(buffer, indices), values))
+        scatter_add_(buffer, self.delta.support.indices, self.layer.sum_values(self.delta).detach())
         yield 0, self.shape[0], buffer.to(dtype)
 
     def after_backward(self) -> None:

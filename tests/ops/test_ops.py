@@ -13,7 +13,7 @@ from sparse_peft.ops import (
     use_backend,
     write_entries_,
 )
-from sparse_peft.ops.support_grad import support_grad_op
+from sparse_peft.ops.library import sddmm
 from sparse_peft.support import Support
 
 SHAPES = [(1, 1), (1, 7), (13, 1), (20, 2), (37, 29), (64, 48), (5, 211)]
@@ -33,7 +33,7 @@ def test_support_grad_is_the_gathered_dense_gradient(shape, density, backend, dt
     left, right = torch.randn(11, shape[0]).to(dtype), torch.randn(11, shape[1]).to(dtype)
     dense = (left.double().t() @ right.double()).reshape(-1)[s.indices.long()]
     with use_backend(backend), panel_limit(256):
-        got = support_grad(left, right, s.row_ptr, s.cols, s.indices, shape)
+        got = support_grad(left, right, s)
     assert got.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
     # the operands are exact in float64, so what remains is the order of summation alone, in half precision too
     torch.testing.assert_close(got.double(), dense, rtol=1e-5, atol=1e-5)
@@ -44,8 +44,8 @@ def test_support_grad_accepts_strided_views_and_no_tokens(backend):
     s = random_support((12, 10), 0.2)
     left, right = torch.randn(12, 6).t(), torch.randn(6, 20)[:, ::2]
     with use_backend(backend):
-        got = support_grad(left, right, s.row_ptr, s.cols, s.indices, (12, 10))
-        none = support_grad(left[:0], right[:0], s.row_ptr, s.cols, s.indices, (12, 10))
+        got = support_grad(left, right, s)
+        none = support_grad(left[:0], right[:0], s)
     torch.testing.assert_close(got, (left.t() @ right).reshape(-1)[s.indices.long()])
     assert none.shape == (s.nnz,) and not none.any()
 
@@ -56,13 +56,13 @@ def test_support_grad_ignores_entries_outside_the_support_even_if_they_are_nan()
     left[:, 2:] = float("nan")
     for backend in ("sampled", "panels"):
         with use_backend(backend):
-            assert torch.equal(support_grad(left, right, s.row_ptr, s.cols, s.indices, (4, 4)), torch.full((2,), 3.0))
+            assert torch.equal(support_grad(left, right, s), torch.full((2,), 3.0))
 
 
-def test_support_grad_op_passes_opcheck():
+def test_sddmm_passes_opcheck():
     s = random_support((9, 8), 0.3)
     torch.library.opcheck(
-        support_grad_op,
+        sddmm,
         (torch.randn(5, 9), torch.randn(5, 8), s.row_ptr, s.cols, s.indices, 9, 8, 0),
     )
 
@@ -73,7 +73,7 @@ def test_unknown_backend_is_refused(monkeypatch):
     s = random_support((4, 4), 0.5)
     monkeypatch.setenv("SPARSE_PEFT_BACKEND", "nonsense")
     with pytest.raises(ValueError, match="SPARSE_PEFT_BACKEND='nonsense'"):
-        support_grad(torch.ones(1, 4), torch.ones(1, 4), s.row_ptr, s.cols, s.indices, (4, 4))
+        support_grad(torch.ones(1, 4), torch.ones(1, 4), s)
 
 
 @pytest.mark.parametrize("shape", SHAPES)

@@ -20,7 +20,7 @@ def pair(tokens, shape, generator=None, dtype=torch.float64):
 
 def backward(window, left, right, support=None):
     s = support or window.support
-    return window.support_grad(left, right, s.row_ptr, s.cols, s.indices, s.shape)
+    return window.support_grad(left, right, s)
 
 
 def run(window, steps, factor=ONE):
@@ -195,7 +195,7 @@ def test_no_temporary_is_larger_than_a_panel():
 def test_the_values_gradient_is_the_same_as_without_a_window():
     support = Support.random((64, 48), 100, seed=0, name="x")
     left, right = pair(32, support.shape, dtype=torch.float32)
-    plain = support_grad(left, right, support.row_ptr, support.cols, support.indices, support.shape)
+    plain = support_grad(left, right, support)
     window = CandidateWindow(support, 100, 2)
     for _ in range(2):
         torch.testing.assert_close(backward(window, left, right), plain)

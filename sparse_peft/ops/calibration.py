@@ -1,0 +1,229 @@
+"""Up to which density a product at the entries alone beats the dense gradient: measured once per device and kept."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import logging
+import math
+import os
+import platform
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+
+from ..support import Support
+from . import cuda_kernels, triton_kernels
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Bench:
+    """What a kind of device is measured on.
+
+    Attributes:
+        default: the crossover where nothing was measured.
+        size, tokens: of the layer.
+        densities: where the two are compared; outside of them the answer is known.
+    """
+
+    default: float
+    size: int
+    tokens: int
+    densities: tuple[float, ...]
+
+
+BENCHES = {
+    "cpu": Bench(0.12, 1024, 512, (0.04, 0.08, 0.12, 0.16, 0.2, 0.3)),
+    "cuda": Bench(0.004, 4096, 2048, (0.001, 0.002, 0.004, 0.008, 0.016, 0.032)),
+}
+REPEATS = 3
+TOLERANCE = 2e-3  # of a kernel against PyTorch, relative to the largest gradient; a wrong one is off by far more
+
+
+@dataclass(frozen=True)
+class Crossover:
+    """The density up to which ``path`` is faster than dense panels.
+
+    Attributes:
+        path: ``"sampled"``, ``"triton"`` or ``"cuda"``.
+        density: the crossover.
+        source: ``"default"``, ``"measured"`` or ``"cached"``.
+        ratios: ``{density: time of the path / time of the dense panels}`` as measured.
+    """
+
+    path: str
+    density: float
+    source: str
+    ratios: dict[str, float]
+
+
+def cache_file() -> Path:
+    """``$SPARSE_PEFT_CACHE``, or ``sparse_peft`` in the user's cache folder, and there ``calibration.json``."""
+    folder = os.environ.get("SPARSE_PEFT_CACHE")
+    if folder is None:
+        folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sparse_peft"
+    return Path(folder) / "calibration.json"
+
+
+def _key(device: torch.device, dtype: torch.dtype) -> str:
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+    else:
+        capability = torch.backends.cpu.get_cpu_capability()
+        name = f"{platform.machine()} {capability}, {torch.get_num_threads()} threads of {os.cpu_count()}"
+    triton = importlib.util.find_spec("triton") is not None
+    return f"{name} | {str(dtype).removeprefix('torch.')} | torch {torch.__version__}{' + triton' if triton else ''}"
+
+
+def _read() -> dict[str, dict]:
+    try:
+        found = json.loads(cache_file().read_text(encoding="utf-8"))
+        return found if isinstance(found, dict) else {}
+    except (OSError, ValueError):
+        return {}
+
+
+def _write(key: str, found: Crossover) -> None:
+    path = cache_file()
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False, encoding="utf-8") as file:
+            json.dump({**_read(), key: asdict(found)}, file, indent=1)
+        os.replace(file.name, path)
+    except OSError as error:
+        logger.info("the measured crossover is not kept, %s cannot be written: %s", path, error)
+
+
+def _paths(device: torch.device, dtype: torch.dtype) -> list[str]:
+    if device.type == "cpu":
+        return ["sampled"]
+    kernels = []
+    if dtype in cuda_kernels.FLOATS:
+        if triton_kernels.usable(device):
+            kernels.append("triton")
+        if cuda_kernels.usable("sddmm", dtype, torch.int32, device):
+            kernels.append("cuda")
+    return kernels
+
+
+def _seconds(action: Callable[[], object], device: torch.device) -> float:
+    def run() -> float:
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        start = time.perf_counter()
+        action()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        return time.perf_counter() - start
+
+    run()
+    return min(run() for _ in range(REPEATS))
+
+
+def meeting_point(ratios: dict[float, float]) -> float:
+    """Where the ratio passes 1, between the measured densities on a logarithmic scale; the ends if it never does."""
+    points = sorted(ratios.items())
+    if points[0][1] >= 1:
+        return points[0][0]
+    for (low, a), (high, b) in zip(points[:-1], points[1:]):
+        if b >= 1:
+            share = (1 - a) / (b - a)
+            return math.exp(math.log(low) + share * (math.log(high) - math.log(low)))
+    return points[-1][0]
+
+
+@torch.no_grad()
+def measure(device: torch.device, dtype: torch.dtype, bench: Bench | None = None) -> Crossover:
+    """Time every path against dense panels; a kernel whose result is wrong is left out, with a warning.
+
+    Args:
+        device: to measure.
+        dtype: of the activations.
+        bench: what to measure on, :data:`BENCHES` if None.
+    """
+    from .support_grad import grad_by_path
+
+    bench = bench or BENCHES[device.type]
+    generator = torch.Generator().manual_seed(0)
+    left, right = (
+        torch.randn(bench.tokens, bench.size, generator=generator).to(device=device, dtype=dtype) for _ in range(2)
+    )
+    shape = (bench.size, bench.size)
+    supports = [
+        Support.random(shape, max(1, round(density * bench.size**2)), seed=0, name="calibration").to(device)
+        for density in bench.densities
+    ]
+    dense = _seconds(lambda: grad_by_path("panels", left, right, supports[0]), device)
+    best: Crossover | None = None
+    for path in _paths(device, dtype):
+        expected = grad_by_path("panels", left, right, supports[0])
+        error = (grad_by_path(path, left, right, supports[0]) - expected).abs().max() / expected.abs().max()
+        if not error <= TOLERANCE:
+            logger.warning("the %s kernel is wrong on %s (error %.1e) and will not be used", path, device, error)
+            continue
+        ratios = {
+            density: _seconds(lambda path=path, support=support: grad_by_path(path, left, right, support), device)
+            / dense
+            for density, support in zip(bench.densities, supports)
+        }
+        found = Crossover(path, meeting_point(ratios), "measured", {f"{d:g}": round(r, 3) for d, r in ratios.items()})
+        if best is None or found.density > best.density:
+            best = found
+    return best or Crossover("panels", 0.0, "measured", {})
+
+
+_known: dict[tuple, Crossover] = {}
+
+
+def _default(device: torch.device, dtype: torch.dtype) -> Crossover:
+    return Crossover((_paths(device, dtype) or ["panels"])[-1], BENCHES[device.type].default, "default", {})
+
+
+def _may_measure(device: torch.device) -> bool:
+    if os.environ.get("SPARSE_PEFT_CALIBRATE", "1") == "0":
+        return False
+    return device.type == "cpu" or not torch.cuda.is_current_stream_capturing()
+
+
+def _stored(key: str) -> Crossover | None:
+    found = _read().get(key)
+    if found is None:
+        return None
+    try:
+        return Crossover(str(found["path"]), float(found["density"]), "cached", dict(found["ratios"]))
+    except (KeyError, TypeError, ValueError):
+        logger.info("%s is damaged and will be written anew", cache_file())
+        return None
+
+
+def crossover(device: torch.device, dtype: torch.dtype, density: float) -> Crossover:
+    """The crossover of a device, measured when it first matters: where ``density`` is within the measured range.
+
+    ``SPARSE_PEFT_CALIBRATE=0`` keeps to the defaults.
+
+    Args:
+        device: a CPU or a CUDA device.
+        dtype: of the activations.
+        density: of the support it is asked for.
+    """
+    known = (device, dtype, torch.get_num_threads())
+    found = _known.get(known)
+    if found is not None:
+        return found
+    bench = BENCHES[device.type]
+    if not bench.densities[0] <= density <= bench.densities[-1] or not _may_measure(device):
+        return _default(device, dtype)
+    key = _key(device, dtype)
+    found = _stored(key)
+    if found is None:
+        logger.info("measuring once up to which density sparse gradients are faster on %s", device)
+        found = measure(device, dtype)
+        _write(key, found)
+    _known[known] = found
+    return found

@@ -1,0 +1,88 @@
+"""The ops as nodes of compiled graphs: ``torch.ops.sparse_peft.*``, with schemas and fakes.
+
+Eager code calls the functions themselves. Autograd is in functions over these ops, where ``F.linear`` stays visible to
+the compiler. None needs a rule for autocast: they run below autograd, on operands that are cast already.
+"""
+
+from __future__ import annotations
+
+import weakref
+
+import torch
+from torch import Tensor
+
+from ..support import Support
+from .codes import code_gather as _code_gather
+from .codes import code_scatter_add as _code_scatter_add
+from .delta_matmul import spmm_add_ as _spmm_add_
+from .entries import restore_ as _restore_
+from .entries import resync_ as _resync_
+from .entries import scatter_add_ as _scatter_add_
+from .masked_dw import masked_dw as _masked_dw
+from .support_grad import accumulation_dtype, observed_support_grad
+
+# Supports that layers hold, by the address of their positions: a graph passes tensors, and what was found out about a
+# support must not be found out anew in every step.
+_supports: weakref.WeakValueDictionary[int, Support] = weakref.WeakValueDictionary()
+
+
+def remember(support: Support) -> None:
+    """Let compiled graphs that are called with this support's tensors find it again, for as long as it lives."""
+    _supports[support.indices.data_ptr()] = support
+
+
+def _recall(shape: tuple[int, int], indices: Tensor, row_ptr: Tensor, cols: Tensor) -> Support:
+    support = _supports.get(indices.data_ptr())
+    if support is not None and support.shape == shape and support.nnz == indices.numel():
+        return support
+    return Support.from_csr(shape, indices, row_ptr, cols)
+
+
+@torch.library.custom_op("sparse_peft::sddmm", mutates_args=())
+def sddmm(
+    left: Tensor, right: Tensor, row_ptr: Tensor, cols: Tensor, indices: Tensor, rows: int, columns: int, key: int
+) -> Tensor:
+    """:func:`~sparse_peft.ops.support_grad`, seen by the observer under ``key``."""
+    return observed_support_grad(left, right, _recall((rows, columns), indices, row_ptr, cols), key)
+
+
+@sddmm.register_fake
+def _(left, right, row_ptr, cols, indices, rows, columns, key):
+    return left.new_empty(indices.shape, dtype=accumulation_dtype(left.dtype))
+
+
+@torch.library.custom_op("sparse_peft::masked_dw", mutates_args=())
+def masked_dw(
+    left: Tensor, right: Tensor, row_ptr: Tensor, cols: Tensor, indices: Tensor, rows: int, columns: int, limit: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """:func:`~sparse_peft.ops.masked_dw`."""
+    return _masked_dw(left, right, _recall((rows, columns), indices, row_ptr, cols), limit)
+
+
+@masked_dw.register_fake
+def _(left, right, row_ptr, cols, indices, rows, columns, limit):
+    dtype = accumulation_dtype(left.dtype)
+    gradients = [left.new_empty(count, dtype=dtype) for count in (indices.shape[0], limit)]
+    return gradients[0], left.new_empty(limit, dtype=torch.int64), gradients[1]
+
+
+spmm_add_ = torch.library.custom_op("sparse_peft::spmm_add_", _spmm_add_, mutates_args={"out"})
+scatter_add_ = torch.library.custom_op("sparse_peft::scatter_add_", _scatter_add_, mutates_args={"weight"})
+resync_ = torch.library.custom_op("sparse_peft::resync_", _resync_, mutates_args={"weights", "originals"})
+restore_ = torch.library.custom_op("sparse_peft::restore_", _restore_, mutates_args={"weights"})
+for _op in (spmm_add_, scatter_add_, resync_, restore_):
+    _op.register_fake(lambda *args: None)
+
+code_gather = torch.library.custom_op("sparse_peft::code_gather", _code_gather, mutates_args=())
+code_scatter_add = torch.library.custom_op("sparse_peft::code_scatter_add", _code_scatter_add, mutates_args=())
+
+
+@code_gather.register_fake
+def _(codebook, codes, bits, cols, dtype):
+    return codebook.new_empty(codebook.shape[0], cols, dtype=dtype)
+
+
+@code_scatter_add.register_fake
+def _(grad, codes, bits, groups):
+    dtype = torch.float64 if grad.dtype == torch.float64 else torch.float32
+    return grad.new_empty(grad.shape[0], groups, 1 << bits, dtype=dtype)

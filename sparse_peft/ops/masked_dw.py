@@ -1,0 +1,132 @@
+"""One look at a dense weight gradient: its entries at a support, and the largest of all others.
+
+The dense gradient is never alive whole. On a GPU it does not reach memory at all: tiles are formed in registers, and
+what is not below a threshold is appended to a list. The threshold comes from a sample of the gradient; a list that
+comes out too short or too long is made again, so the result is exact either way.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from ..support import RunningTopK, Support, topk_indices
+from . import triton_kernels
+from .dispatch import kernel_backend, log_once
+from .support_grad import accumulation_dtype, gradient_panels
+
+# Of a panel's weights, in bytes, all float32: the panel itself, its absolute values, and what their top-k makes.
+PANEL_BYTES_PER_WEIGHT = 12
+BITS = 32
+SAMPLE_ROWS = 128
+# Room for this many times the wanted number: the sample's threshold is good to a few percent.
+CAPACITY = 4
+ATTEMPTS = 3
+
+
+def bitmap(support: Support) -> tuple[Tensor, Tensor]:
+    """One bit for each weight, and the number of entries before each word of 32: ``(rows, words)`` int32 each."""
+    rows, cols = support.shape
+    words_a_row = -(-cols // BITS)
+    word = support.rows.long() * words_a_row + torch.div(support.cols, BITS, rounding_mode="floor")
+    words = torch.zeros(rows * words_a_row, dtype=torch.int64, device=support.device)
+    words.index_add_(0, word, torch.ones_like(word) << (support.cols.long() % BITS))
+    words = torch.where(words >= 2**31, words - 2**32, words)
+    every = torch.arange(rows * words_a_row, device=support.device)
+    before = torch.searchsorted(word, every, out_int32=True)
+    return words.to(torch.int32).view(rows, words_a_row), before.view(rows, words_a_row)
+
+
+def _by_panels(left: Tensor, right: Tensor, support: Support, limit: int) -> tuple[Tensor, Tensor, Tensor]:
+    rows, cols = support.shape
+    dtype = accumulation_dtype(left.dtype)
+    values = torch.empty(support.nnz, dtype=dtype, device=left.device)
+    best = RunningTopK(limit)
+    finite = True
+    panels = gradient_panels(left, right, (rows, cols), PANEL_BYTES_PER_WEIGHT * dtype.itemsize // 4)
+    for start, stop, panel in panels:
+        flat = panel.reshape(-1)
+        first, last = torch.searchsorted(
+            support.indices, support.indices.new_tensor([start * cols, stop * cols])
+        ).tolist()
+        local = support.indices[first:last] - start * cols
+        values[first:last] = flat[local]
+        scores = flat.abs()
+        scores[local] = -1  # never among the largest while there are others
+        finite = finite and bool(scores.amax().isfinite())
+        if finite:
+            best.update_block(scores, start * cols, flat)
+    positions, _ = best.result()
+    found = best.payload()
+    if not finite:
+        positions = torch.arange(limit, device=left.device)
+        found = torch.full((limit,), torch.nan, dtype=dtype, device=left.device)
+    return values, positions.to(left.device), found.to(left.device)
+
+
+def _threshold(left: Tensor, right: Tensor, support: Support, limit: int) -> Tensor:
+    """A magnitude that a sample of rows says about ``1.5 * limit`` weights outside the support reach."""
+    rows, cols = support.shape
+    step = max(1, rows // SAMPLE_ROWS)
+    sampled = torch.arange(step // 2, rows, step, device=left.device)
+    sample = (left.index_select(1, sampled).float().t() @ right.float()).abs().reshape(-1)
+    rank = math.ceil(1.5 * (limit + support.nnz) * sample.numel() / (rows * cols)) + 8
+    if rank >= sample.numel():
+        return torch.zeros(1, device=left.device)
+    return torch.topk(sample, rank, sorted=False).values.amin().reshape(1)
+
+
+def _by_kernel(left: Tensor, right: Tensor, support: Support, limit: int) -> tuple[Tensor, Tensor, Tensor] | None:
+    kernels = triton_kernels.kernels("masked_dw")
+    left, right = left.contiguous(), right.contiguous()
+    values = torch.empty(support.nnz, dtype=torch.float32, device=left.device)
+    words, before = bitmap(support)
+    threshold = _threshold(left, right, support, limit)
+    others = support.shape[0] * support.shape[1] - support.nnz
+    for _ in range(ATTEMPTS):
+        capacity = min(CAPACITY * limit + 1024, others)
+        counter, positions, found = kernels.masked_dw(left, right, words, before, values, threshold, capacity)
+        count = int(counter)
+        if limit <= count <= capacity:
+            order = positions[:count].argsort()
+            positions, found = positions[:count][order], found[:count][order]
+            if not bool(found.isfinite().all()):
+                break
+            keep = topk_indices(found.abs(), limit)
+            return values, positions[keep], found[keep]
+        if count < limit:
+            threshold = threshold / 2 if float(threshold) > 1e-30 else torch.zeros_like(threshold)
+        else:
+            threshold = threshold * 1.5 if float(threshold) > 0 else torch.full_like(threshold, 1e-30)
+    log_once("the candidates of some layers were found in panels: their gradients have no useful threshold")
+    return None
+
+
+def masked_dw(left: Tensor, right: Tensor, support: Support, limit: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The entries of ``left.T @ right`` at a support, and the ``limit`` largest absolute others with their positions.
+
+    Among equal ones the lowest positions win. If any other entry is not finite, the gradients found are all NaN.
+
+    Args:
+        left: ``(tokens, rows)``.
+        right: ``(tokens, cols)``, same dtype.
+        support: of the weight ``(rows, cols)``.
+        limit: how many others; at most as many as there are.
+
+    Returns:
+        ``(entries,)`` gradients at the support, ``(limit,)`` ascending int64 positions of the others, and their
+        gradients; gradients in float32 (float64 for float64 inputs).
+
+    Raises:
+        ValueError: ``limit`` is out of range.
+    """
+    rows, cols = support.shape
+    if not 0 <= limit <= rows * cols - support.nnz:
+        raise ValueError(f"limit={limit}: between 0 and {rows * cols - support.nnz} positions are outside the support")
+    if limit and left.shape[0] and kernel_backend("masked_dw", left.dtype, left.device) == "triton":
+        result = _by_kernel(left, right, support, limit)
+        if result is not None:
+            return result
+    return _by_panels(left, right, support, limit)

@@ -1,0 +1,60 @@
+"""Activations with their tokens contiguous, made once for all layers that share them.
+
+q, k and v have one input, gate and up have one: in a backward pass the second and third layer find what the first
+one made. Nothing is kept when the backward pass is over.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .panels import panel_bytes
+
+ALIGNMENT = 16  # bytes: the widest load of a kernel
+
+
+class _Kept:
+    def __init__(self, x: Tensor, result: Tensor):
+        # holding the activation itself keeps its address from meaning another one
+        self.x, self.result, self.version = x, result, x._version
+
+    def is_of(self, x: Tensor, dtype: torch.dtype) -> bool:
+        return (
+            self.result.dtype == dtype
+            and self.version == x._version
+            and self.x.data_ptr() == x.data_ptr()
+            and self.x.dtype == x.dtype
+            and self.x.shape == x.shape
+            and self.x.stride() == x.stride()
+        )
+
+
+_kept: dict[torch.device, _Kept] = {}
+
+
+def _in_backward() -> bool:
+    return torch._C._current_graph_task_id() != -1
+
+
+def token_contiguous(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """``x`` ``(tokens, features)`` as ``(features, padded tokens)`` in ``dtype``, zeros behind the last token.
+
+    Rows are padded to whole 16 bytes. Inside a backward pass the last result of each device is kept for the next
+    layer, if it is not larger than a panel.
+    """
+    kept = _kept.get(x.device)
+    if kept is not None and kept.is_of(x, dtype):
+        return kept.result
+    tokens, features = x.shape
+    per_load = ALIGNMENT // dtype.itemsize
+    padded = -(-tokens // per_load) * per_load
+    result = torch.empty(features, padded, dtype=dtype, device=x.device)
+    result[:, :tokens].copy_(x.t())
+    if padded > tokens:
+        result[:, tokens:].zero_()
+    if _in_backward() and not x.is_inference() and result.nbytes <= panel_bytes():
+        if x.device not in _kept:
+            torch.autograd.Variable._execution_engine.queue_callback(lambda: _kept.pop(x.device, None))
+        _kept[x.device] = _Kept(x, result)
+    return result

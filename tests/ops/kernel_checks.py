@@ -1,0 +1,110 @@
+"""What every implementation of an op must do; called for each backend, on the CPU and, where there is one, a GPU."""
+
+from __future__ import annotations
+
+import torch
+from kernel_cases import Problem
+from torch import Tensor
+
+from sparse_peft.ops import (
+    code_gather,
+    code_scatter_add,
+    effective_entries,
+    masked_dw,
+    pack_codes,
+    panel_limit,
+    restore_,
+    resync_,
+    scatter_add_,
+    spmm_add_,
+    support_grad,
+    use_backend,
+)
+from sparse_peft.support import Support, topk_indices
+
+NEAR = {"rtol": 1e-5, "atol": 2e-5}
+
+
+def check_support_grad(backend: str, problem: Problem) -> None:
+    with use_backend(backend), panel_limit(2048):
+        got = support_grad(problem.left, problem.right, problem.support)
+    wide = torch.float64 if problem.left.dtype == torch.float64 else torch.float32
+    assert got.dtype == wide and got.shape == (problem.support.nnz,)
+    # the operands are exact in float64, so what remains is the order of summation alone, in half precision too
+    torch.testing.assert_close(got.double(), problem.at_support(), **NEAR)
+
+
+def check_masked_dw(backend: str, problem: Problem, share: float) -> None:
+    support = problem.support
+    rows, cols = support.shape
+    limit = round(share * (rows * cols - support.nnz))
+    with use_backend(backend), panel_limit(4096):
+        values, positions, found = masked_dw(problem.left, problem.right, support, limit)
+    torch.testing.assert_close(values.double(), problem.at_support(), **NEAR)
+    flat = problem.dense.reshape(-1)
+    assert positions.shape == found.shape == (limit,) and not support.contains(positions).any()
+    assert bool((positions[1:] > positions[:-1]).all())
+    torch.testing.assert_close(found.double(), flat[positions], **NEAR)
+    if limit:
+        # the set is the exact one up to entries whose magnitudes rounding cannot tell apart
+        rest = flat.abs().clone()
+        rest[support.indices.long()] = -1
+        last = rest[topk_indices(rest, limit)].amin()
+        assert bool((flat[positions].abs() >= last - 1e-4).all())
+
+
+def check_entries(backend: str, problems: list[Problem], dtype: torch.dtype) -> None:
+    """scatter_add_, resync_ and restore_ on several weights at once, against one entry at a time."""
+    device = problems[0].left.device
+    weights = [torch.randn(p.support.shape, device=device).to(dtype) for p in problems]
+    before = [weight.clone() for weight in weights]
+    indices = [p.support.indices for p in problems]
+    values = [torch.randn(p.support.nnz, device=device) for p in problems]
+    expected = [b.reshape(-1)[i.long()] for b, i in zip(before, indices)]
+    held = [effective_entries(e, v) for e, v in zip(expected, values)]
+
+    def inspect(entries: list[Tensor]) -> None:
+        for weight, b, i, e in zip(weights, before, indices, entries):
+            assert torch.equal(weight, b.reshape(-1).scatter(0, i.long(), e).view(b.shape))
+
+    with use_backend(backend):
+        for weight, i, v in zip(weights, indices, values):
+            scatter_add_(weight, i, v)
+        inspect(held)
+        restore_(weights, indices, expected)
+        inspect(expected)
+        originals = [torch.full_like(e, torch.nan) for e in expected]
+        resync_(weights, indices, originals, values, take=True)
+        inspect(held)
+        assert all(torch.equal(o, e) for o, e in zip(originals, expected))
+        new = [v * 0.5 for v in values]
+        resync_(weights, indices, originals, new, take=False)
+        inspect([effective_entries(e, v) for e, v in zip(expected, new)])
+
+
+def check_spmm_add(backend: str, x: Tensor, support: Support) -> None:
+    values = torch.randn(support.nnz, device=x.device)
+    out = torch.randn(x.shape[0], support.shape[0], device=x.device).to(x.dtype)
+    dense = torch.zeros(support.shape, dtype=torch.float64, device=x.device)
+    dense.view(-1).index_copy_(0, support.indices.long(), values.double())
+    expected = out.double() + x.double() @ dense.t()
+    with use_backend(backend), panel_limit(2048):
+        spmm_add_(out, x, values, support.row_ptr, support.cols)
+    eps = torch.finfo(x.dtype).eps
+    torch.testing.assert_close(out.double(), expected, rtol=2 * eps + 1e-5, atol=2 * eps + 1e-5)
+
+
+def check_codes(backend: str, rows: int, cols: int, groups: int, bits: int, dtype: torch.dtype, device: str) -> None:
+    codes = torch.randint(0, 1 << bits, (rows, cols), device=device)
+    packed = pack_codes(codes, bits)
+    codebook = torch.randn(rows, groups, 1 << bits, device=device)
+    grad = torch.randn(rows, cols, device=device).to(dtype)
+    group = torch.arange(cols, device=device) * groups // cols
+    one_hot = torch.nn.functional.one_hot(group * (1 << bits) + codes, groups << bits).double()
+    with use_backend(backend), panel_limit(1024):
+        weights = code_gather(codebook, packed, bits, cols, dtype)
+        sums = code_scatter_add(grad, packed, bits, groups)
+    places = group * (1 << bits) + codes
+    assert torch.equal(weights, codebook.flatten(1).gather(1, places).to(dtype))
+    expected = torch.einsum("rc,rck->rk", grad.double(), one_hot).view(rows, groups, -1)
+    torch.testing.assert_close(sums.double(), expected, **NEAR)
