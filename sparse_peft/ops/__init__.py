@@ -3,7 +3,7 @@
 from .calibration import Crossover, cache_file
 from .codes import code_gather, code_scatter_add, pack_codes, packed_width, unpack_codes
 from .delta_matmul import delta_matmul, spmm_add_
-from .dispatch import BACKENDS, Plan, forced_backend, plan_support_grad, use_backend
+from .dispatch import BACKENDS, Plan, kernel_backend, log_once, plan_support_grad, use_backend
 from .entries import effective_entries, read_entries, restore_, resync_, scatter_add_, write_entries_
 from .library import remember
 from .linear import WeightSource, functional_support_linear, support_linear
@@ -25,9 +25,10 @@ __all__ = [
     "code_scatter_add",
     "delta_matmul",
     "effective_entries",
-    "forced_backend",
     "functional_support_linear",
     "gradient_panels",
+    "kernel_backend",
+    "log_once",
     "masked_dw",
     "new_key",
     "observe",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import warnings
 from typing import Any
 
@@ -16,11 +15,13 @@ from ..ops import (
     delta_matmul,
     effective_entries,
     functional_support_linear,
+    log_once,
     new_key,
     read_entries,
+    scatter_add_,
     support_linear,
+    write_entries_,
 )
-from ..ops import write_entries_ as write_entries
 from ..support import Support
 from .delta import SparseDelta
 from .packed import PackedWeight, keep_packing
@@ -31,26 +32,18 @@ from .residency import (
     Residency,
     ResidentSource,
     Stamp,
+    Write,
     note_holding,
+    release_layers,
 )
-
-logger = logging.getLogger(__name__)
 
 BASE_ADAPTER = "__base__"  # PEFT's name for "no adapter" in a mixed batch
 STOCK_FORWARDS = {nn.Linear.forward, Conv1D.forward}
 WRITABLE_DTYPES = {torch.float16, torch.bfloat16, torch.float32, torch.float64}
 
-_logged: set[str] = set()
-
 
 def _rejoin(layer: SparseTunerLayer, _incompatible_keys: Any) -> None:
     layer.rejoin()
-
-
-def _log_once(reason: str) -> None:
-    if reason not in _logged:
-        _logged.add(reason)
-        logger.info(reason)
 
 
 class SparseTunerLayer(BaseTunerLayer, nn.Module):
@@ -173,23 +166,31 @@ class SparseTunerLayer(BaseTunerLayer, nn.Module):
             self.check_stamp(delta, stamp)
             with torch.inference_mode(False):
                 self._residency.write(self.base_parameter, delta.support, self.sum_values(delta), stamp)
-            self._step_expected = False
-            note_holding(self)
+            self.now_holds()
 
-    @torch.no_grad()
+    def now_holds(self) -> None:
+        """Note that the base weight holds the active adapters' current entries."""
+        self._step_expected = False
+        note_holding(self)
+
+    def held_weight(self) -> tuple[Residency, Tensor] | None:
+        """The ledger and the base weight, if that holds entries of adapters that are not merged."""
+        return None if self._residency.held is None or self.merged else (self._residency, self.base_parameter)
+
     def release(self) -> None:
         """Give the base weight its own entries back; merged adapters stay merged."""
-        if self._residency.held is not None and not self.merged:
-            with torch.inference_mode(False):
-                self._residency.release(self.base_parameter)
+        release_layers([self])
 
-    def make_resident(self) -> None:
-        """Make the base weight hold the active adapters' entries now, where it may and they are known."""
+    def pending_write(self) -> Write | None:
+        """What makes the base weight hold the active adapters' entries; None if it does, or may not."""
         names = self._active_names()
-        if names and not (self.merged or self.disable_adapters or self.quantization_backend is not None):
-            if not self._is_hooked() and self._base_is_stock() and self._may_be_resident():
-                delta = self._join(names)
-                self.hold(delta, self.stamp(delta))
+        if not names or self.merged or self.disable_adapters or self.path() != "resident":
+            return None
+        delta = self._join(names)
+        stamp = self.stamp(delta)
+        if self._residency.holds(stamp) and not self._step_expected:
+            return None
+        return Write(self._residency, self.base_parameter, delta.support, self.sum_values(delta), stamp)
 
     def expect_step(self) -> None:
         """After a backward pass the values may be stepped by means that leave no trace, as ``param.data`` does."""
@@ -263,23 +264,39 @@ class SparseTunerLayer(BaseTunerLayer, nn.Module):
         delta = self._join(names)
         if self.quantization_backend is not None:
             self._restore_dtypes(delta)
-            if args or kwargs or self._is_hooked() or not self.quantization_backend.supports_merge:
-                _log_once(f"layer {self.name}: the quantised base is used through base(x) + delta(x)")
-                return self._additive_forward(x, delta, *args, **kwargs)
+        path = "additive" if args or kwargs else self.path(x)
+        if path == "dequantised":
             return self._dequantised_forward(x, delta)
-        if args or kwargs or self._is_hooked() or not self._base_is_stock(x):
-            _log_once(f"layer {self.name}: the base layer's own forward is used, with the delta added to its result")
+        if path == "additive":
+            log_once(f"layer {self.name}: the base layer's own forward is used, with the delta added to its result")
             return self._additive_forward(x, delta, *args, **kwargs)
         if torch.compiler.is_compiling():
             return self._functional_forward(x, delta)
-        if not self._may_be_resident():
-            _log_once(f"layer {self.name}: the base weight cannot be written, its panels are copied in every pass")
+        if path == "overlay":
+            log_once(f"layer {self.name}: the base weight cannot be written, its panels are copied in every pass")
             self.release()
             return self._product(x, delta, OverlaySource(self, delta))
         if torch.is_grad_enabled() and (x.requires_grad or any(self._delta(n).values.requires_grad for n in names)):
             return self._product(x, delta, ResidentSource(self, delta))
         self.hold(delta, self.stamp(delta))
         return self.base_layer(x)
+
+    def path(self, x: Tensor | None = None) -> str:
+        """How the forward pass of one adapter, or of several that act together, is computed.
+
+        Args:
+            x: the input; one in the base's dtype if None.
+
+        Returns:
+            ``"resident"``, ``"overlay"``, ``"dequantised"`` or ``"additive"``; see docs/how_it_works.md.
+        """
+        if self.quantization_backend is not None:
+            stock = self.quantization_backend.supports_merge and not self._is_hooked()
+            return "dequantised" if stock else "additive"
+        if self._is_hooked() or not self._base_is_stock(x):
+            return "additive"
+        # a compiled graph writes nothing: it sets the entries in a transient copy
+        return "resident" if torch.compiler.is_compiling() or self._may_be_resident() else "overlay"
 
     def _holds_current(self) -> bool:
         """Whether the base weight holds the active adapters' current values: the short way of inference."""
@@ -423,16 +440,15 @@ class SparseTunerLayer(BaseTunerLayer, nn.Module):
             self._packed.restore(self)
         buffer = self.dequantised()
         indices = delta.support.indices
-        entries = effective_entries(read_entries(buffer, indices), values)
+        scatter_add_(buffer, indices, values)
         if safe_merge:
-            self._check_merged(entries, names)
+            self._check_merged(read_entries(buffer, indices), names)
         warnings.warn(
             f"Merging into a {backend.backend_name} base rounds the merged weight to the base's quantisation again; "
             "outputs may differ slightly from the unmerged adapter's. Unmerging gives the packed weight back exactly.",
             stacklevel=4,
         )
         self._packed = self._packed or PackedWeight(self)
-        write_entries(buffer, indices, entries)
         self.set_base_weight(buffer)
 
     @torch.no_grad()
@@ -451,7 +467,7 @@ class SparseTunerLayer(BaseTunerLayer, nn.Module):
         """The adapter's delta as a dense matrix of the stored weight's shape, in the values' dtype."""
         module = self._delta(adapter)
         dense = module.values.new_zeros(self.stored_shape)
-        write_entries(dense, module.support.indices, module.values.detach())
+        write_entries_(dense, module.support.indices, module.values.detach())
         return dense
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:

@@ -19,10 +19,12 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from ..ops import kernel_backend
 from ..support import Support
 from .base_layer import BASE_ADAPTER, SparseTunerLayer
 from .checkpoint import TAG, check_loaded_entries, check_values
 from .delta import SparseDelta
+from .residency import hold_layers, release_layers
 from .selection import SupportRecipe
 from .watch import expect_attendance
 
@@ -212,6 +214,8 @@ class BaseSparseModel(BaseTuner):
             yield
             return
         try:
+            if names is None and self._writes_together():
+                self.make_resident()
             with self._mixed_batch(names, kwargs.get("num_beams") or 1):
                 yield
         except BaseException:
@@ -220,16 +224,22 @@ class BaseSparseModel(BaseTuner):
 
     def release(self) -> None:
         """Give every base weight its own entries back; the next forward pass writes the adapter's anew."""
-        for layer in self.sparse_layers(self.model):
-            layer.release()
+        release_layers(self.sparse_layers(self.model))
 
     def make_resident(self) -> None:
         """Write the active adapters' entries into the base weights now instead of in the next forward pass.
 
         For servers that want a switch to be over before the next request; layers that cannot hold entries are left.
         """
-        for layer in self.sparse_layers(self.model):
-            layer.make_resident()
+        hold_layers(self.sparse_layers(self.model))
+
+    def _writes_together(self) -> bool:
+        """Whether a kernel writes the entries of many layers in one launch, which beats one for each layer."""
+        layer = next(self.sparse_layers(self.model), None)
+        if layer is None or layer.quantization_backend is not None:
+            return False
+        weight = layer.base_parameter
+        return kernel_backend("write_entries", weight.dtype, weight.device) is not None
 
     @contextmanager
     def _mixed_batch(self, names: list[str] | None, beams: int) -> Iterator[None]:
@@ -325,6 +335,5 @@ def base_weights(model: nn.Module) -> Iterator[nn.Module]:
 
     Adapters that were merged by ``merge_adapter`` stay merged. No forward pass with an active adapter may run inside.
     """
-    for layer in BaseSparseModel.sparse_layers(model):
-        layer.release()
+    release_layers(BaseSparseModel.sparse_layers(model))
     yield model

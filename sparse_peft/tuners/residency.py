@@ -10,14 +10,14 @@ from __future__ import annotations
 
 import functools
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from ..ops import effective_entries, panels, read_entries, remember, scatter_add_, write_entries_
+from ..ops import panels, read_entries, remember, restore_, resync_, scatter_add_
 from ..support import Support
 from .delta import SparseDelta
 
@@ -125,22 +125,11 @@ class Residency:
 
     def write(self, weight: Tensor, support: Support, values: Tensor, stamp: object) -> None:
         """Make ``weight`` hold ``round(original + value)`` at ``support``, and its own entries elsewhere."""
-        if self.held is not None and self.held.support is not support:
-            self.release(weight)
-        if self.held is None:
-            originals = read_entries(weight, support.indices)
-        else:
-            self._check_untouched(weight, self.held)
-            originals = self.held.originals
-        write_entries_(weight, support.indices, effective_entries(originals, values))
-        self.held = Held(support, originals, stamp, version(weight))
+        write_all([Write(self, weight, support, values, stamp)])
 
     def release(self, weight: Tensor) -> None:
         """Give the base its own entries back, bit for bit."""
-        held, self.held = self.held, None
-        if held is not None:
-            self._check_untouched(weight, held)
-            write_entries_(weight, held.support.indices, held.originals)
+        release_each([(self, weight)])
 
     def originals_at(self, weight: Tensor, support: Support) -> Tensor:
         """The base's own entries at ``support``, which covers whatever is held; nothing is written."""
@@ -156,13 +145,52 @@ class Residency:
             self.held.originals = self.held.originals.to(weight)
             self.held.version = version(weight)
 
-    def _check_untouched(self, weight: Tensor, held: Held) -> None:
-        if version(weight) != held.version:
+    def check_untouched(self, weight: Tensor) -> None:
+        """Refuse to go on with a weight that something else wrote to while it held entries."""
+        if self.held is not None and version(weight) != self.held.version:
             self.held = None
             raise RuntimeError(
                 f"the base weight of layer {self.layer_name} was changed while it held an adapter's entries, so the "
                 "two cannot be told apart any more; change base weights inside `with sparse_peft.base_weights(model):`"
             )
+
+
+@dataclass(frozen=True)
+class Write:
+    """One weight that is to hold entries: arguments of :meth:`Residency.write`."""
+
+    ledger: Residency
+    weight: Tensor
+    support: Support
+    values: Tensor
+    stamp: object
+
+
+def write_all(writes: Sequence[Write]) -> None:
+    """:meth:`Residency.write` for many weights, on a GPU in two launches."""
+    release_each(
+        [(w.ledger, w.weight) for w in writes if w.ledger.held is not None and w.ledger.held.support is not w.support]
+    )
+    for take in (True, False):
+        part = [w for w in writes if (w.ledger.held is None) == take]
+        for w in part:
+            w.ledger.check_untouched(w.weight)
+        originals = [w.weight.new_empty(w.support.nnz) if take else w.ledger.held.originals for w in part]
+        indices, values = [w.support.indices for w in part], [w.values for w in part]
+        resync_([w.weight for w in part], indices, originals, values, take)
+        for w, own in zip(part, originals):
+            w.ledger.held = Held(w.support, own, w.stamp, version(w.weight))
+
+
+def release_each(pairs: Sequence[tuple[Residency, Tensor]]) -> None:
+    """:meth:`Residency.release` for many weights, on a GPU in one launch."""
+    pairs = [(ledger, weight) for ledger, weight in pairs if ledger.held is not None]
+    for ledger, weight in pairs:
+        ledger.check_untouched(weight)
+    held = [ledger.held for ledger, _ in pairs]
+    restore_([weight for _, weight in pairs], [h.support.indices for h in held], [h.originals for h in held])
+    for ledger, _ in pairs:
+        ledger.held = None
 
 
 # Layers whose base weight holds unmerged entries. Every torch optimizer's step gives them back, so that between steps
@@ -179,9 +207,27 @@ def note_holding(layer) -> None:
 
 
 def release_all() -> None:
-    for layer in list(_holding):
-        layer.release()
+    release_layers(list(_holding))
     _holding.clear()
+
+
+@torch.no_grad()
+def release_layers(layers: Iterable) -> None:
+    """Give the layers' base weights their own entries back; merged adapters stay merged."""
+    pairs = [layer.held_weight() for layer in layers]
+    with torch.inference_mode(False):
+        release_each([pair for pair in pairs if pair is not None])
+
+
+@torch.no_grad()
+def hold_layers(layers: Iterable) -> None:
+    """Make the layers' base weights hold their active adapters' entries, where they may and these are known."""
+    with torch.inference_mode(False):
+        pending = [(layer, layer.pending_write()) for layer in layers]
+        pending = [(layer, write) for layer, write in pending if write is not None]
+        write_all([write for _, write in pending])
+        for layer, _ in pending:
+            layer.now_holds()
 
 
 class ResidentSource:

@@ -255,9 +255,9 @@ def test_no_grad_forward_is_the_base_layers_own_call(monkeypatch):
 
 
 def test_log_of_a_slower_path_is_written_once(caplog):
-    from sparse_peft.tuners import base_layer
+    from sparse_peft.ops import dispatch
 
-    base_layer._logged.clear()
+    dispatch._logged.clear()
     model, _ = adapted(resident=False)
     with caplog.at_level("INFO", logger="sparse_peft"):
         for _ in range(3):
