@@ -20,10 +20,12 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from ..ops import kernel_backend
-from ..support import Support
+from ..support import Support, index_dtype
 from .base_layer import BASE_ADAPTER, SparseTunerLayer
 from .checkpoint import TAG, check_loaded_entries, check_values
 from .delta import SparseDelta
+from .positions import FLAT, pack, unpack
+from .positions import NAMES as POSITIONS
 from .residency import hold_layers, release_layers
 from .selection import SupportRecipe
 from .watch import expect_attendance
@@ -304,7 +306,9 @@ class BaseSparseModel(BaseTuner):
             if values.dtype != dtype and values.dtype == torch.float32:
                 entries[f"{key}values"] = values.detach().to(dtype)
             # positions that no file brought are chosen now; the state dict was taken before
-            entries[f"{key}indices"] = layer.support(adapter_name).indices
+            for name in POSITIONS:
+                entries.pop(f"{key}{name}", None)
+            entries.update({f"{key}{name}": tensor for name, tensor in pack(layer.support(adapter_name)).items()})
         return entries
 
     @classmethod
@@ -312,10 +316,22 @@ class BaseSparseModel(BaseTuner):
         """Give a layer as many entries as the file has, for methods that move entries between layers."""
 
     @classmethod
+    def _pop_positions(cls, entries: dict[str, Tensor], key: str, adapter_name: str) -> dict[str, Tensor]:
+        """Take one layer's positions out of a file's tensors, whose keys PEFT maps only where the model has them."""
+        found = {}
+        for name in POSITIONS:
+            in_file = cls._remove_adapter_name_from_key(f"{key}{name}", adapter_name)
+            for candidate in (f"{key}{name}", in_file, f"base_model.model.{in_file}"):
+                if candidate in entries:
+                    found[name] = entries.pop(candidate)
+        return found
+
+    @classmethod
     def _remap_adapter_state_dict_for_load(cls, model, config, adapter_name, state_dict):
         entries = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
         for key, layer, delta in cls._named_deltas(model, adapter_name):
-            values, indices = entries.get(f"{key}values"), entries.get(f"{key}indices")
+            values = entries.get(f"{key}values")
+            indices = unpack(cls._pop_positions(entries, key, adapter_name), delta.shape, layer.name)
             missing = [name for name, tensor in (("values", values), ("positions", indices)) if tensor is None]
             if missing:
                 raise ValueError(
@@ -324,7 +340,7 @@ class BaseSparseModel(BaseTuner):
                 )
             cls._fit(config, delta, values)
             check_loaded_entries(layer.name, values, indices, delta.shape, delta.values.numel())
-            entries[f"{key}indices"] = indices.to(delta.indices.dtype)
+            entries[f"{key}{FLAT}"] = indices.to(index_dtype(delta.shape))
             layer.release()
         return entries
 

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from ..support import Support, index_dtype
+from .positions import FLAT, file_layout, unpack
+from .positions import NAMES as POSITIONS
 from .selection import SupportRecipe
 
 # Positions not chosen yet: an adapter built from a saved config waits for its file, which brings them.
@@ -36,12 +38,12 @@ class SparseDelta(nn.Module):
         self.name = name
         self.recipe = recipe
         self.values = nn.Parameter(torch.zeros(entries))
-        positions = (
-            torch.full((entries,), UNSET, dtype=index_dtype(shape)) if support is None else support.indices.clone()
-        )
-        self.register_buffer("indices", positions)
         self._support: Support | None = None
         self._support_of: tuple[Tensor, int] | None = None
+        if support is None:
+            self._await_file()
+        else:
+            self._keep_flat(support.indices.clone())
         self.keep_dtype()
 
     def forward(self) -> Tensor:
@@ -77,6 +79,37 @@ class SparseDelta(nn.Module):
         self.keep_dtype()
         return module
 
+    def _await_file(self) -> None:
+        """Buffers as a file has them, for loaders that put a file's tensors in place by their names."""
+        self._keep({name: torch.zeros(size, dtype=kind) for name, (size, kind) in self._file_layout().items()})
+        if FLAT in self._buffers:
+            self.indices.fill_(UNSET)
+
+    def _file_layout(self) -> dict[str, tuple[int, torch.dtype]]:
+        return file_layout(self.shape, self.values.numel())
+
+    def _keep_flat(self, indices: Tensor) -> None:
+        self._keep({FLAT: indices})
+
+    def _keep(self, positions: dict[str, Tensor]) -> None:
+        for name in POSITIONS:
+            self._buffers.pop(name, None)
+        for name, tensor in positions.items():
+            self.register_buffer(name, tensor.to(self.values.device))
+        self._support = self._support_of = None
+
+    def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs):
+        # states have positions as they are in memory, files of transformers' adapters as they are on disk
+        if f"{prefix}{FLAT}" in state_dict and FLAT not in self._buffers:
+            self._keep_flat(torch.full((self.values.numel(),), UNSET, dtype=index_dtype(self.shape)))
+        elif f"{prefix}cols" in state_dict and FLAT in self._buffers and FLAT not in self._file_layout():
+            self._await_file()
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
+    def train(self, mode: bool = True):
+        self._refresh()  # before any wrapper for distributed training, which has no operations on uint16
+        return super().train(mode)
+
     @property
     def is_set(self) -> bool:
         """Whether the positions are known."""
@@ -103,7 +136,7 @@ class SparseDelta(nn.Module):
                 f"{self.values.numel()} values over {self.shape}"
             )
         # a new tensor, never a write into the old one: whoever still holds the old positions may need them to restore
-        self.indices = support.indices.to(self.indices.device).clone()
+        self._keep_flat(support.indices.to(self.values.device).clone())
         self._refresh()
 
     def resize(self, entries: int) -> None:
@@ -114,10 +147,12 @@ class SparseDelta(nn.Module):
         if entries == self.values.numel():
             return
         self.values = nn.Parameter(self.values.new_zeros(entries), requires_grad=self.values.requires_grad)
-        self.indices = self.indices.new_full((entries,), UNSET)
+        self._keep_flat(torch.full((entries,), UNSET, dtype=index_dtype(self.shape)))
 
     def _refresh(self) -> None:
         # the buffer is replaced or filled by loading, by .to() and by reselection; the cached view follows it
+        if FLAT not in self._buffers and not self._unpack():
+            return
         indices = self.indices
         writes = 0 if indices.is_inference() else indices._version
         if self._support_of is not None and self._support_of[0] is indices and self._support_of[1] == writes:
@@ -126,6 +161,16 @@ class SparseDelta(nn.Module):
         if indices.device.type != "meta" and not (indices.numel() and int(indices[0]) == UNSET):
             self._support = Support(self.shape, indices, name=self.name)
         self._support_of = indices, writes
+
+    def _unpack(self) -> bool:
+        """Positions that lie as in a file become flat; False if none were loaded."""
+        tensors = {name: self._buffers[name] for name in POSITIONS if name in self._buffers}
+        if self.values.device.type == "meta" or any(t.device.type == "meta" for t in tensors.values()):
+            return False
+        if not bool((tensors["row_counts"] != 0).any()):
+            return False
+        self._keep_flat(unpack(tensors, self.shape, self.name))
+        return True
 
     def extra_repr(self) -> str:
         rows, cols = self.shape

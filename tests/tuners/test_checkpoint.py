@@ -1,5 +1,6 @@
 """Adapter files: sizes, checks on load, whole or not at all."""
 
+import copy
 import json
 import os
 import signal
@@ -14,7 +15,9 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from sparse_peft import SparseConfig
-from sparse_peft.support import index_dtype
+from sparse_peft.support import Support, index_dtype
+from sparse_peft.tuners.positions import NAMES as POSITIONS
+from sparse_peft.tuners.positions import file_layout, pack, unpack
 
 NAME = "adapter_model.safetensors"
 KEY = "base_model.model.first.sparse_peft_delta_adapter."
@@ -34,21 +37,41 @@ def rewrite(folder, change):
     save_file(tensors, folder / NAME)
 
 
-@pytest.mark.parametrize(("save_dtype", "limit"), [("float32", 8), ("bfloat16", 6), ("float16", 6)])
-def test_bytes_on_disk(tmp_path, save_dtype, limit):
+def flat(support):
+    """A file's positions as flat ones, for tests that change them."""
+
+    def change(tensors):
+        for name in ("cols", "row_counts"):
+            tensors.pop(KEY + name)
+        tensors[KEY + "indices"] = support.clone()
+
+    return change
+
+
+def positions(folder, layer):
+    tensors = load_file(folder / NAME)
+    mine = {name: tensors[KEY + name] for name in POSITIONS if KEY + name in tensors}
+    return unpack(mine, layer.stored_shape, layer.name)
+
+
+@pytest.mark.parametrize("density", [0.01, 0.1])
+@pytest.mark.parametrize(("save_dtype", "limit"), [("float32", 6.5), ("bfloat16", 4.5), ("float16", 4.5)])
+def test_bytes_on_disk(tmp_path, save_dtype, limit, density):
     model = get_peft_model(
         nn.Sequential(nn.Linear(512, 512)),
-        SparseConfig(target_modules=["0"], density=0.1, save_dtype=save_dtype, init_weights=False),
+        SparseConfig(target_modules=["0"], density=density, save_dtype=save_dtype, init_weights=False),
     )
     model.save_pretrained(tmp_path)
     tensors = load_file(tmp_path / NAME)
-    entries = round(0.1 * 512 * 512)
-    assert {t.dtype for t in tensors.values()} == {getattr(torch, save_dtype), torch.int32}
+    entries = round(density * 512 * 512)
+    assert {t.dtype for t in tensors.values()} == {getattr(torch, save_dtype), torch.uint16}
     assert os.path.getsize(tmp_path / NAME) <= limit * entries + 1024
     again = PeftModel.from_pretrained(nn.Sequential(nn.Linear(512, 512)), tmp_path)
     values = again.base_model.model[0].deltas["default"].values
     expected = model.base_model.model[0].deltas["default"].values.to(getattr(torch, save_dtype)).float()
     assert values.dtype == torch.float32 and torch.equal(values, expected)
+    support = again.base_model.model[0].support("default")
+    assert support == model.base_model.model[0].support("default") and support.indices.dtype == torch.int32
 
 
 def test_positions_beyond_two_to_the_31_use_int64():
@@ -109,18 +132,18 @@ def test_corrupt_header_and_config(saved):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda t: t[KEY + "indices"].__setitem__(-1, 17 * 33), r"layer first.*561"),
-        (lambda t: t[KEY + "indices"].__setitem__(0, -5), r"layer first.*-5"),
-        (lambda t: t[KEY + "indices"].__setitem__(3, int(t[KEY + "indices"][2])), r"layer first"),
+        (lambda t: t[KEY + "cols"].__setitem__(-1, 17), r"layer first: cols contain 17, but a 33 x 17 weight"),
+        (lambda t: t[KEY + "row_counts"].__setitem__(0, 17), r"layer first: \(112,\) cols and \(33,\) row_counts"),
+        (lambda t: t[KEY + "cols"][:2].fill_(3), r"layer first: indices must increase strictly"),
         (lambda t: t[KEY + "values"].__setitem__(0, float("nan")), r"cannot load layer first: 1 of 112 values"),
         (lambda t: t[KEY + "values"].__setitem__(0, float("inf")), r"cannot load layer first: 1 of 112 values"),
         (lambda t: t.update({KEY + "values": t[KEY + "values"][:-1].clone()}), r"layer first: \(111,\) values for"),
         (lambda t: t.update({KEY + "values": t[KEY + "values"].int()}), r"layer first: values of dtype torch.int32"),
-        (lambda t: t.pop(KEY + "indices"), "no positions for layer first"),
+        (lambda t: t.pop(KEY + "cols"), "no positions for layer first"),
         (lambda t: t.pop(KEY + "values"), "no values for layer first"),
-        (lambda t: [t.pop(KEY + k) for k in ("values", "indices")], "no values and positions for layer first"),
+        (lambda t: [t.pop(k) for k in list(t) if KEY in k], "no values and positions for layer first"),
     ],
-    ids=["too_large", "negative", "repeated", "nan", "inf", "fewer_values", "ints", "no_idx", "no_values", "no_layer"],
+    ids=["too_large", "counts", "repeated", "nan", "inf", "fewer_values", "ints", "no_idx", "no_values", "no_layer"],
 )
 def test_bad_entries_are_refused_by_layer_and_value(saved, change, message):
     folder, reference = saved
@@ -130,6 +153,37 @@ def test_bad_entries_are_refused_by_layer_and_value(saved, change, message):
     for name, module in (("first", reference.first), ("second", reference.second)):
         base = module.get_base_layer() if hasattr(module, "get_base_layer") else module
         assert base.weight.isfinite().all(), name
+
+
+@pytest.mark.parametrize(("at", "value", "message"), [(-1, 561, "561"), (0, -5, "-5"), (3, None, "increase")])
+def test_flat_positions_are_read_too_and_checked(saved, at, value, message):
+    folder, reference = saved
+    model = PeftModel.from_pretrained(copy.deepcopy(reference), folder)
+    indices = layers_of(model)["first"].support("default").indices
+    rewrite(folder, flat(indices))
+    again = PeftModel.from_pretrained(copy.deepcopy(reference), folder)
+    assert torch.equal(layers_of(again)["first"].support("default").indices, indices)
+    rewrite(folder, lambda t: t[KEY + "indices"].__setitem__(at, int(indices[2]) if value is None else value))
+    with pytest.raises(ValueError, match=f"layer first.*{message}"):
+        PeftModel.from_pretrained(reference, folder)
+
+
+@pytest.mark.parametrize(
+    ("shape", "entries", "names"),
+    [
+        ((64, 100), 64, {"cols", "row_counts"}),
+        ((64, 100), 63, {"indices"}),
+        ((4, 65_535), 100, {"cols", "row_counts"}),
+        ((4, 65_536), 100, {"indices"}),
+        ((2, 65_535), 2 * 65_535, {"cols", "row_counts"}),
+    ],
+)
+def test_positions_take_the_smaller_form_and_come_back(shape, entries, names):
+    support = Support.random(shape, entries, seed=0, name="layer")
+    packed = pack(support)
+    assert set(packed) == names == set(file_layout(shape, entries))
+    assert {name: (t.numel(), t.dtype) for name, t in packed.items()} == file_layout(shape, entries)
+    assert torch.equal(unpack(packed, shape, "layer"), support.indices)
 
 
 def test_another_number_of_entries_than_the_config_says(saved):
@@ -205,5 +259,6 @@ def test_best_model_reload_into_a_living_adapter(saved):
     model(torch.randn(2, 17))
     model.load_adapter(folder, "default", is_trainable=True)
     tensors = load_file(folder / NAME)
-    assert torch.equal(layers_of(model)["first"].deltas["default"].indices, tensors[KEY + "indices"])
+    layer = layers_of(model)["first"]
+    assert torch.equal(layer.deltas["default"].indices, positions(folder, layer))
     assert torch.equal(layers_of(model)["first"].deltas["default"].values, tensors[KEY + "values"])

@@ -278,7 +278,8 @@ def test_status_reports():
 def test_low_level_injection_and_state_dicts():
     model = inject(SparseConfig(density=0.1, target_modules=["first"], init_weights=False), TwoLayers())
     state = get_peft_model_state_dict(model)
-    assert sorted(state) == ["first.sparse_peft_delta_adapter.indices", "first.sparse_peft_delta_adapter.values"]
+    names = ("cols", "row_counts", "values")
+    assert sorted(state) == [f"first.sparse_peft_delta_adapter.{name}" for name in names]
     fresh = inject(SparseConfig(density=0.1, target_modules=["first"], seed=5), TwoLayers())
     result = set_peft_model_state_dict(fresh, state)
     assert not result.unexpected_keys
