@@ -1,5 +1,6 @@
 """Which entries of a weight train: sets of positions, budgets, and the criteria that choose."""
 
+from .blocks import Block, as_block, block_scores, expand_blocks, random_blocks, resolve_block_counts
 from .budget import ALLOCATIONS, Budget, apportion, resolve_counts
 from .criteria import CRITERIA, Criterion, Statistics, get_criterion, select
 from .layout import Layout, RowGroup, layout_of
@@ -17,6 +18,7 @@ __all__ = [
     "DECAYS",
     "RANDOM_SCORE",
     "REGROWTHS",
+    "Block",
     "Budget",
     "Candidates",
     "Criterion",
@@ -29,13 +31,18 @@ __all__ = [
     "Statistics",
     "Support",
     "apportion",
+    "as_block",
+    "block_scores",
     "check_indices",
     "collect_supports",
     "exchange",
+    "expand_blocks",
     "get_criterion",
     "index_dtype",
     "layout_of",
+    "random_blocks",
     "random_inactive",
+    "resolve_block_counts",
     "resolve_counts",
     "sample_without_replacement",
     "select",

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from .blocks import Block, block_scores, divide_in_blocks, expand_blocks
 from .budget import Budget, Division, allocate, divide
 from .criteria import CRITERIA, Criterion, Statistics
 from .gradients import GradientSums, LayerSums
@@ -51,16 +52,20 @@ _SOURCES = {
 
 @torch.no_grad()
 def _choose(
-    division: Division,
+    shapes: dict[str, tuple[int, int]],
     criterion: Criterion,
     budget: Budget,
     scores: Callable[[str], Tensor],
     candidates: Callable[[str], Tensor | None] = lambda name: None,
+    block: Block | None = None,
 ) -> dict[str, Support]:
     """The best scored positions of every layer, one layer's scores at a time.
 
     ``scores(name)`` are those of all entries, or of ``candidates(name)`` where that is not None.
     """
+    if block is not None:
+        return _choose_blocks(shapes, criterion, budget, scores, block)
+    division = divide(shapes, budget)
     counts = allocate(division, budget.allocation, scores, criterion.largest)
     supports = {}
     for name, shape in division.shapes.items():
@@ -68,6 +73,25 @@ def _choose(
         positions = candidates(name)
         supports[name] = Support(shape, chosen if positions is None else positions[chosen], validate=False, name=name)
     return supports
+
+
+def _choose_blocks(
+    shapes: dict[str, tuple[int, int]],
+    criterion: Criterion,
+    budget: Budget,
+    scores: Callable[[str], Tensor],
+    block: Block,
+) -> dict[str, Support]:
+    """The blocks with the best sums of scores; ``scores(name)`` are those of all entries."""
+
+    def sums(name: str) -> Tensor:
+        return block_scores(scores(name).view(shapes[name]), block)
+
+    counts = allocate(divide_in_blocks(shapes, budget, block), budget.allocation, sums, criterion.largest)
+    return {
+        name: expand_blocks(Support.from_scores(sums(name), counts[name], criterion.largest, name), shape, block)
+        for name, shape in shapes.items()
+    }
 
 
 def _candidate_groups(division: Division, budget: Budget) -> tuple[dict[str, str | None], dict[str | None, int]]:
@@ -90,6 +114,7 @@ def collect_supports(
     in_dim_of: Callable[[nn.Module], int] = _in_dim_of,
     oversample: float = 8.0,
     panel_bytes: int = DEFAULT_PANEL_BYTES,
+    block: Block | None = None,
 ) -> dict[str, Support]:
     """Choose each layer's positions from data, in one pass over the batches.
 
@@ -116,6 +141,8 @@ def collect_supports(
             ``Conv1D``.
         oversample: candidates for each trained entry, at least 1.
         panel_bytes: limit, in bytes, of a temporary that grows with a weight.
+        block: choose blocks of this size instead of entries, by their sums of scores. All entries are summed then, as
+            with ``oversample=float("inf")``: no few candidates tell which block is best.
 
     Returns:
         ``{layer name: support}`` on the layers' devices.
@@ -143,7 +170,10 @@ def collect_supports(
             stats = Statistics(input_norms=norms[name])
             return criterion.score(weight_of(targets[name]), stats, in_dim=in_dims[name])
 
-        return _choose(division, criterion, budget, score)
+        return _choose(shapes, criterion, budget, score, block=block)
+    if block is not None:
+        divide_in_blocks(shapes, budget, block)  # raises before the model runs
+        oversample = float("inf")
     layers = {
         name: LayerSums(shape, in_dims[name], lambda module=targets[name]: weight_of(module))
         for name, shape in shapes.items()
@@ -159,7 +189,7 @@ def collect_supports(
             weight = weight.index_select(0, layer.positions)
         return criterion.score(weight, stats)
 
-    return _choose(division, criterion, budget, score_candidates, lambda name: layers[name].positions)
+    return _choose(shapes, criterion, budget, score_candidates, lambda name: layers[name].positions, block)
 
 
 def supports_from_gradients(
@@ -170,6 +200,7 @@ def supports_from_gradients(
     *,
     weight_of: Callable[[nn.Module], Tensor] = _weight_of,
     in_dim_of: Callable[[nn.Module], int] = _in_dim_of,
+    block: Block | None = None,
 ) -> dict[str, Support]:
     """Choose each layer's positions from weight gradients that are known already.
 
@@ -181,6 +212,7 @@ def supports_from_gradients(
             other parameters are ignored.
         weight_of: gives a layer's weight in floats, as stored.
         in_dim_of: which dimension of the stored weight counts the input features.
+        block: choose blocks of this size instead of entries, by their sums of scores.
 
     Returns:
         ``{layer name: support}`` on the gradients' devices.
@@ -190,7 +222,6 @@ def supports_from_gradients(
     """
     _check_needs(criterion, "gradient")
     shapes = {name: _shape_of(module, in_dim_of(module)) for name, module in targets.items()}
-    division = divide(shapes, budget)
     found = {}
     for name, shape in shapes.items():
         gradient = gradients.get(name, gradients.get(f"{name}.weight"))
@@ -212,4 +243,4 @@ def supports_from_gradients(
         stats = Statistics(gradient=gradient.square() if criterion.squared_gradient else gradient)
         return criterion.score(weight_of(targets[name]) if criterion.uses_weight else None, stats)
 
-    return _choose(division, criterion, budget, score)
+    return _choose(shapes, criterion, budget, score, block=block)

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor, distributed, nn
 
-from ..support import Support, get_criterion, select
+from ..support import Block, Support, block_scores, expand_blocks, get_criterion, random_blocks, select
 
 
 @dataclass(frozen=True)
@@ -22,6 +22,7 @@ class SupportRecipe:
         seed: of the random criterion, together with the layer's name.
         name: the layer's name.
         options: further arguments of the criterion.
+        block: ``(rows, cols)`` of the blocks that train whole; None for single entries.
     """
 
     selection: str
@@ -29,6 +30,7 @@ class SupportRecipe:
     seed: int
     name: str
     options: dict[str, Any] = field(default_factory=dict)
+    block: Block | None = None
 
     def draw(self, weight: Callable[[], Tensor], shape: tuple[int, int]) -> Support:
         """Choose the positions.
@@ -41,9 +43,16 @@ class SupportRecipe:
             ValueError: the criterion needs data.
         """
         criterion = get_criterion(self.selection)
+        blocks = None if self.block is None else self.entries // (self.block[0] * self.block[1])
         if criterion.needs == "none":
+            if blocks is not None:
+                return random_blocks(shape, self.block, blocks, seed=self.seed, name=self.name)
             return Support.random(shape, self.entries, seed=self.seed, name=self.name)
         if criterion.needs == "weight":
+            if blocks is not None:
+                scores = block_scores(criterion.score(weight(), None, **self.options), self.block)
+                chosen = Support.from_scores(scores, blocks, criterion.largest, self.name)
+                return expand_blocks(chosen, shape, self.block)
             return select(
                 criterion, weight(), self.entries, seed=self.seed, name=self.name, options=dict(self.options)
             )

@@ -10,10 +10,12 @@ from ...support import (
     ALLOCATIONS,
     DECAYS,
     REGROWTHS,
+    Block,
     Budget,
     Criterion,
     Regrowth,
     ReselectionSchedule,
+    as_block,
     get_criterion,
     steps_of,
 )
@@ -24,9 +26,22 @@ DEFAULT_DENSITY = 0.01
 DEFAULT_AT_LEAST = 16
 
 SEED_MOMENTS = ("gradient", "zero")
+GRANULARITIES = ("entry", "block")
 
 # Fields that decide how many entries each layer trains: once one is set again, what was resolved before is void.
-BUDGET_FIELDS = frozenset({"density", "num_params", "r", "density_pattern", "allocation", "selection", "threshold"})
+BUDGET_FIELDS = frozenset(
+    {
+        "density",
+        "num_params",
+        "r",
+        "density_pattern",
+        "allocation",
+        "selection",
+        "threshold",
+        "granularity",
+        "block_size",
+    }
+)
 
 
 def _is_number(value: object) -> bool:
@@ -54,6 +69,9 @@ class SparseConfig(BaseSparseConfig):
             ``"momentum"`` (SpIEL-MA), ``"set"`` or ``"rigl"`` they start at random and change during training: add
             :class:`~sparse_peft.SparsityCallback` to the trainer, or drive a
             :class:`~sparse_peft.SparsityController` in a loop of your own.
+        granularity: ``"entry"``: single entries train, or ``"block"``: whole blocks of the stored weight, chosen by
+            the sums of their entries' scores. At densities of tens of percent the gradient of blocks is much cheaper.
+        block_size: with blocks: their size, one number or ``[rows, cols]`` of the stored weight.
         threshold: with ``selection="threshold"``: train the entries with absolute value below it (SaRA, section 3.2).
         principal_rank: with ``selection="principal"``: rank of the approximation whose largest entries train (LIFT).
         seed: of the random positions; every layer draws its own from (seed, layer name).
@@ -102,6 +120,10 @@ class SparseConfig(BaseSparseConfig):
         default="numel", metadata={"help": f"How layers share the budget: one of {', '.join(ALLOCATIONS)}."}
     )
     selection: str = field(default="random", metadata={"help": "The criterion that chooses the trained entries."})
+    granularity: str = field(default="entry", metadata={"help": f"What trains: one of {', '.join(GRANULARITIES)}."})
+    block_size: int | list[int] = field(
+        default=16, metadata={"help": "With granularity='block': size of a block, or its [rows, cols]."}
+    )
     threshold: float | None = field(
         default=None, metadata={"help": "With selection='threshold': train entries with |weight| below it."}
     )
@@ -153,6 +175,7 @@ class SparseConfig(BaseSparseConfig):
     def __post_init__(self):
         super().__post_init__()
         self._check_selection()
+        self._check_granularity()
         self.density_pattern = dict(self.density_pattern or {})
         for name in ("seed", "principal_rank"):
             value = getattr(self, name)
@@ -187,6 +210,11 @@ class SparseConfig(BaseSparseConfig):
         return self.regrowth is not None
 
     @property
+    def block(self) -> Block | None:
+        """``(rows, cols)`` of the blocks that train whole; None for single entries."""
+        return as_block(self.block_size) if self.granularity == "block" else None
+
+    @property
     def criterion(self) -> Criterion:
         """What chooses the first positions."""
         return get_criterion("random" if self.regrowth else self.selection)
@@ -215,6 +243,23 @@ class SparseConfig(BaseSparseConfig):
             start=start,
             stop=stop,
         )
+
+    def _check_granularity(self) -> None:
+        if self.granularity not in GRANULARITIES:
+            raise ValueError(f"granularity={self.granularity!r}: one of {', '.join(GRANULARITIES)} is expected")
+        if isinstance(self.block_size, tuple):
+            self.block_size = list(self.block_size)  # as it comes back from a saved config
+        as_block(self.block_size)
+        if self.granularity == "block" and self.regrowth is not None:
+            raise ValueError(
+                f"granularity='block' with selection={self.selection!r}: positions that change are single entries; "
+                "use a fixed selection for blocks, or granularity='entry'"
+            )
+        if self.granularity == "block" and self.selection == "threshold":
+            raise ValueError(
+                "granularity='block' with selection='threshold': a threshold is for single entries; "
+                "use selection='magnitude_smallest' with a density"
+            )
 
     def _check_selection(self) -> None:
         if self.selection not in REGROWTHS:

@@ -12,7 +12,13 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from ...ops import panel_bytes
-from ...support import Support, collect_supports, resolve_counts, supports_from_gradients
+from ...support import (
+    Support,
+    collect_supports,
+    resolve_block_counts,
+    resolve_counts,
+    supports_from_gradients,
+)
 from ..base_layer import SparseTunerLayer
 from ..base_model import BaseSparseModel, LayerPlan, base_of, stored_shape
 from ..delta import SparseDelta
@@ -81,7 +87,7 @@ class SparseModel(BaseSparseModel):
     def _recipe(config: SparseConfig, name: str, entries: int) -> SupportRecipe:
         options = {"principal": {"r": config.principal_rank}, "threshold": {"threshold": config.threshold}}
         criterion = config.criterion.name
-        return SupportRecipe(criterion, entries, config.seed, name, options.get(criterion, {}))
+        return SupportRecipe(criterion, entries, config.seed, name, options.get(criterion, {}), config.block)
 
     def _cloned_supports(
         self, config: SparseConfig, targets: dict[str, nn.Module], adapter_name: str
@@ -113,7 +119,10 @@ class SparseModel(BaseSparseModel):
                 def scores(name: str) -> Tensor:
                     return criterion.score(dense_weight(targets[name]), None, **recipes[name].options)
 
-            counts = resolve_counts(shapes, config.budget(), scores, criterion.largest)
+            if config.block is None:
+                counts = resolve_counts(shapes, config.budget(), scores, criterion.largest)
+            else:
+                counts = resolve_block_counts(shapes, config.budget(), config.block, scores, criterion.largest)
         supports = {}
         for name, module in targets.items():
             if criterion.needs == "none" or base_of(module).weight.device.type != "meta":
@@ -185,6 +194,7 @@ class SparseModel(BaseSparseModel):
         common = {
             "weight_of": dense_weight,
             "in_dim_of": lambda module: 0 if isinstance(base_of(module), Conv1D) else 1,
+            "block": config.block,
         }
         if gradients is not None:
             supports = supports_from_gradients(targets, criterion, config.budget(), gradients, **common)

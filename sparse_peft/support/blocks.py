@@ -1,0 +1,111 @@
+"""Supports of whole blocks: the same budgets and criteria, counted in blocks.
+
+Blocks lie on a grid from the upper left corner of the stored weight. What is left over at the right and lower edge,
+less than a block wide, never trains: so every block has the same number of entries, and counts are known before
+positions are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from numbers import Integral
+
+from torch import Tensor
+
+from .budget import Budget, Division, allocate, divide
+from .support import Support
+
+Block = tuple[int, int]
+
+
+def as_block(block_size: int | Sequence[int]) -> Block:
+    """``(rows, cols)`` of a block from one number or two.
+
+    Raises:
+        ValueError: anything else.
+    """
+    sizes = (block_size, block_size) if isinstance(block_size, Integral) else block_size
+    if (
+        not isinstance(sizes, (tuple, list))
+        or len(sizes) != 2
+        or any(isinstance(n, bool) or not isinstance(n, Integral) or n < 1 for n in sizes)
+    ):
+        raise ValueError(f"block_size={block_size!r}: one positive number, or (rows, cols) of a block, is expected")
+    return int(sizes[0]), int(sizes[1])
+
+
+def grid_of(shape: tuple[int, int], block: Block, name: str) -> tuple[int, int]:
+    """How many blocks fit a stored weight, ``(down, across)``.
+
+    Raises:
+        ValueError: none does.
+    """
+    grid = shape[0] // block[0], shape[1] // block[1]
+    if 0 in grid:
+        raise ValueError(
+            f"layer {name}: no block of {block[0]} x {block[1]} (block_size) fits its stored weight of {shape[0]} x "
+            f"{shape[1]}; choose a smaller block_size, or leave the layer out with exclude_modules"
+        )
+    return grid
+
+
+def divide_in_blocks(shapes: dict[str, tuple[int, int]], budget: Budget, block: Block) -> Division:
+    """:func:`~sparse_peft.support.budget.divide` in blocks: every layer gets at least one.
+
+    Raises:
+        ValueError: a layer smaller than a block, or what ``divide`` raises.
+    """
+    grids = {name: grid_of(shape, block, name) for name, shape in shapes.items()}
+    entries = divide(shapes, budget)
+    per_block = block[0] * block[1]
+
+    def blocks(count: int, names: Sequence[str]) -> int:
+        room = sum(grids[name][0] * grids[name][1] for name in names)
+        return min(max(len(names), round(count / per_block)), room)
+
+    own = {name: blocks(count, [name]) for name, count in entries.own.items()}
+    rest = [name for name in shapes if name not in own]
+    return Division(grids, own, blocks(entries.total, rest) if rest else 0, 1)
+
+
+def resolve_block_counts(
+    shapes: dict[str, tuple[int, int]],
+    budget: Budget,
+    block: Block,
+    scores: Callable[[str], Tensor] | None = None,
+    largest: bool = True,
+) -> dict[str, int]:
+    """Number of trained entries of each layer, whole blocks: the budget as nearly as blocks allow.
+
+    Args:
+        shapes, budget, largest: as in :func:`~sparse_peft.support.resolve_counts`.
+        block: ``(rows, cols)`` of a block.
+        scores: for ``allocation="global"``: ``scores(name)`` gives the layer's entries' scores, ``(rows, cols)``.
+    """
+
+    def sums(name: str) -> Tensor:
+        return block_scores(scores(name), block)
+
+    division = divide_in_blocks(shapes, budget, block)
+    counts = allocate(division, budget.allocation, None if scores is None else sums, largest)
+    return {name: count * block[0] * block[1] for name, count in counts.items()}
+
+
+def block_scores(scores: Tensor, block: Block) -> Tensor:
+    """Sums of ``(rows, cols)`` scores over the blocks of the grid: ``(down, across)``."""
+    height, width = block
+    down, across = scores.shape[0] // height, scores.shape[1] // width
+    return scores[: down * height, : across * width].reshape(down, height, across, width).sum((1, 3))
+
+
+def random_blocks(shape: tuple[int, int], block: Block, count: int, *, seed: int, name: str) -> Support:
+    """``count`` blocks that depend on ``seed``, ``name`` and the shape alone."""
+    grid = grid_of(shape, block, name)
+    return expand_blocks(Support.random(grid, count, seed=seed, name=name), shape, block)
+
+
+def expand_blocks(chosen: Support, shape: tuple[int, int], block: Block) -> Support:
+    """The entries of the weight that the chosen blocks of its grid hold."""
+    across = -(-shape[1] // block[1])  # from_blocks also counts what is cut off at the edge
+    ids = chosen.rows.long() * across + chosen.cols.long()
+    return Support.from_blocks(shape, block, ids, chosen.name)
