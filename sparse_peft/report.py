@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import quantiles
 from typing import TYPE_CHECKING, Any
@@ -15,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from .ops import plan_support_grad
 from .support import Support
 from .training.records import Reselection
 from .tuners.base_layer import SparseTunerLayer
@@ -92,6 +94,47 @@ def plot_supports(
     shown = f"{len(names)} of {len(supports)} layers" if len(names) < len(supports) else f"{len(names)} layers"
     figure.suptitle(f"Where the trained entries are ({shown})", fontsize=10)
     return _save(figure, path)
+
+
+@dataclass(frozen=True)
+class LayerPath:
+    """How one layer computes, as :func:`layer_paths` finds it.
+
+    Attributes:
+        layer: its name.
+        density: share of its weight that the active adapters train.
+        forward: ``"resident"``, ``"overlay"``, ``"dequantised"`` or ``"additive"``; see docs/how_it_works.md.
+        gradient: ``"sampled"``, ``"panels"``, ``"tiles"``, ``"triton"`` or ``"cuda"``; see docs/kernels.md.
+        why: what decided on the gradient's path.
+    """
+
+    layer: str
+    density: float
+    forward: str
+    gradient: str
+    why: str
+
+
+def layer_paths(model: nn.Module, dtype: torch.dtype | None = None) -> list[LayerPath]:
+    """How each layer with an active adapter computes its forward pass and its values' gradient, and why.
+
+    Args:
+        model: a model with sparse adapters.
+        dtype: of the activations; the base weights' where that is a float, else float32.
+
+    Example:
+        >>> for path in layer_paths(model):
+        ...     print(path.layer, f"{path.density:.2%}", path.forward, path.gradient, path.why)
+    """
+    found = []
+    for layer in (module for module in model.modules() if isinstance(module, SparseTunerLayer)):
+        support = layer.active_support()
+        if support is None:
+            continue
+        base = layer.base_parameter.dtype
+        plan = plan_support_grad(support, dtype or (base if base.is_floating_point else torch.float32), support.device)
+        found.append(LayerPath(layer.name, support.density, layer.path(), plan.path, plan.why))
+    return found
 
 
 def plot_turnover(history: Sequence[Reselection], path: str | os.PathLike) -> Path:

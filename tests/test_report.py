@@ -5,7 +5,7 @@ import torch
 from peft import get_peft_model
 from torch import nn
 
-from sparse_peft import SparseConfig
+from sparse_peft import SparseConfig, report
 from sparse_peft.report import plot_report, plot_supports, plot_turnover, read_history, support_map, write_history
 from sparse_peft.support import Support
 from sparse_peft.training.records import LayerChange, Reselection
@@ -106,3 +106,18 @@ def test_a_history_that_cannot_be_written_leaves_the_old_one(tmp_path, monkeypat
         write_history(history(3), tmp_path)
     monkeypatch.undo()
     assert read_history(tmp_path) == history(2)
+
+
+def test_the_path_of_each_layer_is_named_with_its_reason():
+    torch.manual_seed(0)
+    model = get_peft_model(
+        nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64), nn.Linear(64, 64)),
+        SparseConfig(target_modules=["0", "1"], density_pattern={"0": 0.02, "1": 0.9}),
+    )
+    paths = report.layer_paths(model)
+    assert [(p.layer, p.forward, p.gradient) for p in paths] == [
+        ("0", "resident", "sampled"), ("1", "resident", "panels"),
+    ]  # fmt: skip
+    assert all("crossover 0.12 (default)" in p.why for p in paths) and paths[1].density == pytest.approx(0.9, abs=1e-3)
+    model.base_model.set_adapter([])
+    assert report.layer_paths(model) == []

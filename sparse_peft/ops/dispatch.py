@@ -129,7 +129,8 @@ def plan_support_grad(support: Support, dtype: torch.dtype, device: torch.device
         return Plan(kernel or "panels", "forced" if kernel else f"the forced kernels do not take {dtype}")
     if forced is not None:
         return Plan(forced, "forced")
-    if layout.groups and (device.type == "cpu" or len(layout.groups) <= MAX_GROUPS_ON_CUDA or dtype != torch.float64):
+    few_launches = len(layout.groups) <= MAX_GROUPS_ON_CUDA or kernel_backend("groups", dtype, device) == "triton"
+    if layout.groups and layout.tile_cost < 1 and (device.type == "cpu" or few_launches):
         return Plan("tiles", f"{len(layout.groups)} groups of rows that train the same columns")
     kernel = "sampled" if device.type == "cpu" else kernel_backend("sddmm", dtype, device, support.indices.dtype)
     if kernel is None:

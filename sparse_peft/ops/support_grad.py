@@ -14,7 +14,7 @@ from torch import Tensor
 from ..support import Layout, Support, layout_of
 from . import cuda_kernels, triton_kernels
 from .csr import csr_matrix
-from .dispatch import MAX_GROUPS_ON_CUDA, plan_support_grad
+from .dispatch import MAX_GROUPS_ON_CUDA, kernel_backend, plan_support_grad
 from .observe import UNOBSERVED, observer_of
 from .panels import panels
 from .transposed import token_contiguous
@@ -88,7 +88,7 @@ def _panels(left: Tensor, right: Tensor, support: Support) -> Tensor:
 
 def _tiles(left: Tensor, right: Tensor, layout: Layout) -> Tensor:
     groups, kept = layout.groups, layout.inner
-    if len(groups) > MAX_GROUPS_ON_CUDA and left.is_cuda and triton_kernels.usable(left.device):
+    if len(groups) > MAX_GROUPS_ON_CUDA and left.is_cuda and kernel_backend("groups", left.dtype, left.device):
         values = torch.empty(kept.nnz, dtype=torch.float32, device=left.device)
         kernels = triton_kernels.kernels("groups")
         kernels.groups_(values, left.contiguous(), right.contiguous(), *layout.work(kernels.work_list))

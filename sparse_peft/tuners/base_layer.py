@@ -109,6 +109,11 @@ class SparseTunerLayer(BaseTunerLayer, nn.Module):
         """The trained positions of one adapter in this layer."""
         return self._delta(adapter_name).support
 
+    def active_support(self) -> Support | None:
+        """The trained positions of all active adapters together; None without any."""
+        names = self._active_names()
+        return self._join(names).support if names else None
+
     def _delta(self, adapter_name: str) -> SparseDelta:
         """The adapter's trained state; positions that no file has brought are chosen now, from the base weight."""
         delta = self.deltas[adapter_name]

@@ -171,8 +171,9 @@ def write_all(writes: Sequence[Write]) -> None:
     release_each(
         [(w.ledger, w.weight) for w in writes if w.ledger.held is not None and w.ledger.held.support is not w.support]
     )
-    for take in (True, False):
-        part = [w for w in writes if (w.ledger.held is None) == take]
+    fresh = [w for w in writes if w.ledger.held is None]
+    held = [w for w in writes if w.ledger.held is not None]
+    for part, take in ((fresh, True), (held, False)):
         for w in part:
             w.ledger.check_untouched(w.weight)
         originals = [w.weight.new_empty(w.support.nnz) if take else w.ledger.held.originals for w in part]

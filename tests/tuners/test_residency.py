@@ -353,3 +353,42 @@ def test_reloaded_adapter_gives_the_same_bits(pair, tmp_path):
         model.save_pretrained(tmp_path)
         again = PeftModel.from_pretrained(reference, tmp_path)
         assert torch.equal(again(x), y)
+
+
+def interpreted():
+    from sparse_peft.ops import triton_kernels
+
+    return triton_kernels.usable(torch.device("cpu"))
+
+
+@pytest.mark.skipif(not interpreted(), reason="needs Triton and TRITON_INTERPRET=1")
+def test_kernels_write_all_layers_in_one_launch_and_give_them_back_in_one(monkeypatch):
+    from sparse_peft.ops import triton_kernels
+
+    launches = []
+    kernels = triton_kernels.kernels("entries")
+    write = kernels.write_many_
+    monkeypatch.setattr(kernels, "write_many_", lambda table, *a: (launches.append(table.shape[1]), write(table, *a)))
+    model, reference = adapted()
+    x = torch.randn(3, 17)
+    expected = model(x)
+    assert_base_untouched_after_release(model, reference)
+    optimizer = torch.optim.SGD(values_of(model), lr=0.1)
+    with sparse_peft.use_backend("triton"):
+        output = model(x)
+        assert launches == [2] and all(holding(model))
+        torch.testing.assert_close(output, expected)
+        output.sum().backward()
+        optimizer.step()
+        assert launches == [2, 2] and not any(holding(model))
+        assert_base_untouched(model, reference)
+        again = model(x)
+        assert launches == [2, 2, 2]
+    torch.testing.assert_close(
+        again.double(), oracle_output(reference, effective_weights(model, reference), x.double())
+    )
+
+
+def assert_base_untouched_after_release(model, reference):
+    with sparse_peft.base_weights(model):
+        assert_base_untouched(model, reference)
