@@ -20,6 +20,8 @@ from .workloads import Workload
 FROZEN, FULL = "frozen", "full"
 FIRST, SECOND = "default", "second"
 SETTLING_STEPS = 2
+BLOCK_SIZE = 32
+LEAST_BLOCK_DENSITY = 0.01
 
 
 @dataclass(frozen=True)
@@ -33,6 +35,7 @@ class Method:
         density: share of each weight that trains, for rows that are defined by it.
         is_sparse: one of this package's methods, which the goals speak of.
         fuses: serving one of several adapters means to merge it; for the others, to activate it.
+        takes_quantised: the base may be quantised.
     """
 
     name: str
@@ -41,17 +44,26 @@ class Method:
     density: float | None = None
     is_sparse: bool = False
     fuses: bool = False
+    takes_quantised: bool = True
 
 
 def lora_name(rank: int) -> str:
     return f"lora-r{rank}"
 
 
+def dropout_name(rank: int) -> str:
+    return f"lora-r{rank}-dropout"
+
+
+def shira_name(rank: int) -> str:
+    return f"shira-r{rank}"
+
+
 def methods(rank: int, densities: Sequence[float]) -> list[Method]:
     """All rows. ``sparse-r`` and ``shira-r`` train exactly as many entries as LoRA of that rank."""
 
-    def lora(seed: int, **shared) -> PeftConfig:
-        return LoraConfig(r=rank, lora_alpha=2 * rank, lora_dropout=0.0, **shared)
+    def lora(dropout: float) -> Callable[..., PeftConfig]:
+        return lambda seed, **shared: LoraConfig(r=rank, lora_alpha=2 * rank, lora_dropout=dropout, **shared)
 
     def shira(seed: int, **shared) -> PeftConfig:
         return ShiraConfig(r=rank, random_seed=seed, **shared)
@@ -61,14 +73,25 @@ def methods(rank: int, densities: Sequence[float]) -> list[Method]:
 
     return [
         Method(FROZEN),
-        Method(FULL, trains_base=True),
-        Method(lora_name(rank), lora, fuses=True),
-        Method(f"shira-r{rank}", shira, fuses=True),
+        Method(FULL, trains_base=True, takes_quantised=False),
+        Method(lora_name(rank), lora(0.0), fuses=True),
+        Method(dropout_name(rank), lora(0.05), fuses=True),
+        Method(shira_name(rank), shira, fuses=True, takes_quantised=False),
         *(
             Method(f"sparse-{100 * density:g}%", sparse(density=density), density=density, is_sparse=True)
             for density in densities
         ),
         Method(f"sparse-r{rank}", sparse(r=rank), is_sparse=True),
+        *(
+            Method(
+                f"blocks-{100 * density:g}%",
+                sparse(density=density, granularity="block", block_size=BLOCK_SIZE),
+                density=density,
+                is_sparse=True,
+            )
+            for density in densities
+            if density >= LEAST_BLOCK_DENSITY
+        ),
     ]
 
 

@@ -87,7 +87,10 @@ COLUMNS = {
     "step / LoRA": lambda row: _ratio(row.step_vs_lora),
     "/ frozen": lambda row: _ratio(row.step_vs_frozen),
     "/ full": lambda row: _ratio(row.step_vs_full),
+    "/ dropout": lambda row: _ratio(row.step_vs_dropout),
+    "/ SHiRA": lambda row: _ratio(row.step_vs_shira),
     "peak MB": lambda row: _megabytes(row.peak_extra),
+    "x frozen": lambda row: _ratio(row.peak_vs_frozen),
     "x LoRA's": lambda row: _ratio(row.peak_extra_vs_lora),
     "saved MB": lambda row: _megabytes(row.saved),
     "state MB": lambda row: _megabytes(row.state),
@@ -101,7 +104,8 @@ COLUMNS = {
 def table(result: Result) -> Table:
     """One line a method. Ratios: median (lowest-highest) of the rounds' paired ratios."""
     sizes = ", ".join(f"{name} {value}" for name, value in result.sizes.items())
-    caption = f"{result.clock} time; decode noise, base / base: {_ratio(result.decode_noise, 3)}"
+    noise = result.decode_noise
+    caption = f"{result.clock} time" + (f"; decode noise, base / base: {_ratio(noise, 3)}" if noise else "")
     drawn = Table(title=f"{result.workload}: {sizes}", caption=caption)
     for index, title in enumerate(COLUMNS):
         drawn.add_column(title, justify="right" if index else "left", no_wrap=True)

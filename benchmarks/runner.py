@@ -10,7 +10,7 @@ from statistics import median
 import torch
 
 from .measure import Ratio, Sample, bytes_of, interleave, main_clock, measure_phases, paired, saved_bytes, time_once
-from .methods import FIRST, FROZEN, FULL, SECOND, Method, Subject
+from .methods import FIRST, FROZEN, SECOND, Method, Subject
 from .workloads import Workload
 
 SHORTEST_SAMPLE = 0.005  # seconds; a shorter action is repeated within one sample
@@ -51,6 +51,9 @@ class Row:
     step_vs_lora: Ratio | None = None
     step_vs_frozen: Ratio | None = None
     step_vs_full: Ratio | float | None = None
+    step_vs_dropout: Ratio | float | None = None
+    step_vs_shira: Ratio | float | None = None
+    peak_vs_frozen: float | None = None
     decode_vs_base: Ratio | None = None
     switch_seconds: float | None = None
     switch_vs_lora: Ratio | None = None
@@ -64,7 +67,7 @@ class Result:
     sizes: dict[str, int | str]
     clock: str
     rows: list[Row]
-    decode_noise: Ratio
+    decode_noise: Ratio | None
     samples: list[dict[str, dict[str, list[Sample]]]] = field(default_factory=list)
 
     def row(self, method: str) -> Row:
@@ -159,6 +162,8 @@ def run_workload(
     device: torch.device,
     together: int | None = None,
     progress: Callable[[str], None] = lambda text: None,
+    serving: bool = True,
+    others: dict[str, str] | None = None,
 ) -> Result:
     """Measure all methods on one workload.
 
@@ -172,6 +177,8 @@ def run_workload(
         together: how many methods' models may live at once beside the references'; None for all. Each group is timed
             in rounds of its own, which the references take part in.
         progress: told what is being done.
+        serving: whether decoding and switching are measured too.
+        others: further rows to compare steps with: ``{"full", "dropout" or "shira": row}``.
 
     Raises:
         ValueError: a reference is missing from ``methods``.
@@ -187,12 +194,13 @@ def run_workload(
     for name in (FROZEN, lora):
         progress(f"{workload.name}: building {name}")
         references[name], rows[name] = build(by_name[name], workload, device)
-        serving_references[name] = Subject(by_name[name], workload, workload.copy_of_base())
-        serving_references[name].prepare_serving()
+        if serving:
+            serving_references[name] = Subject(by_name[name], workload, workload.copy_of_base())
+            serving_references[name].prepare_serving()
 
-    others = [method for method in methods if method.name not in references]
-    size = together or max(1, len(others))
-    groups = [others[i : i + size] for i in range(0, len(others), size)] or [[]]
+    rest = [method for method in methods if method.name not in references]
+    size = together or max(1, len(rest))
+    groups = [rest[i : i + size] for i in range(0, len(rest), size)] or [[]]
     samples = []
     for group in groups:
         subjects = dict(references)
@@ -201,24 +209,29 @@ def run_workload(
             subjects[method.name], rows[method.name] = build(method, workload, device)
         progress(f"{workload.name}: timing {', '.join(subjects)}")
         train = interleave({name: subject.step for name, subject in subjects.items()}, rounds, device)
-        serving = dict(serving_references)
-        for method in group:
-            if not method.trains_base:
-                subjects[method.name].prepare_serving()
-                serving[method.name] = subjects[method.name]
-        samples.append({"train": train} | time_serving(serving, rounds, device))
-        del subjects, serving
+        samples.append({"train": train})
+        if serving:
+            served = dict(serving_references)
+            for method in group:
+                if not method.trains_base:
+                    subjects[method.name].prepare_serving()
+                    served[method.name] = subjects[method.name]
+            samples[-1] |= time_serving(served, rounds, device)
+            del served
+        del subjects
         for reference in serving_references.values():
             reference.end_switching()
 
-    noise = _fill_ratios(rows, samples, lora, clock)
+    noise = _fill_ratios(rows, samples, lora, clock, others or {})
     ordered = [rows[method.name] for method in methods]
     return Result(workload.name, workload.sizes, clock, ordered, noise, samples)
 
 
-def _fill_ratios(rows: dict[str, Row], samples: list[dict], lora: str, clock: str) -> Ratio:
+def _fill_ratios(
+    rows: dict[str, Row], samples: list[dict], lora: str, clock: str, others: dict[str, str]
+) -> Ratio | None:
     for group in samples:
-        train, decode, switch = group["train"], group["decode"], group["switch"]
+        train, decode, switch = group["train"], group.get("decode", {}), group.get("switch", {})
         for name in train:
             row = rows[name]
             if row.step_vs_lora is not None:  # a reference, already filled from the first group
@@ -226,20 +239,25 @@ def _fill_ratios(rows: dict[str, Row], samples: list[dict], lora: str, clock: st
             row.step_seconds = median(sample.on(clock) for sample in train[name])
             row.step_vs_lora = paired(train[name], train[lora], clock)
             row.step_vs_frozen = paired(train[name], train[FROZEN], clock)
-            if FULL in train:
-                row.step_vs_full = paired(train[name], train[FULL], clock)
+            for field_name, other in others.items():
+                if other in train:
+                    setattr(row, f"step_vs_{field_name}", paired(train[name], train[other], clock))
             if name in decode:
                 row.decode_vs_base = paired(decode[name], decode[bare(name)], clock)
             if name in switch:
                 row.switch_seconds = median(sample.on(clock) for sample in switch[name])
                 row.switch_vs_lora = paired(switch[name], switch[lora], clock)
-    full = rows.get(FULL)
     lora_extra = rows[lora].peak_extra - rows[FROZEN].peak_extra
     for row in rows.values():
-        if row.step_vs_full is None and full is not None:
-            row.step_vs_full = row.step_vs_lora.median / full.step_vs_lora.median  # never alive together
+        for field_name, other in others.items():
+            if getattr(row, f"step_vs_{field_name}") is None and other in rows:
+                # never alive together: by way of LoRA, which both were timed with
+                setattr(row, f"step_vs_{field_name}", row.step_vs_lora.median / rows[other].step_vs_lora.median)
+        row.peak_vs_frozen = row.peak_extra / rows[FROZEN].peak_extra
         if lora_extra > 0:
             row.peak_extra_vs_lora = (row.peak_extra - rows[FROZEN].peak_extra) / lora_extra
+    if any("decode" not in group for group in samples):
+        return None
     again = [sample for group in samples for sample in group["decode"][bare(FROZEN)]]
     first = [sample for group in samples for sample in group["decode"][FROZEN]]
     return paired(again, first, clock)

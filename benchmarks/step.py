@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from enum import Enum
 from pathlib import Path
 from typing import Annotated
@@ -11,7 +12,7 @@ import typer
 from rich.console import Console
 
 from .goals import judge
-from .methods import Method, lora_name, methods
+from .methods import FULL, Method, dropout_name, lora_name, methods, shira_name
 from .report import environment, show, to_json, write_json
 from .runner import run_workload
 from .workloads import Workload, linear_stack, random_llama, smollm2
@@ -28,15 +29,28 @@ class Model(str, Enum):
 
 
 def _workloads(
-    model: Model, d: list[int], depth: int, tokens: int, device: torch.device, dtype: torch.dtype, checkpointing: bool
-) -> list[Workload]:
-    if model is Model.smollm2:
-        return [smollm2(tokens, device, dtype, checkpointing)]
-    if model is Model.llama:
-        return [random_llama(size, depth, tokens, device, dtype, checkpointing) for size in d]
-    if checkpointing:
+    model: Model,
+    d: list[int],
+    depth: int,
+    tokens: list[int],
+    device: torch.device,
+    dtype: torch.dtype,
+    checkpointing: bool,
+    nf4: bool,
+) -> Iterator[Workload]:
+    if checkpointing and model is Model.synthetic:
         raise typer.BadParameter("the synthetic stack has no gradient checkpointing; use --model llama or smollm2")
-    return [linear_stack(size, depth, tokens, device, dtype) for size in d]
+    if nf4 and model is not Model.synthetic:
+        raise typer.BadParameter("--nf4 is for the synthetic stack")
+    for count in tokens:
+        if model is Model.smollm2:
+            yield smollm2(count, device, dtype, checkpointing)
+            continue
+        for size in d:
+            if model is Model.llama:
+                yield random_llama(size, depth, count, device, dtype, checkpointing)
+            else:
+                yield linear_stack(size, depth, count, device, dtype, nf4)
 
 
 def _chosen(rows: list[Method], only: list[str] | None) -> list[Method]:
@@ -52,7 +66,7 @@ def main(
         list[int] | None, typer.Option(help="Hidden sizes (synthetic, llama); default 1024 and 2048.")
     ] = None,
     depth: Annotated[int, typer.Option(min=1, help="Layers (synthetic, llama).")] = 4,
-    tokens: Annotated[int, typer.Option(min=2, help="Tokens of a step.")] = 512,
+    tokens: Annotated[list[int] | None, typer.Option(min=2, help="Tokens of a step; default 512.")] = None,
     rounds: Annotated[int, typer.Option(min=1, help="Samples of a training step.")] = 9,
     densities: Annotated[list[float] | None, typer.Option(help="Default 0.001, 0.005, 0.01 and 0.05.")] = None,
     rank: Annotated[int, typer.Option(min=1, help="LoRA's rank, and the budget of the rows named after it.")] = 16,
@@ -61,6 +75,8 @@ def main(
         int | None, typer.Option(min=1, help="Models alive at once beside frozen and LoRA; default 1 for smollm2.")
     ] = None,
     checkpointing: Annotated[bool, typer.Option(help="Gradient checkpointing (llama, smollm2).")] = False,
+    nf4: Annotated[bool, typer.Option(help="A base in bitsandbytes' NF4 (synthetic): LoRA is QLoRA.")] = False,
+    serving: Annotated[bool, typer.Option(help="Measure decoding and switching, too.")] = True,
     threads: Annotated[int, typer.Option(min=1, help="PyTorch's threads.")] = 1,
     device: Annotated[str | None, typer.Option(help="Default cuda where there is one, else cpu.")] = None,
     dtype: Annotated[str, typer.Option(help="The base model's: float32, bfloat16 or float16.")] = "float32",
@@ -77,12 +93,19 @@ def main(
         raise typer.BadParameter(f"--dtype {dtype}: choose one of {', '.join(DTYPES)}")
     torch.set_num_threads(threads)
     where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    rows = _chosen(methods(rank, densities or DENSITIES), only)
+    rows = [row for row in _chosen(methods(rank, densities or DENSITIES), only) if row.takes_quantised or not nf4]
+    others = {"full": FULL, "dropout": dropout_name(rank), "shira": shira_name(rank)}
+    serving = serving and not nf4  # merging into a quantised base quantises again: no switch to compare
     alive = together or (1 if model is Model.smollm2 else None)
     console = Console(width=220)
+    workloads = _workloads(model, d or [1024, 2048], depth, tokens or [512], where, DTYPES[dtype], checkpointing, nf4)
+
+    def progress(text: str) -> None:
+        console.print(f"[dim]{text}")
+
     results = [
-        run_workload(workload, rows, lora_name(rank), rounds, where, alive, lambda text: console.print(f"[dim]{text}"))
-        for workload in _workloads(model, d or [1024, 2048], depth, tokens, where, DTYPES[dtype], checkpointing)
+        run_workload(workload, rows, lora_name(rank), rounds, where, alive, progress, serving, others)
+        for workload in workloads
     ]
     verdicts = [judge(result) for result in results]
     show(results, verdicts, console)

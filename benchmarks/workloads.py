@@ -60,21 +60,36 @@ class LinearStack(nn.Module):
         return x
 
 
-def linear_stack(d: int, depth: int, tokens: int, device: torch.device, dtype: torch.dtype) -> Workload:
+def quantise_nf4(base: LinearStack, dtype: torch.dtype) -> LinearStack:
+    """The same stack with its layers in bitsandbytes' NF4, computing in ``dtype``."""
+    from bitsandbytes.nn import Linear4bit, Params4bit
+
+    for name, layer in base.layers.items():
+        packed = Linear4bit(layer.in_features, layer.out_features, bias=False, compute_dtype=dtype, quant_type="nf4")
+        packed.weight = Params4bit(layer.weight.data, requires_grad=False, quant_type="nf4", compress_statistics=True)
+        base.layers[name] = packed.to(layer.weight.device)
+    return base
+
+
+def linear_stack(
+    d: int, depth: int, tokens: int, device: torch.device, dtype: torch.dtype, nf4: bool = False
+) -> Workload:
     """``depth`` Linear layers ``(d, d)`` on ``tokens`` rows of noise."""
     torch.manual_seed(0)
     base = LinearStack(d, depth).to(device, dtype)
+    if nf4:
+        base = quantise_nf4(base, dtype)
     x = torch.randn(tokens, d, device=device, dtype=dtype)
 
     return Workload(
-        name=f"synthetic-d{d}",
+        name=f"synthetic-d{d}-T{tokens}" + ("-nf4" if nf4 else ""),
         base=base,
         target_modules=[f"proj_{i}" for i in range(depth)],
         forward=lambda model: model(x.detach().requires_grad_()),
         decode=lambda model: model(x[:1]),
         output_gradient=torch.randn_like(x) / x.numel(),
         task_type=None,
-        sizes={"d": d, "depth": depth, "tokens": tokens},
+        sizes={"d": d, "depth": depth, "tokens": tokens} | ({"quantised": "nf4"} if nf4 else {}),
     )
 
 

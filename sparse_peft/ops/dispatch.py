@@ -118,6 +118,14 @@ class Plan:
 
 def plan_support_grad(support: Support, dtype: torch.dtype, device: torch.device) -> Plan:
     """The path for a support: what is forced, else dense tiles, else by density and the device's crossover."""
+    plans = support.__dict__.setdefault("_plans", {})
+    key = (forced_backend(), dtype, device)
+    if key not in plans:
+        plans[key] = _plan(support, dtype, device)
+    return plans[key]
+
+
+def _plan(support: Support, dtype: torch.dtype, device: torch.device) -> Plan:
     layout = layout_of(support)
     density = layout.inner.density
     forced = forced_backend()

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.autograd.graph import increment_version
 
 from . import cuda_kernels, triton_kernels
-from .dispatch import kernel_backend
+from .dispatch import forced_backend, kernel_backend
 from .panels import panels
 
 
@@ -25,9 +25,9 @@ def read_entries(weight: Tensor, indices: Tensor) -> Tensor:
     return weight[indices // cols, indices % cols]
 
 
-@torch.no_grad()
 def write_entries_(weight: Tensor, indices: Tensor, entries: Tensor) -> None:
     """Overwrite the weight's entries at flat row-major ``indices``, in place; every other bit stays as it is."""
+    weight, entries = weight.detach(), entries.detach()
     # scatter_ wants int64 positions; in pieces, so that they are never larger than a panel
     for start, stop in panels(indices.numel(), torch.int64.itemsize):
         piece = indices[start:stop].long()
@@ -88,7 +88,6 @@ def _table(columns: tuple[tuple[int, ...], ...], device: torch.device) -> Tensor
     return _tables[key]
 
 
-@torch.no_grad()
 def _write_many(
     weights: Sequence[Tensor],
     indices: Sequence[Tensor],
@@ -98,14 +97,17 @@ def _write_many(
 ) -> None:
     """All tensors that a kernel takes in one launch for each combination of types, the others one by one."""
     together: dict[tuple, list[int]] = {}
+    forced = forced_backend() is not None
     for n, (weight, index) in enumerate(zip(weights, indices)):
-        value = None if values is None else values[n]
-        kernel = _kernel_for("write_entries", weight, index, value) if originals[n].is_contiguous() else None
+        value = None if values is None else values[n].detach()
+        kernel = None
+        if (forced or not weight.is_cpu) and originals[n].is_contiguous():
+            kernel = _kernel_for("write_entries", weight, index, value)
         if kernel is not None:
             together.setdefault((kernel, weight.dtype, index.dtype, weight.device), []).append(n)
         elif index.numel():
             if take:
-                originals[n].copy_(read_entries(weight, index))
+                originals[n].copy_(read_entries(weight.detach(), index))
             entries = originals[n] if value is None else effective_entries(originals[n], value)
             write_entries_(weight, index, entries)
     for (kernel, dtype, index_dtype, device), members in together.items():

@@ -21,6 +21,8 @@ from .transposed import token_contiguous
 
 # Tokens in a tile of the sampled product; 64 to 256 measured fastest, on 576 to 2,048 wide layers, at 0.1 to 5 %.
 SAMPLED_TILE = 128
+# Tokens in a tile of row groups: the transposed copy of so many of the input's is all that is alive of it.
+GROUPS_TILE = 256
 # Tokens in a tile of the kernels: of a 4,096 wide activation in bfloat16 8 MB, which a GPU's second cache holds.
 KERNEL_TILE = 1024
 
@@ -32,14 +34,19 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
 
 def _sampled(left: Tensor, right: Tensor, support: Support) -> Tensor:
     dtype = accumulation_dtype(left.dtype)
-    # The stock kernel copies both operands: tiles of tokens keep the copies small, and in the cache.
-    tiles = panels(left.shape[0], (left.shape[1] + right.shape[1]) * dtype.itemsize, SAMPLED_TILE)
-    values = torch.zeros(support.nnz, dtype=dtype, device=left.device)
-    product = csr_matrix(support.row_ptr, support.cols, values, support.shape)
+    (rows, cols), device = support.shape, left.device
+    tiles = panels(left.shape[0], (rows + cols) * dtype.itemsize, SAMPLED_TILE)
+    product = csr_matrix(
+        support.row_ptr, support.cols, torch.zeros(support.nnz, dtype=dtype, device=device), support.shape
+    )
+    # The stock kernel reads both operands with their tokens contiguous, and copies them if they lie otherwise. One
+    # buffer for the tiles of all tokens stays in the cache; fresh memory for each would be paged in anew.
+    buffer = torch.empty((rows + cols) * tiles[0][1], dtype=dtype, device=device)
     for start, stop in tiles:
-        product = torch.sparse.sampled_addmm(
-            product, left[start:stop].to(dtype).t(), right[start:stop].to(dtype), beta=0.0 if start == 0 else 1.0
-        )
+        tokens = stop - start
+        a = buffer[: rows * tokens].view(rows, tokens).copy_(left[start:stop].t())
+        b = buffer[rows * tokens : (rows + cols) * tokens].view(cols, tokens).copy_(right[start:stop].t())
+        torch.sparse.sampled_addmm(product, a, b.t(), out=product)
     return product.values()
 
 
@@ -74,8 +81,8 @@ def gradient_panels(
         yield start, stop, _panel_product(left[:, start:stop], right, dtype)
 
 
-def _panels(left: Tensor, right: Tensor, support: Support) -> Tensor:
-    dtype = accumulation_dtype(left.dtype)
+def _panels(left: Tensor, right: Tensor, layout: Layout) -> Tensor:
+    dtype, support = accumulation_dtype(left.dtype), layout.inner
     rows, cols = support.shape
     values = torch.zeros(support.nnz, dtype=dtype, device=left.device)
     bounds = panels(rows, cols * dtype.itemsize)
@@ -96,7 +103,8 @@ def _tiles(left: Tensor, right: Tensor, layout: Layout) -> Tensor:
     dtype = accumulation_dtype(left.dtype)
     values = torch.zeros(kept.nnz, dtype=dtype, device=left.device)
     gathered = sum(right.shape[1] if group.cols is None else group.cols.numel() for group in groups)
-    for first_token, last_token in panels(left.shape[0], 2 * (left.shape[1] + right.shape[1]) * dtype.itemsize):
+    bytes_per_token = 2 * (left.shape[1] + right.shape[1]) * dtype.itemsize
+    for first_token, last_token in panels(left.shape[0], bytes_per_token, GROUPS_TILE):
         a, b = left[first_token:last_token].to(dtype), right[first_token:last_token].to(dtype)
         # rows of the transposed activation are copied whole; for a few columns the transposition would cost more
         turned = token_contiguous(b, dtype)[:, : b.shape[0]] if gathered > right.shape[1] else None
@@ -125,18 +133,22 @@ def _kernel(path: str, left: Tensor, right: Tensor, support: Support) -> Tensor:
 
 def grad_by_path(path: str, left: Tensor, right: Tensor, support: Support) -> Tensor:
     """:func:`support_grad` by one of the paths of :data:`~sparse_peft.ops.dispatch.BACKENDS`."""
-    layout = layout_of(support)
-    if layout.rows is not None:
-        left = left.index_select(1, layout.rows)
-    if layout.cols is not None:
-        right = right.index_select(1, layout.cols)
-    if path == "tiles":
-        return _tiles(left, right, layout)
     if path == "sampled":
-        return _sampled(left, right, layout.inner)
-    if path == "panels":
-        return _panels(left, right, layout.inner)
-    return _kernel(path, left, right, layout.inner)
+        return _sampled(left, right, support)
+    if path in ("triton", "cuda"):
+        return _kernel(path, left, right, support)
+    layout = layout_of(support)
+    dense = _panels if path == "panels" else _tiles
+    if layout.rows is None and layout.cols is None:
+        return dense(left, right, layout)
+    # rows and columns without entries are left out, of no more tokens at a time than a panel holds
+    values = torch.zeros(support.nnz, dtype=accumulation_dtype(left.dtype), device=left.device)
+    for start, stop in panels(left.shape[0], sum(layout.inner.shape) * left.element_size()):
+        a, b = left[start:stop], right[start:stop]
+        a = a if layout.rows is None else a.index_select(1, layout.rows)
+        b = b if layout.cols is None else b.index_select(1, layout.cols)
+        values += dense(a, b, layout)
+    return values
 
 
 def support_grad(left: Tensor, right: Tensor, support: Support) -> Tensor:

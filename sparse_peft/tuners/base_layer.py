@@ -82,6 +82,7 @@ class SparseTunerLayer(BaseTunerLayer, nn.Module):
         self._packed: PackedWeight | None = None
         self._joined: tuple[tuple[Support, ...], ActiveDelta] | None = None
         self._step_expected = False
+        self._writable: tuple[Tensor, int, bool] | None = None
         self.observer_key = new_key()
         self.register_load_state_dict_post_hook(_rejoin)
 
@@ -94,7 +95,9 @@ class SparseTunerLayer(BaseTunerLayer, nn.Module):
 
     @property
     def base_parameter(self) -> Tensor:
-        return self.get_base_layer().weight
+        # the usual case without get_base_layer's search, which every layer would pay for several times a pass
+        base = self._modules["base_layer"]
+        return base.weight if "base_layer" not in base._modules else self.get_base_layer().weight
 
     def add_delta(self, adapter_name: str, delta: SparseDelta, *, init_weights: bool, inference_mode: bool) -> None:
         """Add an adapter's trained state to this layer and make it active if its name is."""
@@ -117,7 +120,7 @@ class SparseTunerLayer(BaseTunerLayer, nn.Module):
     def _delta(self, adapter_name: str) -> SparseDelta:
         """The adapter's trained state; positions that no file has brought are chosen now, from the base weight."""
         delta = self.deltas[adapter_name]
-        if not delta.is_set:
+        if delta.known_support() is None:
             self.release()
             with torch.no_grad(), torch.inference_mode(False):
                 delta.support = delta.recipe.draw(self.dense_base_weight, self.stored_shape)
@@ -131,7 +134,7 @@ class SparseTunerLayer(BaseTunerLayer, nn.Module):
         if self._joined is not None and self._joined[1].names == names:
             # a compiled graph is traced with what set_adapter and loading left here
             if torch.compiler.is_compiling() or all(
-                old is self._delta(name).support for old, name in zip(self._joined[0], names)
+                old is self.deltas[name].known_support() for old, name in zip(self._joined[0], names)
             ):
                 return self._joined[1]
         with torch.inference_mode(False):
@@ -154,7 +157,7 @@ class SparseTunerLayer(BaseTunerLayer, nn.Module):
         return None if delta is None else Stamp(tuple(self._delta(name) for name in delta.names), self._is_sharded())
 
     def check_stamp(self, delta: ActiveDelta, stamp: Stamp) -> None:
-        if self.stamp(delta) != stamp:
+        if not stamp.is_current() or any(d.known_support() is not s for d, s in zip(stamp.deltas, stamp.supports)):
             raise RuntimeError(
                 f"the values of adapter {', '.join(delta.names)} in layer {self.name} were changed between the "
                 "forward pass and its backward pass; step the optimizer, load and reselect only after backward"
@@ -229,11 +232,18 @@ class SparseTunerLayer(BaseTunerLayer, nn.Module):
 
     def _may_be_resident(self) -> bool:
         weight = self.base_parameter
+        if not self.resident or self._is_sharded() or not weight.is_contiguous():
+            return False
+        # what follows changes only with the memory itself, and would be asked in every pass
+        known = self._writable
+        if known is None or known[0] is not weight or known[1] != weight.data_ptr():
+            self._writable = known = weight, weight.data_ptr(), self._is_writable(weight)
+        return known[2]
+
+    @staticmethod
+    def _is_writable(weight: Tensor) -> bool:
         return (
-            self.resident
-            and not self._is_sharded()
-            and weight.is_contiguous()
-            and weight.dtype in WRITABLE_DTYPES
+            weight.dtype in WRITABLE_DTYPES
             and not weight.is_inference()
             and not (weight.device.type == "cpu" and weight.is_shared())
             # a view into a larger buffer belongs to whoever made it (FSDP's flat parameters, packed checkpoints)
@@ -512,7 +522,7 @@ class SparseTunerLayer(BaseTunerLayer, nn.Module):
 
     def __getstate__(self):
         self.release()
-        return self.__dict__
+        return {**self.__dict__, "_writable": None}
 
     def __setstate__(self, state):
         super().__setstate__(state)

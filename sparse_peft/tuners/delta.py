@@ -110,11 +110,15 @@ class SparseDelta(nn.Module):
         self._refresh()  # before any wrapper for distributed training, which has no operations on uint16
         return super().train(mode)
 
+    def known_support(self) -> Support | None:
+        """The positions; None if they are not known yet."""
+        self._refresh()
+        return self._support
+
     @property
     def is_set(self) -> bool:
         """Whether the positions are known."""
-        self._refresh()
-        return self._support is not None
+        return self.known_support() is not None
 
     @property
     def support(self) -> Support:

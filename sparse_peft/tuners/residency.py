@@ -77,25 +77,26 @@ class Stamp:
 
     def __init__(self, deltas: tuple[SparseDelta, ...], sharded: bool = False):
         self.deltas = deltas
+        self.sharded = sharded
+        self.supports = tuple(delta.support for delta in deltas)
         self.state = tuple(
-            (delta.values, version(delta.values), 0 if sharded else delta.values.data_ptr(), delta.support)
-            for delta in deltas
+            (values, version(values), 0 if sharded else values.data_ptr()) for values in (d.values for d in deltas)
         )
 
     def __eq__(self, other: object) -> bool:
         return (
             isinstance(other, Stamp)
             and len(self.state) == len(other.state)
-            and all(
-                a[0] is b[0] and a[1] == b[1] and a[2] == b[2] and a[3] is b[3]
-                for a, b in zip(self.state, other.state)
-            )
+            and all(a[0] is b[0] and a[1:] == b[1:] for a, b in zip(self.state, other.state))
+            and all(a is b for a, b in zip(self.supports, other.supports))
         )
 
     def is_current(self) -> bool:
         """Whether the adapters' values are still what they were; asked in every pass of every layer."""
-        for delta, (values, count, address, _) in zip(self.deltas, self.state):
-            if delta._parameters["values"] is not values or values.data_ptr() != address or version(values) != count:
+        for delta, (values, count, address) in zip(self.deltas, self.state):
+            if delta._parameters["values"] is not values or version(values) != count:
+                return False
+            if not self.sharded and values.data_ptr() != address:
                 return False
         return True
 
@@ -168,16 +169,17 @@ class Write:
 
 def write_all(writes: Sequence[Write]) -> None:
     """:meth:`Residency.write` for many weights, on a GPU in two launches."""
-    release_each(
-        [(w.ledger, w.weight) for w in writes if w.ledger.held is not None and w.ledger.held.support is not w.support]
-    )
+    stale = [(w.ledger, w.weight) for w in writes if w.ledger.held and w.ledger.held.support is not w.support]
+    release_each(stale)
     fresh = [w for w in writes if w.ledger.held is None]
     held = [w for w in writes if w.ledger.held is not None]
     for part, take in ((fresh, True), (held, False)):
+        if not part:
+            continue
         for w in part:
             w.ledger.check_untouched(w.weight)
         originals = [w.weight.new_empty(w.support.nnz) if take else w.ledger.held.originals for w in part]
-        indices, values = [w.support.indices for w in part], [w.values for w in part]
+        indices, values = [w.support.indices for w in part], [w.values.detach() for w in part]
         resync_([w.weight for w in part], indices, originals, values, take)
         for w, own in zip(part, originals):
             w.ledger.held = Held(w.support, own, w.stamp, version(w.weight))
@@ -186,6 +188,8 @@ def write_all(writes: Sequence[Write]) -> None:
 def release_each(pairs: Sequence[tuple[Residency, Tensor]]) -> None:
     """:meth:`Residency.release` for many weights, on a GPU in one launch."""
     pairs = [(ledger, weight) for ledger, weight in pairs if ledger.held is not None]
+    if not pairs:
+        return
     for ledger, weight in pairs:
         ledger.check_untouched(weight)
     held = [ledger.held for ledger, _ in pairs]
