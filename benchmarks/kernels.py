@@ -79,7 +79,7 @@ class Goal:
 
 GOALS = (
     Goal("gradient: sampled", 0.30, 0.01),
-    Goal("gradient: blocks of 32, tiles", 0.60, 0.2),
+    Goal("gradient: blocks of 32, tiles", 0.80, 0.2),
     Goal("write entries: resync_", 0.03, 0.01),
     Goal("top-k: sampled threshold", 0.5, CANDIDATE_SHARE),
 )

@@ -68,9 +68,7 @@ def forced_backend() -> str | None:
     return None if name == "auto" else name
 
 
-def kernel_backend(
-    op: str, dtype: torch.dtype, device: torch.device, index: torch.dtype = torch.int32, capturing_ok: bool = True
-) -> str | None:
+def kernel_backend(op: str, dtype: torch.dtype, device: torch.device, index: torch.dtype = torch.int32) -> str | None:
     """``"cuda"``, ``"triton"`` or None: which of this package's kernels run an op on such tensors.
 
     Args:

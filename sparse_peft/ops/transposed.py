@@ -21,31 +21,49 @@ class _Kept:
 
     def is_of(self, x: Tensor, dtype: torch.dtype) -> bool:
         return (
-            self.result.dtype == dtype
+            self.x.data_ptr() == x.data_ptr()
+            and self.result.dtype == dtype
             and self.version == x._version
-            and self.x.data_ptr() == x.data_ptr()
             and self.x.dtype == x.dtype
             and self.x.shape == x.shape
             and self.x.stride() == x.stride()
         )
 
 
-_kept: dict[torch.device, _Kept] = {}
+_kept: dict[torch.device, list[_Kept]] = {}
 
 
 def _in_backward() -> bool:
     return torch._C._current_graph_task_id() != -1
 
 
-def token_contiguous(x: Tensor, dtype: torch.dtype) -> Tensor:
+def _keep(x: Tensor, result: Tensor) -> None:
+    """Keep a result until another activation comes, or the backward pass is over; no more than a panel."""
+    if not _in_backward() or x.is_inference() or result.nbytes > panel_bytes():
+        return
+    if x.device not in _kept:
+        torch.autograd.Variable._execution_engine.queue_callback(lambda: _kept.pop(x.device, None))
+    kept = _kept.setdefault(x.device, [])
+    if kept and kept[0].x.untyped_storage().data_ptr() != x.untyped_storage().data_ptr():
+        kept.clear()
+    if sum(one.result.nbytes for one in kept) + result.nbytes <= panel_bytes():
+        kept.append(_Kept(x, result))
+
+
+def token_contiguous(x: Tensor, dtype: torch.dtype, shared: bool = False) -> Tensor:
     """``x`` ``(tokens, features)`` as ``(features, padded tokens)`` in ``dtype``, zeros behind the last token.
 
-    Rows are padded to whole 16 bytes. Inside a backward pass the last result of each device is kept for the next
-    layer, if it is not larger than a panel.
+    Rows are padded to whole 16 bytes.
+
+    Args:
+        x: an activation, or a tile of its tokens.
+        dtype: of the result.
+        shared: whether other layers are likely to ask for the same: keep it for them, inside a backward pass.
     """
-    kept = _kept.get(x.device)
-    if kept is not None and kept.is_of(x, dtype):
-        return kept.result
+    if shared:
+        for kept in _kept.get(x.device, ()):
+            if kept.is_of(x, dtype):
+                return kept.result
     tokens, features = x.shape
     per_load = ALIGNMENT // dtype.itemsize
     padded = -(-tokens // per_load) * per_load
@@ -53,8 +71,6 @@ def token_contiguous(x: Tensor, dtype: torch.dtype) -> Tensor:
     result[:, :tokens].copy_(x.t())
     if padded > tokens:
         result[:, tokens:].zero_()
-    if _in_backward() and not x.is_inference() and result.nbytes <= panel_bytes():
-        if x.device not in _kept:
-            torch.autograd.Variable._execution_engine.queue_callback(lambda: _kept.pop(x.device, None))
-        _kept[x.device] = _Kept(x, result)
+    if shared:
+        _keep(x, result)
     return result

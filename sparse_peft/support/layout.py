@@ -19,9 +19,9 @@ from .support import Support
 COMPACT_MAX_SHARE = 0.5
 # Rows with the same columns, on average over the groups, from which on dense products beat products per entry.
 MIN_GROUP_HEIGHT = 8
-# Gathering a group's columns costs about as much as a product with this many rows: measured on CPU with blocks of 16,
-# 32 and 64 rows at 1 to 50 % of weights 1,024 and 2,048 wide.
-GATHER_COST = 20
+# Gathering a group's columns, and a product of few rows, cost about as much as so many rows more: measured on one and
+# two CPU threads with blocks of 16, 32 and 64 rows at 1 to 50 % of weights 1,024 to 4,096 wide.
+GATHER_COST = 48
 
 
 @dataclass(frozen=True)

@@ -140,7 +140,7 @@ class Support:
 
     def entry_ranges(self, row_ranges: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
         """The half-open range of entries in each of some consecutive ranges of rows; asks the device once for each."""
-        key = (len(row_ranges), row_ranges[0]) if row_ranges else ()
+        key = tuple(row_ranges)
         if key not in self._entry_ranges:
             bounds = [start for start, _ in row_ranges] + [stop for _, stop in row_ranges[-1:]]
             offsets = self.row_ptr[bounds].tolist()

@@ -96,7 +96,7 @@ def test_blocks_chosen_from_data(selection):
 
 @pytest.mark.parametrize("backend", ["auto", "tiles", "panels", "sampled"])
 def test_training_blocks_is_training_their_entries(backend):
-    config = {"granularity": "block", "block_size": 16, "density": 0.3, "target_modules": ["0"]}
+    config = {"granularity": "block", "block_size": 32, "density": 0.3, "target_modules": ["0"]}
     model = get_peft_model(net(), SparseConfig(**config))
     layer = model.base_model.model[0]
     support = layer.support("default")
