@@ -102,15 +102,14 @@ def _tiles(left: Tensor, right: Tensor, layout: Layout) -> Tensor:
         return values
     dtype = accumulation_dtype(left.dtype)
     values = torch.zeros(kept.nnz, dtype=dtype, device=left.device)
-    gathered = sum(right.shape[1] if group.cols is None else group.cols.numel() for group in groups)
+    widths = [group.cols.numel() for group in groups if group.cols is not None]
     bytes_per_token = 2 * (left.shape[1] + right.shape[1]) * dtype.itemsize
     for first_token, last_token in panels(left.shape[0], bytes_per_token, GROUPS_TILE):
         a, b = left[first_token:last_token].to(dtype), right[first_token:last_token].to(dtype)
         # rows of the transposed activation are copied whole; for a few columns the transposition would cost more
-        turned = token_contiguous(b, dtype)[:, : b.shape[0]] if gathered > right.shape[1] else None
+        turned = token_contiguous(b, dtype)[:, : b.shape[0]] if sum(widths) > right.shape[1] else None
         # one buffer for all groups: fresh memory for each would be paged in anew
-        widest = 0 if turned is None else max(group.cols.numel() for group in groups if group.cols is not None)
-        buffer = torch.empty(widest, b.shape[0], dtype=dtype, device=b.device)
+        buffer = torch.empty(0 if turned is None else max(widths), b.shape[0], dtype=dtype, device=b.device)
         for group in groups:
             out = values[group.first : group.last].view(group.stop - group.start, -1)
             if group.cols is None:

@@ -45,7 +45,7 @@ def supports(draw, rows: int, cols: int, device: str = "cpu") -> Support:
     """Of any density, in the whole weight or crowded into a corner of it, or of blocks."""
     density = draw(DENSITIES)
     seed = draw(st.integers(0, 2**20))
-    kind = draw(st.sampled_from(["spread", "crowded", "blocks", "columns"]))
+    kind = draw(st.sampled_from(["spread", "crowded", "blocks", "columns", "rows"]))
     if kind == "spread":
         support = Support.random((rows, cols), round(density * rows * cols), seed=seed, name="layer")
     elif kind == "crowded":
@@ -60,6 +60,9 @@ def supports(draw, rows: int, cols: int, device: str = "cpu") -> Support:
         blocks = -(-rows // height) * -(-cols // width)
         chosen = Support.random((blocks, 1), max(1, round(density * blocks)), seed=seed, name="layer").indices
         support = Support.from_blocks((rows, cols), (height, width), chosen)
+    elif kind == "rows":
+        first = list(range(rows // 3)) + list(range(rows // 2, rows))
+        support = Support.from_rows((rows, cols), first)
     else:
         chosen = Support.random((cols, 1), max(1, round(density * cols)), seed=seed, name="layer").indices
         support = Support.from_columns((rows, cols), chosen)

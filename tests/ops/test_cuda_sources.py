@@ -5,8 +5,10 @@ marked ``gpu`` in ``test_kernels.py`` run the real thing.
 """
 
 import ctypes
+import ctypes.util
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -14,6 +16,7 @@ import torch
 
 from sparse_peft.ops import cuda_kernels, effective_entries
 from sparse_peft.ops.cuda_kernels import INDICES, MODES, PER_THREAD, THREADS, options, source
+from sparse_peft.ops.cuda_kernels.nvrtc import compile_cubin
 from sparse_peft.ops.transposed import token_contiguous
 from sparse_peft.support import Support
 
@@ -34,6 +37,25 @@ def test_sources_compile_without_spilling(file, dtype, arch, tmp_path):
         done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
         assert "0 bytes spill stores" in done.stderr and "warning" not in done.stderr, done.stderr
+
+
+def nvrtc():
+    """The compiler library, if PyTorch or a package has brought it; it needs no GPU."""
+    found = ctypes.util.find_library("nvrtc")
+    for folder in map(Path, sys.path):
+        found = found or next((str(path) for path in folder.glob("nvidia/*/lib/libnvrtc.so.*")), None)
+    return found
+
+
+@pytest.mark.skipif(nvrtc() is None, reason="needs the NVRTC library")
+@pytest.mark.parametrize("file", ["entries.cu", "sddmm.cu"])
+def test_nvrtc_compiles_without_headers_and_says_what_is_wrong(file):
+    library = ctypes.CDLL(nvrtc())
+    for dtype in cuda_kernels.FLOATS:
+        for index in INDICES:
+            assert compile_cubin(library, source(file), options(file, dtype, index), "90")[:4] == b"\x7fELF"
+    with pytest.raises(RuntimeError, match="does not compile with --gpu-architecture=sm_90(.|\n)*error"):
+        compile_cubin(library, source(file), [], "90")
 
 
 @pytest.fixture(scope="module")

@@ -14,6 +14,8 @@ from importlib.resources import files
 import torch
 from torch import Tensor
 
+from .nvrtc import compile_cubin
+
 logger = logging.getLogger(__name__)
 
 THREADS = 128
@@ -39,8 +41,12 @@ def options(file: str, dtype: torch.dtype, index: torch.dtype) -> list[str]:
 @functools.cache
 def _compiled(file: str, kernel: str, dtype: torch.dtype, index: torch.dtype, device: int) -> Callable | None:
     try:
+        from torch.cuda._utils import _cuda_load_module, _get_nvrtc_library
+
         with torch.cuda.device(device):
-            return torch.cuda._compile_kernel(source(file), kernel, nvcc_options=options(file, dtype, index))
+            architecture = "".join(map(str, torch.cuda.get_device_capability(device)))
+            cubin = compile_cubin(_get_nvrtc_library(), source(file), options(file, dtype, index), architecture)
+            return _cuda_load_module(cubin, [kernel])[kernel]
     except Exception as error:  # whatever a driver, a compiler or a private function of torch may raise
         logger.warning("the CUDA kernel %s could not be compiled, another path is used: %s", kernel, error)
         return None
