@@ -21,7 +21,7 @@ COMPACT_MAX_SHARE = 0.5
 MIN_GROUP_HEIGHT = 8
 # Gathering a group's columns, and a product of few rows, cost about as much as so many rows more: measured on one and
 # two CPU threads with blocks of 16, 32 and 64 rows at 1 to 50 % of weights 1,024 to 4,096 wide.
-GATHER_COST = 48
+GATHER_COST = 36
 
 
 @dataclass(frozen=True)

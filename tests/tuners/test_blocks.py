@@ -96,15 +96,15 @@ def test_blocks_chosen_from_data(selection):
 
 @pytest.mark.parametrize("backend", ["auto", "tiles", "panels", "sampled"])
 def test_training_blocks_is_training_their_entries(backend):
-    config = {"granularity": "block", "block_size": 32, "density": 0.3, "target_modules": ["0"]}
-    model = get_peft_model(net(), SparseConfig(**config))
-    layer = model.base_model.model[0]
+    base = nn.Sequential(nn.Linear(256, 320))
+    config = SparseConfig(granularity="block", block_size=32, density=0.2, target_modules=["0"])
+    layer = get_peft_model(base, config).base_model.model[0]
     support = layer.support("default")
     assert plan_support_grad(support, torch.float32, support.device).path == "tiles"
-    x, gradient = torch.randn(3, 7, 64), torch.randn(3, 7, 96)
+    x, gradient = torch.randn(3, 7, 256), torch.randn(3, 7, 320)
     with use_backend(backend):
         (layer(x) * gradient).sum().backward()
-    dense = gradient.reshape(-1, 96).double().t() @ x.reshape(-1, 64).double()
+    dense = gradient.reshape(-1, 320).double().t() @ x.reshape(-1, 256).double()
     got = layer.deltas["default"].values.grad
     torch.testing.assert_close(got.double(), dense.reshape(-1)[support.indices.long()], rtol=1e-5, atol=1e-5)
 
