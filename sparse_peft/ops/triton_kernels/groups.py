@@ -7,6 +7,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .tile import tile_product
+
 BLOCK_ROWS = 64
 BLOCK_COLS = 64
 BLOCK_TOKENS = 32
@@ -25,15 +27,11 @@ def groups_kernel(
     first_entry, stride = tl.load(item + 4), tl.load(item + 5)
     r = tl.arange(0, BLOCK_R)
     c = tl.arange(0, BLOCK_C)
-    row = first_row + r
     col = tl.load(cols + first_col + c, c < width, 0)
-    total = tl.zeros((BLOCK_R, BLOCK_C), dtype=tl.float32)
-    for start in range(0, tokens, BLOCK_T):
-        t = start + tl.arange(0, BLOCK_T).to(tl.int64)
-        here = t < tokens
-        a = tl.load(left + t[None, :] * left_stride + row[:, None], here[None, :] & (r < rows)[:, None], 0.0)
-        b = tl.load(right + t[:, None] * right_stride + col[None, :], here[:, None] & (c < width)[None, :], 0.0)
-        total = tl.dot(a, b, total, input_precision=PRECISION)
+    total = tile_product(
+        left, right, first_row + r, col, r < rows, c < width, tokens, left_stride, right_stride,
+        PRECISION, BLOCK_R, BLOCK_C, BLOCK_T,
+    )  # fmt: skip
     at = out + first_entry + r[:, None] * stride + c[None, :]
     tl.store(at, total, (r < rows)[:, None] & (c < width)[None, :])
 

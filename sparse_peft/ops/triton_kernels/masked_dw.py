@@ -7,6 +7,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .tile import tile_product
+
 BLOCK_ROWS = 64
 BLOCK_COLS = 64
 BLOCK_TOKENS = 32
@@ -29,13 +31,10 @@ def masked_dw_kernel(
 ):  # fmt: skip
     r = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
     c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
-    total = tl.zeros((BLOCK_R, BLOCK_C), dtype=tl.float32)
-    for start in range(0, tokens, BLOCK_T):
-        t = start + tl.arange(0, BLOCK_T).to(tl.int64)
-        here = t < tokens
-        a = tl.load(left + t[None, :] * left_stride + r[:, None], here[None, :] & (r < rows)[:, None], 0.0)
-        b = tl.load(right + t[:, None] * right_stride + c[None, :], here[:, None] & (c < cols)[None, :], 0.0)
-        total = tl.dot(a, b, total, input_precision=PRECISION)
+    total = tile_product(
+        left, right, r, c, r < rows, c < cols, tokens, left_stride, right_stride,
+        PRECISION, BLOCK_R, BLOCK_C, BLOCK_T,
+    )  # fmt: skip
     inside = (r < rows)[:, None] & (c < cols)[None, :]
     # one bit of `words` for each weight; `before` counts the support's entries before each word: together the place
     # of every entry in the support
