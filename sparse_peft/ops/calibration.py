@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import logging
 import math
@@ -77,8 +76,8 @@ def _key(device: torch.device, dtype: torch.dtype) -> str:
     else:
         capability = torch.backends.cpu.get_cpu_capability()
         name = f"{platform.machine()} {capability}, {torch.get_num_threads()} threads of {os.cpu_count()}"
-    triton = importlib.util.find_spec("triton") is not None
-    return f"{name} | {str(dtype).removeprefix('torch.')} | torch {torch.__version__}{' + triton' if triton else ''}"
+    triton = " + triton" if triton_kernels.installed() else ""
+    return f"{name} | {str(dtype).removeprefix('torch.')} | torch {torch.__version__}{triton}"
 
 
 def _read() -> dict[str, dict]:
@@ -160,9 +159,9 @@ def measure(device: torch.device, dtype: torch.dtype, bench: Bench | None = None
         for density in bench.densities
     ]
     dense = _seconds(lambda: grad_by_path("panels", left, right, supports[0]), device)
+    expected = grad_by_path("panels", left, right, supports[0])
     best: Crossover | None = None
     for path in _paths(device, dtype):
-        expected = grad_by_path("panels", left, right, supports[0])
         error = (grad_by_path(path, left, right, supports[0]) - expected).abs().max() / expected.abs().max()
         if not error <= TOLERANCE:
             logger.warning("the %s kernel is wrong on %s (error %.1e) and will not be used", path, device, error)

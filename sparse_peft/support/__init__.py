@@ -1,6 +1,6 @@
 """Which entries of a weight train: sets of positions, budgets, and the criteria that choose."""
 
-from .blocks import Block, as_block, block_scores, expand_blocks, random_blocks, resolve_block_counts
+from .blocks import Block, as_block, best_blocks, block_scores, expand_blocks, random_blocks, resolve_block_counts
 from .budget import ALLOCATIONS, Budget, apportion, resolve_counts
 from .criteria import CRITERIA, Criterion, Statistics, get_criterion, select
 from .layout import Layout, RowGroup, layout_of
@@ -32,6 +32,7 @@ __all__ = [
     "Support",
     "apportion",
     "as_block",
+    "best_blocks",
     "block_scores",
     "check_indices",
     "collect_supports",

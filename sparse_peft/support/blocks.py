@@ -104,6 +104,12 @@ def random_blocks(shape: tuple[int, int], block: Block, count: int, *, seed: int
     return expand_blocks(Support.random(grid, count, seed=seed, name=name), shape, block)
 
 
+def best_blocks(scores: Tensor, count: int, block: Block, largest: bool, name: str) -> Support:
+    """The ``count`` blocks with the largest (or smallest) sums of ``(rows, cols)`` scores."""
+    chosen = Support.from_scores(block_scores(scores, block), count, largest, name)
+    return expand_blocks(chosen, tuple(scores.shape), block)
+
+
 def expand_blocks(chosen: Support, shape: tuple[int, int], block: Block) -> Support:
     """The entries of the weight that the chosen blocks of its grid hold."""
     across = -(-shape[1] // block[1])  # from_blocks also counts what is cut off at the edge

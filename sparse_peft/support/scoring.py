@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from .blocks import Block, block_scores, divide_in_blocks, expand_blocks
+from .blocks import Block, best_blocks, divide_in_blocks, resolve_block_counts
 from .budget import Budget, Division, allocate, divide
 from .criteria import CRITERIA, Criterion, Statistics
 from .gradients import GradientSums, LayerSums
@@ -84,13 +84,13 @@ def _choose_blocks(
 ) -> dict[str, Support]:
     """The blocks with the best sums of scores; ``scores(name)`` are those of all entries."""
 
-    def sums(name: str) -> Tensor:
-        return block_scores(scores(name).view(shapes[name]), block)
+    def matrix(name: str) -> Tensor:
+        return scores(name).view(shapes[name])
 
-    counts = allocate(divide_in_blocks(shapes, budget, block), budget.allocation, sums, criterion.largest)
+    counts = resolve_block_counts(shapes, budget, block, matrix, criterion.largest)
+    per_block = block[0] * block[1]
     return {
-        name: expand_blocks(Support.from_scores(sums(name), counts[name], criterion.largest, name), shape, block)
-        for name, shape in shapes.items()
+        name: best_blocks(matrix(name), counts[name] // per_block, block, criterion.largest, name) for name in shapes
     }
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor, distributed, nn
 
-from ..support import Block, Support, block_scores, expand_blocks, get_criterion, random_blocks, select
+from ..support import Block, Support, best_blocks, get_criterion, random_blocks, select
 
 
 @dataclass(frozen=True)
@@ -50,9 +50,8 @@ class SupportRecipe:
             return Support.random(shape, self.entries, seed=self.seed, name=self.name)
         if criterion.needs == "weight":
             if blocks is not None:
-                scores = block_scores(criterion.score(weight(), None, **self.options), self.block)
-                chosen = Support.from_scores(scores, blocks, criterion.largest, self.name)
-                return expand_blocks(chosen, shape, self.block)
+                scores = criterion.score(weight(), None, **self.options)
+                return best_blocks(scores, blocks, self.block, criterion.largest, self.name)
             return select(
                 criterion, weight(), self.entries, seed=self.seed, name=self.name, options=dict(self.options)
             )

@@ -440,13 +440,19 @@ def test_without_a_finite_step_in_the_window_nothing_is_replaced(selection):
     assert_equal(snapshot(model), start)
 
 
-def test_a_diverged_run_is_stopped_before_anything_changes():
+def about_to_reselect():
+    """A model that changes by SET, after the backward pass before a reselection; its optimizer and controller."""
     model = adapted("set")
     optimizer = optimizer_of(model)
     controller = SparsityController(model, optimizer, total_steps=30)
     train(model, optimizer, controller, range(5))
     x, y = batch_at(5)
     F.cross_entropy(model(x), y).backward()
+    return model, optimizer, controller
+
+
+def test_a_diverged_run_is_stopped_before_anything_changes():
+    model, optimizer, controller = about_to_reselect()
     optimizer.step()
     with torch.no_grad():
         layers_of(model)["second"].deltas["default"].values[3] = float("nan")
@@ -734,12 +740,7 @@ def test_a_controller_whose_optimizer_never_steps_says_so():
 
 
 def test_positions_of_merged_adapters_do_not_change():
-    model = adapted("set")
-    optimizer = optimizer_of(model)
-    controller = SparsityController(model, optimizer, total_steps=30)
-    train(model, optimizer, controller, range(5))
-    x, y = batch_at(5)
-    F.cross_entropy(model(x), y).backward()
+    model, optimizer, controller = about_to_reselect()
     model.merge_adapter()
     optimizer.step()
     with pytest.raises(RuntimeError, match="layer first: positions cannot change while adapters are merged"):
