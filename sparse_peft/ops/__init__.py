@@ -2,30 +2,42 @@
 
 from .calibration import Crossover, cache_file
 from .codes import code_gather, code_scatter_add, pack_codes, packed_width, unpack_codes
+from .conv import CONVOLUTIONS, ConvProduct, padded
 from .delta_matmul import delta_matmul, spmm_add_
 from .dispatch import BACKENDS, Plan, kernel_backend, log_once, plan_support_grad, use_backend
 from .entries import effective_entries, read_entries, restore_, resync_, scatter_add_, write_entries_
+from .functional import ENTRIES, functional_conv, functional_linear
+from .layers import support_layer
 from .library import remember
-from .linear import WeightSource, functional_support_linear, support_linear
 from .masked_dw import PANEL_BYTES_PER_WEIGHT, masked_dw
-from .observe import GradientObserver, new_key, observe
+from .observe import UNOBSERVED, GradientObserver, new_key, observe
 from .panels import panel_bytes, panel_limit, panels
+from .products import LinearProduct, Product, WeightSource
+from .support_entries import add_to_support_, read_support, restore_supports_, resync_supports_
 from .support_grad import accumulation_dtype, gradient_panels, support_grad
 
 __all__ = [
     "BACKENDS",
+    "CONVOLUTIONS",
+    "ENTRIES",
     "PANEL_BYTES_PER_WEIGHT",
+    "UNOBSERVED",
+    "ConvProduct",
     "Crossover",
     "GradientObserver",
+    "LinearProduct",
     "Plan",
+    "Product",
     "WeightSource",
     "accumulation_dtype",
+    "add_to_support_",
     "cache_file",
     "code_gather",
     "code_scatter_add",
     "delta_matmul",
     "effective_entries",
-    "functional_support_linear",
+    "functional_conv",
+    "functional_linear",
     "gradient_panels",
     "kernel_backend",
     "log_once",
@@ -34,18 +46,22 @@ __all__ = [
     "observe",
     "pack_codes",
     "packed_width",
+    "padded",
     "panel_bytes",
     "panel_limit",
     "panels",
     "plan_support_grad",
     "read_entries",
+    "read_support",
     "remember",
     "restore_",
+    "restore_supports_",
     "resync_",
+    "resync_supports_",
     "scatter_add_",
     "spmm_add_",
     "support_grad",
-    "support_linear",
+    "support_layer",
     "unpack_codes",
     "use_backend",
     "write_entries_",

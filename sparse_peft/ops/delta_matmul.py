@@ -7,9 +7,10 @@ layers with hooks of their own).
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from ..support import Support
+from ..support import ChannelSupport, Support
 from . import triton_kernels
 from .csr import csr_matrix
 from .dispatch import kernel_backend
@@ -72,6 +73,15 @@ class _DeltaMatmul(torch.autograd.Function):
         return grad_x, grad_values, None, None, None
 
 
+def _channels(x: Tensor, values: Tensor, support: ChannelSupport, in_dim: int) -> Tensor:
+    """:func:`delta_matmul` for whole channels, ``values`` as their matrix: one dense product."""
+    weight = values if in_dim == 1 else values.t()
+    if support.dim == in_dim:
+        return F.linear(x.index_select(-1, support.channels), weight)
+    out = x.new_zeros(*x.shape[:-1], support.size)
+    return out.index_copy(-1, support.channels.long(), F.linear(x, weight))
+
+
 def delta_matmul(x: Tensor, values: Tensor, support: Support, in_dim: int, key: int = UNOBSERVED) -> Tensor:
     """``x @ S.T`` for a weight stored ``(out, in)`` (``in_dim=1``), ``x @ S`` for one stored ``(in, out)`` (``0``).
 
@@ -85,6 +95,8 @@ def delta_matmul(x: Tensor, values: Tensor, support: Support, in_dim: int, key: 
     Returns:
         ``(..., out_features)`` in ``x``'s dtype.
     """
+    if isinstance(support, ChannelSupport):
+        return _channels(x, values.to(x.dtype).view(support.matrix_shape), support, in_dim)
     flat = x.reshape(-1, x.shape[-1])
     out = _DeltaMatmul.apply(flat, values, support, in_dim == 1, key)
     return out.view(*x.shape[:-1], out.shape[-1])

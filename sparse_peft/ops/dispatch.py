@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 import torch
 
-from ..support import Support, layout_of
+from ..support import ChannelSupport, Support, layout_of
 from . import cuda_kernels, triton_kernels
 from .calibration import crossover
 
@@ -106,7 +106,7 @@ class Plan:
     """How the values' gradient of one support is computed.
 
     Attributes:
-        path: one of :data:`BACKENDS`, without ``"auto"``.
+        path: one of :data:`BACKENDS`, without ``"auto"``, or ``"channels"``, which needs no choice.
         why: in words, for reports.
     """
 
@@ -124,6 +124,9 @@ def plan_support_grad(support: Support, dtype: torch.dtype, device: torch.device
 
 
 def _plan(support: Support, dtype: torch.dtype, device: torch.device) -> Plan:
+    if isinstance(support, ChannelSupport):
+        kind = "rows" if support.dim == 0 else "columns"
+        return Plan("channels", f"{support.count} whole {kind}: one dense product")
     layout = layout_of(support)
     density = layout.inner.density
     forced = forced_backend()

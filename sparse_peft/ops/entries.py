@@ -21,8 +21,7 @@ def read_entries(weight: Tensor, indices: Tensor) -> Tensor:
     """The weight's entries at flat row-major ``indices``, as a new tensor ``(entries,)`` of the weight's dtype."""
     if weight.is_contiguous():
         return weight.view(-1).index_select(0, indices)
-    cols = weight.shape[1]
-    return weight[indices // cols, indices % cols]
+    return weight[torch.unravel_index(indices.long(), weight.shape)]
 
 
 def write_entries_(weight: Tensor, indices: Tensor, entries: Tensor) -> None:
@@ -34,8 +33,7 @@ def write_entries_(weight: Tensor, indices: Tensor, entries: Tensor) -> None:
         if weight.is_contiguous():
             weight.view(-1).scatter_(0, piece, entries[start:stop])
         else:
-            cols = weight.shape[1]
-            weight[piece // cols, piece % cols] = entries[start:stop]
+            weight[torch.unravel_index(piece, weight.shape)] = entries[start:stop]
 
 
 def effective_entries(originals: Tensor, values: Tensor) -> Tensor:

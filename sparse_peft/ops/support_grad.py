@@ -11,7 +11,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from ..support import Layout, Support, layout_of
+from ..support import ChannelSupport, Layout, Support, layout_of
 from . import cuda_kernels, triton_kernels
 from .csr import csr_matrix
 from .dispatch import MAX_GROUPS_ON_CUDA, kernel_backend, plan_support_grad
@@ -50,8 +50,9 @@ def _sampled(left: Tensor, right: Tensor, support: Support) -> Tensor:
     return product.values()
 
 
-def _panel_product(left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
-    """``left.T @ right`` in ``dtype``; natively where the device accumulates halves in float32."""
+def dense_grad(left: Tensor, right: Tensor) -> Tensor:
+    """``left.T @ right`` in float32 (float64 for float64); natively where the device accumulates halves so."""
+    dtype = accumulation_dtype(left.dtype)
     if left.dtype == dtype:
         return left.t() @ right
     if left.is_cuda:
@@ -78,7 +79,7 @@ def gradient_panels(
     dtype = accumulation_dtype(left.dtype)
     rows, cols = shape
     for start, stop in panels(rows, cols * (bytes_per_weight or dtype.itemsize)):
-        yield start, stop, _panel_product(left[:, start:stop], right, dtype)
+        yield start, stop, dense_grad(left[:, start:stop], right)
 
 
 def _panels(left: Tensor, right: Tensor, layout: Layout) -> Tensor:
@@ -88,7 +89,7 @@ def _panels(left: Tensor, right: Tensor, layout: Layout) -> Tensor:
     bounds = panels(rows, cols * dtype.itemsize)
     for (start, stop), (first, last) in zip(bounds, support.entry_ranges(bounds)):
         if first < last:
-            panel = _panel_product(left[:, start:stop], right, dtype)
+            panel = dense_grad(left[:, start:stop], right)
             values[first:last] = panel.reshape(-1).index_select(0, support.indices[first:last] - start * cols)
     return values
 
@@ -167,6 +168,10 @@ def support_grad(left: Tensor, right: Tensor, support: Support) -> Tensor:
     """
     if left.shape[0] == 0 or support.nnz == 0:
         return torch.zeros(support.nnz, dtype=accumulation_dtype(left.dtype), device=left.device)
+    if isinstance(support, ChannelSupport):
+        if support.dim == 0:
+            return dense_grad(left.index_select(1, support.lines), right).reshape(-1)
+        return dense_grad(left, right.index_select(1, support.lines)).reshape(-1)
     return grad_by_path(plan_support_grad(support, left.dtype, left.device).path, left, right, support)
 
 

@@ -2,6 +2,7 @@
 
 from .blocks import Block, as_block, best_blocks, block_scores, expand_blocks, random_blocks, resolve_block_counts
 from .budget import ALLOCATIONS, Budget, apportion, resolve_counts
+from .channels import ChannelSupport
 from .criteria import CRITERIA, Criterion, Statistics, get_criterion, select
 from .layout import Layout, RowGroup, layout_of
 from .outer import topk_outer
@@ -21,6 +22,7 @@ __all__ = [
     "Block",
     "Budget",
     "Candidates",
+    "ChannelSupport",
     "Criterion",
     "Exchange",
     "Layout",

@@ -66,16 +66,27 @@ def check_indices(indices: Tensor, shape: tuple[int, int], name: str = "") -> No
         ValueError: not 1-D, out of range, not sorted or repeated; names the layer and the first such value.
     """
     rows, cols = _check_shape(shape, name)
-    _check_integers(indices, "indices", name)
-    _check_range(indices, rows * cols, "indices", f"a {rows} x {cols} weight", name)
+    check_sorted(indices, rows * cols, "indices", f"a {rows} x {cols} weight", name)
+
+
+def check_sorted(indices: Tensor, size: int, what: str, extent: str, name: str = "") -> None:
+    """Check that ``indices`` are strictly increasing integers of ``range(size)``; ``what`` and ``extent`` word it.
+
+    Raises:
+        TypeError: no integers.
+        ValueError: not 1-D, out of range, not sorted or repeated; names the layer and the first such value.
+    """
+    _check_integers(indices, what, name)
+    _check_range(indices, size, what, extent, name)
     wrong = indices[1:] <= indices[:-1]
     if bool(wrong.any()):
         at = int(wrong.int().argmax()) + 1
         before, value = int(indices[at - 1]), int(indices[at])
         fault = f"{value} occurs twice" if value == before else f"{value} stands after {before}"
+        cure = "Support.from_indices sorts" if what == "indices" else "sort"
         raise ValueError(
-            f"{_prefix(name)}indices must increase strictly, but {fault} (at position {at}); "
-            "Support.from_indices sorts positions that are in any order, and none may occur twice"
+            f"{_prefix(name)}{what} must increase strictly, but {fault} (at position {at}); "
+            f"{cure} positions that are in any order, and none may occur twice"
         )
 
 
@@ -146,6 +157,12 @@ class Support:
             offsets = self.row_ptr[bounds].tolist()
             self._entry_ranges[key] = list(zip(offsets[:-1], offsets[1:]))
         return self._entry_ranges[key]
+
+    def of_rows(self, start: int, stop: int) -> tuple[Support, int, int]:
+        """The part in some consecutive rows, as a support of those rows alone, and the range of its entries."""
+        ((first, last),) = self.entry_ranges([(start, stop)])
+        flat = self.indices[first:last] - start * self.shape[1]
+        return Support((stop - start, self.shape[1]), flat, validate=False, name=self.name), first, last
 
     @cached_property
     def _entry_ranges(self) -> dict[tuple, list[tuple[int, int]]]:

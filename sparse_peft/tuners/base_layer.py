@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -12,21 +13,28 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from ..ops import (
+    CONVOLUTIONS,
+    ENTRIES,
+    UNOBSERVED,
+    ConvProduct,
+    LinearProduct,
+    add_to_support_,
     delta_matmul,
     effective_entries,
-    functional_support_linear,
+    functional_conv,
+    functional_linear,
     log_once,
     new_key,
-    read_entries,
-    scatter_add_,
-    support_linear,
-    write_entries_,
+    padded,
+    read_support,
+    support_layer,
 )
-from ..support import Support
-from .delta import SparseDelta
+from ..support import ChannelSupport, Support
+from .delta import Delta
 from .packed import PackedWeight, keep_packing
 from .residency import (
     ActiveDelta,
+    DeltaSource,
     DequantisedSource,
     OverlaySource,
     Residency,
@@ -38,8 +46,15 @@ from .residency import (
 )
 
 BASE_ADAPTER = "__base__"  # PEFT's name for "no adapter" in a mixed batch
-STOCK_FORWARDS = {nn.Linear.forward, Conv1D.forward}
+STOCK_FORWARDS = {nn.Linear.forward, Conv1D.forward, *(kind.forward for kind in CONVOLUTIONS)}
 WRITABLE_DTYPES = {torch.float16, torch.bfloat16, torch.float32, torch.float64}
+
+
+def is_dense(weight: Tensor) -> bool:
+    """Whether the weight fills its memory without gaps, in the usual order or, as images may, with channels last."""
+    layouts = {4: torch.channels_last, 5: torch.channels_last_3d}
+    channels_last = layouts.get(weight.ndim)
+    return weight.is_contiguous() or (channels_last is not None and weight.is_contiguous(memory_format=channels_last))
 
 
 def _rejoin(layer: SparseTunerLayer, _incompatible_keys: Any) -> None:
@@ -47,15 +62,16 @@ def _rejoin(layer: SparseTunerLayer, _incompatible_keys: Any) -> None:
 
 
 class SparseTunerLayer(BaseTunerLayer, nn.Module):
-    """A linear layer whose weight is trained at the supports of its adapters.
+    """A layer whose weight is trained at the supports of its adapters.
 
     Args:
-        base_layer: ``nn.Linear``, transformers' ``Conv1D``, or a quantised linear layer that PEFT has a backend for.
+        base_layer: ``nn.Linear``, ``nn.Conv1d`` to ``nn.Conv3d``, transformers' ``Conv1D``, or a quantised linear
+            layer that PEFT has a backend for.
         name: the layer's full name in the model, for errors and for random supports.
         resident: whether the base weight may hold the active adapter's entries between forward passes.
 
-    Subclasses name the ``nn.ModuleDict`` of :class:`SparseDelta` in ``delta_container``; the attribute starts with the
-    method's prefix.
+    Subclasses name the ``nn.ModuleDict`` of :class:`~sparse_peft.tuners.delta.Delta` in ``delta_container``; the
+    attribute starts with the method's prefix.
     """
 
     delta_container: str
@@ -72,10 +88,14 @@ class SparseTunerLayer(BaseTunerLayer, nn.Module):
         )
         keep_packing(base)
         self.in_features, self.out_features = _get_in_out_features(base)
-        self.in_dim = 0 if isinstance(base, Conv1D) else 1
-        self.stored_shape = (
-            (self.out_features, self.in_features) if self.in_dim == 1 else (self.in_features, self.out_features)
-        )
+        if type(base) in CONVOLUTIONS:
+            self.product = ConvProduct.of(base)
+            self.weight_shape = tuple(base.weight.shape)
+            self.stored_shape = (self.weight_shape[0], base.weight[0].numel())
+        else:
+            self.product = LinearProduct(0 if isinstance(base, Conv1D) else 1)
+            sides = (self.out_features, self.in_features)
+            self.weight_shape = self.stored_shape = sides if self.product.in_dim == 1 else sides[::-1]
         self._disable_adapters = False
         self.merged_adapters = []
         self._residency = Residency(name)
@@ -90,7 +110,7 @@ class SparseTunerLayer(BaseTunerLayer, nn.Module):
 
     @property
     def deltas(self) -> nn.ModuleDict:
-        """The adapters' trained state, ``{adapter name: SparseDelta}``."""
+        """The adapters' trained state, ``{adapter name: Delta}``."""
         return getattr(self, self.delta_container)
 
     @property
@@ -99,7 +119,7 @@ class SparseTunerLayer(BaseTunerLayer, nn.Module):
         base = self._modules["base_layer"]
         return base.weight if "base_layer" not in base._modules else self.get_base_layer().weight
 
-    def add_delta(self, adapter_name: str, delta: SparseDelta, *, init_weights: bool, inference_mode: bool) -> None:
+    def add_delta(self, adapter_name: str, delta: Delta, *, init_weights: bool, inference_mode: bool) -> None:
         """Add an adapter's trained state to this layer and make it active if its name is."""
         self.release()
         if not init_weights:
@@ -117,13 +137,13 @@ class SparseTunerLayer(BaseTunerLayer, nn.Module):
         names = self._active_names()
         return self._join(names).support if names else None
 
-    def _delta(self, adapter_name: str) -> SparseDelta:
+    def _delta(self, adapter_name: str) -> Delta:
         """The adapter's trained state; positions that no file has brought are chosen now, from the base weight."""
         delta = self.deltas[adapter_name]
         if delta.known_support() is None:
             self.release()
             with torch.no_grad(), torch.inference_mode(False):
-                delta.support = delta.recipe.draw(self.dense_base_weight, self.stored_shape)
+                delta.support = delta.draw(self.dense_base_weight, self.stored_shape)
         return delta
 
     def _active_names(self) -> tuple[str, ...]:
@@ -232,7 +252,7 @@ class SparseTunerLayer(BaseTunerLayer, nn.Module):
 
     def _may_be_resident(self) -> bool:
         weight = self.base_parameter
-        if not self.resident or self._is_sharded() or not weight.is_contiguous():
+        if not self.resident or self._is_sharded():
             return False
         # what follows changes only with the memory itself, and would be asked in every pass
         known = self._writable
@@ -244,6 +264,7 @@ class SparseTunerLayer(BaseTunerLayer, nn.Module):
     def _is_writable(weight: Tensor) -> bool:
         return (
             weight.dtype in WRITABLE_DTYPES
+            and is_dense(weight)
             and not weight.is_inference()
             and not (weight.device.type == "cpu" and weight.is_shared())
             # a view into a larger buffer belongs to whoever made it (FSDP's flat parameters, packed checkpoints)
@@ -251,8 +272,10 @@ class SparseTunerLayer(BaseTunerLayer, nn.Module):
         )
 
     def dense_base_weight(self) -> Tensor:
-        """The base weight in floats and in its stored layout, for criteria to look at."""
-        return self.base_parameter.detach() if self.quantization_backend is None else self.dequantised()
+        """The base weight in floats as a matrix in its stored layout, for criteria to look at."""
+        if self.quantization_backend is not None:
+            return self.dequantised()
+        return self.base_parameter.detach().reshape(self.stored_shape)
 
     def dequantised(self) -> Tensor:
         """The base weight as a fresh float tensor ``(out_features, in_features)``."""
@@ -339,7 +362,7 @@ class SparseTunerLayer(BaseTunerLayer, nn.Module):
     def _product(self, x: Tensor, delta: ActiveDelta | None, source) -> Tensor:
         dtype = self._compute_dtype(x)
         bias = self.base_layer.bias
-        return support_linear(
+        return self._on_batch(
             x.to(dtype),
             None if delta is None else self.sum_values(delta),
             None if bias is None else bias.to(dtype),
@@ -357,21 +380,35 @@ class SparseTunerLayer(BaseTunerLayer, nn.Module):
             return self.base_layer(x, *args, **kwargs)
         return self._product(x, None, ResidentSource(self, None))
 
+    def _on_batch(self, x: Tensor, *args: Any) -> Tensor:
+        """:func:`~sparse_peft.ops.support_layer`, also for what only a convolution takes: padding, a single item."""
+        if isinstance(self.product, LinearProduct):
+            return support_layer(x, *args)
+        return self._as_batch(x, lambda batch: support_layer(batch, *args))
+
+    def _as_batch(self, x: Tensor, convolve: Callable[[Tensor], Tensor]) -> Tensor:
+        x = padded(self.base_layer, x)
+        single = x.ndim == len(self.product.kernel) + 1
+        out = convolve(x.unsqueeze(0) if single else x)
+        return out.squeeze(0) if single else out
+
     def _functional_forward(self, x: Tensor, delta: ActiveDelta) -> Tensor:
         dtype = self._compute_dtype(x)
         base, support, held = self.base_layer, delta.support, self._residency.held
-        originals = read_entries(base.weight, support.indices) if held is None else held.originals
-        return functional_support_linear(
-            x.to(dtype),
-            self.sum_values(delta),
-            None if base.bias is None else base.bias.to(dtype),
-            base.weight,
-            support.indices,
-            originals,
-            delta.row_ptr,
-            delta.cols,
-            self.in_dim,
-            self.observer_key,
+        originals = read_support(base.weight, support) if held is None else held.originals
+        positions, dim = support.indices, ENTRIES
+        if isinstance(support, ChannelSupport):
+            positions, dim = support.channels, support.dim
+        bias = None if base.bias is None else base.bias.to(dtype)
+        values, x = self.sum_values(delta), x.to(dtype)
+        if isinstance(self.product, LinearProduct):
+            csr = delta.row_ptr, delta.cols
+            return functional_linear(
+                x, values, bias, base.weight, positions, originals, *csr, dim, self.product.in_dim, self.observer_key
+            )
+        return self._as_batch(
+            x,
+            lambda batch: functional_conv(batch, values, bias, base.weight, positions, originals, dim, self.product),
         )
 
     def _dequantised_forward(self, x: Tensor, delta: ActiveDelta) -> Tensor:
@@ -383,8 +420,15 @@ class SparseTunerLayer(BaseTunerLayer, nn.Module):
         result = self.base_layer(x, *args, **kwargs)
         if self.quantization_backend is not None:
             result = self.quantization_backend.maybe_clone_base_result(result)
-        part = delta_matmul(x, self.sum_values(delta), delta.support, self.in_dim, self.observer_key)
+        part = self._delta_product(x, self.sum_values(delta), delta.support, self.observer_key)
         return result + part.to(result.dtype)
+
+    def _delta_product(self, x: Tensor, values: Tensor, support: Support, key: int = UNOBSERVED) -> Tensor:
+        """What a delta alone makes of the input."""
+        if isinstance(self.product, LinearProduct):
+            return delta_matmul(x, values, support, self.product.in_dim, key)
+        source = DeltaSource(self.stored_shape, support, values, self.product, key)
+        return self._on_batch(x, values, None, source, support)
 
     def _mixed_batch_forward(self, x: Tensor, adapter_names: list[str], *args: Any, **kwargs: Any) -> Tensor:
         if len(x) != len(adapter_names):
@@ -402,7 +446,8 @@ class SparseTunerLayer(BaseTunerLayer, nn.Module):
             if name == BASE_ADAPTER or name not in self.deltas:
                 continue
             rows = torch.tensor([i for i, other in enumerate(adapter_names) if other == name], device=x.device)
-            part = delta_matmul(x.index_select(0, rows), self._delta(name)(), self._delta(name).support, self.in_dim)
+            delta = self._delta(name)
+            part = self._delta_product(x.index_select(0, rows), delta(), delta.support)
             result.index_add_(0, rows, part.to(result.dtype))
         return result
 
@@ -454,10 +499,9 @@ class SparseTunerLayer(BaseTunerLayer, nn.Module):
         if self._packed is not None:
             self._packed.restore(self)
         buffer = self.dequantised()
-        indices = delta.support.indices
-        scatter_add_(buffer, indices, values)
+        add_to_support_(buffer, delta.support, values)
         if safe_merge:
-            self._check_merged(read_entries(buffer, indices), names)
+            self._check_merged(read_support(buffer, delta.support), names)
         warnings.warn(
             f"Merging into a {backend.backend_name} base rounds the merged weight to the base's quantisation again; "
             "outputs may differ slightly from the unmerged adapter's. Unmerging gives the packed weight back exactly.",
@@ -479,11 +523,11 @@ class SparseTunerLayer(BaseTunerLayer, nn.Module):
         self.release()
 
     def get_delta_weight(self, adapter: str) -> Tensor:
-        """The adapter's delta as a dense matrix of the stored weight's shape, in the values' dtype."""
+        """The adapter's delta as a dense tensor of the stored weight's shape, in the values' dtype."""
         module = self._delta(adapter)
         dense = module.values.new_zeros(self.stored_shape)
-        write_entries_(dense, module.support.indices, module.values.detach())
-        return dense
+        add_to_support_(dense, module.support, module.values)
+        return dense.view(self.weight_shape)
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         return False  # a sparse delta has full rank in general

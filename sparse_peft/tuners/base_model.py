@@ -19,13 +19,11 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from ..ops import kernel_backend
-from ..support import Support, index_dtype
+from ..ops import CONVOLUTIONS, kernel_backend
+from ..support import Support
 from .base_layer import BASE_ADAPTER, SparseTunerLayer
-from .checkpoint import TAG, check_loaded_entries, check_values
-from .delta import SparseDelta
-from .positions import FLAT, pack, unpack
-from .positions import NAMES as POSITIONS
+from .checkpoint import TAG, check_values
+from .delta import Delta, SparseDelta
 from .residency import hold_layers, release_layers
 from .selection import SupportRecipe
 from .watch import expect_attendance
@@ -40,14 +38,23 @@ class LayerPlan:
     recipe: SupportRecipe
     support: Support | None
 
+    def make_delta(self, name: str) -> Delta:
+        """The trained state of the layer of this name."""
+        return SparseDelta(self.shape, self.entries, name, self.recipe, self.support)
+
 
 def base_of(module: nn.Module) -> nn.Module:
     return module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
 
 
 def stored_shape(module: nn.Module) -> tuple[int, int]:
-    """``(rows, cols)`` of a target's weight as stored; quantised layers count unpacked, ``(out, in)``."""
+    """``(rows, cols)`` of a target's weight as stored.
+
+    Quantised layers count unpacked, ``(out, in)``; a convolution's weight as ``(out, in / groups * taps)``.
+    """
     base = base_of(module)
+    if type(base) in CONVOLUTIONS:
+        return base.weight.shape[0], base.weight[0].numel()
     if isinstance(base, Conv1D) or not hasattr(base, "out_features"):
         return tuple(base.weight.shape)
     return base.out_features, base.in_features
@@ -139,11 +146,12 @@ class BaseSparseModel(BaseTuner):
             base = base_of(module)
             backend = resolve_quantization_backend(base, **kwargs)
             weight = getattr(base, "weight", None)
-            if backend is None and not isinstance(base, (nn.Linear, Conv1D)):
+            if backend is None and not isinstance(base, (nn.Linear, Conv1D)) and type(base) not in CONVOLUTIONS:
                 raise TypeError(
                     f"Target module {name} of type {type(base).__name__} is not supported. {cls.__name__} trains "
-                    "`torch.nn.Linear`, transformers' `Conv1D` and the quantised linear layers that PEFT has a "
-                    "backend for; name other target_modules, or leave this one out with exclude_modules."
+                    "`torch.nn.Linear`, `Conv1d`, `Conv2d`, `Conv3d`, transformers' `Conv1D` and the quantised linear "
+                    "layers that PEFT has a backend for; name other target_modules, or leave this one out with "
+                    "exclude_modules."
                 )
             if backend is None and isinstance(weight, Tensor) and not weight.is_floating_point():
                 raise TypeError(
@@ -172,7 +180,7 @@ class BaseSparseModel(BaseTuner):
             layer._active_adapter = adapter_name
         layer.add_delta(
             adapter_name,
-            SparseDelta(plan.shape, plan.entries, current_key, plan.recipe, plan.support),
+            plan.make_delta(current_key),
             init_weights=peft_config.init_weights,
             inference_mode=peft_config.inference_mode,
         )
@@ -286,7 +294,7 @@ class BaseSparseModel(BaseTuner):
     # ------------------------------------------------------------------ checkpoints
 
     @classmethod
-    def _named_deltas(cls, model: nn.Module, adapter_name: str) -> Iterator[tuple[str, SparseTunerLayer, SparseDelta]]:
+    def _named_deltas(cls, model: nn.Module, adapter_name: str) -> Iterator[tuple[str, SparseTunerLayer, Delta]]:
         """``(state dict key prefix, layer, trained state)`` of one adapter."""
         for name, module in model.named_modules():
             if isinstance(module, SparseTunerLayer) and adapter_name in module.deltas:
@@ -298,7 +306,7 @@ class BaseSparseModel(BaseTuner):
     def _get_adapter_state_dict(cls, model, config, adapter_name, state_dict, unwanted_adapter_names):
         entries = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
         dtype = getattr(torch, config.save_dtype)
-        for key, layer, _ in cls._named_deltas(model, adapter_name):
+        for key, layer, delta in cls._named_deltas(model, adapter_name):
             values = entries.get(f"{key}values")
             if values is None:
                 continue
@@ -306,20 +314,23 @@ class BaseSparseModel(BaseTuner):
             if values.dtype != dtype and values.dtype == torch.float32:
                 entries[f"{key}values"] = values.detach().to(dtype)
             # positions that no file brought are chosen now; the state dict was taken before
-            for name in POSITIONS:
+            for name in delta.position_names:
                 entries.pop(f"{key}{name}", None)
-            entries.update({f"{key}{name}": tensor for name, tensor in pack(layer.support(adapter_name)).items()})
+            positions = delta.file_positions(layer.support(adapter_name))
+            entries.update({f"{key}{name}": tensor for name, tensor in positions.items()})
         return entries
 
     @classmethod
-    def _fit(cls, config, delta: SparseDelta, values: Tensor) -> None:
+    def _fit(cls, config, delta: Delta, values: Tensor) -> None:
         """Give a layer as many entries as the file has, for methods that move entries between layers."""
 
     @classmethod
-    def _pop_positions(cls, entries: dict[str, Tensor], key: str, adapter_name: str) -> dict[str, Tensor]:
+    def _pop_positions(
+        cls, entries: dict[str, Tensor], key: str, adapter_name: str, names: tuple[str, ...]
+    ) -> dict[str, Tensor]:
         """Take one layer's positions out of a file's tensors, whose keys PEFT maps only where the model has them."""
         found = {}
-        for name in POSITIONS:
+        for name in names:
             in_file = cls._remove_adapter_name_from_key(f"{key}{name}", adapter_name)
             for candidate in (f"{key}{name}", in_file, f"base_model.model.{in_file}"):
                 if candidate in entries:
@@ -331,16 +342,11 @@ class BaseSparseModel(BaseTuner):
         entries = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
         for key, layer, delta in cls._named_deltas(model, adapter_name):
             values = entries.get(f"{key}values")
-            indices = unpack(cls._pop_positions(entries, key, adapter_name), delta.shape, layer.name)
-            missing = [name for name, tensor in (("values", values), ("positions", indices)) if tensor is None]
-            if missing:
-                raise ValueError(
-                    f"the adapter file has no {' and '.join(missing)} for layer {layer.name}; it was saved for other "
-                    "target_modules, or it is damaged: load it with the adapter_config.json it was saved with"
-                )
-            cls._fit(config, delta, values)
-            check_loaded_entries(layer.name, values, indices, delta.shape, delta.values.numel())
-            entries[f"{key}{FLAT}"] = indices.to(index_dtype(delta.shape))
+            if values is not None:
+                cls._fit(config, delta, values)
+            found = cls._pop_positions(entries, key, adapter_name, delta.position_names)
+            positions = delta.take_positions(found, values)
+            entries.update({f"{key}{name}": tensor for name, tensor in positions.items()})
             layer.release()
         return entries
 

@@ -3,52 +3,59 @@
 from __future__ import annotations
 
 import warnings
+from abc import abstractmethod
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 
 from ..support import Support, index_dtype
-from .positions import FLAT, file_layout, unpack
-from .positions import NAMES as POSITIONS
+from .checkpoint import check_loaded_entries
+from .positions import FLAT, NAMES, file_layout, pack, unpack
 from .selection import SupportRecipe
 
 # Positions not chosen yet: an adapter built from a saved config waits for its file, which brings them.
 UNSET = -1
 
 
-class SparseDelta(nn.Module):
-    """``values[e]`` is added to the stored weight at flat position ``indices[e]``.
+class Delta(nn.Module):
+    """``values[e]`` is added to the stored weight at entry ``e`` of a support.
 
     A module of its own, not a bare parameter: TRL copies its reference adapter by names that contain ``.default.``,
     and FSDP and ZeRO hook modules. The parameter is not called ``weight``, which FSDP1 would wrap.
+
+    Subclasses keep the support in persistent buffers, and say how it lies in a file.
 
     Args:
         shape: ``(rows, cols)`` of the weight as stored.
         entries: number of trained entries.
         name: the layer's name, for error messages.
-        recipe: how the positions are chosen if no file brings them.
-        support: the positions, or None where they come later (from a file).
+        draw: ``draw(weight, shape)`` chooses the support if no file brings it; ``weight()`` gives the base's.
     """
 
+    position_names: tuple[str, ...]  # of all buffers that positions may lie in, in memory and in a file
+
     def __init__(
-        self, shape: tuple[int, int], entries: int, name: str, recipe: SupportRecipe, support: Support | None = None
+        self,
+        shape: tuple[int, int],
+        entries: int,
+        name: str,
+        draw: Callable[[Callable[[], Tensor], tuple[int, int]], Support],
     ):
         super().__init__()
         self.shape = shape
         self.name = name
-        self.recipe = recipe
+        self.draw = draw
         self.values = nn.Parameter(torch.zeros(entries))
         self._support: Support | None = None
         self._support_of: tuple[Tensor, int] | None = None
-        if support is None:
-            self._await_file()
-        else:
-            self._keep_flat(support.indices.clone())
         self.keep_dtype()
 
     def forward(self) -> Tensor:
         """The values ``(entries,)``; called, not read, so that hooks of sharding wrappers run."""
         return self.values
+
+    # ------------------------------------------------------------------ dtype
 
     def keep_dtype(self) -> None:
         """Note the values' dtype as the one they are trained in."""
@@ -79,36 +86,48 @@ class SparseDelta(nn.Module):
         self.keep_dtype()
         return module
 
-    def _await_file(self) -> None:
-        """Buffers as a file has them, for loaders that put a file's tensors in place by their names."""
-        self._keep({name: torch.zeros(size, dtype=kind) for name, (size, kind) in self._file_layout().items()})
-        if FLAT in self._buffers:
-            self.indices.fill_(UNSET)
+    # ------------------------------------------------------------------ positions
 
-    def _file_layout(self) -> dict[str, tuple[int, torch.dtype]]:
-        return file_layout(self.shape, self.values.numel())
+    @abstractmethod
+    def _position_buffer(self) -> Tensor | None:
+        """The buffer that positions are read from; None while they lie there in no form that could be read."""
 
-    def _keep_flat(self, indices: Tensor) -> None:
-        self._keep({FLAT: indices})
+    @abstractmethod
+    def _support_from(self, buffer: Tensor) -> Support:
+        """The support that the buffer holds."""
 
-    def _keep(self, positions: dict[str, Tensor]) -> None:
-        for name in POSITIONS:
-            self._buffers.pop(name, None)
-        for name, tensor in positions.items():
-            self.register_buffer(name, tensor.to(self.values.device))
-        self._support = self._support_of = None
+    @abstractmethod
+    def _keep_support(self, support: Support) -> None:
+        """Put the support into new buffers; whoever still holds the old ones may need them to restore."""
 
-    def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs):
-        # states have positions as they are in memory, files of transformers' adapters as they are on disk
-        if f"{prefix}{FLAT}" in state_dict and FLAT not in self._buffers:
-            self._keep_flat(torch.full((self.values.numel(),), UNSET, dtype=index_dtype(self.shape)))
-        elif f"{prefix}cols" in state_dict and FLAT in self._buffers and FLAT not in self._file_layout():
-            self._await_file()
-        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+    @abstractmethod
+    def file_positions(self, support: Support) -> dict[str, Tensor]:
+        """The support as it lies in a file."""
 
-    def train(self, mode: bool = True):
-        self._refresh()  # before any wrapper for distributed training, which has no operations on uint16
-        return super().train(mode)
+    @abstractmethod
+    def take_positions(self, found: dict[str, Tensor], values: Tensor | None) -> dict[str, Tensor]:
+        """Check what a file has for this layer, and give its positions as buffers, which they replace.
+
+        Args:
+            found: the tensors of :attr:`position_names` that the file has.
+            values: the file's values, if it has them.
+
+        Raises:
+            ValueError: tensors are missing, contradict each other or the weight's shape, or are not finite.
+        """
+
+    def _refresh(self) -> None:
+        # the buffer is replaced or filled by loading, by .to() and by reselection; the cached view follows it
+        buffer = self._position_buffer()
+        if buffer is None:
+            return
+        writes = 0 if buffer.is_inference() else buffer._version
+        if self._support_of is not None and self._support_of[0] is buffer and self._support_of[1] == writes:
+            return
+        self._support = None
+        if buffer.device.type != "meta" and not (buffer.numel() and int(buffer[0]) == UNSET):
+            self._support = self._support_from(buffer)
+        self._support_of = buffer, writes
 
     def known_support(self) -> Support | None:
         """The positions; None if they are not known yet."""
@@ -122,7 +141,7 @@ class SparseDelta(nn.Module):
 
     @property
     def support(self) -> Support:
-        """The positions as a :class:`~sparse_peft.support.Support`, with its row pointers cached.
+        """The positions as a :class:`~sparse_peft.support.Support`, with what was found out about it.
 
         Raises:
             RuntimeError: the positions were never set.
@@ -139,9 +158,76 @@ class SparseDelta(nn.Module):
                 f"layer {self.name}: a support of {support.nnz} entries over {support.shape} does not fit "
                 f"{self.values.numel()} values over {self.shape}"
             )
-        # a new tensor, never a write into the old one: whoever still holds the old positions may need them to restore
-        self._keep_flat(support.indices.to(self.values.device).clone())
+        self._keep_support(support)
         self._refresh()
+
+    def _keep(self, positions: dict[str, Tensor]) -> None:
+        for name in self.position_names:
+            self._buffers.pop(name, None)
+        for name, tensor in positions.items():
+            self.register_buffer(name, tensor.to(self.values.device))
+        self._support = self._support_of = None
+
+    def _missing(self, values: Tensor | None, positions: object) -> None:
+        missing = [name for name, found in (("values", values), ("positions", positions)) if found is None]
+        if missing:
+            raise ValueError(
+                f"the adapter file has no {' and '.join(missing)} for layer {self.name}; it was saved for other "
+                "target_modules, or it is damaged: load it with the adapter_config.json it was saved with"
+            )
+
+    def extra_repr(self) -> str:
+        rows, cols = self.shape
+        entries = self.values.numel()
+        return f"entries={entries}, shape=({rows}, {cols}), density={entries / (rows * cols):.3g}"
+
+
+class SparseDelta(Delta):
+    """The trained state of single entries: ``values[e]`` belongs to the flat position ``indices[e]``.
+
+    Args:
+        shape, entries, name: as in :class:`Delta`.
+        recipe: how the positions are chosen if no file brings them.
+        support: the positions, or None where they come later (from a file).
+    """
+
+    position_names = NAMES
+
+    def __init__(
+        self, shape: tuple[int, int], entries: int, name: str, recipe: SupportRecipe, support: Support | None = None
+    ):
+        super().__init__(shape, entries, name, recipe.draw)
+        if support is None:
+            self._await_file()
+        else:
+            self._keep_support(support)
+
+    def _await_file(self) -> None:
+        """Buffers as a file has them, for loaders that put a file's tensors in place by their names."""
+        self._keep({name: torch.zeros(size, dtype=kind) for name, (size, kind) in self._file_layout().items()})
+        if FLAT in self._buffers:
+            self.indices.fill_(UNSET)
+
+    def _file_layout(self) -> dict[str, tuple[int, torch.dtype]]:
+        return file_layout(self.shape, self.values.numel())
+
+    def _keep_flat(self, indices: Tensor) -> None:
+        self._keep({FLAT: indices})
+
+    def _keep_support(self, support: Support) -> None:
+        self._keep_flat(support.indices.to(self.values.device).clone())
+
+    def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs):
+        # states have positions as they are in memory, files of transformers' adapters as they are on disk
+        if f"{prefix}{FLAT}" in state_dict and FLAT not in self._buffers:
+            self._keep_flat(torch.full((self.values.numel(),), UNSET, dtype=index_dtype(self.shape)))
+        elif f"{prefix}cols" in state_dict and FLAT in self._buffers and FLAT not in self._file_layout():
+            self._await_file()
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
+    def train(self, mode: bool = True):
+        self._refresh()  # before any wrapper for distributed training, which has no operations on uint16
+        return super().train(mode)
 
     def resize(self, entries: int) -> None:
         """Make room for another number of entries; values and positions are to be set afterwards.
@@ -153,22 +239,15 @@ class SparseDelta(nn.Module):
         self.values = nn.Parameter(self.values.new_zeros(entries), requires_grad=self.values.requires_grad)
         self._keep_flat(torch.full((entries,), UNSET, dtype=index_dtype(self.shape)))
 
-    def _refresh(self) -> None:
-        # the buffer is replaced or filled by loading, by .to() and by reselection; the cached view follows it
-        if FLAT not in self._buffers and not self._unpack():
-            return
-        indices = self.indices
-        writes = 0 if indices.is_inference() else indices._version
-        if self._support_of is not None and self._support_of[0] is indices and self._support_of[1] == writes:
-            return
-        self._support = None
-        if indices.device.type != "meta" and not (indices.numel() and int(indices[0]) == UNSET):
-            self._support = Support(self.shape, indices, name=self.name)
-        self._support_of = indices, writes
+    def _position_buffer(self) -> Tensor | None:
+        return self.indices if FLAT in self._buffers or self._unpack() else None
+
+    def _support_from(self, buffer: Tensor) -> Support:
+        return Support(self.shape, buffer, name=self.name)
 
     def _unpack(self) -> bool:
         """Positions that lie as in a file become flat; False if none were loaded."""
-        tensors = {name: self._buffers[name] for name in POSITIONS if name in self._buffers}
+        tensors = {name: self._buffers[name] for name in NAMES if name in self._buffers}
         if self.values.device.type == "meta" or any(t.device.type == "meta" for t in tensors.values()):
             return False
         if not bool((tensors["row_counts"] != 0).any()):
@@ -176,7 +255,11 @@ class SparseDelta(nn.Module):
         self._keep_flat(unpack(tensors, self.shape, self.name))
         return True
 
-    def extra_repr(self) -> str:
-        rows, cols = self.shape
-        entries = self.values.numel()
-        return f"entries={entries}, shape=({rows}, {cols}), density={entries / (rows * cols):.3g}"
+    def file_positions(self, support: Support) -> dict[str, Tensor]:
+        return pack(support)
+
+    def take_positions(self, found: dict[str, Tensor], values: Tensor | None) -> dict[str, Tensor]:
+        indices = unpack(found, self.shape, self.name)
+        self._missing(values, indices)
+        check_loaded_entries(self.name, values, indices, self.shape, self.values.numel())
+        return {FLAT: indices.to(index_dtype(self.shape))}

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from ..ops import panels, read_entries, remember, restore_, resync_, scatter_add_
-from ..support import Support
+from ..ops import Product, add_to_support_, panels, read_support, remember, restore_supports_, resync_supports_
+from ..support import ChannelSupport, Support
 from .delta import SparseDelta
 
 
@@ -30,14 +30,14 @@ class ActiveDelta:
         names: the adapters, in order.
         support: the union of their supports.
         slots: for each adapter the places of its entries in the union; None where it is alone.
-        row_ptr, cols: the union's CSR view, made beforehand because a compiled graph cannot.
+        row_ptr, cols: the union's CSR view, made beforehand because a compiled graph cannot; None for whole channels.
     """
 
     names: tuple[str, ...]
     support: Support
     slots: tuple[Tensor | None, ...]
-    row_ptr: Tensor
-    cols: Tensor
+    row_ptr: Tensor | None
+    cols: Tensor | None
 
     @classmethod
     def join(cls, supports: dict[str, Support]) -> ActiveDelta:
@@ -46,6 +46,8 @@ class ActiveDelta:
             union, slots = parts[0], (None,)
         else:
             union, slots = parts[0].union(*parts[1:])
+        if isinstance(union, ChannelSupport):
+            return cls(names, union, tuple(slots), None, None)
         remember(union)
         return cls(names, union, tuple(slots), union.row_ptr, union.cols)
 
@@ -134,7 +136,7 @@ class Residency:
 
     def originals_at(self, weight: Tensor, support: Support) -> Tensor:
         """The base's own entries at ``support``, which covers whatever is held; nothing is written."""
-        entries = read_entries(weight, support.indices)
+        entries = read_support(weight, support)
         if self.held is not None:
             entries[torch.searchsorted(support.indices, self.held.support.indices)] = self.held.originals
         return entries
@@ -179,8 +181,8 @@ def write_all(writes: Sequence[Write]) -> None:
         for w in part:
             w.ledger.check_untouched(w.weight)
         originals = [w.weight.new_empty(w.support.nnz) if take else w.ledger.held.originals for w in part]
-        indices, values = [w.support.indices for w in part], [w.values.detach() for w in part]
-        resync_([w.weight for w in part], indices, originals, values, take)
+        supports, values = [w.support for w in part], [w.values.detach() for w in part]
+        resync_supports_([w.weight for w in part], supports, originals, values, take)
         for w, own in zip(part, originals):
             w.ledger.held = Held(w.support, own, w.stamp, version(w.weight))
 
@@ -193,7 +195,7 @@ def release_each(pairs: Sequence[tuple[Residency, Tensor]]) -> None:
     for ledger, weight in pairs:
         ledger.check_untouched(weight)
     held = [ledger.held for ledger, _ in pairs]
-    restore_([weight for _, weight in pairs], [h.support.indices for h in held], [h.originals for h in held])
+    restore_supports_([weight for _, weight in pairs], [h.support for h in held], [h.originals for h in held])
     for ledger, _ in pairs:
         ledger.held = None
 
@@ -246,8 +248,7 @@ class ResidentSource:
         self.layer = layer
         self.delta = delta
         self.stamp = layer.stamp(delta)
-        self.shape = tuple(layer.base_parameter.shape)
-        self.in_dim, self.key = layer.in_dim, layer.observer_key
+        self.shape, self.product, self.key = layer.stored_shape, layer.product, layer.observer_key
 
     def panels(self, dtype: torch.dtype) -> Iterator[tuple[int, int, Tensor]]:
         self.layer.hold(self.delta, self.stamp)
@@ -267,18 +268,17 @@ class OverlaySource:
 
     def __init__(self, layer, delta: ActiveDelta):
         self.layer, self.delta, self.stamp = layer, delta, layer.stamp(delta)
-        self.shape = tuple(layer.base_parameter.shape)
-        self.in_dim, self.key = layer.in_dim, layer.observer_key
+        self.shape, self.product, self.key = layer.stored_shape, layer.product, layer.observer_key
 
     def panels(self, dtype: torch.dtype) -> Iterator[tuple[int, int, Tensor]]:
         self.layer.check_stamp(self.delta, self.stamp)
         support, weight = self.delta.support, self.layer.base_parameter.detach()
         values = self.layer.sum_values(self.delta).detach()
         rows, cols = self.shape
-        bounds = panels(rows, cols * max(dtype.itemsize, weight.dtype.itemsize))
-        for (start, stop), (first, last) in zip(bounds, support.entry_ranges(bounds)):
+        for start, stop in panels(rows, cols * max(dtype.itemsize, weight.dtype.itemsize)):
             panel = weight[start:stop].clone(memory_format=torch.contiguous_format)
-            scatter_add_(panel, support.indices[first:last] - start * cols, values[first:last])
+            within, first, last = support.of_rows(start, stop)
+            add_to_support_(panel, within, values[first:last])
             yield start, stop, panel.to(dtype)
 
     def after_backward(self) -> None:
@@ -290,14 +290,32 @@ class DequantisedSource:
 
     def __init__(self, layer, delta: ActiveDelta):
         self.layer, self.delta, self.stamp = layer, delta, layer.stamp(delta)
-        self.shape = delta.support.shape
-        self.in_dim, self.key = layer.in_dim, layer.observer_key
+        self.shape, self.product, self.key = layer.stored_shape, layer.product, layer.observer_key
 
     def panels(self, dtype: torch.dtype) -> Iterator[tuple[int, int, Tensor]]:
         self.layer.check_stamp(self.delta, self.stamp)
         buffer = self.layer.dequantised()
-        scatter_add_(buffer, self.delta.support.indices, self.layer.sum_values(self.delta).detach())
+        add_to_support_(buffer, self.delta.support, self.layer.sum_values(self.delta).detach())
         yield 0, self.shape[0], buffer.to(dtype)
+
+    def after_backward(self) -> None:
+        pass
+
+
+class DeltaSource:
+    """The delta alone, dense, a panel at a time: added to the result of a base layer that must run by itself."""
+
+    def __init__(self, shape: tuple[int, int], support: Support, values: Tensor, product: Product, key: int):
+        self.shape, self.support, self.values = shape, support, values.detach()
+        self.product, self.key = product, key
+
+    def panels(self, dtype: torch.dtype) -> Iterator[tuple[int, int, Tensor]]:
+        rows, cols = self.shape
+        for start, stop in panels(rows, cols * dtype.itemsize):
+            panel = torch.zeros(stop - start, cols, dtype=dtype, device=self.values.device)
+            within, first, last = self.support.of_rows(start, stop)
+            add_to_support_(panel, within, self.values[first:last])
+            yield start, stop, panel
 
     def after_backward(self) -> None:
         pass

@@ -54,8 +54,8 @@ def test_targets_that_match_nothing():
 
 
 def test_layers_of_other_kinds():
-    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Embedding(5, 4), nn.Linear(3, 3))
-    for name, kind in (("0", "Conv2d"), ("1", "Embedding")):
+    model = nn.Sequential(nn.ConvTranspose2d(3, 4, 3), nn.Embedding(5, 4), nn.Linear(3, 3))
+    for name, kind in (("0", "ConvTranspose2d"), ("1", "Embedding")):
         with pytest.raises(TypeError, match=f"Target module {name} of type {kind} is not supported.*exclude_modules"):
             get_peft_model(model, SparseConfig(target_modules=[name, "2"]))
     assert not any("sparse" in n for n, _ in model.named_parameters())  # nothing was replaced

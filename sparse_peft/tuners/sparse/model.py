@@ -11,7 +11,7 @@ from peft.utils import resolve_quantization_backend
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from ...ops import panel_bytes
+from ...ops import CONVOLUTIONS, panel_bytes
 from ...support import (
     Support,
     collect_supports,
@@ -28,12 +28,12 @@ from .layer import SparseLinear
 
 
 def dense_weight(module: nn.Module) -> Tensor:
-    """The base weight of a target in floats, as stored."""
+    """The base weight of a target in floats, as the matrix that is stored."""
     if isinstance(module, SparseTunerLayer):
         return module.dense_base_weight()
     base = base_of(module)
     backend = resolve_quantization_backend(base)
-    return base.weight.detach() if backend is None else backend.get_base_weight(base)
+    return base.weight.detach().reshape(stored_shape(module)) if backend is None else backend.get_base_weight(base)
 
 
 class SparseModel(BaseSparseModel):
@@ -191,6 +191,13 @@ class SparseModel(BaseSparseModel):
         if not targets:
             raise ValueError(f"target_modules={config.target_modules!r} match no layer of {type(model).__name__}")
         cls.check_targets(model, targets)
+        for name, module in targets.items():
+            if type(base_of(module)) in CONVOLUTIONS:
+                raise TypeError(
+                    f"Target module {name} of type {type(base_of(module)).__name__}: selection={config.selection!r} "
+                    "looks at data for linear layers only; leave convolutions out with exclude_modules, or choose a "
+                    "selection that needs no data"
+                )
         common = {
             "weight_of": dense_weight,
             "in_dim_of": lambda module: 0 if isinstance(base_of(module), Conv1D) else 1,

@@ -1,0 +1,195 @@
+"""The product of a convolution, of one to three dimensions.
+
+The weight counts as the matrix ``(out, in / groups * taps)``. Its gradient at single entries comes from unfolded
+input, a tile of it at a time, by whatever :func:`~sparse_peft.ops.support_grad` finds fastest; where that is the dense
+gradient, from the convolution's own, a block of output channels at a time.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..support import ChannelSupport, Support
+from .dispatch import plan_support_grad
+from .observe import observer_of
+from .panels import panels
+from .products import WeightSource, trains_input_channels
+from .support_grad import accumulation_dtype, observed_support_grad
+
+CONVOLUTIONS = {nn.Conv1d: 1, nn.Conv2d: 2, nn.Conv3d: 3}
+_FORWARD = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
+
+
+@dataclass(frozen=True)
+class ConvProduct:
+    """A convolution over the last dimensions.
+
+    Attributes:
+        kernel: taps in each dimension.
+        stride, padding, dilation: likewise; padding with zeros, alike on both sides.
+        groups: as in ``nn.Conv2d``.
+        in_dim: 1: columns of the weight's matrix are the input's.
+    """
+
+    kernel: tuple[int, ...]
+    stride: tuple[int, ...]
+    padding: tuple[int, ...]
+    dilation: tuple[int, ...]
+    groups: int
+    in_dim: int = 1
+
+    @classmethod
+    def of(cls, module: nn.Module) -> ConvProduct:
+        """The product of a convolution that got its input from :func:`padded`."""
+        pads = isinstance(module.padding, str) or module.padding_mode != "zeros"
+        padding = (0,) * len(module.kernel_size) if pads else tuple(module.padding)
+        return cls(tuple(module.kernel_size), tuple(module.stride), padding, tuple(module.dilation), module.groups)
+
+    @property
+    def taps(self) -> int:
+        """Columns of the weight's matrix for each input channel."""
+        return math.prod(self.kernel)
+
+    def _weight(self, matrix: Tensor) -> Tensor:
+        return matrix.reshape(matrix.shape[0], -1, *self.kernel)
+
+    # ------------------------------------------------------------------ forward and input
+
+    def forward(self, x: Tensor, source: WeightSource, bias: Tensor | None) -> Tensor:
+        out = None
+        for start, stop, matrix in self._panels(source, x.dtype):
+            weight = self._weight(matrix)
+            if stop - start == source.shape[0]:
+                return self.convolve(x, weight, bias)
+            part = self.convolve(x, weight, None if bias is None else bias[start:stop])
+            if out is None:
+                out = part.new_empty(part.shape[0], source.shape[0], *part.shape[2:])
+            out[:, start:stop] = part
+        return out
+
+    def convolve(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """The convolution with a dense weight."""
+        settings = self.stride, self.padding, self.dilation, self.groups
+        return _FORWARD[len(self.kernel)](x, weight, bias, *settings)
+
+    def _panels(self, source: WeightSource, dtype: torch.dtype) -> Iterator[tuple[int, int, Tensor]]:
+        if self.groups == 1:
+            return source.panels(dtype)
+        # a panel may end within a group; grouped weights are small, and are put together
+        whole = torch.cat([weight.reshape(stop - start, -1) for start, stop, weight in source.panels(dtype)])
+        return iter([(0, source.shape[0], whole)])
+
+    def input_grad(self, grad: Tensor, source: WeightSource, shape: torch.Size) -> Tensor:
+        total = None
+        for start, stop, matrix in self._panels(source, grad.dtype):
+            part = self.dense_input_grad(grad[:, start:stop], self._weight(matrix), shape)
+            total = part if total is None else total.add_(part)
+        return total
+
+    def dense_input_grad(self, grad: Tensor, weight: Tensor, shape: torch.Size) -> Tensor:
+        """The gradient of an input of this shape, for a dense weight."""
+        like_x = grad.new_empty(1).expand(shape)  # only its shape is looked at
+        return self._backward(grad, like_x, weight, 0)
+
+    def _backward(self, grad: Tensor, x: Tensor, weight: Tensor, of: int) -> Tensor:
+        """The gradient of the input (``of=0``) or of the weight (``of=1``)."""
+        return torch.ops.aten.convolution_backward(
+            grad,
+            x,
+            weight,
+            None,
+            self.stride,
+            self.padding,
+            self.dilation,
+            False,
+            [0 for _ in self.kernel],
+            self.groups,
+            [of == 0, of == 1, False],
+        )[of]
+
+    def bias_grad(self, grad: Tensor) -> Tensor:
+        return grad.sum([d for d in range(grad.ndim) if d != 1])
+
+    # ------------------------------------------------------------------ weight
+
+    def keep(self, x: Tensor, support: Support) -> Tensor:
+        return x.index_select(1, support.channels) if trains_input_channels(support, self.in_dim) else x
+
+    def support_grad(self, grad: Tensor, kept: Tensor, support: Support, key: int) -> Tensor:
+        dtype = accumulation_dtype(grad.dtype)
+        if grad.numel() == 0 or support.nnz == 0:
+            return torch.zeros(support.nnz, dtype=dtype, device=grad.device)
+        if isinstance(support, ChannelSupport):
+            if support.dim == 0:
+                grad = grad.index_select(1, support.channels)
+            return self.dense_grad(grad, kept).reshape(-1).to(dtype)
+        observed = observer_of(key) is not None
+        if self.groups > 1 or (not observed and plan_support_grad(support, grad.dtype, grad.device).path == "panels"):
+            return self._dense_at(grad, kept, support, dtype)
+        values = torch.zeros(support.nnz, dtype=dtype, device=grad.device)
+        for left, right in self._unfolded(grad, kept):
+            values += observed_support_grad(left, right, support, key)
+        return values
+
+    def dense_grad(self, grad: Tensor, x: Tensor) -> Tensor:
+        """The gradient of the weight ``(out channels of grad, in channels of x / groups, *kernel)``."""
+        weight = grad.new_empty(1).expand(grad.shape[1], x.shape[1] // self.groups, *self.kernel)
+        return self._backward(grad, x, weight, 1)
+
+    def _dense_at(self, grad: Tensor, x: Tensor, support: Support, dtype: torch.dtype) -> Tensor:
+        rows, cols = support.shape
+        values = torch.empty(support.nnz, dtype=dtype, device=grad.device)
+        a_group = rows // self.groups
+        if self.groups == 1:
+            bounds = panels(rows, cols * grad.dtype.itemsize)
+        else:
+            groups = panels(self.groups, a_group * cols * grad.dtype.itemsize)
+            bounds = [(first * a_group, last * a_group) for first, last in groups]
+        channels = x.shape[1] // self.groups
+        for (start, stop), (first, last) in zip(bounds, support.entry_ranges(bounds)):
+            if first == last:
+                continue
+            part, inputs = self, x
+            if self.groups > 1:
+                inputs = x[:, start // a_group * channels : stop // a_group * channels]
+                part = ConvProduct(
+                    self.kernel, self.stride, self.padding, self.dilation, (stop - start) // a_group, self.in_dim
+                )
+            panel = part.dense_grad(grad[:, start:stop], inputs).reshape(-1)
+            values[first:last] = panel.index_select(0, support.indices[first:last] - start * cols)
+        return values
+
+    def _unfolded(self, grad: Tensor, x: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        """Output gradient ``(tokens, out)`` and the input that each output saw, ``(tokens, in * taps)``, in tiles.
+
+        Tokens are the places of the output. Both lie with their tokens contiguous, as the sampled products want them.
+        """
+        sizes = grad.shape[2:]
+        x = F.pad(x, [p for pad in reversed(self.padding) for p in (pad, pad)]) if any(self.padding) else x
+        n, c = x.stride(0), x.stride(1)
+        steps = [s * stride for s, stride in zip(x.stride()[2:], self.stride)]
+        taps = [d * s for s, d in zip(x.stride()[2:], self.dilation)]
+        shape = (x.shape[1], *self.kernel)
+        item = math.prod(shape) * x.element_size()
+        places = math.prod(sizes[1:])
+        for i, j in panels(x.shape[0], item * places * sizes[0]):
+            for a, b in panels(sizes[0], item * places * (j - i)):
+                tile = (j - i, b - a, *sizes[1:])
+                start = x.storage_offset() + i * n + a * steps[0]
+                windows = x.as_strided((*shape, *tile), (c, *taps, n, *steps), start)
+                left = grad[i:j, :, a:b].transpose(0, 1)
+                yield left.reshape(left.shape[0], -1).t(), windows.reshape(math.prod(shape), -1).t()
+
+
+def padded(module: nn.Module, x: Tensor) -> Tensor:
+    """The input as :class:`ConvProduct` takes it: padded already where the padding is no number of zeros."""
+    if not isinstance(module.padding, str) and module.padding_mode == "zeros":
+        return x
+    mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
+    return F.pad(x, module._reversed_padding_repeated_twice, mode=mode)

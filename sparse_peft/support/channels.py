@@ -1,0 +1,149 @@
+"""Supports of whole rows or columns of a weight: the output or input channels of a layer.
+
+A channel of a convolution's weight, viewed as ``(out, in * kernel)``, is as many columns wide as its kernel has taps.
+Everything an entry needs is known from the channels' numbers, so positions of entries are made only where somebody
+asks for them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from .support import Support, check_sorted, index_dtype
+
+
+class ChannelSupport(Support):
+    """All entries of some rows (``dim=0``) or columns (``dim=1``) of one weight matrix as it is stored.
+
+    The values of its entries, in the order of positions, are the matrix ``(channels, cols)`` or
+    ``(rows, channels * width)`` in row-major order.
+
+    Args:
+        shape: ``(rows, cols)`` of the stored weight.
+        dim: 0 for rows, 1 for columns.
+        channels: ``(count,)`` integers, strictly increasing.
+        width: columns of one channel; 1 for rows.
+        validate: whether to check ``channels``.
+        name: the layer's name, for error messages.
+
+    Attributes:
+        channels: ``(count,)`` int32.
+
+    Raises:
+        TypeError: channels that are no integers.
+        ValueError: channels that are out of range, not sorted or repeated.
+    """
+
+    def __init__(
+        self,
+        shape: tuple[int, int],
+        dim: int,
+        channels: Tensor,
+        width: int = 1,
+        *,
+        validate: bool = True,
+        name: str = "",
+    ):
+        if dim not in (0, 1) or shape[1] % width or (dim == 0 and width != 1):
+            raise ValueError(f"dim={dim!r} and width={width!r} do not divide a weight of {shape[0]} x {shape[1]}")
+        self.shape, self.name = (int(shape[0]), int(shape[1])), name
+        self.dim, self.width = dim, width
+        if validate:
+            kind = ("rows", "columns")[dim] if width == 1 else "input channels"
+            check_sorted(channels, self.size, kind, f"a {shape[0]} x {shape[1]} weight", name)
+        self.channels = channels.to(torch.int32)
+
+    @property
+    def size(self) -> int:
+        """Number of channels that the weight has along ``dim``."""
+        return self.shape[0] if self.dim == 0 else self.shape[1] // self.width
+
+    @property
+    def count(self) -> int:
+        """Number of channels that train."""
+        return self.channels.numel()
+
+    @property
+    def matrix_shape(self) -> tuple[int, int]:
+        """Shape of the values as a matrix."""
+        rows, cols = self.shape
+        return (self.count, cols) if self.dim == 0 else (rows, self.count * self.width)
+
+    @property
+    def nnz(self) -> int:
+        rows, cols = self.matrix_shape
+        return rows * cols
+
+    @property
+    def device(self) -> torch.device:
+        return self.channels.device
+
+    @cached_property
+    def lines(self) -> Tensor:
+        """The rows or columns that train, int64: the channels, each as many times as it is wide."""
+        channels = self.channels.long()
+        if self.width == 1:
+            return channels
+        return (channels[:, None] * self.width + torch.arange(self.width, device=self.device)).reshape(-1)
+
+    @cached_property
+    def indices(self) -> Tensor:
+        """``(entries,)`` flat positions; four or eight bytes an entry, made at first use."""
+        rows, cols = self.shape
+        if self.dim == 0:
+            flat = self.lines[:, None] * cols + torch.arange(cols, device=self.device)
+        else:
+            flat = torch.arange(rows, device=self.device)[:, None] * cols + self.lines
+        return flat.reshape(-1).to(index_dtype(self.shape))
+
+    def to(self, device: torch.device | str) -> ChannelSupport:
+        channels = self.channels.to(device)
+        if channels is self.channels:
+            return self
+        return ChannelSupport(self.shape, self.dim, channels, self.width, validate=False, name=self.name)
+
+    def of_rows(self, start: int, stop: int) -> tuple[Support, int, int]:
+        shape, channels = (stop - start, self.shape[1]), self.channels
+        if self.dim == 1:
+            entries = self.count * self.width
+            part = ChannelSupport(shape, 1, channels, self.width, validate=False, name=self.name)
+            return part, start * entries, stop * entries
+        first, last = torch.searchsorted(channels, channels.new_tensor([start, stop])).tolist()
+        part = ChannelSupport(shape, 0, channels[first:last] - start, validate=False, name=self.name)
+        return part, first * shape[1], last * shape[1]
+
+    def union(self, *others: Support) -> tuple[Support, list[Tensor]]:
+        parts = (self, *others)
+        for other in others:
+            self._check_same_shape(other)
+        if not all(isinstance(p, ChannelSupport) and (p.dim, p.width) == (self.dim, self.width) for p in others):
+            return super().union(*others)
+        joined = torch.cat([part.channels.to(self.device) for part in parts]).unique(sorted=True)
+        union = ChannelSupport(self.shape, self.dim, joined, self.width, validate=False, name=self.name)
+        place = torch.arange(union.nnz, device=self.device).view(union.matrix_shape)
+        slots = []
+        for part in parts:
+            where = torch.searchsorted(union.lines, part.lines.to(self.device))
+            slots.append(place.index_select(self.dim, where).reshape(-1))
+        return union, slots
+
+    def overlaps(self, channels: Tensor | Sequence[int]) -> bool:
+        """Whether any of these channels is in the support."""
+        other = torch.as_tensor(channels, dtype=torch.int32, device=self.device)
+        return bool(torch.isin(self.channels, other).any())
+
+    def __eq__(self, other: object) -> bool:
+        if isinstance(other, ChannelSupport) and (other.dim, other.width) == (self.dim, self.width):
+            return self.shape == other.shape and torch.equal(self.channels, other.channels.to(self.device))
+        return super().__eq__(other)
+
+    __hash__ = None
+
+    def __repr__(self) -> str:
+        name = f"{self.name!r}, " if self.name else ""
+        kind = "rows" if self.dim == 0 else "columns"
+        return f"ChannelSupport({name}shape={self.shape}, {kind}={self.count}, density={self.density:.3g})"
