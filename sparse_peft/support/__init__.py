@@ -2,6 +2,7 @@
 
 from .blocks import Block, as_block, best_blocks, block_scores, expand_blocks, random_blocks, resolve_block_counts
 from .budget import ALLOCATIONS, Budget, apportion, resolve_counts
+from .channel_scores import CHANNEL_CRITERIA, Side, channel_squares, weight_squares
 from .channels import ChannelSupport
 from .criteria import CRITERIA, Criterion, Statistics, get_criterion, select
 from .layout import Layout, RowGroup, layout_of
@@ -15,6 +16,7 @@ from .topk import RunningTopK, topk_indices
 
 __all__ = [
     "ALLOCATIONS",
+    "CHANNEL_CRITERIA",
     "CRITERIA",
     "DECAYS",
     "RANDOM_SCORE",
@@ -30,12 +32,14 @@ __all__ = [
     "ReselectionSchedule",
     "RowGroup",
     "RunningTopK",
+    "Side",
     "Statistics",
     "Support",
     "apportion",
     "as_block",
     "best_blocks",
     "block_scores",
+    "channel_squares",
     "check_indices",
     "collect_supports",
     "exchange",
@@ -53,4 +57,5 @@ __all__ = [
     "supports_from_gradients",
     "topk_indices",
     "topk_outer",
+    "weight_squares",
 ]

@@ -14,7 +14,7 @@ from .blocks import Block, best_blocks, divide_in_blocks, resolve_block_counts
 from .budget import Budget, Division, allocate, divide
 from .criteria import CRITERIA, Criterion, Statistics
 from .gradients import GradientSums, LayerSums
-from .inputs import input_norms
+from .features import feature_norms
 from .support import Support
 from .topk import topk_indices
 
@@ -164,7 +164,7 @@ def collect_supports(
     shapes = {name: _shape_of(module, in_dims[name]) for name, module in targets.items()}
     division = divide(shapes, budget)
     if criterion.needs == "activation":
-        norms = input_norms(model, targets, batches, loss_fn=loss_fn, panel_bytes=panel_bytes)
+        norms = feature_norms(model, targets, batches, loss_fn=loss_fn, panel_bytes=panel_bytes)
 
         def score(name: str) -> Tensor:
             stats = Statistics(input_norms=norms[name])

@@ -283,13 +283,13 @@ def test_autocast_does_not_round_the_sums(inside):
     arguments = (model, targets_of(model), get_criterion("fisher"), Budget(density=0.3), batches)
     seen = []
 
-    from sparse_peft.support import gradients
+    from sparse_peft.support import gradient_pass
 
     def loss_fn(model, batch):
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=inside):
             return model(**batch).loss
 
-    original = gradients.gradient_panels
+    original = gradient_pass.gradient_panels
 
     def spy(pairs, *rest):
         for panel in original(pairs, *rest):
@@ -300,7 +300,7 @@ def test_autocast_does_not_round_the_sums(inside):
             yield panel
 
     with pytest.MonkeyPatch.context() as patch, torch.autocast("cpu", dtype=torch.bfloat16):
-        patch.setattr(gradients, "gradient_panels", spy)
+        patch.setattr(gradient_pass, "gradient_panels", spy)
         collect_supports(*arguments, loss_fn=loss_fn)
         assert torch.is_autocast_enabled("cpu")
     assert len(seen) == 8 and max(seen) < 1e-5

@@ -1,8 +1,8 @@
-"""Norms of the layers' inputs over data."""
+"""Norms of what goes into the layers, or comes out of them, over data."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from contextlib import ExitStack
 from typing import Any
 
@@ -20,13 +20,14 @@ def _sum_of_squares(x: Tensor, limit: int) -> Tensor:
     return total
 
 
-def input_norms(
+def feature_norms(
     model: nn.Module,
     targets: dict[str, nn.Module],
     batches: Iterable,
     *,
     loss_fn: Callable[[nn.Module, Any], Tensor] | None = None,
     panel_bytes: int,
+    outputs: Collection[str] = (),
 ) -> dict[str, Tensor]:
     """L2 norm of each input feature of each layer over all tokens, in one forward pass over the batches.
 
@@ -39,6 +40,7 @@ def input_norms(
         batches: iterated once.
         loss_fn: ``loss_fn(model, batch)``; its result is not used.
         panel_bytes: limit of a temporary's size.
+        outputs: the layers whose output features are looked at instead.
 
     Returns:
         ``{layer name: (in_features,) float32}``.
@@ -52,8 +54,8 @@ def input_norms(
     mask: Tensor | None = None
 
     def hook(name: str):
-        def see(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-            x = layer_input(args, kwargs).detach()
+        def see(module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Tensor) -> None:
+            x = (output if name in outputs else layer_input(args, kwargs)).detach()
             if mask is not None and x.shape[:-1] == mask.shape:
                 x = x[mask.to(x.device)]
             x = flatten_tokens(x)
@@ -71,20 +73,20 @@ def input_norms(
         run_model(model, batch) if loss_fn is None else loss_fn(model, batch)
         for name, found in waiting.items():
             if not bool(found.isfinite().all()):
-                return f"the inputs of layer {name} are not finite"
+                return f"the {'outputs' if name in outputs else 'inputs'} of layer {name} are not finite"
         for name, found in waiting.items():
             sums[name] = sums[name] + found if name in sums else found
         return None
 
     with ExitStack() as stack:
         for name, module in targets.items():
-            stack.callback(module.register_forward_pre_hook(hook(name), with_kwargs=True).remove)
+            stack.callback(module.register_forward_hook(hook(name), with_kwargs=True).remove)
         stack.enter_context(torch.no_grad())
         each_batch(model, batches, use)
     for name in targets:
         if name not in sums:
             raise ValueError(
-                f"layer {name}: no token of the data reached it, so its inputs have no norm; give more data, or leave "
+                f"layer {name}: no token of the data reached it, so its features have no norm; give more data, or leave "
                 "the layer out with exclude_modules"
             )
     return {name: sums[name].sqrt() for name in targets}
