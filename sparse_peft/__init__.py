@@ -13,12 +13,16 @@ from .training.adamw import SparseAdamW  # noqa: E402
 from .training.callback import SparsityCallback  # noqa: E402
 from .training.controller import SparsityController  # noqa: E402
 from .training.sm3 import SM3  # noqa: E402
+from .tuners.s2ft import S2FTConfig, S2FTLayer, S2FTModel  # noqa: E402
 from .tuners.sparse import SparseConfig, SparseLinear, SparseModel  # noqa: E402  (their PEFT type exists from here on)
 
 __version__ = "0.1.0"
 
 __all__ = [
     "SM3",
+    "S2FTConfig",
+    "S2FTLayer",
+    "S2FTModel",
     "SparseAdamW",
     "SparseConfig",
     "SparseLinear",

@@ -1,6 +1,7 @@
 """How a sparse delta is computed: functional ops, each with the implementations that ``dispatch`` chooses from."""
 
 from .calibration import Crossover, cache_file
+from .channel_batch import add_channel_deltas_
 from .codes import code_gather, code_scatter_add, pack_codes, packed_width, unpack_codes
 from .conv import CONVOLUTIONS, ConvProduct, padded
 from .delta_matmul import delta_matmul, spmm_add_
@@ -30,6 +31,7 @@ __all__ = [
     "Product",
     "WeightSource",
     "accumulation_dtype",
+    "add_channel_deltas_",
     "add_to_support_",
     "cache_file",
     "code_gather",

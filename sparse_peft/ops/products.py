@@ -110,6 +110,8 @@ class LinearProduct:
         return x.index_select(-1, support.channels) if trains_input_channels(support, self.in_dim) else x
 
     def support_grad(self, grad: Tensor, kept: Tensor, support: Support, key: int) -> Tensor:
+        if support.nnz == 0:  # nothing was kept, which no shape can be told from
+            return grad.new_zeros(0)
         left, right = _matrix(grad), _matrix(kept)
         if self.in_dim == 0:
             left, right = right, left

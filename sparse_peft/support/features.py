@@ -86,7 +86,7 @@ def feature_norms(
     for name in targets:
         if name not in sums:
             raise ValueError(
-                f"layer {name}: no token of the data reached it, so its features have no norm; give more data, or leave "
-                "the layer out with exclude_modules"
+                f"layer {name}: no token of the data reached it, so its features have no norm; give more data, or "
+                "leave the layer out with exclude_modules"
             )
     return {name: sums[name].sqrt() for name in targets}

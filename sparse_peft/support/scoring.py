@@ -13,8 +13,8 @@ from transformers.pytorch_utils import Conv1D
 from .blocks import Block, best_blocks, divide_in_blocks, resolve_block_counts
 from .budget import Budget, Division, allocate, divide
 from .criteria import CRITERIA, Criterion, Statistics
-from .gradients import GradientSums, LayerSums
 from .features import feature_norms
+from .gradients import GradientSums, LayerSums
 from .support import Support
 from .topk import topk_indices
 

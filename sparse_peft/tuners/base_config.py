@@ -102,6 +102,11 @@ class BaseSparseConfig(PeftConfig):
         """Whether training needs a controller: something else than the values changes."""
         return False
 
+    @property
+    def selection_needs(self) -> str:
+        """What positions are chosen from: ``"none"``, ``"weight"``, ``"activation"`` or ``"gradient"``."""
+        return "none"
+
     def to_dict(self) -> dict:
         """As PEFT's, with sets sorted, so that saving twice gives the same file."""
         return {key: sorted(value) if isinstance(value, set) else value for key, value in super().to_dict().items()}

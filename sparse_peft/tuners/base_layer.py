@@ -396,9 +396,10 @@ class SparseTunerLayer(BaseTunerLayer, nn.Module):
         dtype = self._compute_dtype(x)
         base, support, held = self.base_layer, delta.support, self._residency.held
         originals = read_support(base.weight, support) if held is None else held.originals
-        positions, dim = support.indices, ENTRIES
         if isinstance(support, ChannelSupport):
             positions, dim = support.channels, support.dim
+        else:
+            positions, dim = support.indices, ENTRIES
         bias = None if base.bias is None else base.bias.to(dtype)
         values, x = self.sum_values(delta), x.to(dtype)
         if isinstance(self.product, LinearProduct):
@@ -441,7 +442,12 @@ class SparseTunerLayer(BaseTunerLayer, nn.Module):
                 "Cannot pass `adapter_names` when there are merged adapters, please call `unmerge_adapter` first."
             )
         self.release()
-        result = self.base_layer(x, *args, **kwargs).clone()
+        result = self.base_layer(x, *args, **kwargs).clone(memory_format=torch.contiguous_format)
+        self._mixed_deltas_(result, x, adapter_names)
+        return result
+
+    def _mixed_deltas_(self, result: Tensor, x: Tensor, adapter_names: list[str]) -> None:
+        """Add to each item's result what its adapter's delta makes of its input."""
         for name in dict.fromkeys(adapter_names):
             if name == BASE_ADAPTER or name not in self.deltas:
                 continue
@@ -449,7 +455,6 @@ class SparseTunerLayer(BaseTunerLayer, nn.Module):
             delta = self._delta(name)
             part = self._delta_product(x.index_select(0, rows), delta(), delta.support)
             result.index_add_(0, rows, part.to(result.dtype))
-        return result
 
     # ------------------------------------------------------------------ merging
 

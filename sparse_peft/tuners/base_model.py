@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -60,6 +60,20 @@ def stored_shape(module: nn.Module) -> tuple[int, int]:
     return base.out_features, base.in_features
 
 
+def in_dim_of(module: nn.Module) -> int:
+    """Which dimension of a target's stored weight is the input's."""
+    return 0 if isinstance(base_of(module), Conv1D) else 1
+
+
+def dense_weight(module: nn.Module) -> Tensor:
+    """The base weight of a target in floats, as the matrix that is stored."""
+    if isinstance(module, SparseTunerLayer):
+        return module.dense_base_weight()
+    base = base_of(module)
+    backend = resolve_quantization_backend(base)
+    return base.weight.detach().reshape(stored_shape(module)) if backend is None else backend.get_base_weight(base)
+
+
 class BaseSparseModel(BaseTuner):
     """Base of the sparse methods' tuners.
 
@@ -82,6 +96,88 @@ class BaseSparseModel(BaseTuner):
             adapter_name: the new adapter's name.
             file_entries: ``{layer name: entries}`` of the adapter file the layers are made for, if that is known.
         """
+
+    def _cloned_supports(self, config, targets: dict[str, nn.Module], adapter_name: str) -> dict[str, Support]:
+        """TRL adds its reference adapter with the policy's own config object: it trains the policy's positions."""
+        twins = [name for name, other in self.peft_config.items() if other is config and name != adapter_name]
+        supports = {}
+        for name, module in targets.items():
+            if isinstance(module, SparseTunerLayer) and twins and twins[0] in module.deltas:
+                supports[name] = module.support(twins[0])
+        return supports if len(supports) == len(targets) else {}
+
+    @staticmethod
+    def _check_names(config, given: set[str], targets: set[str], what: str) -> None:
+        if given != targets:
+            missing, extra = sorted(targets - given), sorted(given - targets)
+            raise ValueError(
+                f"{what} other layers than the config targets in this model: missing {missing[:3]}, not in the model "
+                f"{extra[:3]} (and {max(0, len(missing) - 3) + max(0, len(extra) - 3)} more). Use the base model the "
+                f"adapter was made for, or a new {type(config).__name__} for a new adapter."
+            )
+
+    @staticmethod
+    def _check_shapes(config, shapes: dict[str, tuple[int, int]]) -> None:
+        for name, shape in shapes.items():
+            made_for = (config.weight_shapes or {}).get(name)
+            if made_for is not None and tuple(made_for) != shape:
+                raise ValueError(
+                    f"weight_shapes: the adapter was made for a weight of shape {tuple(made_for)} in layer {name}, "
+                    f"this model's is {shape}; load it on the base model it was made for "
+                    f"({config.base_model_name_or_path or 'see its adapter_config.json'})"
+                )
+
+    @classmethod
+    @abstractmethod
+    def choose_from_data(
+        cls,
+        model: nn.Module,
+        config,
+        targets: dict[str, nn.Module],
+        data: Iterable | None,
+        gradients: dict[str, Tensor] | None,
+        *,
+        loss_fn: Callable[[nn.Module, Any], Tensor] | None,
+        oversample: float,
+    ) -> dict[str, Support]:
+        """Each target's positions; the arguments are those of :func:`sparse_peft.select_support`, checked."""
+
+    @classmethod
+    def select_support(
+        cls,
+        model: nn.Module,
+        config,
+        data: Iterable | None,
+        *,
+        gradients: dict[str, Tensor] | None = None,
+        **options: Any,
+    ):
+        """See :func:`sparse_peft.select_support`, which copies the config first."""
+        if config.selection_needs not in ("gradient", "activation"):
+            raise ValueError(
+                f"selection={config.selection!r} needs no data; pass the config to get_peft_model as it is"
+            )
+        if (data is None) == (gradients is None):
+            raise ValueError("select_support needs either data (batches) or gradients={name: tensor}, and not both")
+        if config.target_modules is None:
+            model_type = BaseTuner.get_model_config(model).get("model_type")
+            config.target_modules = cls.target_module_mapping.get(model_type)
+            if config.target_modules is None:
+                raise ValueError(f"target_modules: none given, and none is known for model type {model_type!r}")
+        targets = cls.find_targets(config, model)
+        if not targets:
+            raise ValueError(f"target_modules={config.target_modules!r} match no layer of {type(model).__name__}")
+        cls.check_targets(model, targets)
+        for name, module in targets.items():
+            if type(base_of(module)) in CONVOLUTIONS:
+                raise TypeError(
+                    f"Target module {name} of type {type(base_of(module)).__name__}: selection={config.selection!r} "
+                    "looks at data for linear layers only; leave convolutions out with exclude_modules, or choose a "
+                    "selection that needs no data"
+                )
+        # not a field: positions are saved with the adapter's values, not in its config
+        config.supports = cls.choose_from_data(model, config, targets, data, gradients, **options)
+        return config
 
     # ------------------------------------------------------------------ injection
 

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
+from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
 from torch import Tensor, distributed, nn
 
 from ..support import Block, Support, best_blocks, get_criterion, random_blocks, select
@@ -80,7 +81,8 @@ def select_support(
 
     Args:
         model: the base model, without adapters.
-        config: a :class:`~sparse_peft.SparseConfig` with a data-driven ``selection``.
+        config: a :class:`~sparse_peft.SparseConfig` or :class:`~sparse_peft.S2FTConfig` with a data-driven
+            ``selection``.
         data: batches, each passed to the model as ``model(**batch).loss``, or to ``loss_fn``.
         gradients: instead of data, ``{layer or parameter name: gradient of its weight}``.
         loss_fn: ``loss_fn(model, batch) -> scalar``.
@@ -92,9 +94,8 @@ def select_support(
     Raises:
         ValueError: neither or both of ``data`` and ``gradients`` given, a layer no batch reached, or a bad budget.
     """
-    from .sparse.model import SparseModel
-
-    chosen = SparseModel.select_support(
+    tuner = PEFT_TYPE_TO_TUNER_MAPPING[config.peft_type]
+    chosen = tuner.select_support(
         model, copy.copy(config), data, gradients=gradients, loss_fn=loss_fn, oversample=oversample
     )
     if distributed.is_available() and distributed.is_initialized():

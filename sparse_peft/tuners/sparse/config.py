@@ -210,6 +210,10 @@ class SparseConfig(BaseSparseConfig):
         return self.regrowth is not None
 
     @property
+    def selection_needs(self) -> str:
+        return self.criterion.needs
+
+    @property
     def block(self) -> Block | None:
         """``(rows, cols)`` of the blocks that train whole; None for single entries."""
         return as_block(self.block_size) if self.granularity == "block" else None

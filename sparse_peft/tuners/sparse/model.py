@@ -6,12 +6,9 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
-from peft.tuners.tuners_utils import BaseTuner
-from peft.utils import resolve_quantization_backend
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 
-from ...ops import CONVOLUTIONS, panel_bytes
+from ...ops import panel_bytes
 from ...support import (
     Support,
     collect_supports,
@@ -19,21 +16,11 @@ from ...support import (
     resolve_counts,
     supports_from_gradients,
 )
-from ..base_layer import SparseTunerLayer
-from ..base_model import BaseSparseModel, LayerPlan, base_of, stored_shape
+from ..base_model import BaseSparseModel, LayerPlan, base_of, dense_weight, in_dim_of, stored_shape
 from ..delta import SparseDelta
 from ..selection import SupportRecipe
 from .config import SparseConfig
 from .layer import SparseLinear
-
-
-def dense_weight(module: nn.Module) -> Tensor:
-    """The base weight of a target in floats, as the matrix that is stored."""
-    if isinstance(module, SparseTunerLayer):
-        return module.dense_base_weight()
-    base = base_of(module)
-    backend = resolve_quantization_backend(base)
-    return base.weight.detach().reshape(stored_shape(module)) if backend is None else backend.get_base_weight(base)
 
 
 class SparseModel(BaseSparseModel):
@@ -75,7 +62,8 @@ class SparseModel(BaseSparseModel):
             counts = {name: config.num_entries[name] for name in targets}
         else:
             counts, supports = self._resolve(config, targets, shapes)
-        self._check_shapes(config, shapes, counts)
+        self._check_shapes(config, shapes)
+        self._check_counts(shapes, counts)
         config.num_entries = counts
         config.weight_shapes = {name: list(shape) for name, shape in shapes.items()}
         return {
@@ -88,17 +76,6 @@ class SparseModel(BaseSparseModel):
         options = {"principal": {"r": config.principal_rank}, "threshold": {"threshold": config.threshold}}
         criterion = config.criterion.name
         return SupportRecipe(criterion, entries, config.seed, name, options.get(criterion, {}), config.block)
-
-    def _cloned_supports(
-        self, config: SparseConfig, targets: dict[str, nn.Module], adapter_name: str
-    ) -> dict[str, Support]:
-        """TRL adds its reference adapter with the policy's own config object: it trains the policy's positions."""
-        twins = [name for name, other in self.peft_config.items() if other is config and name != adapter_name]
-        supports = {}
-        for name, module in targets.items():
-            if isinstance(module, SparseTunerLayer) and twins and twins[0] in module.deltas:
-                supports[name] = module.support(twins[0])
-        return supports if len(supports) == len(targets) else {}
 
     @classmethod
     def _resolve(
@@ -132,29 +109,12 @@ class SparseModel(BaseSparseModel):
         return counts, supports
 
     @staticmethod
-    def _check_names(config: SparseConfig, given: set[str], targets: set[str], what: str) -> None:
-        if given != targets:
-            missing, extra = sorted(targets - given), sorted(given - targets)
-            raise ValueError(
-                f"{what} other layers than the config targets in this model: missing {missing[:3]}, not in the model "
-                f"{extra[:3]} (and {max(0, len(missing) - 3) + max(0, len(extra) - 3)} more). Use the base model the "
-                "adapter was made for, or a new SparseConfig for a new adapter."
-            )
-
-    @staticmethod
-    def _check_shapes(config: SparseConfig, shapes: dict[str, tuple[int, int]], counts: dict[str, int]) -> None:
-        for name, shape in shapes.items():
-            made_for = (config.weight_shapes or {}).get(name)
-            if made_for is not None and tuple(made_for) != shape:
+    def _check_counts(shapes: dict[str, tuple[int, int]], counts: dict[str, int]) -> None:
+        for name, (rows, cols) in shapes.items():
+            if not 0 < counts[name] <= rows * cols:
                 raise ValueError(
-                    f"weight_shapes: the adapter was made for a weight of shape {tuple(made_for)} in layer {name}, "
-                    f"this model's is {shape}; load it on the base model it was made for "
-                    f"({config.base_model_name_or_path or 'see its adapter_config.json'})"
-                )
-            if not 0 < counts[name] <= shape[0] * shape[1]:
-                raise ValueError(
-                    f"num_entries: {counts[name]} entries for layer {name} of {shape[0]} x {shape[1]} weights; "
-                    f"between 1 and {shape[0] * shape[1]} are possible"
+                    f"num_entries: {counts[name]} entries for layer {name} of {rows} x {cols} weights; "
+                    f"between 1 and {rows * cols} are possible"
                 )
 
     @classmethod
@@ -164,58 +124,25 @@ class SparseModel(BaseSparseModel):
             config.num_entries = {**(config.num_entries or {}), delta.name: values.numel()}
 
     @classmethod
-    def select_support(
+    def choose_from_data(
         cls,
         model: nn.Module,
         config: SparseConfig,
+        targets: dict[str, nn.Module],
         data: Iterable | None,
+        gradients: dict[str, Tensor] | None,
         *,
-        gradients: dict[str, Tensor] | None = None,
-        loss_fn: Callable[[nn.Module, Any], Tensor] | None = None,
-        oversample: float = 8.0,
-    ) -> SparseConfig:
-        """See :func:`sparse_peft.select_support`, which copies the config first."""
-        criterion = config.criterion
-        if criterion.needs not in ("gradient", "activation"):
-            raise ValueError(
-                f"selection={config.selection!r} needs no data; pass the config to get_peft_model as it is"
-            )
-        if (data is None) == (gradients is None):
-            raise ValueError("select_support needs either data (batches) or gradients={name: tensor}, and not both")
-        if config.target_modules is None:
-            model_type = BaseTuner.get_model_config(model).get("model_type")
-            config.target_modules = cls.target_module_mapping.get(model_type)
-            if config.target_modules is None:
-                raise ValueError(f"target_modules: none given, and none is known for model type {model_type!r}")
-        targets = cls.find_targets(config, model)
-        if not targets:
-            raise ValueError(f"target_modules={config.target_modules!r} match no layer of {type(model).__name__}")
-        cls.check_targets(model, targets)
-        for name, module in targets.items():
-            if type(base_of(module)) in CONVOLUTIONS:
-                raise TypeError(
-                    f"Target module {name} of type {type(base_of(module)).__name__}: selection={config.selection!r} "
-                    "looks at data for linear layers only; leave convolutions out with exclude_modules, or choose a "
-                    "selection that needs no data"
-                )
+        loss_fn: Callable[[nn.Module, Any], Tensor] | None,
+        oversample: float,
+    ) -> dict[str, Support]:
         common = {
             "weight_of": dense_weight,
-            "in_dim_of": lambda module: 0 if isinstance(base_of(module), Conv1D) else 1,
+            "in_dim_of": in_dim_of,
             "block": config.block,
         }
+        arguments = targets, config.criterion, config.budget()
         if gradients is not None:
-            supports = supports_from_gradients(targets, criterion, config.budget(), gradients, **common)
-        else:
-            supports = collect_supports(
-                model,
-                targets,
-                criterion,
-                config.budget(),
-                data,
-                loss_fn=loss_fn,
-                oversample=oversample,
-                panel_bytes=panel_bytes(),
-                **common,
-            )
-        config.supports = supports  # not a field: positions are saved with the adapter's values, not in its config
-        return config
+            return supports_from_gradients(*arguments, gradients, **common)
+        return collect_supports(
+            model, *arguments, data, loss_fn=loss_fn, oversample=oversample, panel_bytes=panel_bytes(), **common
+        )

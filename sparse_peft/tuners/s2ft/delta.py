@@ -1,0 +1,80 @@
+"""The trained state of whole channels: their values, and four bytes for each channel."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from ...support import ChannelSupport, Support
+from ..checkpoint import check_values
+from ..delta import UNSET, Delta
+
+BUFFERS = ("rows", "columns")
+
+
+class ChannelDelta(Delta):
+    """``values``, as the matrix ``(channels, cols)`` or ``(rows, channels)``, is added to those rows or columns.
+
+    Args:
+        shape: ``(rows, cols)`` of the weight as stored.
+        dim: 0: rows train, 1: columns do.
+        count: number of channels.
+        width: columns of a channel, more than 1 in convolutions.
+        name: the layer's name.
+        draw: see :class:`~sparse_peft.tuners.delta.Delta`.
+        support: the channels, or None where they come later (from a file).
+    """
+
+    position_names = BUFFERS
+
+    def __init__(
+        self,
+        shape: tuple[int, int],
+        dim: int,
+        count: int,
+        width: int,
+        name: str,
+        draw: Callable[[Callable[[], Tensor], tuple[int, int]], Support],
+        support: ChannelSupport | None = None,
+    ):
+        super().__init__(shape, count * width * shape[1 - dim], name, draw)
+        self.dim, self.count, self.width = dim, count, width
+        if support is None:
+            self._keep({BUFFERS[dim]: torch.full((count,), UNSET, dtype=torch.int32)})
+        else:
+            self._keep_support(support)
+
+    def _position_buffer(self) -> Tensor:
+        return self._buffers[BUFFERS[self.dim]]
+
+    def _support_from(self, buffer: Tensor) -> ChannelSupport:
+        return ChannelSupport(self.shape, self.dim, buffer, self.width, name=self.name)
+
+    def _keep_support(self, support: ChannelSupport) -> None:
+        self._keep({BUFFERS[self.dim]: support.channels.to(self.values.device).clone()})
+
+    def file_positions(self, support: ChannelSupport) -> dict[str, Tensor]:
+        return {BUFFERS[self.dim]: support.channels}
+
+    def take_positions(self, found: dict[str, Tensor], values: Tensor | None) -> dict[str, Tensor]:
+        own, other = BUFFERS[self.dim], BUFFERS[1 - self.dim]
+        if other in found:
+            raise ValueError(
+                f"layer {self.name}: the adapter file has {other} where this model's adapter trains {own}; load it "
+                "with the adapter_config.json it was saved with"
+            )
+        channels = found.get(own)
+        self._missing(values, channels)
+        if channels.shape != (self.count,) or values.shape != self.values.shape:
+            raise ValueError(
+                f"layer {self.name}: the adapter file has {tuple(channels.shape)} {own} and {tuple(values.shape)} "
+                f"values, where this model's adapter has {(self.count,)} and {tuple(self.values.shape)}; load it with "
+                "the adapter_config.json it was saved with, on the base model it was made for"
+            )
+        if not values.is_floating_point():
+            raise ValueError(f"layer {self.name}: values of dtype {values.dtype} in the adapter file; floats expected")
+        ChannelSupport(self.shape, self.dim, channels, self.width, name=self.name)  # refuses what does not fit
+        check_values(values, self.name, "load")
+        return {own: channels.to(torch.int32)}

@@ -1,0 +1,241 @@
+"""The tuner of S2FT."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ...ops import CONVOLUTIONS, panel_bytes
+from ...support import ChannelSupport, Side, Support, channel_squares, weight_squares
+from ..base_layer import SparseTunerLayer
+from ..base_model import BaseSparseModel, base_of, dense_weight, in_dim_of, stored_shape
+from .budget import choose_units
+from .config import S2FTConfig
+from .delta import ChannelDelta
+from .layer import S2FTLayer
+from .roles import DEFAULT_TARGETS
+from .structures import Heads, Structure, build, side_of
+
+
+@dataclass(frozen=True)
+class ChannelPlan:
+    """What one layer's new adapter will be."""
+
+    side: Side
+    count: int
+    support: ChannelSupport | None
+    selection: str
+
+    def make_delta(self, name: str) -> ChannelDelta:
+        """The trained state of the layer of this name."""
+        side, draw = self.side, partial(_not_chosen, name, self.selection)
+        return ChannelDelta(side.shape, side.dim, self.count, side.width, name, draw, self.support)
+
+
+def _not_chosen(name: str, selection: str, *_: Any) -> Support:
+    """Channels are chosen for all layers together, or come with a file: a layer that has none cannot draw its own."""
+    raise ValueError(
+        f"selection={selection!r}: the channels of layer {name} were neither chosen nor loaded; call `config = "
+        "sparse_peft.select_support(model, config, dataloader)` before `get_peft_model(model, config)`, or load the "
+        "adapter's file"
+    )
+
+
+class S2FTModel(BaseSparseModel):
+    """Creates a model that trains some channels of its target layers.
+
+    Args:
+        model: the model to adapt.
+        config: a :class:`~sparse_peft.S2FTConfig`.
+        adapter_name: the adapter's name.
+
+    Example:
+        >>> from transformers import AutoModelForCausalLM
+        >>> from peft import get_peft_model
+        >>> from sparse_peft import S2FTConfig
+        >>> model = AutoModelForCausalLM.from_pretrained("HuggingFaceTB/SmolLM2-135M")
+        >>> model = get_peft_model(model, S2FTConfig(ratio=0.03))
+    """
+
+    prefix = "sparse_peft_s2ft_"
+    tuner_layer_cls = S2FTLayer
+    layer_cls = S2FTLayer
+    target_module_mapping = DEFAULT_TARGETS
+
+    def plan_layers(
+        self,
+        config: S2FTConfig,
+        targets: dict[str, nn.Module],
+        adapter_name: str,
+        file_entries: dict[str, int] | None,
+    ) -> dict[str, ChannelPlan]:
+        sides = self._sides(config, targets)
+        self._check_shapes(config, {name: side.shape for name, side in sides.items()})
+        supports = self._cloned_supports(config, targets, adapter_name) or config.__dict__.get("supports") or {}
+        if supports:
+            self._check_names(config, set(supports), set(targets), "the channels chosen by select_support are for")
+        elif file_entries is None and self._may_choose(config):
+            supports = self._choose(config, self.model, targets, sides)
+        if supports:
+            counts = {name: supports[name].count for name in targets}
+        elif file_entries is not None:
+            counts = {name: file_entries[name] // side.cost for name, side in sides.items()}
+        elif config.num_channels is not None:
+            self._check_names(config, set(config.num_channels), set(targets), "num_channels is for")
+            counts = {name: config.num_channels[name] for name in targets}
+        else:
+            _not_chosen(next(iter(targets)), config.selection)
+        config.num_channels = counts
+        config.sides = {name: "in" if side.is_input else "out" for name, side in sides.items()}
+        config.weight_shapes = {name: list(side.shape) for name, side in sides.items()}
+        return {
+            name: ChannelPlan(side, counts[name], supports.get(name), config.selection) for name, side in sides.items()
+        }
+
+    def _may_choose(self, config: S2FTConfig) -> bool:
+        """Whether channels can be chosen now; a saved adapter's may need data, or adapters that are not here."""
+        if config.num_channels is None:
+            return config.selection_needs in ("none", "weight")
+        return config.selection_needs == "none" and not config.avoid
+
+    @staticmethod
+    def _sides(config: S2FTConfig, targets: dict[str, nn.Module]) -> dict[str, Side]:
+        sides = {}
+        for name, module in targets.items():
+            base, shape, in_dim = base_of(module), stored_shape(module), in_dim_of(module)
+            taps = 1
+            if type(base) in CONVOLUTIONS:
+                taps = base.weight[0, 0].numel()
+                if base.groups > 1:
+                    raise TypeError(
+                        f"Target module {name} is a {type(base).__name__} of {base.groups} groups, whose channels do "
+                        "not stand alone; leave it out with exclude_modules, or use SparseConfig or SaRAConfig for it"
+                    )
+            wanted = (config.sides or {}).get(name) or config.side
+            is_input = side_of(name, (shape[0], shape[1] // taps), in_dim, wanted) == "in"
+            dim = in_dim if is_input else 1 - in_dim
+            sides[name] = Side(shape, dim, in_dim, taps if dim == 1 else 1)
+        return sides
+
+    @classmethod
+    def _choose(
+        cls,
+        config: S2FTConfig,
+        model: nn.Module,
+        targets: dict[str, nn.Module],
+        sides: dict[str, Side],
+        squares: dict[str, Tensor] | None = None,
+    ) -> dict[str, ChannelSupport]:
+        """Every layer's channels, by squared scores ``{layer: (channels,)}``, or by weights, or at random."""
+        structures = build(
+            sides,
+            granularity=config.granularity,
+            coupled=config.coupled,
+            heads=Heads.of(getattr(model, "config", None)),
+        )
+        if squares is None and config.selection == "weight":
+            squares = {name: weight_squares(dense_weight(module), sides[name]) for name, module in targets.items()}
+        taken = cls._taken(config, targets, sides)
+        units = choose_units(
+            structures,
+            config.budget(),
+            seed=config.seed,
+            squares=None if squares is None else lambda structure: _unit_squares(structure, squares, config.selection),
+            largest=config.trains_largest,
+            free=(lambda structure: _free_units(structure, taken)) if taken else None,
+            avoided=", ".join(map(repr, config.avoid or [])),
+        )
+        supports = {}
+        for structure in structures:
+            for member in structure.members:
+                channels = member.units[units[structure.name]].reshape(-1).sort().values
+                side, device = member.side, base_of(targets[member.name]).weight.device
+                support = ChannelSupport(side.shape, side.dim, channels, side.width, name=member.name)
+                supports[member.name] = support if device.type == "meta" else support.to(device)
+        return {name: supports[name] for name in targets}
+
+    @staticmethod
+    def _taken(config: S2FTConfig, targets: dict[str, nn.Module], sides: dict[str, Side]) -> dict[str, Tensor] | None:
+        """``{layer: (channels,) bool}``: what the adapters in ``avoid`` train."""
+        if not config.avoid:
+            return None
+        known = {name for module in targets.values() if isinstance(module, SparseTunerLayer) for name in module.deltas}
+        unknown = [name for name in config.avoid if name not in known]
+        if unknown:
+            raise ValueError(
+                f"avoid={config.avoid!r}: the target layers have no adapter {', '.join(map(repr, unknown))}; those "
+                f"they have are {', '.join(map(repr, sorted(known))) or 'none'}"
+            )
+        taken = {}
+        for name, module in targets.items():
+            side = sides[name]
+            taken[name] = torch.zeros(side.size, dtype=torch.bool)
+            for other in config.avoid:
+                if not (isinstance(module, SparseTunerLayer) and other in module.deltas):
+                    continue
+                support = module.support(other)
+                if not isinstance(support, ChannelSupport) or (support.dim, support.width) != (side.dim, side.width):
+                    raise ValueError(
+                        f"avoid={config.avoid!r}: in layer {name} adapter {other!r} does not train "
+                        f"{'input' if side.is_input else 'output'} channels as this one does, so their entries cannot "
+                        "be kept apart; use the same side"
+                    )
+                taken[name][support.channels.cpu().long()] = True
+        return taken
+
+    @classmethod
+    def choose_from_data(
+        cls,
+        model: nn.Module,
+        config: S2FTConfig,
+        targets: dict[str, nn.Module],
+        data: Iterable | None,
+        gradients: dict[str, Tensor] | None,
+        *,
+        loss_fn: Callable[[nn.Module, Any], Tensor] | None,
+        oversample: float,
+    ) -> dict[str, Support]:
+        sides = cls._sides(config, targets)
+        if gradients is not None:
+            if config.selection != "gradient":
+                raise ValueError(f"gradients= with selection={config.selection!r}: give data, or selection='gradient'")
+            squares = {}
+            for name, side in sides.items():
+                gradient = gradients.get(name, gradients.get(f"{name}.weight"))
+                if gradient is None or tuple(gradient.shape) != side.shape:
+                    found = "none" if gradient is None else f"one of shape {tuple(gradient.shape)}"
+                    raise ValueError(f"layer {name}: gradients has {found}; one of shape {side.shape} is expected")
+                squares[name] = weight_squares(gradient, side)
+        else:
+            squares = channel_squares(
+                config.selection,
+                model,
+                targets,
+                sides,
+                data,
+                loss_fn=loss_fn,
+                weight_of=dense_weight,
+                panel_bytes=panel_bytes(),
+            )
+        return cls._choose(config, model, targets, sides, squares)
+
+
+def _unit_squares(structure: Structure, squares: dict[str, Tensor], selection: str) -> Tensor:
+    """``(units,)`` sums over the unit's channels.
+
+    Activations are looked at where the structure ends, at the input of ``down`` or ``o``, if it has such a layer.
+    """
+    members = structure.members
+    if selection in ("activation", "product"):
+        members = [member for member in members if member.side.is_input] or members
+    return sum(squares[member.name].cpu()[member.units].sum(1) for member in members)
+
+
+def _free_units(structure: Structure, taken: dict[str, Tensor]) -> Tensor:
+    """``(units,)`` bool: no channel of the unit is taken in any layer."""
+    return ~sum(taken[member.name][member.units].any(1) for member in structure.members).bool()

@@ -1,0 +1,127 @@
+"""Which part of a transformer a layer is, told by its name: what S2FT trains it by, and what it is coupled to."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+IN, OUT = "in", "out"
+ATTENTION, FFN = "attention", "ffn"
+
+# What writes into the residual stream trains its input channels; what reads from it, its output channels.
+SIDES = {"o": IN, "down": IN, "q": OUT, "k": OUT, "v": OUT, "up": OUT, "gate": OUT}
+FAMILIES = {"q": ATTENTION, "k": ATTENTION, "v": ATTENTION, "o": ATTENTION, "up": FFN, "gate": FFN, "down": FFN}
+
+# Ends of layers' names in the models of transformers and diffusers.
+_ENDINGS = {
+    "q": (
+        "q_proj",
+        "attention.self.query",
+        "attention.query",
+        "query",
+        "SelfAttention.q",
+        "EncDecAttention.q",
+        "to_q",
+    ),
+    "k": ("k_proj", "attention.self.key", "attention.key", "key", "SelfAttention.k", "EncDecAttention.k", "to_k"),
+    "v": (
+        "v_proj",
+        "attention.self.value",
+        "attention.value",
+        "value",
+        "SelfAttention.v",
+        "EncDecAttention.v",
+        "to_v",
+    ),
+    "o": (
+        "attention.output.dense",
+        "self_attention.dense",
+        "attention.dense",
+        "attn.c_proj",
+        "SelfAttention.o",
+        "EncDecAttention.o",
+        "o_proj",
+        "out_proj",
+        "to_out.0",
+        "attention.out_lin",
+    ),
+    "up": (
+        "up_proj",
+        "intermediate.dense",
+        "mlp.c_fc",
+        "mlp.dense_h_to_4h",
+        "DenseReluDense.wi_1",
+        "DenseReluDense.wi",
+        "ffn.lin1",
+        "fc1",
+        "fc_in",
+        "w3",
+        "ff.net.0.proj",
+    ),
+    "gate": ("gate_proj", "DenseReluDense.wi_0", "w1"),
+    "down": (
+        "down_proj",
+        "output.dense",
+        "mlp.c_proj",
+        "mlp.dense_4h_to_h",
+        "DenseReluDense.wo",
+        "ffn.lin2",
+        "fc2",
+        "fc_out",
+        "w2",
+        "ff.net.2",
+    ),
+}
+_BY_LENGTH = sorted(
+    ((ending, role) for role, endings in _ENDINGS.items() for ending in endings), key=lambda pair: -len(pair[0])
+)
+
+# Where S2FT trains by default: attention outputs and FFN outputs, the cheapest and best places.
+_LLAMA_LIKE = (
+    "cohere cohere2 deepseek_v3 gemma gemma2 gemma3 glm glm4 granite helium llama llama4 mistral olmo olmo2 "
+    "olmo3 phi3 qwen2 qwen3 seed_oss smollm3 stablelm starcoder2 exaone4 ministral gemma3_text"
+)
+DEFAULT_TARGETS = {
+    **dict.fromkeys(_LLAMA_LIKE.split(), ["o_proj", "down_proj"]),
+    "starcoder2": ["o_proj", "mlp.c_proj"],
+    **dict.fromkeys(["mixtral", "qwen2_moe", "qwen3_moe", "gpt_oss"], ["o_proj"]),
+    "phi": ["self_attn.dense", "fc2"],
+    "gpt2": ["attn.c_proj", "mlp.c_proj"],
+    "gpt_bigcode": ["attn.c_proj", "mlp.c_proj"],
+    **dict.fromkeys(["gpt_neox", "bloom", "falcon"], ["attention.dense", "self_attention.dense", "dense_4h_to_h"]),
+    "gptj": ["out_proj", "fc_out"],
+    "gpt_neo": ["out_proj", "mlp.c_proj"],
+    **dict.fromkeys(["opt", "bart", "mbart", "whisper", "m2m_100", "blenderbot", "pegasus"], ["out_proj", "fc2"]),
+    **dict.fromkeys(["clip", "siglip"], ["out_proj", "fc2"]),
+    **dict.fromkeys(["t5", "mt5", "umt5"], ["o", "wo"]),
+    **dict.fromkeys(
+        ["bert", "roberta", "xlm-roberta", "electra", "deberta", "deberta-v2", "vit", "deit", "beit", "camembert"],
+        ["output.dense"],
+    ),
+    "dinov2": ["output.dense", "fc2"],
+    "distilbert": ["out_lin", "lin2"],
+}
+
+
+@dataclass(frozen=True)
+class Role:
+    """A layer's part in a transformer block.
+
+    Attributes:
+        kind: a key of :data:`SIDES`.
+        block: the name of the attention or feed-forward block that it is in.
+    """
+
+    kind: str
+    block: str
+
+    @property
+    def family(self) -> str:
+        return FAMILIES[self.kind]
+
+
+def role_of(name: str) -> Role | None:
+    """What the layer of this name is; None if the name says nothing."""
+    for ending, kind in _BY_LENGTH:
+        if name == ending or name.endswith(f".{ending}"):
+            return Role(kind, name.removesuffix(ending).rstrip("."))
+    return None
