@@ -20,6 +20,8 @@ class Method:
         kwargs: arguments of every case; the 5x1, 10x20 and 20x2 layers of upstream's models must get a few entries.
         other: a second, different setting, for tests with two adapters.
         conv1d: whether transformers' Conv1D can be a target.
+        convolutions: whether torch's convolutions can be targets.
+        groups: whether convolutions of several groups can be.
         mixed_batches: whether ``adapter_names=`` is supported.
         baseline: runs only when named; built into PEFT, to show what upstream's tests do without anything of ours.
     """
@@ -29,6 +31,8 @@ class Method:
     kwargs: dict[str, Any]
     other: dict[str, Any]
     conv1d: bool = True
+    convolutions: bool = True
+    groups: bool = True
     mixed_batches: bool = True
     baseline: bool = False
 
@@ -40,22 +44,38 @@ class Method:
 
 METHODS = (
     Method("sparse", "sparse_peft:SparseConfig", {"density": 0.4}, {"density": 0.2}),
-    Method("shira", "peft:ShiraConfig", {"r": 1}, {"r": 1}, conv1d=False, mixed_batches=False, baseline=True),
+    Method("s2ft", "sparse_peft:S2FTConfig", {"ratio": 0.4}, {"ratio": 0.2}, groups=False),
+    Method(
+        "shira",
+        "peft:ShiraConfig",
+        {"r": 1},
+        {"r": 1},
+        conv1d=False,
+        convolutions=False,
+        groups=False,
+        mixed_batches=False,
+        baseline=True,
+    ),
 )
 
-# (name, upstream's model, keyword arguments, needs Conv1D)
+# (name, upstream's model, keyword arguments, what it needs of a method besides linear layers)
 CUSTOM_LAYOUTS = (
-    ("MLP, one layer by name", "MLP", {"target_modules": "lin0"}, False),
-    ("MLP, the small layer", "MLP", {"target_modules": ["lin1"]}, False),
-    ("MLP, two layers", "MLP", {"target_modules": ["lin0", "lin1"]}, False),
-    ("MLP, modules_to_save", "MLP", {"target_modules": ["lin0"], "modules_to_save": ["lin1"]}, False),
-    ("Embedding and Conv1D", "EmbConv1D", {"target_modules": ["conv1d", "lin0"]}, True),
+    ("MLP, one layer by name", "MLP", {"target_modules": "lin0"}, None),
+    ("MLP, the small layer", "MLP", {"target_modules": ["lin1"]}, None),
+    ("MLP, two layers", "MLP", {"target_modules": ["lin0", "lin1"]}, None),
+    ("MLP, modules_to_save", "MLP", {"target_modules": ["lin0"], "modules_to_save": ["lin1"]}, None),
+    ("Embedding and Conv1D", "EmbConv1D", {"target_modules": ["conv1d", "lin0"]}, "conv1d"),
     (
         "Trained tokens",
         "EmbConv1D",
         {"target_modules": ["conv1d"], "trainable_token_indices": {"emb": [0, 10]}},
-        True,
+        "conv1d",
     ),
+    ("Conv1d", "Conv1d", {"target_modules": ["conv1d"]}, "convolutions"),
+    ("Conv2d and a linear layer", "Conv2d", {"target_modules": ["conv2d", "lin0"]}, "convolutions"),
+    ("Conv2d of one tap", "Conv2d1x1", {"target_modules": ["conv2d"]}, "convolutions"),
+    ("Conv2d of groups", "Conv2dGroups", {"target_modules": ["conv2d"]}, "groups"),
+    ("Conv3d", "Conv3d", {"target_modules": ["conv3d"]}, "convolutions"),
 )
 
 
@@ -84,8 +104,8 @@ def custom_rows(methods: tuple[Method, ...]) -> list[tuple]:
     return [
         (f"{method.name}: {name}", model, method.config_cls, {**method.kwargs, **layout})
         for method in methods
-        for name, model, layout, needs_conv1d in CUSTOM_LAYOUTS
-        if (method.conv1d or not needs_conv1d) and _accepts(method.config_cls, layout)
+        for name, model, layout, needs in CUSTOM_LAYOUTS
+        if (needs is None or getattr(method, needs)) and _accepts(method.config_cls, layout)
     ]
 
 

@@ -194,4 +194,6 @@ def test_positions_that_change_in_training_see_the_convolutions_gradient():
 
 def test_criteria_that_look_at_data_are_for_linear_layers():
     with pytest.raises(TypeError, match="0 of type Conv2d.*linear layers"):
-        select_support(nn.Sequential(nn.Conv2d(3, 4, 3)), SparseConfig(selection="gradient", target_modules=["0"]), [1])
+        select_support(
+            nn.Sequential(nn.Conv2d(3, 4, 3)), SparseConfig(selection="gradient", target_modules=["0"]), [1]
+        )

@@ -378,7 +378,9 @@ def test_budgets():
         for allocation in ("per_layer", "global"):
             got = trained(num_params=wanted, allocation=allocation)
             assert wanted - (64 if allocation == "per_layer" else 32) < got <= wanted
-    found = channels(get_peft_model(small_llama(), S2FTConfig(ratio=0.1, ratio_pattern={"o_proj": 0.5, r"0\.mlp.*": 1})))
+    found = channels(
+        get_peft_model(small_llama(), S2FTConfig(ratio=0.1, ratio_pattern={"o_proj": 0.5, r"0\.mlp.*": 1}))
+    )
     assert [c.numel() for c in found.values()] == [16, 88, 16, 9]
     with pytest.raises(ValueError, match="num_params=100.*128"):
         trained(num_params=100)
@@ -566,7 +568,9 @@ def test_configs_that_are_refused(kwargs, message):
 
 def test_heads_where_there_are_none():
     with pytest.raises(ValueError, match="granularity='head': the 9 channels of layer o_proj.*config names none"):
-        get_peft_model(nn.ModuleDict({"o_proj": nn.Linear(9, 9)}), S2FTConfig(granularity="head", target_modules=["o_proj"]))
+        get_peft_model(
+            nn.ModuleDict({"o_proj": nn.Linear(9, 9)}), S2FTConfig(granularity="head", target_modules=["o_proj"])
+        )
     with pytest.raises(ValueError, match="granularity='head': layer .*q_proj has its heads on its output side"):
         get_peft_model(small_llama(), S2FTConfig(granularity="head", side="in", target_modules=["q_proj"]))
     with pytest.raises(TypeError, match="body is a Conv2d of 3 groups"):
