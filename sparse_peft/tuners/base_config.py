@@ -36,6 +36,9 @@ class BaseSparseConfig(PeftConfig):
     """
 
     method: ClassVar[str]  # the PEFT type's name
+    # Fields that decide what each layer trains: once one is set again, what was resolved from it is void.
+    deciding_fields: ClassVar[frozenset[str]] = frozenset()
+    resolved_fields: ClassVar[tuple[str, ...]] = ()
 
     target_modules: list[str] | str | None = field(
         default=None,
@@ -96,6 +99,12 @@ class BaseSparseConfig(PeftConfig):
             raise ValueError(f"bias={self.bias!r}: choose one of {', '.join(map(repr, biases))}")
         if self.save_dtype not in SAVE_DTYPES:
             raise ValueError(f"save_dtype={self.save_dtype!r}: choose one of {', '.join(map(repr, SAVE_DTYPES))}")
+
+    def __setattr__(self, name, value):
+        if name in self.deciding_fields and name in self.__dict__ and value != self.__dict__[name]:
+            for resolved in self.resolved_fields:
+                self.__dict__[resolved] = None
+        super().__setattr__(name, value)
 
     @property
     def changes_in_training(self) -> bool:

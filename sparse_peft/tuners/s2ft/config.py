@@ -15,7 +15,6 @@ BUDGETS = ("ratio", "k", "num_params", "r")
 # Without a budget: the share of down_proj's channels that the paper's Llama 3 runs train.
 DEFAULT_RATIO = 0.03
 
-# Fields that decide which channels train: once one is set again, what was resolved before is void.
 SELECTION_FIELDS = frozenset(
     {*BUDGETS, "ratio_pattern", "allocation", "granularity", "coupled", "selection", "largest", "side", "avoid"}
 )
@@ -62,6 +61,8 @@ class S2FTConfig(BaseSparseConfig):
     """
 
     method: ClassVar[str] = "SPARSE_PEFT_S2FT"
+    deciding_fields: ClassVar[frozenset[str]] = SELECTION_FIELDS
+    resolved_fields: ClassVar[tuple[str, ...]] = ("num_channels", "sides", "weight_shapes")
 
     side: str = field(default="auto", metadata={"help": f"Which channels train: one of {', '.join(SIDES)}."})
     ratio: float | None = field(
@@ -150,11 +151,6 @@ class S2FTConfig(BaseSparseConfig):
         if isinstance(self.avoid, str):
             raise TypeError(f"avoid={self.avoid!r}: a list of adapter names is expected, [{self.avoid!r}]")
         self.avoid = list(self.avoid) if self.avoid else None
-
-    def __setattr__(self, name, value):
-        if name in SELECTION_FIELDS and self.__dict__.get("num_channels") is not None and value != getattr(self, name):
-            self.num_channels = self.sides = self.weight_shapes = None
-        super().__setattr__(name, value)
 
     @property
     def selection_needs(self) -> str:

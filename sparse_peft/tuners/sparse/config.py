@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from ...support import (
-    ALLOCATIONS,
     DECAYS,
     REGROWTHS,
     Block,
-    Budget,
     Criterion,
     Regrowth,
     ReselectionSchedule,
@@ -19,29 +17,10 @@ from ...support import (
     get_criterion,
     steps_of,
 )
-from ..base_config import BaseSparseConfig
-
-# Without a budget: this density, and in layers so small that it would be next to nothing, this many entries.
-DEFAULT_DENSITY = 0.01
-DEFAULT_AT_LEAST = 16
+from ..entry_config import EntryConfig
 
 SEED_MOMENTS = ("gradient", "zero")
 GRANULARITIES = ("entry", "block")
-
-# Fields that decide how many entries each layer trains: once one is set again, what was resolved before is void.
-BUDGET_FIELDS = frozenset(
-    {
-        "density",
-        "num_params",
-        "r",
-        "density_pattern",
-        "allocation",
-        "selection",
-        "threshold",
-        "granularity",
-        "block_size",
-    }
-)
 
 
 def _is_number(value: object) -> bool:
@@ -49,7 +28,7 @@ def _is_number(value: object) -> bool:
 
 
 @dataclass
-class SparseConfig(BaseSparseConfig):
+class SparseConfig(EntryConfig):
     """Fine-tune a sparse delta: a chosen set of the weight's entries, everything else frozen.
 
     The budget is one of ``density``, ``num_params`` and ``r``; without any, 1 % of the target weights train, and at
@@ -101,24 +80,13 @@ class SparseConfig(BaseSparseConfig):
     """
 
     method: ClassVar[str] = "SPARSE_PEFT_DELTA"
+    deciding_fields: ClassVar[frozenset[str]] = EntryConfig.deciding_fields | {
+        "selection",
+        "threshold",
+        "granularity",
+        "block_size",
+    }
 
-    density: float | None = field(
-        default=None,
-        metadata={"help": "Share of the target weights that trains, in (0, 1]; without any budget 0.01."},
-    )
-    num_params: int | None = field(
-        default=None, metadata={"help": "Number of trained entries over all target layers."}
-    )
-    r: int | None = field(
-        default=None, metadata={"help": "LoRA-rank equivalent: r * (out + in) entries over the target layers."}
-    )
-    density_pattern: dict[str, float] = field(
-        default_factory=dict,
-        metadata={"help": "{layer name or regular expression: density} for layers with a density of their own."},
-    )
-    allocation: str = field(
-        default="numel", metadata={"help": f"How layers share the budget: one of {', '.join(ALLOCATIONS)}."}
-    )
     selection: str = field(default="random", metadata={"help": "The criterion that chooses the trained entries."})
     granularity: str = field(default="entry", metadata={"help": f"What trains: one of {', '.join(GRANULARITIES)}."})
     block_size: int | list[int] = field(
@@ -130,7 +98,6 @@ class SparseConfig(BaseSparseConfig):
     principal_rank: int = field(
         default=32, metadata={"help": "With selection='principal': rank of the approximation that is looked at."}
     )
-    seed: int = field(default=0, metadata={"help": "Seed of the random positions."})
     reselect_every: int = field(
         default=20, metadata={"help": "Optimizer steps from one reselection to the next; dynamic selections only."}
     )
@@ -161,26 +128,13 @@ class SparseConfig(BaseSparseConfig):
     seed_moments: str = field(
         default="gradient", metadata={"help": "Optimizer moments of new entries: 'gradient' (observed) or 'zero'."}
     )
-    resident: bool = field(
-        default=True,
-        metadata={"help": "Whether the base weight may hold the adapter's entries between steps (speed only)."},
-    )
-    num_entries: dict[str, int] | None = field(
-        default=None, metadata={"help": "Resolved number of entries per layer; filled in, not set by hand."}
-    )
-    weight_shapes: dict[str, list[int]] | None = field(
-        default=None, metadata={"help": "Resolved [rows, cols] of the layers' weights; filled in, not set by hand."}
-    )
 
     def __post_init__(self):
         super().__post_init__()
         self._check_selection()
         self._check_granularity()
-        self.density_pattern = dict(self.density_pattern or {})
-        for name in ("seed", "principal_rank"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int):
-                raise TypeError(f"{name}={value!r}: an int is expected")
+        if isinstance(self.principal_rank, bool) or not isinstance(self.principal_rank, int):
+            raise TypeError(f"principal_rank={self.principal_rank!r}: an int is expected")
         if self.principal_rank < 1:
             raise ValueError(f"principal_rank={self.principal_rank}: a rank of at least 1 is expected")
         if (self.selection == "threshold") != (self.threshold is not None):
@@ -191,14 +145,7 @@ class SparseConfig(BaseSparseConfig):
         if self.threshold is None:
             self.budget()
             return
-        if not (math.isfinite(self.threshold) and self.threshold > 0):
-            raise ValueError(f"threshold={self.threshold!r}: a positive number is expected")
-        budgets = [name for name in ("density", "num_params", "r") if getattr(self, name) is not None]
-        if budgets or self.density_pattern:
-            raise ValueError(
-                f"threshold={self.threshold} and {', '.join(budgets) or 'density_pattern'} are both given: the "
-                "threshold alone decides how many entries train"
-            )
+        self.check_threshold(self.threshold)
 
     @property
     def regrowth(self) -> Regrowth | None:
@@ -210,10 +157,6 @@ class SparseConfig(BaseSparseConfig):
         return self.regrowth is not None
 
     @property
-    def selection_needs(self) -> str:
-        return self.criterion.needs
-
-    @property
     def block(self) -> Block | None:
         """``(rows, cols)`` of the blocks that train whole; None for single entries."""
         return as_block(self.block_size) if self.granularity == "block" else None
@@ -222,6 +165,11 @@ class SparseConfig(BaseSparseConfig):
     def criterion(self) -> Criterion:
         """What chooses the first positions."""
         return get_criterion("random" if self.regrowth else self.selection)
+
+    @property
+    def criterion_options(self) -> dict[str, Any]:
+        options = {"principal": {"r": self.principal_rank}, "threshold": {"threshold": self.threshold}}
+        return options.get(self.criterion.name, {})
 
     def reselection_schedule(self, total_steps: int | None) -> ReselectionSchedule:
         """When entries are replaced in a run of this many optimizer steps.
@@ -308,19 +256,3 @@ class SparseConfig(BaseSparseConfig):
                 f"redistribute=True with selection={self.selection!r}: positions that grow at random have no scores "
                 "to compare layers by; use accumulated_gradient, momentum or rigl"
             )
-
-    def __setattr__(self, name, value):
-        if name in BUDGET_FIELDS and self.__dict__.get("num_entries") is not None and value != getattr(self, name):
-            self.num_entries = self.weight_shapes = None
-        super().__setattr__(name, value)
-
-    def budget(self) -> Budget:
-        """The budget that the fields describe.
-
-        Raises:
-            ValueError, TypeError: the fields contradict each other or are out of range.
-        """
-        shared = {"density_pattern": self.density_pattern, "allocation": self.allocation}
-        if self.density is None and self.num_params is None and self.r is None:
-            return Budget(DEFAULT_DENSITY, at_least=DEFAULT_AT_LEAST, **shared)
-        return Budget(self.density, self.num_params, self.r, **shared)

@@ -1,0 +1,95 @@
+"""What the tuners of methods that train single entries share: budgets shared out, positions chosen."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from ..support import Support, resolve_block_counts, resolve_counts
+from .base_model import BaseSparseModel, LayerPlan, base_of, dense_weight, stored_shape
+from .entry_config import EntryConfig
+from .selection import SupportRecipe
+
+
+class EntryModel(BaseSparseModel):
+    """Base of the tuners of single entries."""
+
+    def plan_layers(
+        self,
+        config: EntryConfig,
+        targets: dict[str, nn.Module],
+        adapter_name: str,
+        file_entries: dict[str, int] | None,
+    ) -> dict[str, LayerPlan]:
+        shapes = {name: stored_shape(module) for name, module in targets.items()}
+        supports = self._cloned_supports(config, targets, adapter_name) or config.__dict__.get("supports") or {}
+        if supports:
+            self._check_names(config, set(supports), set(targets), "the positions chosen by select_support are for")
+            counts = {name: supports[name].nnz for name in targets}
+        elif file_entries is not None:
+            counts = {name: file_entries[name] for name in targets}
+        elif config.num_entries is not None:
+            self._check_names(config, set(config.num_entries), set(targets), "num_entries is for")
+            counts = {name: config.num_entries[name] for name in targets}
+        else:
+            counts, supports = self._resolve(config, targets, shapes)
+        self._check_shapes(config, shapes)
+        self._check_counts(config, shapes, counts)
+        config.num_entries = counts
+        config.weight_shapes = {name: list(shape) for name, shape in shapes.items()}
+        return {
+            name: LayerPlan(shape, counts[name], self._recipe(config, name, counts[name]), supports.get(name))
+            for name, shape in shapes.items()
+        }
+
+    @staticmethod
+    def _recipe(config: EntryConfig, name: str, entries: int) -> SupportRecipe:
+        criterion = config.criterion.name
+        return SupportRecipe(criterion, entries, config.seed, name, config.criterion_options, config.block)
+
+    @classmethod
+    def _resolve(
+        cls, config: EntryConfig, targets: dict[str, nn.Module], shapes: dict[str, tuple[int, int]]
+    ) -> tuple[dict[str, int], dict[str, Support]]:
+        """Share the budget between the layers and choose their positions, from the weights alone."""
+        criterion = config.criterion
+        recipes = {name: cls._recipe(config, name, 0) for name in targets}
+        if criterion.count is not None:
+            counts = {
+                name: criterion.count(dense_weight(module), **recipes[name].options)
+                for name, module in targets.items()
+            }
+        else:
+            scores = None
+            if criterion.needs == "weight":
+
+                def scores(name: str) -> Tensor:
+                    return criterion.score(dense_weight(targets[name]), None, **recipes[name].options)
+
+            if config.block is None:
+                counts = resolve_counts(shapes, config.budget(), scores, criterion.largest)
+            else:
+                counts = resolve_block_counts(shapes, config.budget(), config.block, scores, criterion.largest)
+        supports = {}
+        for name, module in targets.items():
+            if criterion.needs == "none" or base_of(module).weight.device.type != "meta":
+                recipe = cls._recipe(config, name, counts[name])
+                with torch.no_grad():
+                    supports[name] = recipe.draw(lambda module=module: dense_weight(module), shapes[name])
+        return counts, supports
+
+    @staticmethod
+    def _check_counts(config: EntryConfig, shapes: dict[str, tuple[int, int]], counts: dict[str, int]) -> None:
+        # where a criterion decides by itself how many train, that may be none in some layers
+        least = 0 if config.criterion.count is not None else 1
+        if least == 0 and not any(counts.values()):
+            raise ValueError(
+                f"selection={config.criterion.name!r} with {config.criterion_options} finds no entry in any layer, "
+                f"neither in layer {next(iter(shapes))} nor in {len(shapes) - 1} others; loosen it"
+            )
+        for name, (rows, cols) in shapes.items():
+            if not least <= counts[name] <= rows * cols:
+                raise ValueError(
+                    f"num_entries: {counts[name]} entries for layer {name} of {rows} x {cols} weights; "
+                    f"between {least} and {rows * cols} are possible"
+                )
