@@ -13,7 +13,8 @@ from .training.adamw import SparseAdamW  # noqa: E402
 from .training.callback import SparsityCallback  # noqa: E402
 from .training.controller import SparsityController  # noqa: E402
 from .training.sm3 import SM3  # noqa: E402
-from .tuners.s2ft import S2FTConfig, S2FTLayer, S2FTModel  # noqa: E402
+from .tuners.s2ft import S2FTConfig, S2FTLinear, S2FTModel  # noqa: E402
+from .tuners.sara import SaRAConfig, SaRALinear, SaRAModel, sara_learning_rate  # noqa: E402
 from .tuners.sparse import SparseConfig, SparseLinear, SparseModel  # noqa: E402  (their PEFT type exists from here on)
 
 __version__ = "0.1.0"
@@ -21,8 +22,11 @@ __version__ = "0.1.0"
 __all__ = [
     "SM3",
     "S2FTConfig",
-    "S2FTLayer",
+    "S2FTLinear",
     "S2FTModel",
+    "SaRAConfig",
+    "SaRALinear",
+    "SaRAModel",
     "SparseAdamW",
     "SparseConfig",
     "SparseLinear",
@@ -32,6 +36,7 @@ __all__ = [
     "__version__",
     "base_weights",
     "panel_limit",
+    "sara_learning_rate",
     "select_support",
     "use_backend",
 ]

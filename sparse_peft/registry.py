@@ -42,6 +42,13 @@ METHODS = (
         "SparseModel",
         dynamics="sparse_peft.training.reselection.ReselectionDynamics",
     ),
+    Method(
+        "SPARSE_PEFT_SARA",
+        "sparse_peft.tuners.sara",
+        "SaRAConfig",
+        "SaRAModel",
+        dynamics="sparse_peft.training.smallest.SmallestDynamics",
+    ),
     Method("SPARSE_PEFT_S2FT", "sparse_peft.tuners.s2ft", "S2FTConfig", "S2FTModel"),
 )
 

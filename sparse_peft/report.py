@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from .ops import plan_support_grad
 from .support import Support
-from .training.records import Reselection
+from .training.records import Record, Reselection, record_from_dict
 from .tuners.base_layer import SparseTunerLayer
 
 if TYPE_CHECKING:
@@ -137,7 +137,7 @@ def layer_paths(model: nn.Module, dtype: torch.dtype | None = None) -> list[Laye
     return found
 
 
-def plot_turnover(history: Sequence[Reselection], path: str | os.PathLike) -> Path:
+def plot_turnover(history: Sequence[Record], path: str | os.PathLike) -> Path:
     """What each reselection replaced, its thresholds, and how old the trained entries were after it.
 
     Args:
@@ -148,6 +148,7 @@ def plot_turnover(history: Sequence[Reselection], path: str | os.PathLike) -> Pa
         ValueError: an empty history, or one of several adapters.
         ImportError: matplotlib is not installed.
     """
+    history = [record for record in history if isinstance(record, Reselection)]
     if not history:
         raise ValueError("history: no reselection to draw; it is filled during training, by SparsityController.step()")
     adapters = sorted({record.adapter for record in history})
@@ -201,7 +202,7 @@ def _band(axis, history: Sequence[Reselection], what: str, label: str) -> None:
         axis.fill_between(steps, low, high, alpha=0.2, color=line.get_color())
 
 
-def write_history(history: Sequence[Reselection], folder: str | os.PathLike) -> Path:
+def write_history(history: Sequence[Record], folder: str | os.PathLike) -> Path:
     """Keep a history as ``sparsity_history.json`` in a folder; whole or not at all."""
     path = Path(folder) / HISTORY_FILE
     staged = path.with_suffix(".tmp")
@@ -210,7 +211,7 @@ def write_history(history: Sequence[Reselection], folder: str | os.PathLike) -> 
     return path
 
 
-def read_history(path: str | os.PathLike) -> list[Reselection]:
+def read_history(path: str | os.PathLike) -> list[Record]:
     """What :func:`write_history` wrote, from the file or its folder.
 
     Raises:
@@ -222,14 +223,12 @@ def read_history(path: str | os.PathLike) -> list[Reselection]:
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no history; write_history(controller.history, folder) makes one")
     try:
-        return [Reselection.from_dict(record) for record in json.loads(path.read_text(encoding="utf-8"))]
+        return [record_from_dict(record) for record in json.loads(path.read_text(encoding="utf-8"))]
     except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise ValueError(
-            f"{path} is no history of reselections ({error}); write it anew with write_history"
-        ) from error
+        raise ValueError(f"{path} is no history of a training ({error}); write it anew with write_history") from error
 
 
-def plot_report(model: nn.Module, history: Sequence[Reselection], folder: str | os.PathLike) -> list[Path]:
+def plot_report(model: nn.Module, history: Sequence[Record], folder: str | os.PathLike) -> list[Path]:
     """``turnover.png`` and ``supports.png`` of one adapter's training, and the history beside them.
 
     Raises:

@@ -85,7 +85,7 @@ def test_errors_say_what_is_wrong(tmp_path, monkeypatch):
     with pytest.raises(FileNotFoundError, match="sparsity_history.json: no history"):
         read_history(tmp_path)
     (tmp_path / "sparsity_history.json").write_text('[{"step": 1}]')
-    with pytest.raises(ValueError, match="is no history of reselections"):
+    with pytest.raises(ValueError, match="is no history of a training"):
         read_history(tmp_path)
     real = builtins.__import__
 

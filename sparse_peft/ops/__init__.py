@@ -11,6 +11,7 @@ from .functional import ENTRIES, functional_conv, functional_linear
 from .layers import support_layer
 from .library import remember
 from .masked_dw import PANEL_BYTES_PER_WEIGHT, masked_dw
+from .nuclear import nuclear_norm
 from .observe import UNOBSERVED, GradientObserver, new_key, observe
 from .panels import panel_bytes, panel_limit, panels
 from .products import LinearProduct, Product, WeightSource
@@ -45,6 +46,7 @@ __all__ = [
     "log_once",
     "masked_dw",
     "new_key",
+    "nuclear_norm",
     "observe",
     "pack_codes",
     "packed_width",

@@ -189,10 +189,10 @@ def select(
     where = f"layer {name}: " if name else ""
     if criterion.count is not None:
         counted = criterion.count(weight, **options)
-        if k not in (None, counted) or counted == 0:
+        if k not in (None, counted):
             raise ValueError(
-                f"{where}selection={criterion.name!r} with {options} finds {counted} entries"
-                + (f", not {k}; the weight is not the one they were counted in" if counted else "; loosen it")
+                f"{where}selection={criterion.name!r} with {options} finds {counted} entries, not {k}; the weight is "
+                "not the one they were counted in"
             )
         k = counted
     if k is None:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from transformers import TrainerCallback
 
 from .controller import SparsityController
-from .records import Reselection
+from .records import Record
 
 if TYPE_CHECKING:
     from transformers import Trainer
@@ -36,11 +36,11 @@ class SparsityCallback(TrainerCallback):
     def __init__(self, trainer: Trainer | None = None):
         self.trainer = trainer
         self.controller: SparsityController | None = None
-        self._unlogged: list[Reselection] = []
+        self._unlogged: list[Record] = []
 
     @property
-    def history(self) -> list[Reselection]:
-        """What the reselections did, oldest first."""
+    def history(self) -> list[Record]:
+        """What happened besides steps, oldest first."""
         return [] if self.controller is None else self.controller.history
 
     def on_train_begin(self, args, state, control, model=None, optimizer=None, **kwargs):

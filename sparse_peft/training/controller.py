@@ -12,7 +12,7 @@ from torch.distributed.fsdp import FullyShardedDataParallel
 from .collectives import Collectives
 from .dynamics import Dynamics, Setting, configs_of, make_dynamics
 from .optimizer_state import inner_optimizer
-from .records import Reselection
+from .records import Record, record_from_dict
 
 # Under this key of the first parameter group the state travels with the optimizer's own.
 STATE_KEY = "sparse_peft"
@@ -44,7 +44,7 @@ class SparsityController:
 
     Attributes:
         completed_steps: number of optimizer steps taken.
-        history: what the reselections did, oldest first.
+        history: what happened besides steps, such as reselections, oldest first.
 
     Raises:
         TypeError: the optimizer is none of torch's.
@@ -63,7 +63,7 @@ class SparsityController:
     ):
         self.optimizer = inner_optimizer(optimizer)
         self.completed_steps = completed_steps
-        self.history: list[Reselection] = []
+        self.history: list[Record] = []
         self._stepped = False
         self._skipped = 0
         self._collectives = Collectives(process_group)
@@ -106,7 +106,7 @@ class SparsityController:
 
     # ------------------------------------------------------------------ steps
 
-    def step(self) -> list[Reselection]:
+    def step(self) -> list[Record]:
         """Take note of the optimizer's step; call it after each ``optimizer.step()``, on every process.
 
         A step that the optimizer did not take, because a loss scaler found gradients that are not finite, does not
@@ -187,7 +187,7 @@ class SparsityController:
         for adapter, dynamics in self._dynamics.items():
             dynamics.load_state_dict(state["adapters"][adapter])
         self.completed_steps = state["completed_steps"]
-        self.history = [Reselection.from_dict(record) for record in state["history"]]
+        self.history = [record_from_dict(record) for record in state["history"]]
         self._begin_step()
 
     def _add_state(self, optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from torch import nn
 from ..registry import METHODS
 from ..tuners.base_layer import SparseTunerLayer
 from .collectives import Collectives
-from .records import Reselection
+from .records import Record
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class Dynamics(Protocol):
     def before_step(self, step: int) -> None:
         """Right before the optimizer steps; gradients are what it will use. Not called for a step that is skipped."""
 
-    def after_step(self, step: int) -> Reselection | None:
+    def after_step(self, step: int) -> Record | None:
         """After the optimizer stepped."""
 
     def discard_step(self) -> None:

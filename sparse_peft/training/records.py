@@ -1,4 +1,4 @@
-"""What a reselection did: for the log, for plots, and kept in checkpoints."""
+"""What happened in training besides steps: for the log, for plots, and kept in checkpoints."""
 
 from __future__ import annotations
 
@@ -90,10 +90,81 @@ class Reselection:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain numbers, strings, lists and dicts."""
-        return {**asdict(self), "age_edges": list(self.age_edges), "ages": list(self.ages)}
+        return {"event": "reselection", **asdict(self), "age_edges": list(self.age_edges), "ages": list(self.ages)}
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> Reselection:
         """What :meth:`to_dict` gave."""
         layers = {name: LayerChange(**change) for name, change in data["layers"].items()}
-        return cls(**{**data, "layers": layers, "age_edges": tuple(data["age_edges"]), "ages": tuple(data["ages"])})
+        fields = {name: value for name, value in data.items() if name != "event"}
+        return cls(**{**fields, "layers": layers, "age_edges": tuple(data["age_edges"]), "ages": tuple(data["ages"])})
+
+
+@dataclass(frozen=True)
+class LayerFreezing:
+    """One layer's part in a freezing.
+
+    Attributes:
+        entries: entries that trained before.
+        frozen: entries that do not train any more.
+        numel: size of the weight.
+        threshold: absolute value from which on they are frozen.
+    """
+
+    entries: int
+    frozen: int
+    numel: int
+    threshold: float
+
+
+@dataclass(frozen=True)
+class Freezing:
+    """Entries that have grown out of the smallest stopped training.
+
+    Attributes:
+        step: number of optimizer steps completed when it happened.
+        adapter: the adapter's name.
+        layers: ``{layer name: what happened there}``.
+    """
+
+    step: int
+    adapter: str
+    layers: dict[str, LayerFreezing]
+
+    @property
+    def frozen(self) -> int:
+        """Entries of all layers that do not train any more."""
+        return sum(layer.frozen for layer in self.layers.values())
+
+    def logs(self) -> dict[str, float]:
+        """Numbers for a Trainer's log, each under ``sparsity/``."""
+        entries = sum(layer.entries for layer in self.layers.values())
+        numel = sum(layer.numel for layer in self.layers.values())
+        return {
+            "sparsity/frozen": float(self.frozen),
+            "sparsity/frozen_share": self.frozen / entries,
+            "sparsity/density": (entries - self.frozen) / numel,
+        }
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain numbers, strings, lists and dicts."""
+        return {"event": "freezing", **asdict(self)}
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> Freezing:
+        """What :meth:`to_dict` gave."""
+        layers = {name: LayerFreezing(**change) for name, change in data["layers"].items()}
+        return cls(data["step"], data["adapter"], layers)
+
+
+Record = Reselection | Freezing
+_EVENTS = {"reselection": Reselection, "freezing": Freezing}
+
+
+def record_from_dict(data: dict[str, Any]) -> Record:
+    """The record that ``to_dict`` gave this.
+
+    Raises:
+        KeyError, TypeError: it is of no known event, or not complete.
+    """
+    return _EVENTS[data["event"]].from_dict(data)

@@ -108,8 +108,13 @@ class BaseSparseConfig(PeftConfig):
 
     @property
     def changes_in_training(self) -> bool:
-        """Whether training needs a controller: something else than the values changes."""
+        """Whether training needs a controller: something else happens than that the optimizer steps the values."""
         return False
+
+    @property
+    def attendance_needed_for(self) -> str:
+        """What the controller does, for the warning that there is none."""
+        return "reselects its positions"
 
     @property
     def selection_needs(self) -> str:

@@ -128,7 +128,6 @@ class BaseSparseModel(BaseTuner):
                 )
 
     @classmethod
-    @abstractmethod
     def choose_from_data(
         cls,
         model: nn.Module,
@@ -140,7 +139,11 @@ class BaseSparseModel(BaseTuner):
         loss_fn: Callable[[nn.Module, Any], Tensor] | None,
         oversample: float,
     ) -> dict[str, Support]:
-        """Each target's positions; the arguments are those of :func:`sparse_peft.select_support`, checked."""
+        """Each target's positions; the arguments are those of :func:`sparse_peft.select_support`, checked.
+
+        For methods that have criteria which look at data.
+        """
+        raise NotImplementedError
 
     @classmethod
     def select_support(
@@ -281,7 +284,7 @@ class BaseSparseModel(BaseTuner):
             inference_mode=peft_config.inference_mode,
         )
         if peft_config.changes_in_training and not peft_config.inference_mode:
-            expect_attendance(layer.deltas[adapter_name])
+            expect_attendance(layer.deltas[adapter_name], peft_config.attendance_needed_for)
         if layer is not target:
             if adapter_name not in self.active_adapters:
                 layer.requires_grad_(False)  # an additional adapter is not trained before it is made active

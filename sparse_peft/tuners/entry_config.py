@@ -10,8 +10,7 @@ from typing import Any, ClassVar
 from ..support import ALLOCATIONS, Block, Budget, Criterion
 from .base_config import BaseSparseConfig
 
-# Without a budget: this density, and in layers so small that it would be next to nothing, this many entries.
-DEFAULT_DENSITY = 0.01
+# Without a budget: a density, and in layers so small that it would be next to nothing, this many entries.
 DEFAULT_AT_LEAST = 16
 
 BUDGET_FIELDS = frozenset({"density", "num_params", "r", "density_pattern", "allocation"})
@@ -23,10 +22,13 @@ class EntryConfig(BaseSparseConfig):
 
     deciding_fields: ClassVar[frozenset[str]] = BUDGET_FIELDS
     resolved_fields: ClassVar[tuple[str, ...]] = ("num_entries", "weight_shapes")
+    default_density: ClassVar[float] = 0.01
 
     density: float | None = field(
         default=None,
-        metadata={"help": "Share of the target weights that trains, in (0, 1]; without any budget 0.01."},
+        metadata={
+            "help": "Share of the target weights that trains, in (0, 1]; a few percent without any budget."
+        },
     )
     num_params: int | None = field(
         default=None, metadata={"help": "Number of trained entries over all target layers."}
@@ -101,5 +103,5 @@ class EntryConfig(BaseSparseConfig):
         """
         shared = {"density_pattern": self.density_pattern, "allocation": self.allocation}
         if self.density is None and self.num_params is None and self.r is None:
-            return Budget(DEFAULT_DENSITY, at_least=DEFAULT_AT_LEAST, **shared)
+            return Budget(self.default_density, at_least=DEFAULT_AT_LEAST, **shared)
         return Budget(self.density, self.num_params, self.r, **shared)

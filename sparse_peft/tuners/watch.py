@@ -1,4 +1,4 @@
-"""Adapters whose positions should change in training: a word of warning where nothing changes them."""
+"""Adapters that need a controller in training: a word of warning where there is none."""
 
 from __future__ import annotations
 
@@ -7,23 +7,23 @@ import weakref
 
 from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 
-from .delta import SparseDelta
+from .delta import Delta
 
-_unattended: weakref.WeakSet[SparseDelta] = weakref.WeakSet()
+_unattended: weakref.WeakKeyDictionary[Delta, str] = weakref.WeakKeyDictionary()
 _hook = None
 
 
-def expect_attendance(delta: SparseDelta) -> None:
-    """Warn, once, if an optimizer steps these values and no controller was made for them by then."""
+def expect_attendance(delta: Delta, what: str) -> None:
+    """Warn, once, if an optimizer steps these values and no controller, which does ``what``, was made by then."""
     global _hook
     if _hook is None:
         _hook = register_optimizer_step_post_hook(_check)
-    _unattended.add(delta)
+    _unattended[delta] = what
 
 
-def attend(delta: SparseDelta) -> None:
+def attend(delta: Delta) -> None:
     """A controller looks after these values."""
-    _unattended.discard(delta)
+    _unattended.pop(delta, None)
 
 
 def _check(optimizer: Optimizer, *_) -> None:
@@ -35,10 +35,11 @@ def _check(optimizer: Optimizer, *_) -> None:
     alone = [delta for delta in _unattended if id(delta.values) in stepped]
     if not alone:
         return
+    what = _unattended[alone[0]]
     _unattended.clear()
     warnings.warn(
-        f"the adapter in layer {alone[0].name} (and {len(alone) - 1} more) is trained, but nothing reselects its "
-        "positions as its config asks for. With a Trainer or a TRL trainer add "
+        f"the adapter in layer {alone[0].name} (and {len(alone) - 1} more) is trained, but nothing {what} as "
+        "its config asks for. With a Trainer or a TRL trainer add "
         "`callbacks=[sparse_peft.SparsityCallback()]`; in a loop of your own make "
         "`controller = sparse_peft.SparsityController(model, optimizer, total_steps=...)` and call "
         "`controller.step()` after each `optimizer.step()`.",

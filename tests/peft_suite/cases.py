@@ -46,6 +46,12 @@ METHODS = (
     Method("sparse", "sparse_peft:SparseConfig", {"density": 0.4}, {"density": 0.2}),
     Method("s2ft", "sparse_peft:S2FTConfig", {"ratio": 0.4}, {"ratio": 0.2}, groups=False),
     Method(
+        "sara",
+        "sparse_peft:SaRAConfig",
+        {"density": 0.4, "progressive": None, "nuclear_weight": 0.0},
+        {"density": 0.2},
+    ),
+    Method(
         "shira",
         "peft:ShiraConfig",
         {"r": 1},

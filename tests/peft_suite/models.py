@@ -60,7 +60,12 @@ MODELS: dict[str, tuple[str, dict[str, Any], str]] = {
     ),
     "tiny-llama": ("LlamaConfig", _LLAMA, "LlamaForCausalLM"),
     "tiny-qwen2": ("Qwen2Config", _LLAMA, "Qwen2ForCausalLM"),
-    "tiny-gemma3": ("Gemma3TextConfig", {**_LLAMA, "head_dim": 8, "sliding_window": 16}, "Gemma3ForCausalLM"),
+    # untied: with tied embeddings it repeats its last token, whatever an adapter of the residual stream does
+    "tiny-gemma3": (
+        "Gemma3TextConfig",
+        {**_LLAMA, "head_dim": 8, "sliding_window": 16, "tie_word_embeddings": False},
+        "Gemma3ForCausalLM",
+    ),
     "tiny-t5": (
         "T5Config",
         {

@@ -16,7 +16,6 @@ import pytest
 import torch
 
 from . import cases, models
-from .diffusers_stub import importable_diffusers
 from .known_issues import KNOWN_ISSUES
 from .mutants import MUTANT_VARIABLE, apply_mutant
 from .retarget import replace_inline, replace_list
@@ -39,7 +38,7 @@ def pytest_configure(config: pytest.Config) -> None:
     file = os.environ[FILE_VARIABLE]
     pytest.register_assert_rewrite(PACKAGE)
     # What other packages say while they are imported would drown the result.
-    with importable_diffusers(), warnings.catch_warnings():
+    with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         common = importlib.import_module(f"{PACKAGE}.testing_common")
         module = importlib.import_module(f"{PACKAGE}.{TEST_FILES[file]}")

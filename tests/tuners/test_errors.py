@@ -105,7 +105,7 @@ def test_positions_for_another_model():
 
 
 def test_threshold_that_selects_nothing():
-    with pytest.raises(ValueError, match="layer first.*threshold"):
+    with pytest.raises(ValueError, match="threshold.*finds no entry in any layer, neither in layer first"):
         get_peft_model(TwoLayers(), SparseConfig(selection="threshold", threshold=1e-30, target_modules=["first"]))
 
 

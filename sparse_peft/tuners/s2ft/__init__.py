@@ -1,7 +1,7 @@
 """S2FT: whole input or output channels of the layers train (Yang et al., NeurIPS 2024)."""
 
 from .config import S2FTConfig
-from .layer import S2FTLayer
+from .layer import S2FTLinear
 from .model import S2FTModel
 
-__all__ = ["S2FTConfig", "S2FTLayer", "S2FTModel"]
+__all__ = ["S2FTConfig", "S2FTLinear", "S2FTModel"]

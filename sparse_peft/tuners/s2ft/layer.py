@@ -30,8 +30,10 @@ class _Stack:
     channels: Tensor
 
 
-class S2FTLayer(SparseTunerLayer):
+class S2FTLinear(SparseTunerLayer):
     """A layer with trained channels; see :class:`~sparse_peft.tuners.base_layer.SparseTunerLayer`.
+
+    Its name says Linear because PEFT finds "all-linear" layers that have an adapter already by their class's name.
 
     A batch whose inputs use several adapters costs the base's product and one batched product for all of them. Their
     values lie side by side for it, in the input's dtype, from the first such batch until adapters are switched.
@@ -86,9 +88,6 @@ class S2FTLayer(SparseTunerLayer):
 
     def __getstate__(self):
         return {**super().__getstate__(), "_stack": None}
-
-    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
-        return True
 
     def __repr__(self) -> str:
         return f"sparse_peft.{super().__repr__()}"

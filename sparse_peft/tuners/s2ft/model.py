@@ -17,7 +17,7 @@ from ..base_model import BaseSparseModel, base_of, dense_weight, in_dim_of, stor
 from .budget import choose_units
 from .config import S2FTConfig
 from .delta import ChannelDelta
-from .layer import S2FTLayer
+from .layer import S2FTLinear
 from .roles import DEFAULT_TARGETS
 from .structures import Heads, Structure, build, side_of
 
@@ -63,8 +63,8 @@ class S2FTModel(BaseSparseModel):
     """
 
     prefix = "sparse_peft_s2ft_"
-    tuner_layer_cls = S2FTLayer
-    layer_cls = S2FTLayer
+    tuner_layer_cls = S2FTLinear
+    layer_cls = S2FTLinear
     target_module_mapping = DEFAULT_TARGETS
 
     def plan_layers(

@@ -90,7 +90,8 @@ DEFAULT_TARGETS = {
     **dict.fromkeys(["gpt_neox", "bloom", "falcon"], ["attention.dense", "self_attention.dense", "dense_4h_to_h"]),
     "gptj": ["out_proj", "fc_out"],
     "gpt_neo": ["out_proj", "mlp.c_proj"],
-    **dict.fromkeys(["opt", "bart", "mbart", "whisper", "m2m_100", "blenderbot", "pegasus"], ["out_proj", "fc2"]),
+    "opt": ["out_proj"],  # it flattens the tokens before fc2, where a mixed batch could not tell its items apart
+    **dict.fromkeys(["bart", "mbart", "whisper", "m2m_100", "blenderbot", "pegasus"], ["out_proj", "fc2"]),
     **dict.fromkeys(["clip", "siglip"], ["out_proj", "fc2"]),
     **dict.fromkeys(["t5", "mt5", "umt5"], ["o", "wo"]),
     **dict.fromkeys(

@@ -1,0 +1,137 @@
+"""The config of SaRA."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+from ...support import Criterion, get_criterion, steps_of
+from ..entry_config import EntryConfig
+
+NUCLEAR_MATRICES = ("one", "all")
+
+
+def sara_learning_rate(threshold: float) -> float:
+    """The learning rate that SaRA's authors use with a threshold: ``1e-3 * exp(-350 * threshold)``.
+
+    Args:
+        threshold: absolute value below which entries train; a density's is the largest absolute value that trains.
+
+    Raises:
+        ValueError: it is not positive.
+    """
+    if not (math.isfinite(threshold) and threshold > 0):
+        raise ValueError(f"threshold={threshold!r}: a positive number is expected")
+    return 1e-3 * math.exp(-350 * threshold)
+
+
+@dataclass
+class SaRAConfig(EntryConfig):
+    """SaRA (ICLR 2025): train the weights that are smallest in absolute value, which the model hardly uses.
+
+    How many train is said by a ``threshold``, or by a budget: ``density``, ``num_params`` or ``r``; without any, 5 %.
+    Training with ``progressive`` or ``nuclear_weight`` needs :class:`~sparse_peft.SparsityCallback` or a
+    :class:`~sparse_peft.SparsityController`.
+
+    Args:
+        threshold: train the entries with absolute value below it, in whatever layers they are.
+        density, num_params, r, density_pattern: as in :class:`~sparse_peft.SparseConfig`.
+        allocation: as there; with ``"global"`` the smallest entries of all layers together train, as with a threshold.
+        progressive: when entries that have grown out of the smallest are frozen, with what they have become: a number
+            of optimizer steps (int), or a share of the run (float in (0, 1)); None for never. Entries stay below the
+            threshold to go on; with a budget, below the largest absolute value that was chosen.
+        nuclear_weight: weight of the nuclear norm of the matrix that has the trained entries' weights and else zeros;
+            0 for none. It is added to the gradients once for each optimizer step, after clipping.
+        nuclear_matrices: ``"one"``: that of one layer, another in each step, as the authors do, or ``"all"``.
+        nuclear_every: add it in every so many steps only, with so many times the weight.
+        nuclear_min_size: only matrices with more rows and more columns than this have a part in it.
+        seed: of the layers that are picked.
+        resident: let the base weight hold the adapter's entries between steps where that is possible, which makes the
+            forward pass as fast as the base's. ``False`` never writes to the base; it changes speed, not results.
+        num_entries: resolved number of entries per layer; filled in when the adapter is made, and what a saved adapter
+            is rebuilt from. Not for setting by hand.
+        weight_shapes: resolved ``[rows, cols]`` of the layers' stored weights; likewise.
+
+    Raises:
+        ValueError, TypeError: a field that is out of range, or two that contradict each other.
+    """
+
+    method: ClassVar[str] = "SPARSE_PEFT_SARA"
+    deciding_fields: ClassVar[frozenset[str]] = EntryConfig.deciding_fields | {"threshold"}
+    # about what the paper's threshold of 2e-3 takes of Stable Diffusion 1.5's UNet
+    default_density: ClassVar[float] = 0.05
+
+    threshold: float | None = field(
+        default=None, metadata={"help": "Train entries with |weight| below it, in place of a budget."}
+    )
+    progressive: int | float | None = field(
+        default=0.5,
+        metadata={"help": "When entries that have grown freeze: optimizer steps (int) or a share of the run (float)."},
+    )
+    nuclear_weight: float = field(
+        default=5e-4, metadata={"help": "Weight of the trained entries' nuclear norm; 0 for none."}
+    )
+    nuclear_matrices: str = field(
+        default="one", metadata={"help": "Nuclear norm of 'one' layer, another in each step, or of 'all'."}
+    )
+    nuclear_every: int = field(
+        default=1, metadata={"help": "Optimizer steps from one nuclear norm to the next, so many times as strong."}
+    )
+    nuclear_min_size: int = field(
+        default=64, metadata={"help": "Nuclear norms are taken of matrices with more rows and columns than this."}
+    )
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.threshold is not None:
+            self.check_threshold(self.threshold)
+        else:
+            self.budget()
+        if self.progressive is not None:
+            given = self.progressive
+            if isinstance(given, bool) or not isinstance(given, (int, float)):
+                raise TypeError(f"progressive={given!r}: optimizer steps (int), a share of the run (float) or None")
+            if not (given >= 1 if isinstance(given, int) else 0 < given < 1):
+                raise ValueError(
+                    f"progressive={given!r}: at least 1 optimizer step (int), or a share of the run (float) between 0 "
+                    "and 1, is expected; None for never"
+                )
+        weight = self.nuclear_weight
+        if isinstance(weight, bool) or not isinstance(weight, (int, float)):
+            raise TypeError(f"nuclear_weight={weight!r}: a number is expected")
+        if not (math.isfinite(weight) and weight >= 0):
+            raise ValueError(f"nuclear_weight={weight!r}: a number of at least 0 is expected")
+        if self.nuclear_matrices not in NUCLEAR_MATRICES:
+            raise ValueError(f"nuclear_matrices={self.nuclear_matrices!r}: 'one' or 'all' is expected")
+        for name, least in (("nuclear_every", 1), ("nuclear_min_size", 0)):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int):
+                raise TypeError(f"{name}={value!r}: an int is expected")
+            if value < least:
+                raise ValueError(f"{name}={value}: at least {least} is expected")
+
+    @property
+    def criterion(self) -> Criterion:
+        return get_criterion("magnitude_smallest" if self.threshold is None else "threshold")
+
+    @property
+    def criterion_options(self) -> dict[str, Any]:
+        return {} if self.threshold is None else {"threshold": self.threshold}
+
+    @property
+    def changes_in_training(self) -> bool:
+        return self.progressive is not None or self.nuclear_weight > 0
+
+    @property
+    def attendance_needed_for(self) -> str:
+        wanted = {"progressive": self.progressive is not None, "nuclear_weight": self.nuclear_weight > 0}
+        return "applies its " + " and ".join(name for name, is_wanted in wanted.items() if is_wanted)
+
+    def freezing_step(self, total_steps: int | None) -> int | None:
+        """After which optimizer step entries freeze, in a run of this many; None for never.
+
+        Raises:
+            ValueError: it is a share of the run, whose length is not known.
+        """
+        return None if self.progressive is None else max(1, steps_of(self.progressive, total_steps, "progressive"))

@@ -1,0 +1,37 @@
+"""The tuner of SaRA."""
+
+from __future__ import annotations
+
+from ..base_layer import SparseTunerLayer
+from ..entry_model import EntryModel
+
+
+class SaRALinear(SparseTunerLayer):
+    """A layer whose smallest weights train; see :class:`~sparse_peft.tuners.base_layer.SparseTunerLayer`."""
+
+    delta_container = "sparse_peft_sara_adapter"
+    adapter_layer_names = (delta_container,)
+
+    def __repr__(self) -> str:
+        return f"sparse_peft.{super().__repr__()}"
+
+
+class SaRAModel(EntryModel):
+    """Creates a model that trains the smallest weights of its target layers.
+
+    Args:
+        model: the model to adapt.
+        config: a :class:`~sparse_peft.SaRAConfig`.
+        adapter_name: the adapter's name.
+
+    Example:
+        >>> from diffusers import UNet2DConditionModel
+        >>> from sparse_peft import SaRAConfig
+        >>> unet = UNet2DConditionModel.from_pretrained("sd-legacy/stable-diffusion-v1-5", subfolder="unet")
+        >>> unet.requires_grad_(False)
+        >>> unet.add_adapter(SaRAConfig(threshold=2e-3, target_modules=["to_q", "to_k", "to_v", "to_out.0"]))
+    """
+
+    prefix = "sparse_peft_sara_"
+    tuner_layer_cls = SaRALinear
+    layer_cls = SaRALinear
