@@ -15,7 +15,13 @@ from .nuclear import nuclear_norm
 from .observe import UNOBSERVED, GradientObserver, new_key, observe
 from .panels import panel_bytes, panel_limit, panels
 from .products import LinearProduct, Product, WeightSource
-from .support_entries import add_to_support_, read_support, restore_supports_, resync_supports_
+from .support_entries import (
+    add_to_support_,
+    read_support,
+    restore_supports_,
+    resync_supports_,
+    write_support_,
+)
 from .support_grad import accumulation_dtype, gradient_panels, support_grad
 
 __all__ = [
@@ -69,4 +75,5 @@ __all__ = [
     "unpack_codes",
     "use_backend",
     "write_entries_",
+    "write_support_",
 ]

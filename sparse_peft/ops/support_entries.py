@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..support import ChannelSupport, Support
-from .entries import effective_entries, read_entries, restore_, resync_, scatter_add_
+from .entries import effective_entries, read_entries, restore_, resync_, scatter_add_, write_entries_
 
 
 def _channels_of(weight: Tensor, support: ChannelSupport) -> tuple[int, ...]:
@@ -47,6 +47,14 @@ def read_support(weight: Tensor, support: Support) -> Tensor:
     if isinstance(support, ChannelSupport):
         return _read_channels(weight, support)
     return read_entries(weight, support.indices)
+
+
+def write_support_(weight: Tensor, support: Support, entries: Tensor) -> None:
+    """Overwrite the weight's entries at the support, in place; every other bit stays as it is."""
+    if isinstance(support, ChannelSupport):
+        _write_channels_(weight, support, entries)
+    else:
+        write_entries_(weight, support.indices, entries)
 
 
 def add_to_support_(weight: Tensor, support: Support, values: Tensor) -> None:

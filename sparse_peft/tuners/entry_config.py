@@ -26,9 +26,7 @@ class EntryConfig(BaseSparseConfig):
 
     density: float | None = field(
         default=None,
-        metadata={
-            "help": "Share of the target weights that trains, in (0, 1]; a few percent without any budget."
-        },
+        metadata={"help": "Share of the target weights that trains, in (0, 1]; a few percent without any budget."},
     )
     num_params: int | None = field(
         default=None, metadata={"help": "Number of trained entries over all target layers."}

@@ -81,6 +81,8 @@ class S2FTModel(BaseSparseModel):
             self._check_names(config, set(supports), set(targets), "the channels chosen by select_support are for")
         elif file_entries is None and self._may_choose(config):
             supports = self._choose(config, self.model, targets, sides)
+            if config.num_channels not in (None, {name: support.count for name, support in supports.items()}):
+                supports = {}  # the saved adapter's were not chosen by this config: they come with its file
         if supports:
             counts = {name: supports[name].count for name in targets}
         elif file_entries is not None:

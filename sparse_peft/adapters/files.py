@@ -1,0 +1,110 @@
+"""Adapter folders, as PEFT lays them out, also of models that PEFT's own wrapper is not around.
+
+``PeftModel`` saves and loads itself, and transformers' models do; a model of diffusers or of anything else that got
+its adapter by ``add_adapter`` or ``inject_adapter_in_model`` has no method for it.
+"""
+
+from __future__ import annotations
+
+import copy
+import os
+import tempfile
+from typing import Any
+
+from peft import PeftConfig, get_peft_model_state_dict, inject_adapter_in_model, set_peft_model_state_dict
+from peft.utils import SAFETENSORS_WEIGHTS_NAME
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from ..training.dynamics import configs_of
+
+# What PeftModel's state dicts begin with, and so every adapter file.
+PREFIX = "base_model.model."
+
+
+def config_of(model: nn.Module, adapter_name: str) -> Any:
+    """The config of one of the model's adapters.
+
+    Raises:
+        ValueError: it has none of this name.
+    """
+    configs = configs_of(model)
+    if adapter_name not in configs:
+        names = ", ".join(map(repr, configs)) or "none"
+        raise ValueError(f"adapter_name={adapter_name!r}: the model's adapters are {names}")
+    return configs[adapter_name]
+
+
+def tensors_of(model: nn.Module, adapter_name: str) -> dict[str, Tensor]:
+    """One adapter's tensors under the names that they have in a file."""
+    state = get_peft_model_state_dict(model, adapter_name=adapter_name)
+    return {name if name.startswith(PREFIX) else f"{PREFIX}{name}": tensor for name, tensor in state.items()}
+
+
+def write_adapter(folder: str | os.PathLike, config: PeftConfig, tensors: dict[str, Tensor]) -> None:
+    """Write an adapter's folder, whole or not at all."""
+    os.makedirs(folder, exist_ok=True)
+    config = copy.copy(config)
+    config.inference_mode = True
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".saving-") as staging:
+        whole = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+        save_file(whole, os.path.join(staging, SAFETENSORS_WEIGHTS_NAME), metadata={"format": "pt"})
+        config.save_pretrained(staging)
+        for name in os.listdir(staging):
+            os.replace(os.path.join(staging, name), os.path.join(folder, name))
+
+
+def read_adapter(folder: str | os.PathLike) -> tuple[PeftConfig, dict[str, Tensor]]:
+    """The config and tensors of an adapter's folder.
+
+    Raises:
+        ValueError: there is no adapter in it, or it is damaged.
+    """
+    config = PeftConfig.from_pretrained(os.fspath(folder))
+    path = os.path.join(folder, SAFETENSORS_WEIGHTS_NAME)
+    if not os.path.isfile(path):
+        raise ValueError(f"{path}: no such file; an adapter's folder has {SAFETENSORS_WEIGHTS_NAME} in it")
+    return config, load_file(path)
+
+
+def save_adapter(model: nn.Module, folder: str | os.PathLike, adapter_name: str = "default") -> None:
+    """Save one adapter of a model, with or without PEFT's wrapper; ``PeftModel.from_pretrained`` reads it as well.
+
+    Args:
+        model: the model that has the adapter, such as a pipeline's ``unet``.
+        folder: made if need be; it gets ``adapter_config.json`` and ``adapter_model.safetensors``.
+        adapter_name: which.
+
+    Raises:
+        ValueError: the model has no such adapter, or one with values that are not finite.
+    """
+    write_adapter(folder, config_of(model, adapter_name), tensors_of(model, adapter_name))
+
+
+def load_adapter(
+    model: nn.Module, folder: str | os.PathLike, adapter_name: str = "default", is_trainable: bool = False
+) -> None:
+    """Give a model an adapter from its folder, in place; the counterpart of :func:`save_adapter`.
+
+    Args:
+        model: the base model, such as a pipeline's ``unet``, or one that has other adapters already.
+        folder: as written by :func:`save_adapter` or by PEFT.
+        adapter_name: the name it gets.
+        is_trainable: whether training is to go on.
+
+    Raises:
+        ValueError: no adapter in the folder, a damaged one, or one for another base model.
+    """
+    config, tensors = read_adapter(folder)
+    config.inference_mode = not is_trainable
+    if hasattr(model, "_hf_peft_config_loaded"):
+        model.add_adapter(config, adapter_name)  # diffusers and transformers keep an account of their own
+    else:
+        inject_adapter_in_model(config, model, adapter_name)
+    state = {name.removeprefix(PREFIX): tensor for name, tensor in tensors.items()}
+    result = set_peft_model_state_dict(model, state, adapter_name=adapter_name)
+    if result.unexpected_keys:
+        raise ValueError(
+            f"{folder}: the model has no place for {result.unexpected_keys[0]} and {len(result.unexpected_keys) - 1} "
+            "more tensors of the adapter; it was made for another base model"
+        )

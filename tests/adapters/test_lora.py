@@ -1,0 +1,133 @@
+"""S2FT as plain LoRA, loaded by a PEFT that has never heard of this package, and back."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
+from test_s2ft import small_llama
+from torch import nn
+from transformers import GPT2Config, GPT2LMHeadModel
+
+from sparse_peft import S2FTConfig, SparseConfig
+from sparse_peft.adapters import save_as_lora, save_lora_as_s2ft
+
+EVERY = ["q_proj", "v_proj", "o_proj", "up_proj", "down_proj"]
+
+
+def gpt2():
+    torch.manual_seed(0)
+    return GPT2LMHeadModel(GPT2Config(vocab_size=40, n_embd=16, n_layer=1, n_head=2)).eval()
+
+
+@pytest.mark.parametrize("make, config", [
+    (small_llama, S2FTConfig(k=3)),
+    (small_llama, S2FTConfig(ratio=0.1, target_modules=EVERY)),
+    (small_llama, S2FTConfig(ratio=0.03, allocation="global")),
+    (small_llama, S2FTConfig(k=2, modules_to_save=["lm_head"])),
+    (small_llama, SparseConfig(num_params=40, target_modules=["down_proj"])),
+    (gpt2, S2FTConfig(k=3, target_modules=["attn.c_proj", "c_fc"])),
+], ids=["default", "all roles", "global", "a module saved whole", "single entries", "Conv1D"])  # fmt: skip
+def test_lora_of_the_adapter_makes_the_same_of_every_input(tmp_path, make, config):
+    config.init_weights = False
+    model = get_peft_model(make(), config)
+    x = torch.randint(0, 40, (2, 7))
+    with torch.no_grad():
+        expected = model(x).logits
+    lora_config = save_as_lora(model, tmp_path / "lora")
+    lora = PeftModel.from_pretrained(make(), tmp_path / "lora")
+    with torch.no_grad():
+        torch.testing.assert_close(lora(x).logits, expected, rtol=1e-4, atol=1e-4)
+    layers = [m for m in model.modules() if hasattr(m, "deltas") and m.support("default").nnz]
+    assert len(lora_config.target_modules) == len(layers)
+    for layer in layers:
+        rank = lora_config.rank_pattern.get(layer.name, lora_config.r)
+        support = layer.support("default")
+        assert rank == (support.count if isinstance(config, S2FTConfig) else min(
+            support.rows.unique().numel(), support.cols.unique().numel()))  # fmt: skip
+    if not isinstance(config, S2FTConfig):
+        return
+    save_lora_as_s2ft(tmp_path / "lora", tmp_path / "again")
+    again = PeftModel.from_pretrained(make(), tmp_path / "again")
+    with torch.no_grad():
+        assert torch.equal(again(x).logits, expected)
+
+
+@pytest.mark.parametrize("conv", [nn.Conv1d(4, 6, 3), nn.Conv2d(4, 6, (3, 2), padding=1, stride=2), nn.Conv2d(4, 6, 1)])
+@pytest.mark.parametrize("side", ["in", "out"])
+def test_convolutions(tmp_path, conv, side):
+    config = S2FTConfig(k=2, side=side, target_modules=["body"], init_weights=False)
+    state = {k: v.clone() for k, v in conv.state_dict().items()}
+
+    def base():
+        module = nn.ModuleDict({"body": type(conv)(4, 6, conv.kernel_size, conv.stride, conv.padding)})
+        module["body"].load_state_dict(state)
+        return module
+
+    model = get_peft_model(base(), config)
+    x = torch.randn(2, 4, *(7 for _ in conv.kernel_size))
+    expected = model.base_model.model["body"](x)
+    save_as_lora(model, tmp_path / "lora")
+    lora = PeftModel.from_pretrained(base(), tmp_path / "lora")
+    torch.testing.assert_close(lora.base_model.model["body"](x), expected, rtol=1e-4, atol=1e-4)
+    save_lora_as_s2ft(tmp_path / "lora", tmp_path / "again")
+    again = PeftModel.from_pretrained(base(), tmp_path / "again")
+    assert torch.equal(again.base_model.model["body"](x), expected)
+
+
+def test_without_this_package(tmp_path):
+    model = small_llama()
+    model.save_pretrained(tmp_path / "base")
+    tuned = get_peft_model(model, S2FTConfig(k=3, init_weights=False))
+    x = torch.randint(0, 40, (1, 5))
+    save_as_lora(tuned, tmp_path / "lora")
+    save_file({"x": x, "logits": tuned(x).logits.detach().contiguous()}, tmp_path / "expected.safetensors")
+    program = (
+        "import sys, torch; from peft import PeftModel; from transformers import AutoModelForCausalLM\n"
+        "from safetensors.torch import load_file\n"
+        f"expected = load_file(r'{tmp_path / 'expected.safetensors'}')\n"
+        f"base = AutoModelForCausalLM.from_pretrained(r'{tmp_path / 'base'}')\n"
+        f"model = PeftModel.from_pretrained(base, r'{tmp_path / 'lora'}')\n"
+        "torch.testing.assert_close(model(expected['x']).logits, expected['logits'], rtol=1e-4, atol=1e-4)\n"
+        "assert 'sparse_peft' not in sys.modules\n"
+    )
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_lora_of_its_own_kind_cannot_become_s2ft(tmp_path):
+    lora = get_peft_model(small_llama(), LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False))
+    lora.save_pretrained(tmp_path / "lora")
+    with pytest.raises(ValueError, match="layer model.layers.0.self_attn.q_proj: neither lora_A nor lora_B selects"):
+        save_lora_as_s2ft(tmp_path / "lora", tmp_path / "again")
+    assert not (tmp_path / "again").exists()
+    get_peft_model(small_llama(), S2FTConfig(k=2)).save_pretrained(tmp_path / "s2ft")
+    with pytest.raises(ValueError, match="a LoRA adapter is expected, this is .*S2FT"):
+        save_lora_as_s2ft(tmp_path / "s2ft", tmp_path / "again")
+
+
+def test_scaled_factors_keep_their_scale(tmp_path):
+    model = get_peft_model(small_llama(), S2FTConfig(k=3, init_weights=False))
+    x = torch.randint(0, 40, (1, 5))
+    expected = model(x).logits
+    save_as_lora(model, tmp_path / "lora")
+    path = tmp_path / "lora" / "adapter_config.json"
+    content = json.loads(path.read_text())
+    content["lora_alpha"] *= 2
+    path.write_text(json.dumps(content))
+    tensors = load_file(tmp_path / "lora" / "adapter_model.safetensors")
+    tensors = {n: t / 2 if n.endswith("lora_B.weight") else t for n, t in tensors.items()}
+    save_file(tensors, tmp_path / "lora" / "adapter_model.safetensors", metadata={"format": "pt"})
+    save_lora_as_s2ft(tmp_path / "lora", tmp_path / "again")
+    torch.testing.assert_close(PeftModel.from_pretrained(small_llama(), tmp_path / "again")(x).logits, expected)
+
+
+def test_unknown_adapters(tmp_path):
+    model = get_peft_model(small_llama(), S2FTConfig(k=3))
+    with pytest.raises(ValueError, match="adapter_name='other': the model's adapters are 'default'"):
+        save_as_lora(model, tmp_path, "other")
