@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from ..training.dynamics import configs_of
+from ..tuners.base_model import BaseSparseModel
 
 # What PeftModel's state dicts begin with, and so every adapter file.
 PREFIX = "base_model.model."
@@ -101,6 +102,10 @@ def load_adapter(
         model.add_adapter(config, adapter_name)  # diffusers and transformers keep an account of their own
     else:
         inject_adapter_in_model(config, model, adapter_name)
+    if not is_trainable:  # diffusers makes whatever it activates trainable
+        for layer in BaseSparseModel.sparse_layers(model):
+            if adapter_name in layer.deltas:
+                layer.deltas[adapter_name].requires_grad_(False)
     state = {name.removeprefix(PREFIX): tensor for name, tensor in tensors.items()}
     result = set_peft_model_state_dict(model, state, adapter_name=adapter_name)
     if result.unexpected_keys:

@@ -184,6 +184,11 @@ class BaseSparseModel(BaseTuner):
 
     # ------------------------------------------------------------------ injection
 
+    def _prepare_adapter_config(self, peft_config, model_config: dict):
+        # diffusers' models have no model_type; their class does as well
+        kind = model_config.get("model_type", type(self.model).__name__)
+        return super()._prepare_adapter_config(peft_config, {"model_type": kind})
+
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         self._injection = (adapter_name, kwargs.get("state_dict"))
         self._plans: dict[str, LayerPlan] = {}

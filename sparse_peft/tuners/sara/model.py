@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from ..base_layer import SparseTunerLayer
 from ..entry_model import EntryModel
+from .targets import DEFAULT_TARGETS
 
 
 class SaRALinear(SparseTunerLayer):
@@ -29,9 +30,10 @@ class SaRAModel(EntryModel):
         >>> from sparse_peft import SaRAConfig
         >>> unet = UNet2DConditionModel.from_pretrained("sd-legacy/stable-diffusion-v1-5", subfolder="unet")
         >>> unet.requires_grad_(False)
-        >>> unet.add_adapter(SaRAConfig(threshold=2e-3, target_modules=["to_q", "to_k", "to_v", "to_out.0"]))
+        >>> unet.add_adapter(SaRAConfig(threshold=2e-3))
     """
 
     prefix = "sparse_peft_sara_"
     tuner_layer_cls = SaRALinear
     layer_cls = SaRALinear
+    target_module_mapping = DEFAULT_TARGETS
