@@ -13,7 +13,7 @@ import torch
 from peft import LoraConfig, PeftConfig, ShiraConfig, get_peft_model
 from torch import Tensor, nn
 
-from sparse_peft import SparseConfig
+from sparse_peft import S2FTConfig, SaRAConfig, SparseConfig
 
 from .workloads import Workload
 
@@ -21,7 +21,7 @@ FROZEN, FULL = "frozen", "full"
 FIRST, SECOND = "default", "second"
 SETTLING_STEPS = 2
 BLOCK_SIZE = 32
-LEAST_BLOCK_DENSITY = 0.01
+LEAST_DENSE_DENSITY = 0.01
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,11 @@ def shira_name(rank: int) -> str:
 
 
 def methods(rank: int, densities: Sequence[float]) -> list[Method]:
-    """All rows. ``sparse-r`` and ``shira-r`` train exactly as many entries as LoRA of that rank."""
+    """All rows.
+
+    ``sparse-r`` and ``shira-r`` train exactly as many entries as LoRA of that rank, ``s2ft-in-r`` and ``s2ft-out-r``
+    as many in whole channels of their inputs or outputs.
+    """
 
     def lora(dropout: float) -> Callable[..., PeftConfig]:
         return lambda seed, **shared: LoraConfig(r=rank, lora_alpha=2 * rank, lora_dropout=dropout, **shared)
@@ -70,6 +74,15 @@ def methods(rank: int, densities: Sequence[float]) -> list[Method]:
 
     def sparse(**budget) -> Callable[..., PeftConfig]:
         return lambda seed, **shared: SparseConfig(**budget, seed=seed, **shared)
+
+    def s2ft(side: str) -> Callable[..., PeftConfig]:
+        return lambda seed, **shared: S2FTConfig(r=rank, side=side, seed=seed, **shared)
+
+    def sara(density: float) -> Callable[..., PeftConfig]:
+        # what is measured is the step of the layers; its nuclear norm is timed by benchmarks.nuclear
+        return lambda seed, **shared: SaRAConfig(
+            density=density, progressive=None, nuclear_weight=0.0, seed=seed, **shared
+        )
 
     return [
         Method(FROZEN),
@@ -82,6 +95,12 @@ def methods(rank: int, densities: Sequence[float]) -> list[Method]:
             for density in densities
         ),
         Method(f"sparse-r{rank}", sparse(r=rank), is_sparse=True),
+        *(Method(f"s2ft-{side}-r{rank}", s2ft(side), is_sparse=True) for side in ("in", "out")),
+        *(
+            Method(f"sara-{100 * density:g}%", sara(density), density=density, is_sparse=True)
+            for density in densities
+            if density >= LEAST_DENSE_DENSITY
+        ),
         *(
             Method(
                 f"blocks-{100 * density:g}%",
@@ -90,7 +109,7 @@ def methods(rank: int, densities: Sequence[float]) -> list[Method]:
                 is_sparse=True,
             )
             for density in densities
-            if density >= LEAST_BLOCK_DENSITY
+            if density >= LEAST_DENSE_DENSITY
         ),
     ]
 
