@@ -40,7 +40,7 @@ class Case:
 
 
 def svd_gradient(entries: Tensor, support: Support) -> Tensor:
-    """The gradient as the authors compute it: of the sum of singular values, by a decomposition of the dense matrix."""
+    """The gradient as the authors compute it: by a singular value decomposition of the dense matrix."""
     dense = torch.zeros(support.shape, device=entries.device).view(-1)
     dense = dense.scatter(0, support.indices.long(), entries).view(support.shape)
     u, s, vh = torch.linalg.svd(dense, full_matrices=False)

@@ -106,7 +106,7 @@ def main(
     learning_rate: Annotated[float | None, typer.Option(help="By default the authors' for a threshold.")] = None,
     seed: Annotated[int, typer.Option(help="Of noise, times and choices.")] = 0,
 ) -> None:
-    """Train a SaRA adapter of the pipeline's UNet, save it, and check that a fresh UNet gets the same from the file."""
+    """Train a SaRA adapter of the pipeline's UNet, save it, and check the file on a fresh UNet."""
     if threshold is None and density is None:
         threshold = 2e-3
     pipe = StableDiffusionPipeline.from_pretrained(pretrained, safety_checker=None, requires_safety_checker=False)

@@ -1,4 +1,4 @@
-"""Train 1 % of a real language model's weights on the King James Bible, on a CPU, in a few minutes.
+"""Train a few percent of a real language model's weights on the King James Bible, on a CPU, in a few minutes.
 
 `make quickstart` installs what this needs and runs it; `python -m examples.quickstart --help` lists the options. It
 trains with TRL, saves the adapter, loads it again in a fresh process, merges it, and exits with 1 if the held-out loss
@@ -13,6 +13,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from enum import Enum
 from pathlib import Path
 from statistics import median
 from typing import Annotated
@@ -22,7 +23,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")  # everything comes out of installe
 import torch
 import typer
 from datasets import Dataset
-from peft import PeftModel
+from peft import PeftConfig, PeftModel
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
@@ -37,7 +38,7 @@ if __name__ == "__main__" and not __package__:  # `python examples/quickstart.py
     sys.path.insert(0, str(ROOT))
 
 from examples.smollm2 import MODEL_ID, held_out_loss, kjv_blocks, load_model, load_tokenizer  # noqa: E402
-from sparse_peft import SparseConfig  # noqa: E402
+from sparse_peft import S2FTConfig, SaRAConfig, SparseConfig, SparsityCallback  # noqa: E402
 
 BLOCK = 128
 BATCH = 4
@@ -47,6 +48,25 @@ PROMPTS = (
     "And the king said unto his servants,",
     "The best way to learn a language is",
 )
+
+
+class Method(str, Enum):
+    sparse = "sparse"
+    s2ft = "s2ft"
+    sara = "sara"
+
+
+# What trains, and the learning rate, where the command line does not say.
+DEFAULTS = {Method.sparse: (0.01, 1e-2), Method.s2ft: (0.03, 3e-3), Method.sara: (0.01, 1e-2)}
+
+
+def config_of(method: Method, share: float) -> PeftConfig:
+    """The adapter's config: so large a share of the weights, or for S2FT of o_proj's and down_proj's channels."""
+    if method is Method.s2ft:
+        return S2FTConfig(ratio=share)
+    config = SparseConfig if method is Method.sparse else SaRAConfig
+    return config(density=share, target_modules="all-linear")
+
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 console = Console()
@@ -132,13 +152,22 @@ def reload(adapter: Path, expected: Path) -> None:
 def quickstart(
     context: typer.Context,
     steps: Annotated[int, typer.Option(min=1, help="Optimizer steps of 4 x 128 tokens.")] = 40,
-    density: Annotated[float, typer.Option(help="Share of the linear layers' weights that trains.")] = 0.01,
-    learning_rate: Annotated[float, typer.Option(help="Of AdamW, falling linearly to 0.")] = 1e-2,
+    method: Annotated[Method, typer.Option(help="Single entries, whole channels, or the smallest entries.")] = (
+        Method.sparse
+    ),
+    share: Annotated[
+        float | None, typer.Option(help="Of the weights (sparse, sara) or channels (s2ft); default 0.01, s2ft 0.03.")
+    ] = None,
+    learning_rate: Annotated[
+        float | None, typer.Option(help="Of AdamW, falling linearly to 0; default 1e-2, s2ft 3e-3.")
+    ] = None,
     output: Annotated[Path, typer.Option(help="Folder for the adapter.")] = Path("quickstart-output"),
 ) -> None:
-    """Train, save, reload and merge a sparse adapter of SmolLM2-135M-Instruct on the King James Bible."""
+    """Train, save, reload and merge an adapter of SmolLM2-135M-Instruct on the King James Bible."""
     if context.invoked_subcommand is not None:
         return
+    usual_share, usual_rate = DEFAULTS[method]
+    share, learning_rate = share or usual_share, learning_rate or usual_rate
     transformers_logging.disable_progress_bar()
     with console.status("loading the model and the text"):
         model, tokenizer = load_model(), load_tokenizer()
@@ -171,8 +200,8 @@ def quickstart(
         ),
         train_dataset=Dataset.from_dict({"input_ids": train}),
         processing_class=tokenizer,
-        peft_config=SparseConfig(density=density, target_modules="all-linear"),
-        callbacks=[clock],
+        peft_config=config_of(method, share),
+        callbacks=[clock, SparsityCallback()],
     )
     trainer.remove_callback(PrinterCallback)
     with clock.progress:
@@ -191,7 +220,7 @@ def quickstart(
 
     entries = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     file_bytes = (output / "adapter_model.safetensors").stat().st_size
-    results = Table(title="Sparse fine-tuning of SmolLM2-135M-Instruct on the King James Bible", show_header=False)
+    results = Table(title=f"{method.value}: SmolLM2-135M-Instruct on the King James Bible", show_header=False)
     results.add_row("held-out loss before", f"{loss_before:.4f}")
     results.add_row("held-out loss after", f"{loss_after:.4f}  ({loss_after - loss_before:+.4f}, {steps} steps)")
     results.add_row("trained entries", f"{entries:,}  ({entries / base_parameters:.2%} of the model)")

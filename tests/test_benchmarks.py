@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import typer
 from torch import nn
 from typer.testing import CliRunner
 
@@ -472,3 +473,55 @@ def test_each_op_is_measured_against_what_it_replaces(tmp_path, monkeypatch):
         assert (op, 0.01) in found
     assert {("codebook: code_gather", None), ("codebook: code_scatter_add", None)} <= set(found)
     assert {goal["op"] for goal in layer["goals"]} == {goal.op for goal in benchmarks.kernels.GOALS}
+
+
+# ------------------------------------------------------------------------------------------------------------ channels
+
+
+@pytest.fixture(scope="module")
+def channels_run(tmp_path_factory):
+    from benchmarks.channels import main
+
+    app = typer.Typer()
+    app.command()(main)
+    path = tmp_path_factory.mktemp("channels") / "found.json"
+    arguments = ["--d", "128", "--depth", "2", "--tokens", "64", "--rounds", "2", "--rank", "4", "--adapters", "3"]
+    result = CliRunner().invoke(app, [*arguments, "--mixed-tokens", "2", "--output", str(path)])
+    assert result.exit_code == 0, result.output
+    return json.loads(path.read_text()), result.output
+
+
+def test_channels_compares_equal_budgets(channels_run):
+    found, output = channels_run
+    rows = {row["method"]: row for row in found["training"]["rows"]}
+    budget = found["options"]["parameters"]
+    assert rows["lora, all layers"]["entries"] == budget
+    assert 0.95 * budget < rows["s2ft, o and down"]["entries"] <= budget
+    assert rows["lora, o and down"]["entries"] == pytest.approx(budget, rel=0.05)
+    # o_proj and down_proj of two layers keep so many channels of 64 tokens each, in float32
+    channels = rows["s2ft, o and down"]["entries"] // 128
+    assert rows["s2ft, o and down"]["saved"] - rows["frozen"]["saved"] == 64 * channels * 4
+    assert "Mixed batches" in output
+
+
+def test_channels_judges_its_goals(channels_run):
+    found, output = channels_run
+    assert len(found["goals"]) == 5
+    for goal in found["goals"]:
+        assert goal["passed"] == (goal["value"] <= goal["bound"])
+        assert goal["goal"] in output.replace("\n", " ") or len(goal["goal"]) > 80
+    (mixed,) = found["mixed"]
+    assert mixed["adapters"] == 3 and mixed["tokens"] == 2 and mixed["s2ft_vs_lora"]["median"] > 0
+
+
+def test_nuclear_measures_time_error_and_memory(tmp_path):
+    from benchmarks.nuclear import main
+
+    app = typer.Typer()
+    app.command()(main)
+    path = tmp_path / "found.json"
+    result = CliRunner().invoke(app, ["--rounds", "1", "--shapes", "96x200", "--output", str(path)])
+    assert result.exit_code == 0, result.output
+    (case,) = json.loads(path.read_text())["cases"]
+    assert case["error"] < 1e-3 and case["shape"] == [96, 200]
+    assert case["largest_temporary"] >= 96 * 96 * 4

@@ -25,8 +25,10 @@ def test_blocks_of_the_two_splits_are_disjoint_and_full():
 
 
 @pytest.mark.slow
-def test_quickstart_from_the_command_line(tmp_path):
+@pytest.mark.parametrize("method", ["sparse", "s2ft", "sara"])
+def test_quickstart_from_the_command_line(tmp_path, method):
     command = [sys.executable, "-m", "examples.quickstart", "--steps", "6", "--output", str(tmp_path)]
+    command += ["--method", method]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.count("passed") == 4 and "FAILED" not in done.stdout

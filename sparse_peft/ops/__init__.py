@@ -1,7 +1,7 @@
 """How a sparse delta is computed: functional ops, each with the implementations that ``dispatch`` chooses from."""
 
 from .calibration import Crossover, cache_file
-from .channel_batch import add_channel_deltas_
+from .channel_batch import BatchOrder, add_channel_deltas_
 from .codes import code_gather, code_scatter_add, pack_codes, packed_width, unpack_codes
 from .conv import CONVOLUTIONS, ConvProduct, padded
 from .delta_matmul import delta_matmul, spmm_add_
@@ -26,6 +26,7 @@ from .support_grad import accumulation_dtype, gradient_panels, support_grad
 
 __all__ = [
     "BACKENDS",
+    "BatchOrder",
     "CONVOLUTIONS",
     "ENTRIES",
     "PANEL_BYTES_PER_WEIGHT",

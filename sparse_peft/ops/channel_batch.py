@@ -2,23 +2,60 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch import Tensor
 
 
+@dataclass(frozen=True)
+class BatchOrder:
+    """Which adapter each item of a batch uses, arranged for a batched product over the adapters.
+
+    Every adapter gets as many places as the one with most items; places left over repeat an item, and what is computed
+    there is dropped.
+
+    Attributes:
+        adapters: number of adapters that are used.
+        places: of each adapter.
+        items: ``(adapters * places,)`` int64 item of each place; None where that is the batch as it is.
+        kept: ``(items that use an adapter,)`` int64 places that count; None for all.
+        of_kept: ``(items that use an adapter,)`` int64 item of each of these.
+    """
+
+    adapters: int
+    places: int
+    items: Tensor | None
+    kept: Tensor | None
+    of_kept: Tensor
+
+    @classmethod
+    @lru_cache(maxsize=64)
+    def of(cls, users: tuple[int, ...], adapters: int, device: torch.device) -> BatchOrder:
+        """``users`` has each item's adapter, numbered in order of appearance, or -1."""
+        items = [[item for item, user in enumerate(users) if user == adapter] for adapter in range(adapters)]
+        places = max(map(len, items))
+        padded = [item for some in items for item in [*some, *(some[:1] * (places - len(some)))]]
+        kept = [place for place in range(len(padded)) if place % places < len(items[place // places])]
+        everything = len(kept) == len(padded)
+
+        def tensor(numbers: list[int]) -> Tensor:
+            return torch.tensor(numbers, dtype=torch.int64, device=device)
+
+        return cls(
+            adapters,
+            places,
+            None if padded == list(range(len(users))) else tensor(padded),
+            None if everything else tensor(kept),
+            tensor([padded[place] for place in kept]),
+        )
+
+
 def add_channel_deltas_(
-    result: Tensor,
-    x: Tensor,
-    weights: Tensor,
-    channels: Tensor,
-    items: Sequence[Sequence[int]],
-    is_input: bool,
+    result: Tensor, x: Tensor, weights: Tensor, channels: Tensor, order: BatchOrder, is_input: bool
 ) -> None:
     """Add to each item's result what its adapter's trained channels make of its input.
-
-    Adapters with fewer items than the one with most compute some more than once, and drop the copies.
 
     Args:
         result: ``(batch, ..., out_features)``, contiguous; changed in place.
@@ -26,39 +63,29 @@ def add_channel_deltas_(
         weights: ``(adapters, channels, out_features)`` for input channels, ``(adapters, in_features, channels)`` for
             output channels, in ``x``'s dtype; zero where an adapter has fewer channels.
         channels: ``(adapters, channels)`` int64, any where the weights are zero.
-        items: of each adapter the items of the batch that use it, at least one.
+        order: which adapter each item uses.
         is_input: whether the channels are the input's.
     """
-    adapters, most = len(items), max(map(len, items))
-    batch = x.shape[0]
-    x3, out3 = x.reshape(batch, -1, x.shape[-1]), result.view(batch, -1, result.shape[-1])
-    tokens = x3.shape[1]
-    padded = [[*some, *(some[:1] * (most - len(some)))] for some in items]
-    flat = [item for some in padded for item in some]
-    in_order = flat == list(range(batch))
-    order = torch.tensor(padded, device=x.device)[:, :, None, None]  # adapters, items, tokens, features
-    token = torch.arange(tokens, device=x.device)[None, None, :, None]
-    at = channels[:, None, None, :]
+    x = x.reshape(x.shape[0], -1, x.shape[-1])
+    out = result.view(result.shape[0], -1, result.shape[-1])
+    tokens, in_order = x.shape[1], order.items is None
+    rows = x if in_order else x.index_select(0, order.items)
+    at = channels.repeat_interleave(order.places, 0) if order.places > 1 else channels
+    at = at[:, None, :].expand(-1, tokens, -1)
     if is_input:
-        inputs = x3[order, token, at].view(adapters, most * tokens, -1)
-        if in_order:
-            out3.view(adapters, most * tokens, -1).baddbmm_(inputs, weights.to(result.dtype))
-            return
-        delta = torch.bmm(inputs, weights).view(adapters * most, tokens, -1)
-    else:
-        inputs = x3 if in_order else x3[order[:, :, 0, 0].reshape(-1)]
-        delta = torch.bmm(inputs.reshape(adapters, most * tokens, -1), weights)
-        delta = delta.view(adapters * most, tokens, -1)
-    keep = [n for n in range(len(flat)) if n % most < len(items[n // most])]
-    if len(keep) < len(flat):
-        delta, flat = delta[keep], [flat[n] for n in keep]
-    item = torch.tensor(flat, device=x.device)
-    if is_input:
-        out3.index_add_(0, item, delta.to(result.dtype))
+        rows = rows.gather(2, at)
+    rows = rows.reshape(order.adapters, order.places * tokens, -1)
+    weights = weights.to(rows.dtype)
+    if is_input and in_order and result.dtype == rows.dtype:
+        out.view(order.adapters, order.places * tokens, -1).baddbmm_(rows, weights)
         return
-    owner = torch.tensor([n // most for n in keep], device=x.device)
-    at = channels[owner][:, None, :].expand(-1, tokens, -1)
-    if in_order:
-        out3.scatter_add_(2, at, delta.to(result.dtype))
+    delta = torch.bmm(rows, weights).view(order.adapters * order.places, tokens, -1).to(result.dtype)
+    if order.kept is not None:
+        delta, at = delta.index_select(0, order.kept), at.index_select(0, order.kept)
+    if is_input:
+        out.index_add_(0, order.of_kept, delta)
+    elif in_order:
+        out.scatter_add_(2, at, delta)
     else:
-        out3.index_put_((item[:, None, None], token[0], at), delta.to(result.dtype), accumulate=True)
+        token = torch.arange(tokens, device=x.device)[:, None]
+        out.index_put_((order.of_kept[:, None, None], token, at), delta, accumulate=True)

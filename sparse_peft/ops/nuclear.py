@@ -40,12 +40,13 @@ def _inverse_sqrt(gram: Tensor) -> Tensor:
     square = gram @ gram
     bound = (square @ square).norm() ** 0.25 * (1 + 1e-4)
     gram = gram.div_(bound)
-    root = None
-    for a, b in _steps():
+    root, steps = None, _steps()
+    for number, (a, b) in enumerate(steps, 1):
         step = gram * b
         step.diagonal().add_(a)
         root = step if root is None else root @ step
-        gram = step @ gram @ step
+        if number < len(steps):
+            gram = step @ gram @ step
     return root.div_((scale * bound).sqrt())
 
 

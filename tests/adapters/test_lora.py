@@ -57,7 +57,10 @@ def test_lora_of_the_adapter_makes_the_same_of_every_input(tmp_path, make, confi
         assert torch.equal(again(x).logits, expected)
 
 
-@pytest.mark.parametrize("conv", [nn.Conv1d(4, 6, 3), nn.Conv2d(4, 6, (3, 2), padding=1, stride=2), nn.Conv2d(4, 6, 1)])
+CONVOLUTIONS = [nn.Conv1d(4, 6, 3), nn.Conv2d(4, 6, (3, 2), padding=1, stride=2), nn.Conv2d(4, 6, 1)]
+
+
+@pytest.mark.parametrize("conv", CONVOLUTIONS)
 @pytest.mark.parametrize("side", ["in", "out"])
 def test_convolutions(tmp_path, conv, side):
     config = S2FTConfig(k=2, side=side, target_modules=["body"], init_weights=False)

@@ -4,7 +4,7 @@ import torch
 from datasets import Dataset
 from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification, PreTrainedTokenizerFast
 
-from sparse_peft import SparseConfig
+from sparse_peft import S2FTConfig, SaRAConfig, SparseConfig
 
 WORDS = "the quick brown fox jumps over a lazy dog and runs away from it".split()
 
@@ -40,8 +40,19 @@ def sequence_classifier():
     return LlamaForSequenceClassification(_config(num_labels=1))
 
 
-def config(**kwargs):
-    return SparseConfig(**{"density": 0.1, "target_modules": "all-linear", "task_type": "CAUSAL_LM", **kwargs})
+METHODS = {
+    "sparse": (SparseConfig, {"density": 0.1, "target_modules": "all-linear"}),
+    "s2ft": (S2FTConfig, {"ratio": 0.2}),
+    "sara": (
+        SaRAConfig,
+        {"density": 0.1, "target_modules": "all-linear", "nuclear_min_size": 8, "nuclear_weight": 1e-4},
+    ),
+}
+
+
+def config(method="sparse", **kwargs):
+    config_cls, settings = METHODS[method]
+    return config_cls(**{**settings, "task_type": "CAUSAL_LM", **kwargs})
 
 
 def text(n=16):

@@ -6,9 +6,10 @@ import pytest
 import torch
 from datasets import Dataset
 from peft import PeftModel, get_peft_model
-from small import config, llama, text
+from small import METHODS, config, llama, text
 from transformers import DataCollatorForLanguageModeling, Trainer, TrainingArguments
 
+from sparse_peft import SparsityCallback
 from sparse_peft.tuners.base_layer import SparseTunerLayer
 
 trl = pytest.importorskip("trl")
@@ -27,19 +28,26 @@ def values(model):
     return {n: p.detach().clone() for n, p in model.named_parameters() if n.endswith("values")}
 
 
+@pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_sft_trains_saves_and_leaves_the_base_alone(tokenizer, tmp_path, checkpointing):
+def test_sft_trains_saves_and_leaves_the_base_alone(tokenizer, tmp_path, checkpointing, method):
     args = trl.SFTConfig(
         output_dir=tmp_path, max_steps=6, per_device_train_batch_size=4, learning_rate=0.05, report_to=[],
         logging_steps=1, save_steps=3, use_cpu=True, gradient_accumulation_steps=2, bf16=False,
         gradient_checkpointing=checkpointing, disable_tqdm=True, max_length=16,
     )  # fmt: skip
     trainer = trl.SFTTrainer(
-        model=llama(), args=args, train_dataset=text(), processing_class=tokenizer, peft_config=config()
+        model=llama(),
+        args=args,
+        train_dataset=text(),
+        processing_class=tokenizer,
+        peft_config=config(method),
+        callbacks=[SparsityCallback()],
     )
     trainer.train()
     losses = [row["loss"] for row in trainer.state.log_history if "loss" in row]
     assert losses[-1] < losses[0] - 0.1
+    assert [row["step"] for row in trainer.state.log_history if "sparsity/frozen" in row] == [3] * (method == "sara")
     base_is_untouched(trainer.model)
     again = PeftModel.from_pretrained(llama(), tmp_path / "checkpoint-6").eval()
     ids = torch.randint(0, 20, (2, 5))
@@ -48,7 +56,8 @@ def test_sft_trains_saves_and_leaves_the_base_alone(tokenizer, tmp_path, checkpo
         assert torch.equal(again(ids).logits, trainer.model(ids).logits)
 
 
-def test_trainer_resume_equals_the_uninterrupted_run(tokenizer, tmp_path):
+@pytest.mark.parametrize("method", METHODS)
+def test_trainer_resume_equals_the_uninterrupted_run(tokenizer, tmp_path, method):
     data = text().map(lambda row: tokenizer(row["text"]), remove_columns=["text"])
 
     def run(folder, seed, steps=6, **kwargs):
@@ -56,15 +65,19 @@ def test_trainer_resume_equals_the_uninterrupted_run(tokenizer, tmp_path):
             output_dir=folder, max_steps=steps, per_device_train_batch_size=4, learning_rate=0.02, report_to=[],
             save_steps=3, use_cpu=True, disable_tqdm=True, lr_scheduler_type="constant",
         )  # fmt: skip
-        model = get_peft_model(llama(), config(seed=seed))
+        model = get_peft_model(llama(), config(method, seed=seed, **({"progressive": 3} if method == "sara" else {})))
         collator = DataCollatorForLanguageModeling(tokenizer, mlm=False)
-        trainer = Trainer(model=model, args=args, train_dataset=data, data_collator=collator)
+        trainer = Trainer(
+            model=model, args=args, train_dataset=data, data_collator=collator, callbacks=[SparsityCallback()]
+        )
         trainer.train(**kwargs)
         return trainer.model
 
     whole = run(tmp_path / "whole", 0)
+    # SaRA's seed picks the layers of its nuclear norms and is part of the config, not of a checkpoint
+    seed = 0 if method == "sara" else 77
     resumed = run(
-        tmp_path / "resumed", 77, resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-3")
+        tmp_path / "resumed", seed, resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-3")
     )  # this model drew other positions: the checkpoint's are the ones that count
     for (name, a), (_, b) in zip(whole.state_dict().items(), resumed.state_dict().items()):
         assert torch.equal(a, b), name
@@ -91,16 +104,21 @@ def test_dpo_with_the_base_as_reference(tokenizer, tmp_path):
     base_is_untouched(trainer.model)
 
 
-def test_dpo_with_a_trained_adapter_as_reference(tokenizer, tmp_path):
+@pytest.mark.parametrize("method", METHODS)
+def test_dpo_with_a_trained_adapter_as_reference(tokenizer, tmp_path, method):
     rows = [{"prompt": "the quick", "chosen": "brown fox jumps", "rejected": "lazy dog runs"}] * 8
-    policy = get_peft_model(llama(), config(init_weights=False))
+    policy = get_peft_model(llama(), config(method, init_weights=False))
     started = values(policy)
     args = trl.DPOConfig(
         output_dir=tmp_path, max_steps=2, per_device_train_batch_size=2, learning_rate=0.05, report_to=[],
         logging_steps=1, use_cpu=True, disable_tqdm=True, bf16=False, max_length=16,
     )  # fmt: skip
     trainer = trl.DPOTrainer(
-        model=policy, args=args, train_dataset=Dataset.from_list(rows), processing_class=tokenizer
+        model=policy,
+        args=args,
+        train_dataset=Dataset.from_list(rows),
+        processing_class=tokenizer,
+        callbacks=[SparsityCallback()],
     )
     trainer.train()
     log = [row for row in trainer.state.log_history if "rewards/margins" in row]

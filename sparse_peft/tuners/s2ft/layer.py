@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ...ops import LinearProduct, add_channel_deltas_
+from ...ops import BatchOrder, LinearProduct, add_channel_deltas_
 from ...support import ChannelSupport
 from ..base_layer import BASE_ADAPTER, SparseTunerLayer
 from ..residency import Stamp
@@ -47,13 +47,15 @@ class S2FTLinear(SparseTunerLayer):
         names = tuple(name for name in dict.fromkeys(adapter_names) if name != BASE_ADAPTER and name in self.deltas)
         supports = [self._delta(name).support for name in names]
         alike = len({(support.dim, support.width) for support in supports}) == 1
-        if not alike or not isinstance(self.product, LinearProduct):
+        trained = torch.is_grad_enabled() and any(self.deltas[name].values.requires_grad for name in names)
+        if trained or not alike or not isinstance(self.product, LinearProduct):
             super()._mixed_deltas_(result, x, adapter_names)
             return
         stack = self._stacked(names, supports, x)
-        items = [[i for i, other in enumerate(adapter_names) if other == name] for name in names]
+        numbers = {name: number for number, name in enumerate(names)}
+        order = BatchOrder.of(tuple(numbers.get(name, -1) for name in adapter_names), len(names), x.device)
         is_input = supports[0].dim == self.product.in_dim
-        add_channel_deltas_(result, x, stack.weights, stack.channels, items, is_input)
+        add_channel_deltas_(result, x, stack.weights, stack.channels, order, is_input)
 
     def _stacked(self, names: tuple[str, ...], supports: list[ChannelSupport], x: Tensor) -> _Stack:
         stack = self._stack
