@@ -8,6 +8,8 @@
 PYTHON ?= python3
 PIP_ARGS ?=
 PYTEST_ARGS ?=
+# options of the quickstart
+ARGS ?=
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -39,7 +41,7 @@ $(STAMP): $(INSTALLED_FROM)
 	touch $@
 
 quickstart: $(STAMP)
-	$(BIN)/python -m examples.quickstart
+	$(BIN)/python -m examples.quickstart $(ARGS)
 
 test: $(STAMP)
 	$(PYTEST) -n 2 -m "not slow and not gpu" $(PYTEST_ARGS)

@@ -11,11 +11,12 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from enum import Enum
 from pathlib import Path
+from statistics import median
 from typing import Annotated
 
 import torch
 import typer
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftConfig, get_peft_model
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
@@ -26,11 +27,13 @@ from .measure import Ratio, interleave, main_clock, paired
 from .methods import FROZEN, Method
 from .report import environment, table, write_json
 from .runner import Result, run_workload
-from .workloads import Workload, random_llama, smollm2
+from .workloads import Workload, linear_stack, random_llama, smollm2
 
 RESULTS = Path(__file__).parent / "results"
 PLACES = ["o_proj", "down_proj"]  # S2FT's default in a Llama
 LORA, LORA_HERE, S2FT = "lora, all layers", "lora, o and down", "s2ft, o and down"
+# The paper's benchmark of many adapters in one batch.
+PAPER_WIDTH, PAPER_RANK = 2048, 32
 STEP_GOAL, SAVED_GOAL, MIXED_GOAL = 0.85, 0.10, 0.80
 
 
@@ -78,8 +81,12 @@ def rows(rank: int, budgets: Budgets) -> list[Method]:
 
 @dataclass
 class MixedBatch:
-    """Time of a mixed batch's forward pass, S2FT's as a ratio to LoRA's and to the base model's."""
+    """Time of a mixed batch's forward pass, S2FT's as a ratio to LoRA's and to the base model's.
 
+    ``share`` is what S2FT adds to the base model's time over what LoRA adds.
+    """
+
+    model: str
     adapters: int
     tokens: int
     seconds: dict[str, float]
@@ -87,16 +94,21 @@ class MixedBatch:
     s2ft_vs_base: Ratio
     lora_vs_base: Ratio
 
+    @property
+    def share(self) -> float:
+        return (self.s2ft_vs_base.median - 1) / (self.lora_vs_base.median - 1)
+
 
 def with_adapters(workload: Workload, method: Method, adapters: int) -> nn.Module:
     """A model in evaluation with so many adapters of a method, all with values that show."""
     names = [f"adapter{n}" for n in range(adapters)]
-    config = method.config(0, target_modules=workload.target_modules, task_type=workload.task_type)
-    model = get_peft_model(workload.copy_of_base(), config, adapter_name=names[0])
-    for n, name in enumerate(names[1:]):
-        model.add_adapter(
-            name, method.config(n + 1, target_modules=workload.target_modules, task_type=workload.task_type)
-        )
+
+    def config(seed: int) -> PeftConfig:
+        return method.config(seed, target_modules=workload.target_modules, task_type=workload.task_type)
+
+    model = get_peft_model(workload.copy_of_base(), config(0), adapter_name=names[0])
+    for n, name in enumerate(names[1:], 1):
+        model.add_adapter(name, config(n))
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if any(adapter in name for adapter in names):
@@ -105,27 +117,37 @@ def with_adapters(workload: Workload, method: Method, adapters: int) -> nn.Modul
 
 
 @torch.no_grad()
-def mixed_batch(workload: Workload, here: list[Method], adapters: int, tokens: int, rounds: int) -> MixedBatch:
+def mixed_batch(
+    workload: Workload, lora: Method, s2ft: Method, inputs: Tensor, tokens: int, rounds: int
+) -> MixedBatch:
     """Both methods on the same layers, with as many parameters; every item of the batch with an adapter of its own."""
-    device = next(workload.base.parameters()).device
-    ids = torch.randint(0, workload.base.config.vocab_size, (adapters, tokens), device=device)
+    adapters = len(inputs)
     names = [f"adapter{n}" for n in range(adapters)]
     base = workload.copy_of_base().eval()
-    actions: dict[str, Callable[[], Tensor]] = {"base": lambda: base(input_ids=ids).logits}
-    for method in here:
+    actions: dict[str, Callable[[], object]] = {"base": lambda: base(inputs)}
+    for name, method in (("lora", lora), ("s2ft", s2ft)):
         model = with_adapters(workload, method, adapters)
-        actions[method.name] = lambda model=model: model(input_ids=ids, adapter_names=names).logits
-    samples = interleave(actions, rounds, device)
-    clock = main_clock(device)
-    lora, s2ft = (samples[method.name] for method in here)
+        actions[name] = lambda model=model: model(inputs, adapter_names=names)
+    samples = interleave(actions, rounds, inputs.device, warm_caches=True)
+    clock = main_clock(inputs.device)
     return MixedBatch(
+        workload.name,
         adapters,
         tokens,
-        {name: Ratio.of([s.on(clock) for s in found], [1.0] * rounds).median for name, found in samples.items()},
-        paired(s2ft, lora, clock),
-        paired(s2ft, samples["base"], clock),
-        paired(lora, samples["base"], clock),
+        {name: median(sample.on(clock) for sample in found) for name, found in samples.items()},
+        paired(samples["s2ft"], samples["lora"], clock),
+        paired(samples["s2ft"], samples["base"], clock),
+        paired(samples["lora"], samples["base"], clock),
     )
+
+
+def one_layer(adapters: int, rounds: int, device: torch.device) -> MixedBatch:
+    """The paper's own setting: one layer 2,048 wide, one token of each adapter, LoRA r=32 against 64 channels."""
+    workload = linear_stack(PAPER_WIDTH, 1, 1, device, torch.float32)
+    lora = Method("lora", lambda seed, **shared: LoraConfig(r=PAPER_RANK, **shared))
+    s2ft = Method("s2ft", lambda seed, **shared: S2FTConfig(k=2 * PAPER_RANK, side="in", seed=seed, **shared))
+    x = torch.randn(adapters, 1, PAPER_WIDTH, device=device)
+    return mixed_batch(workload, lora, s2ft, x, 1, 10 * rounds)
 
 
 # ------------------------------------------------------------------------------------------------------------ report
@@ -147,7 +169,7 @@ def judge(result: Result, mixed: list[MixedBatch]) -> list[dict]:
         saved = (s2ft.saved - frozen.saved) / (lora.saved - frozen.saved)
         add(f"kept for backward above frozen / {name}'s", saved, SAVED_GOAL)
     for batch in mixed:
-        goal = f"mixed batch of {batch.adapters} adapters, {batch.tokens} tokens each / LoRA's on the same layers"
+        goal = f"mixed batch, {batch.model}, {batch.adapters} adapters x {batch.tokens} tokens / LoRA's, same layers"
         add(goal, batch.s2ft_vs_lora.median, MIXED_GOAL)
     return found
 
@@ -155,12 +177,21 @@ def judge(result: Result, mixed: list[MixedBatch]) -> list[dict]:
 def show(result: Result, mixed: list[MixedBatch], goals: list[dict], console: Console) -> None:
     console.print(table(result))
     drawn = Table(title="Mixed batches: forward pass")
-    for title in ("adapters x tokens", "base, s", "LoRA / base", "S2FT / base", "S2FT / LoRA"):
+    for title in (
+        "model",
+        "adapters x tokens",
+        "base, s",
+        "LoRA / base",
+        "S2FT / base",
+        "S2FT / LoRA",
+        "of what it adds",
+    ):
         drawn.add_column(title, justify="right")
     for batch in mixed:
         ratios = (f"{r.median:.2f} ({r.low:.2f}-{r.high:.2f})" for r in
                   (batch.lora_vs_base, batch.s2ft_vs_base, batch.s2ft_vs_lora))  # fmt: skip
-        drawn.add_row(f"{batch.adapters} x {batch.tokens}", f"{batch.seconds['base']:.4f}", *ratios)
+        size = f"{batch.adapters} x {batch.tokens}"
+        drawn.add_row(batch.model, size, f"{batch.seconds['base']:.4f}", *ratios, f"{batch.share:.2f}")
     console.print(drawn)
     for goal in goals:
         verdict = "[green]pass[/green]" if goal["passed"] else "[red]miss[/red]"
@@ -194,17 +225,19 @@ def main(
     result = run_workload(
         workload, methods, LORA, rounds, where, progress=lambda text: console.print(f"[dim]{text}"), serving=False
     )
-    here = [method for method in methods if method.name in (LORA_HERE, S2FT)]
-    mixed = []
+    lora, s2ft = (method for method in methods if method.name in (LORA_HERE, S2FT))
+    mixed = [one_layer(adapters, rounds, where)]
     for count in mixed_tokens or [1, 32]:
         console.print(f"[dim]mixed batches of {adapters} x {count} tokens")
-        mixed.append(mixed_batch(workload, here, adapters, count, rounds))
+        ids = torch.randint(0, workload.base.config.vocab_size, (adapters, count), device=where)
+        mixed.append(mixed_batch(workload, lora, s2ft, ids, count, rounds))
     goals = judge(result, mixed)
     show(result, mixed, goals, console)
     options = {"model": model.value, "rounds": rounds, "rank": rank, "parameters": budgets.parameters,
                "rank_on_o_and_down": budgets.rank_here}  # fmt: skip
     content = {"format": 1, **environment(where), "options": options, "training": result.to_dict(),
-               "mixed": [asdict(batch) for batch in mixed], "goals": goals}  # fmt: skip
+               "mixed": [
+{**asdict(batch), "share": batch.share} for batch in mixed], "goals": goals}  # fmt: skip
     path = output or RESULTS / f"channels-{model.value}-{where.type}.json"
     write_json(path, content)
     console.print(f"written: {path}")

@@ -338,6 +338,9 @@ def test_command_writes_json_with_samples_and_goals(tmp_path, monkeypatch):
         "shira-r2",
         "sparse-5%",
         "sparse-r2",
+        "s2ft-in-r2",
+        "s2ft-out-r2",
+        "sara-5%",
         "blocks-5%",
     ]
     samples = workload["samples"][0]["train"]["sparse-5%"]
@@ -506,11 +509,12 @@ def test_channels_compares_equal_budgets(channels_run):
 
 def test_channels_judges_its_goals(channels_run):
     found, output = channels_run
-    assert len(found["goals"]) == 5
+    assert len(found["goals"]) == 6
     for goal in found["goals"]:
         assert goal["passed"] == (goal["value"] <= goal["bound"])
         assert goal["goal"] in output.replace("\n", " ") or len(goal["goal"]) > 80
-    (mixed,) = found["mixed"]
+    layer, mixed = found["mixed"]
+    assert layer["model"].startswith("synthetic-d2048") and layer["tokens"] == 1
     assert mixed["adapters"] == 3 and mixed["tokens"] == 2 and mixed["s2ft_vs_lora"]["median"] > 0
 
 

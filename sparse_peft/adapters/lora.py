@@ -1,7 +1,7 @@
 """Exact conversion of sparse adapters to plain LoRA, which any PEFT loads without this package, and back.
 
 A delta of ``k`` whole columns is ``D S``, with ``D`` the columns and ``S`` ``(k, in)`` the rows of the identity that
-select them: LoRA of rank ``k`` whose ``A`` is ``S`` (S2FT, section 3.3). Rows likewise, with ``B`` the selection. What
+select them: LoRA of rank ``k`` whose ``A`` is ``S``. Rows likewise, with ``B`` the selection. What
 holds for whole columns holds for any delta with few rows or columns that are not empty.
 """
 

@@ -1,4 +1,4 @@
-"""Several adapters' channel deltas on one batch: one gather and one batched product (S2FT, section 3.4)."""
+"""Several adapters' channel deltas on one batch: one gather and one batched product (what S2FT calls parallelism)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Scores that say which input or output channels of a layer are worth training (S2FT, section 3.2 and ablations)."""
+"""Scores that say which input or output channels of a layer are worth training (the criteria of S2FT)."""
 
 from __future__ import annotations
 

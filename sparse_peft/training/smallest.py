@@ -1,4 +1,4 @@
-"""SaRA in training: the nuclear norm's gradient, and freezing what has grown (sections 3.3 and 3.4)."""
+"""SaRA in training: the nuclear norm's gradient, and freezing what has grown."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class _Part:
                 f"({', '.join(self.layer.merged_adapters)}); call unmerge_adapter() before training goes on"
             )
         self.layer.release()
-        return read_support(self.layer.dense_base_weight(), self.support).to(torch.float32)
+        return read_support(full(self.layer.dense_base_weight()), self.support).to(torch.float32)
 
     def weights(self) -> Tensor:
         """``(entries,)`` float32: what the entries are now."""
@@ -78,6 +78,9 @@ class SmallestDynamics:
             for name, layer in setting.layers.items()
             if layer.deltas[self.adapter].values.numel()
         }
+        # all processes pick the same layers, whatever seeds they were given
+        device = next(iter(setting.layers.values())).deltas[self.adapter].values.device
+        self.seed = int(setting.collectives.from_first(torch.tensor([self.config.seed], device=device)))
         for layer in setting.layers.values():
             attend(layer.deltas[self.adapter])
 
@@ -121,7 +124,7 @@ class SmallestDynamics:
         if self.config.nuclear_matrices == "all" or not eligible:
             return eligible
         name = f"nuclear norm of {self.adapter}, step {step}"
-        (number,) = sample_without_replacement(len(eligible), 1, seed=self.config.seed, name=name).tolist()
+        (number,) = sample_without_replacement(len(eligible), 1, seed=self.seed, name=name).tolist()
         return [eligible[number]]
 
     def _add_nuclear_gradient(self, part: _Part) -> None:

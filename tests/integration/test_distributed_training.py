@@ -21,11 +21,13 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 
-from sparse_peft import SparseAdamW, SparseConfig, SparsityController
+from sparse_peft import S2FTConfig, SaRAConfig, SparseAdamW, SparseConfig, SparsityController
 from sparse_peft.training.sharded import full
+from sparse_peft.tuners.delta import Delta
 
 STEPS, TOTAL = 11, 12
 OPTIMIZERS = {"adamw": torch.optim.AdamW, "by age": SparseAdamW}
+OTHERS = {"s2ft": S2FTConfig, "sara": SaRAConfig}
 
 
 class Block(nn.Module):
@@ -52,6 +54,8 @@ class Net(nn.Module):
 
 
 def adapted(selection, seed=0, **fields):
+    if selection in OTHERS:
+        return get_peft_model(Net(), OTHERS[selection](target_modules=["up", "down"], seed=seed, **fields))
     window = {"set": 0, "rigl": 1}.get(selection, 3)
     fields = {"density": 0.1, "reselect_every": 4, "accumulate": window, "candidates": 1e9, **fields}
     config = SparseConfig(selection=selection, target_modules=["up", "down"], seed=seed, **fields)
@@ -68,14 +72,14 @@ def leaves(model):
     return {
         name.split("base_model.model.")[-1]: module
         for name, module in model.named_modules()
-        if hasattr(module, "recipe")
+        if isinstance(module, Delta)
     }
 
 
 def look_at(model):
     return {
         name: (
-            leaf.indices.tolist(),
+            leaf.support.indices.tolist(),
             full(leaf.values).tolist(),
             None if leaf.values.grad is None else full(leaf.values.grad).tolist(),
         )
@@ -146,12 +150,13 @@ def with_fsdp2(rank, selection, kind, fields, folder):
         twin = leaves(resumed)[name]
         with torch.no_grad():
             twin.values.to_local().copy_(leaf.values.to_local())
-        twin.indices = leaf.indices.clone()
+            state = {n: t for n, t in leaf.state_dict().items() if n != "values"}
+            twin.load_state_dict(state, strict=False)
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
         set_optimizer_state_dict(resumed, other, saved if rank == 0 else {}, options=whole)
     going_on = SparsityController(resumed, other, TOTAL)
-    assert going_on.completed_steps == 6
+    assert going_on.completed_steps == (0 if selection == "s2ft" else 6)  # nothing of it changes but the values
     rest = train(model, model, optimizer, controller, range(6, STEPS), half(rank))
     again = train(resumed, resumed, other, going_on, range(6, STEPS), half(rank))
     assert rest == again, "a resumed run is the uninterrupted one"
@@ -211,6 +216,8 @@ CASES = [
     ("momentum", "adamw", {}),
     ("rigl", "by age", {}),
     ("set", "by age", {}),
+    ("s2ft", "adamw", {"k": 4}),
+    ("sara", "adamw", {"density": 0.2, "progressive": 3, "nuclear_weight": 0.01, "nuclear_min_size": 4}),
 ]
 
 

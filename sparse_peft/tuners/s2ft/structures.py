@@ -1,4 +1,4 @@
-"""Structures: what S2FT selects as one (section 3.1).
+"""Structures: what S2FT selects as one.
 
 A feed-forward channel is a row of ``up`` and ``gate`` and a column of ``down``; a head is a block of rows of ``q``,
 ``k`` and ``v`` and a block of columns of ``o``. With grouped queries one key and value head serves several query
