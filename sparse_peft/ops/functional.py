@@ -13,6 +13,7 @@ from torch import Tensor
 from .conv import ConvProduct
 from .entries import effective_entries
 from .library import sddmm
+from .support_grad import accumulation_dtype
 
 # In place of a dimension: positions are flat, of single entries.
 ENTRIES = -1
@@ -53,7 +54,8 @@ class _Linear(torch.autograd.Function):
             if ctx.dim == ENTRIES:
                 grad_values = sddmm(left, right, row_ptr, cols, positions, *weight.shape, ctx.key)
             else:
-                grad_values = (left.t().float() @ right.float()).reshape(-1)
+                dtype = accumulation_dtype(left.dtype)
+                grad_values = (left.t().to(dtype) @ right.to(dtype)).reshape(-1)
             grad_values = grad_values.to(values.dtype)
         if ctx.needs_input_grad[2]:
             grad_bias = _matrix(grad).sum(0)

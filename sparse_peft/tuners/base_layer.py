@@ -429,7 +429,7 @@ class SparseTunerLayer(BaseTunerLayer, nn.Module):
         if isinstance(self.product, LinearProduct):
             return delta_matmul(x, values, support, self.product.in_dim, key)
         source = DeltaSource(self.stored_shape, support, values, self.product, key)
-        return self._on_batch(x, values, None, source, support)
+        return self._on_batch(x.to(self._compute_dtype(x)), values, None, source, support)
 
     def _mixed_batch_forward(self, x: Tensor, adapter_names: list[str], *args: Any, **kwargs: Any) -> Tensor:
         if len(x) != len(adapter_names):

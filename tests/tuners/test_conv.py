@@ -140,6 +140,8 @@ def test_a_base_layer_with_hooks_runs_by_itself():
     layer_of(model).get_base_layer().register_forward_hook(lambda *_: calls.append(1))
     with panel_limit(500):
         check(model, conv, torch.randn(shape), TOLERANCE[torch.float32])
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        check(model, conv, torch.randn(shape), TOLERANCE[torch.bfloat16])
     assert calls and layer_of(model).path() == "additive"
 
 

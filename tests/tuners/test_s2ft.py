@@ -105,9 +105,10 @@ def test_o1_o15_zero_values_change_nothing_and_others_only_the_channels(kind, si
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("side", ["in", "out"])
-def test_compiled(kind, side):
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-4), (torch.float64, 1e-12)])
+def test_compiled(kind, side, dtype, tolerance):
     torch._dynamo.reset()
-    _, tuned, reference, x = one(kind, side)
+    _, tuned, reference, x = one(kind, side, dtype=dtype)
     compiled = torch.compile(tuned, backend="aot_eager", fullgraph=True)
     x = x.requires_grad_()
     y = compiled(x)
@@ -118,7 +119,7 @@ def test_compiled(kind, side):
     z = tuned(x)
     z.backward(grad)
     for a, b in zip(got, [z.detach(), x.grad, tuned.deltas["default"].values.grad]):
-        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
 
 
 # ---------------------------------------------------------------------- saved activations
@@ -491,6 +492,39 @@ def test_criteria_choose_what_their_formulas_say(selection, largest):
             take_largest = selection == "gradient" if largest is None else largest
             wanted = score.topk(3, largest=take_largest).indices.sort().values
             assert found[f"{n}.{kind}"].tolist() == wanted.tolist()
+
+
+@pytest.mark.parametrize("largest", [True, False])
+def test_a_units_score_is_the_norm_over_its_channels_in_all_its_layers(largest):
+    model = small_llama()
+    config = S2FTConfig(
+        ratio=0.5,
+        granularity="head",
+        selection="weight",
+        largest=largest,
+        target_modules=["v_proj", "o_proj", "up_proj"],
+    )
+    found = channels(get_peft_model(copy.deepcopy(model), config))
+    for n, block in enumerate(model.model.layers):
+        v, o = block.self_attn.v_proj.weight, block.self_attn.o_proj.weight
+        scores = v.view(2, -1).square().sum(1) + o.view(32, 2, -1).square().sum((0, 2))
+        head = int(scores.argmax() if largest else scores.argmin())
+        assert found[f"{n}.self_attn.v_proj"].tolist() == list(range(8 * head, 8 * head + 8))
+        assert found[f"{n}.self_attn.o_proj"].tolist() == list(range(16 * head, 16 * head + 16))
+
+
+def test_activations_of_a_coupled_unit_are_those_at_the_input_of_down():
+    model, x = small_llama(), torch.randint(0, 40, (3, 9))
+    seen = []
+    handle = model.model.layers[0].mlp.down_proj.register_forward_hook(lambda m, a, y: seen.append(a[0].detach()))
+    model(x)
+    handle.remove()
+    config = S2FTConfig(k=4, selection="activation", target_modules=["up_proj", "gate_proj", "down_proj"])
+    config = select_support(model, config, [{"input_ids": x}])
+    wanted = seen[0].reshape(-1, 88).norm(dim=0).topk(4, largest=False).indices.sort().values
+    found = channels(get_peft_model(model, config))
+    for name in ("up_proj", "gate_proj", "down_proj"):
+        assert found[f"0.mlp.{name}"].tolist() == wanted.tolist()
 
 
 # ---------------------------------------------------------------------- files and errors
