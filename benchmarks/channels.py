@@ -23,10 +23,10 @@ from torch import Tensor, nn
 
 from sparse_peft import S2FTConfig
 
-from .measure import Ratio, interleave, main_clock, paired
+from .measure import Ratio, interleave, main_clock, paired, time_once
 from .methods import FROZEN, Method
 from .report import environment, table, write_json
-from .runner import Result, run_workload
+from .runner import MOST_REPEATS, SHORTEST_SAMPLE, Result, repeated, run_workload
 from .workloads import Workload, linear_stack, random_llama, smollm2
 
 RESULTS = Path(__file__).parent / "results"
@@ -128,13 +128,17 @@ def mixed_batch(
     for name, method in (("lora", lora), ("s2ft", s2ft)):
         model = with_adapters(workload, method, adapters)
         actions[name] = lambda model=model: model(inputs, adapter_names=names)
+    actions["base"]()
+    once = time_once(actions["base"], inputs.device).wall
+    repeats = max(1, round(SHORTEST_SAMPLE / max(once, SHORTEST_SAMPLE / MOST_REPEATS)))
+    actions = {name: repeated(action, repeats) for name, action in actions.items()}
     samples = interleave(actions, rounds, inputs.device, warm_caches=True)
     clock = main_clock(inputs.device)
     return MixedBatch(
         workload.name,
         adapters,
         tokens,
-        {name: median(sample.on(clock) for sample in found) for name, found in samples.items()},
+        {name: median(sample.on(clock) for sample in found) / repeats for name, found in samples.items()},
         paired(samples["s2ft"], samples["lora"], clock),
         paired(samples["s2ft"], samples["base"], clock),
         paired(samples["lora"], samples["base"], clock),

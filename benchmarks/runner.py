@@ -119,7 +119,9 @@ def build(method: Method, workload: Workload, device: torch.device) -> tuple[Sub
     return subject, row
 
 
-def _repeated(action: Callable[[], object], times: int) -> Callable[[], None]:
+def repeated(action: Callable[[], object], times: int) -> Callable[[], None]:
+    """The action, so many times over."""
+
     def run() -> None:
         for _ in range(times):
             action()
@@ -142,7 +144,7 @@ def time_serving(
     decoding = {}
     for name, subject in subjects.items():
         decoding |= {name: subject.decode, bare(name): subject.decode_bare}
-    decoding = {name: _repeated(action, max(1, repeats)) for name, action in decoding.items()}
+    decoding = {name: repeated(action, max(1, repeats)) for name, action in decoding.items()}
     decode = interleave(decoding, rounds * DECODE_ROUNDS, device, warm_caches=True)
 
     adapted = {name: subject for name, subject in subjects.items() if subject.method.config is not None}

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ...ops import BatchOrder, LinearProduct, add_channel_deltas_
 from ...support import ChannelSupport
-from ..base_layer import BASE_ADAPTER, SparseTunerLayer
+from ..base_layer import SparseTunerLayer
 from ..residency import Stamp
 
 
@@ -18,16 +18,21 @@ class _Stack:
     """Several adapters' channels of one layer, side by side, as long as nothing was written to their values.
 
     Attributes:
-        names: the adapters.
+        names: the adapters, in the layer's order.
         stamp: of their values.
         weights: ``(adapters, in, out)``: what multiplies their inputs; shorter ones are filled up with zeros.
         channels: ``(adapters, most channels)`` int64.
+        is_input: whether the channels are the layer's inputs.
     """
 
     names: tuple[str, ...]
     stamp: Stamp
     weights: Tensor
     channels: Tensor
+    is_input: bool
+
+    def serves(self, names: tuple[str, ...], x: Tensor) -> bool:
+        return self.names == names and self.weights.dtype == x.dtype and self.stamp.is_current()
 
 
 class S2FTLinear(SparseTunerLayer):
@@ -44,25 +49,25 @@ class S2FTLinear(SparseTunerLayer):
     _stack: _Stack | None = None
 
     def _mixed_deltas_(self, result: Tensor, x: Tensor, adapter_names: list[str]) -> None:
-        names = tuple(name for name in dict.fromkeys(adapter_names) if name != BASE_ADAPTER and name in self.deltas)
-        supports = [self._delta(name).support for name in names]
-        alike = len({(support.dim, support.width) for support in supports}) == 1
-        trained = torch.is_grad_enabled() and any(self.deltas[name].values.requires_grad for name in names)
-        if trained or not alike or not isinstance(self.product, LinearProduct):
+        used = set(adapter_names)
+        names = tuple(name for name in self.deltas if name in used)
+        stack = self._stack
+        if stack is None or not stack.serves(names, x):
+            stack = self._stack = self._stacked(names, x) if names else None
+        trains = torch.is_grad_enabled() and any(self.deltas[name].values.requires_grad for name in names)
+        if stack is None or trains:
             super()._mixed_deltas_(result, x, adapter_names)
             return
-        stack = self._stacked(names, supports, x)
         numbers = {name: number for number, name in enumerate(names)}
         order = BatchOrder.of(tuple(numbers.get(name, -1) for name in adapter_names), len(names), x.device)
-        is_input = supports[0].dim == self.product.in_dim
-        add_channel_deltas_(result, x, stack.weights, stack.channels, order, is_input)
+        add_channel_deltas_(result, x, stack.weights, stack.channels, order, stack.is_input)
 
-    def _stacked(self, names: tuple[str, ...], supports: list[ChannelSupport], x: Tensor) -> _Stack:
-        stack = self._stack
-        if stack is not None and stack.names == names and stack.weights.dtype == x.dtype and stack.stamp.is_current():
-            return stack
-        deltas = tuple(self._delta(name) for name in names)
-        transposed = self.product.in_dim == 1
+    def _stacked(self, names: tuple[str, ...], x: Tensor) -> _Stack | None:
+        """The adapters side by side; None where they do not go together."""
+        supports: list[ChannelSupport] = [self._delta(name).support for name in names]
+        if not isinstance(self.product, LinearProduct) or len({support.dim for support in supports}) > 1:
+            return None
+        deltas = tuple(self.deltas[name] for name in names)
         most, dim = max(support.count for support in supports), supports[0].dim
         with torch.no_grad(), torch.inference_mode(False):
             shape = list(supports[0].matrix_shape)
@@ -72,9 +77,9 @@ class S2FTLinear(SparseTunerLayer):
             for n, (delta, support) in enumerate(zip(deltas, supports)):
                 weights[n].narrow(dim, 0, support.count).copy_(delta().view(support.matrix_shape))
                 channels[n, : support.count] = support.channels
-            weights = weights.transpose(1, 2).contiguous() if transposed else weights
-            self._stack = _Stack(names, Stamp(deltas), weights, channels)
-        return self._stack
+            # stored (out, in) by nn.Linear; a product wants (in, out)
+            weights = weights.transpose(1, 2).contiguous() if self.product.in_dim == 1 else weights
+        return _Stack(names, Stamp(deltas), weights, channels, dim == self.product.in_dim)
 
     def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
         self._stack = None
