@@ -3,11 +3,11 @@
 from .calibration import Crossover, cache_file
 from .channel_batch import BatchOrder, add_channel_deltas_
 from .codes import code_gather, code_scatter_add, pack_codes, packed_width, unpack_codes
-from .conv import CONVOLUTIONS, ConvProduct, padded
+from .conv import CONVOLUTIONS, ConvProduct, is_convolution
 from .delta_matmul import delta_matmul, spmm_add_
 from .dispatch import BACKENDS, Plan, kernel_backend, log_once, plan_support_grad, use_backend
 from .entries import effective_entries, read_entries, restore_, resync_, scatter_add_, write_entries_
-from .functional import ENTRIES, functional_conv, functional_linear
+from .functional import functional_layer
 from .layers import support_layer
 from .library import remember
 from .masked_dw import PANEL_BYTES_PER_WEIGHT, masked_dw
@@ -28,7 +28,6 @@ __all__ = [
     "BACKENDS",
     "BatchOrder",
     "CONVOLUTIONS",
-    "ENTRIES",
     "PANEL_BYTES_PER_WEIGHT",
     "UNOBSERVED",
     "ConvProduct",
@@ -46,9 +45,9 @@ __all__ = [
     "code_scatter_add",
     "delta_matmul",
     "effective_entries",
-    "functional_conv",
-    "functional_linear",
+    "functional_layer",
     "gradient_panels",
+    "is_convolution",
     "kernel_backend",
     "log_once",
     "masked_dw",
@@ -57,7 +56,6 @@ __all__ = [
     "observe",
     "pack_codes",
     "packed_width",
-    "padded",
     "panel_bytes",
     "panel_limit",
     "panels",

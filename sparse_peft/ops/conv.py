@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -22,8 +22,18 @@ from .panels import panels
 from .products import WeightSource, trains_input_channels
 from .support_grad import accumulation_dtype, observed_support_grad
 
-CONVOLUTIONS = {nn.Conv1d: 1, nn.Conv2d: 2, nn.Conv3d: 3}
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _FORWARD = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
+
+
+def is_convolution(module: nn.Module) -> bool:
+    """Whether the module computes what one of :data:`CONVOLUTIONS` does; not if a subclass computes it its own way."""
+    return any(
+        isinstance(module, kind)
+        and type(module).forward is kind.forward
+        and type(module)._conv_forward is kind._conv_forward
+        for kind in CONVOLUTIONS
+    )
 
 
 @dataclass(frozen=True)
@@ -34,6 +44,7 @@ class ConvProduct:
         kernel: taps in each dimension.
         stride, padding, dilation: likewise; padding with zeros, alike on both sides.
         groups: as in ``nn.Conv2d``.
+        outer: padding of other kinds, as ``F.pad`` takes it, and its mode; None where there is none.
         in_dim: 1: columns of the weight's matrix are the input's.
     """
 
@@ -42,14 +53,19 @@ class ConvProduct:
     padding: tuple[int, ...]
     dilation: tuple[int, ...]
     groups: int
+    outer: tuple[tuple[int, ...], str] | None = None
     in_dim: int = 1
 
     @classmethod
     def of(cls, module: nn.Module) -> ConvProduct:
-        """The product of a convolution that got its input from :func:`padded`."""
-        pads = isinstance(module.padding, str) or module.padding_mode != "zeros"
-        padding = (0,) * len(module.kernel_size) if pads else tuple(module.padding)
-        return cls(tuple(module.kernel_size), tuple(module.stride), padding, tuple(module.dilation), module.groups)
+        """The product of a module that :func:`is_convolution`."""
+        padding, outer = module.padding, None
+        if isinstance(padding, str) or module.padding_mode != "zeros":
+            mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
+            outer = tuple(module._reversed_padding_repeated_twice), mode
+            padding = (0,) * len(module.kernel_size)
+        kernel, stride, dilation = module.kernel_size, module.stride, module.dilation
+        return cls(tuple(kernel), tuple(stride), tuple(padding), tuple(dilation), module.groups, outer)
 
     @property
     def taps(self) -> int:
@@ -60,6 +76,18 @@ class ConvProduct:
         return matrix.reshape(matrix.shape[0], -1, *self.kernel)
 
     # ------------------------------------------------------------------ forward and input
+
+    def enter(self, x: Tensor) -> Tensor:
+        """Padded where the padding is no number of zeros; a single item as a batch of one."""
+        if self.outer is not None:
+            x = F.pad(x, self.outer[0], mode=self.outer[1])
+        return x.unsqueeze(0) if self._is_single(x) else x
+
+    def leave(self, out: Tensor, x: Tensor) -> Tensor:
+        return out.squeeze(0) if self._is_single(x) else out
+
+    def _is_single(self, x: Tensor) -> bool:
+        return x.ndim == len(self.kernel) + 1
 
     def forward(self, x: Tensor, source: WeightSource, bias: Tensor | None) -> Tensor:
         out = None
@@ -158,9 +186,7 @@ class ConvProduct:
             part, inputs = self, x
             if self.groups > 1:
                 inputs = x[:, start // a_group * channels : stop // a_group * channels]
-                part = ConvProduct(
-                    self.kernel, self.stride, self.padding, self.dilation, (stop - start) // a_group, self.in_dim
-                )
+                part = replace(self, groups=(stop - start) // a_group)
             panel = part.dense_grad(grad[:, start:stop], inputs).reshape(-1)
             values[first:last] = panel.index_select(0, support.indices[first:last] - start * cols)
         return values
@@ -185,11 +211,3 @@ class ConvProduct:
                 windows = x.as_strided((*shape, *tile), (c, *taps, n, *steps), start)
                 left = grad[i:j, :, a:b].transpose(0, 1)
                 yield left.reshape(left.shape[0], -1).t(), windows.reshape(math.prod(shape), -1).t()
-
-
-def padded(module: nn.Module, x: Tensor) -> Tensor:
-    """The input as :class:`ConvProduct` takes it: padded already where the padding is no number of zeros."""
-    if not isinstance(module.padding, str) and module.padding_mode == "zeros":
-        return x
-    mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
-    return F.pad(x, module._reversed_padding_repeated_twice, mode=mode)

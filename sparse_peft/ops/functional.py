@@ -10,9 +10,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..support import ChannelSupport, Support
 from .conv import ConvProduct
 from .entries import effective_entries
 from .library import sddmm
+from .products import Product
 from .support_grad import accumulation_dtype
 
 # In place of a dimension: positions are flat, of single entries.
@@ -87,44 +89,36 @@ class _Conv(torch.autograd.Function):
         return grad_x, grad_values, grad_bias, *(None,) * 5
 
 
-def functional_linear(
+def functional_layer(
     x: Tensor,
     values: Tensor,
     bias: Tensor | None,
     weight: Tensor,
-    positions: Tensor,
     originals: Tensor,
-    row_ptr: Tensor | None,
-    cols: Tensor | None,
-    dim: int,
-    in_dim: int,
+    support: Support,
+    csr: tuple[Tensor, Tensor] | None,
+    product: Product,
     key: int,
 ) -> Tensor:
-    """:func:`~sparse_peft.ops.support_layer` of a linear layer, for ``torch.compile``.
+    """:func:`~sparse_peft.ops.support_layer` for ``torch.compile``.
+
+    Of a convolution the dense weight gradient is alive whole.
 
     Args:
         x, values, bias: as there.
         weight: the base weight.
-        positions: flat positions, or with ``dim`` 0 or 1 the trained rows or columns.
-        originals: the base's entries there.
-        row_ptr, cols: of the CSR view, for flat positions.
-        dim: 0 for rows, 1 for columns, :data:`ENTRIES` for flat positions.
-        in_dim: the dimension of the stored weight that is the input's.
+        originals: the base's entries at the support.
+        support: of the values.
+        csr: its row pointers and columns, made beforehand; None for whole channels.
+        product: the layer's.
         key: of the layer, for observers.
     """
-    return _Linear.apply(x, values, bias, weight, positions, originals, row_ptr, cols, dim, in_dim, key)
-
-
-def functional_conv(
-    x: Tensor,
-    values: Tensor,
-    bias: Tensor | None,
-    weight: Tensor,
-    positions: Tensor,
-    originals: Tensor,
-    dim: int,
-    product: ConvProduct,
-) -> Tensor:
-    """:func:`~sparse_peft.ops.support_layer` of a convolution, for ``torch.compile``; arguments as in
-    :func:`functional_linear`, with channels for rows and columns. The dense weight gradient of one layer is alive."""
-    return _Conv.apply(x, values, bias, weight, positions, originals, dim, product)
+    if isinstance(support, ChannelSupport):
+        positions, dim = support.channels, support.dim
+    else:
+        positions, dim = support.indices, ENTRIES
+    if isinstance(product, ConvProduct):
+        out = _Conv.apply(product.enter(x), values, bias, weight, positions, originals, dim, product)
+        return product.leave(out, x)
+    row_ptr, cols = csr or (None, None)
+    return _Linear.apply(x, values, bias, weight, positions, originals, row_ptr, cols, dim, product.in_dim, key)

@@ -53,4 +53,5 @@ def support_layer(
     Returns:
         The output in ``x``'s dtype.
     """
-    return _SupportLayer.apply(x, values, bias, source, support)
+    product = source.product
+    return product.leave(_SupportLayer.apply(product.enter(x), values, bias, source, support), x)

@@ -38,7 +38,20 @@ class WeightSource(Protocol):
 
 
 class Product(Protocol):
-    """One kind of layer."""
+    """One kind of layer.
+
+    ``in_dim`` is the dimension of the weight, as a matrix, that is the input's.
+    """
+
+    in_dim: int
+
+    def enter(self, x: Tensor) -> Tensor:
+        """The input as the other methods take it; differentiable."""
+        ...
+
+    def leave(self, out: Tensor, x: Tensor) -> Tensor:
+        """The layer's output from that of :meth:`forward`, for the input that was given to :meth:`enter`."""
+        ...
 
     def forward(self, x: Tensor, source: WeightSource, bias: Tensor | None) -> Tensor:
         """The layer's output."""
@@ -82,6 +95,12 @@ class LinearProduct:
     """
 
     in_dim: int
+
+    def enter(self, x: Tensor) -> Tensor:
+        return x
+
+    def leave(self, out: Tensor, x: Tensor) -> Tensor:
+        return out
 
     def forward(self, x: Tensor, source: WeightSource, bias: Tensor | None) -> Tensor:
         return self._multiply(x, source, self.in_dim == 1, bias)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -14,22 +13,20 @@ from transformers.pytorch_utils import Conv1D
 
 from ..ops import (
     CONVOLUTIONS,
-    ENTRIES,
     UNOBSERVED,
     ConvProduct,
     LinearProduct,
     add_to_support_,
     delta_matmul,
     effective_entries,
-    functional_conv,
-    functional_linear,
+    functional_layer,
+    is_convolution,
     log_once,
     new_key,
-    padded,
     read_support,
     support_layer,
 )
-from ..support import ChannelSupport, Support
+from ..support import Support
 from .delta import Delta
 from .packed import PackedWeight, keep_packing
 from .residency import (
@@ -88,7 +85,7 @@ class SparseTunerLayer(BaseTunerLayer, nn.Module):
         )
         keep_packing(base)
         self.in_features, self.out_features = _get_in_out_features(base)
-        if type(base) in CONVOLUTIONS:
+        if is_convolution(base):
             self.product = ConvProduct.of(base)
             self.weight_shape = tuple(base.weight.shape)
             self.stored_shape = (self.weight_shape[0], base.weight[0].numel())
@@ -362,7 +359,7 @@ class SparseTunerLayer(BaseTunerLayer, nn.Module):
     def _product(self, x: Tensor, delta: ActiveDelta | None, source) -> Tensor:
         dtype = self._compute_dtype(x)
         bias = self.base_layer.bias
-        return self._on_batch(
+        return support_layer(
             x.to(dtype),
             None if delta is None else self.sum_values(delta),
             None if bias is None else bias.to(dtype),
@@ -380,36 +377,19 @@ class SparseTunerLayer(BaseTunerLayer, nn.Module):
             return self.base_layer(x, *args, **kwargs)
         return self._product(x, None, ResidentSource(self, None))
 
-    def _on_batch(self, x: Tensor, *args: Any) -> Tensor:
-        """:func:`~sparse_peft.ops.support_layer`, also for what only a convolution takes: padding, a single item."""
-        if isinstance(self.product, LinearProduct):
-            return support_layer(x, *args)
-        return self._as_batch(x, lambda batch: support_layer(batch, *args))
-
-    def _as_batch(self, x: Tensor, convolve: Callable[[Tensor], Tensor]) -> Tensor:
-        x = padded(self.base_layer, x)
-        single = x.ndim == len(self.product.kernel) + 1
-        out = convolve(x.unsqueeze(0) if single else x)
-        return out.squeeze(0) if single else out
-
     def _functional_forward(self, x: Tensor, delta: ActiveDelta) -> Tensor:
         dtype = self._compute_dtype(x)
-        base, support, held = self.base_layer, delta.support, self._residency.held
-        originals = read_support(base.weight, support) if held is None else held.originals
-        if isinstance(support, ChannelSupport):
-            positions, dim = support.channels, support.dim
-        else:
-            positions, dim = support.indices, ENTRIES
-        bias = None if base.bias is None else base.bias.to(dtype)
-        values, x = self.sum_values(delta), x.to(dtype)
-        if isinstance(self.product, LinearProduct):
-            csr = delta.row_ptr, delta.cols
-            return functional_linear(
-                x, values, bias, base.weight, positions, originals, *csr, dim, self.product.in_dim, self.observer_key
-            )
-        return self._as_batch(
-            x,
-            lambda batch: functional_conv(batch, values, bias, base.weight, positions, originals, dim, self.product),
+        base, held = self.base_layer, self._residency.held
+        return functional_layer(
+            x.to(dtype),
+            self.sum_values(delta),
+            None if base.bias is None else base.bias.to(dtype),
+            base.weight,
+            read_support(base.weight, delta.support) if held is None else held.originals,
+            delta.support,
+            delta.csr,
+            self.product,
+            self.observer_key,
         )
 
     def _dequantised_forward(self, x: Tensor, delta: ActiveDelta) -> Tensor:
@@ -429,7 +409,7 @@ class SparseTunerLayer(BaseTunerLayer, nn.Module):
         if isinstance(self.product, LinearProduct):
             return delta_matmul(x, values, support, self.product.in_dim, key)
         source = DeltaSource(self.stored_shape, support, values, self.product, key)
-        return self._on_batch(x.to(self._compute_dtype(x)), values, None, source, support)
+        return support_layer(x.to(self._compute_dtype(x)), values, None, source, support)
 
     def _mixed_batch_forward(self, x: Tensor, adapter_names: list[str], *args: Any, **kwargs: Any) -> Tensor:
         if len(x) != len(adapter_names):

@@ -19,7 +19,7 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from ..ops import CONVOLUTIONS, kernel_backend
+from ..ops import is_convolution, kernel_backend
 from ..support import Support
 from .base_layer import BASE_ADAPTER, SparseTunerLayer
 from .checkpoint import TAG, check_values
@@ -53,7 +53,7 @@ def stored_shape(module: nn.Module) -> tuple[int, int]:
     Quantised layers count unpacked, ``(out, in)``; a convolution's weight as ``(out, in / groups * taps)``.
     """
     base = base_of(module)
-    if type(base) in CONVOLUTIONS:
+    if is_convolution(base):
         return base.weight.shape[0], base.weight[0].numel()
     if isinstance(base, Conv1D) or not hasattr(base, "out_features"):
         return tuple(base.weight.shape)
@@ -172,7 +172,7 @@ class BaseSparseModel(BaseTuner):
             raise ValueError(f"target_modules={config.target_modules!r} match no layer of {type(model).__name__}")
         cls.check_targets(model, targets)
         for name, module in targets.items():
-            if type(base_of(module)) in CONVOLUTIONS:
+            if is_convolution(base_of(module)):
                 raise TypeError(
                     f"Target module {name} of type {type(base_of(module)).__name__}: selection={config.selection!r} "
                     "looks at data for linear layers only; leave convolutions out with exclude_modules, or choose a "
@@ -250,7 +250,7 @@ class BaseSparseModel(BaseTuner):
             base = base_of(module)
             backend = resolve_quantization_backend(base, **kwargs)
             weight = getattr(base, "weight", None)
-            if backend is None and not isinstance(base, (nn.Linear, Conv1D)) and type(base) not in CONVOLUTIONS:
+            if backend is None and not isinstance(base, (nn.Linear, Conv1D)) and not is_convolution(base):
                 raise TypeError(
                     f"Target module {name} of type {type(base).__name__} is not supported. {cls.__name__} trains "
                     "`torch.nn.Linear`, `Conv1d`, `Conv2d`, `Conv3d`, transformers' `Conv1D` and the quantised linear "

@@ -30,14 +30,14 @@ class ActiveDelta:
         names: the adapters, in order.
         support: the union of their supports.
         slots: for each adapter the places of its entries in the union; None where it is alone.
-        row_ptr, cols: the union's CSR view, made beforehand because a compiled graph cannot; None for whole channels.
+        csr: the union's row pointers and columns, made beforehand because a compiled graph cannot; None for whole
+            channels.
     """
 
     names: tuple[str, ...]
     support: Support
     slots: tuple[Tensor | None, ...]
-    row_ptr: Tensor | None
-    cols: Tensor | None
+    csr: tuple[Tensor, Tensor] | None
 
     @classmethod
     def join(cls, supports: dict[str, Support]) -> ActiveDelta:
@@ -47,9 +47,9 @@ class ActiveDelta:
         else:
             union, slots = parts[0].union(*parts[1:])
         if isinstance(union, ChannelSupport):
-            return cls(names, union, tuple(slots), None, None)
+            return cls(names, union, tuple(slots), None)
         remember(union)
-        return cls(names, union, tuple(slots), union.row_ptr, union.cols)
+        return cls(names, union, tuple(slots), (union.row_ptr, union.cols))
 
     def sum_values(self, values: list[Tensor]) -> Tensor:
         """Values at the union, overlaps added: ``(support.nnz,)``, differentiable."""

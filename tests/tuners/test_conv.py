@@ -194,6 +194,20 @@ def test_positions_that_change_in_training_see_the_convolutions_gradient():
     assert grown.reshape(-1)[best].all()
 
 
+def test_subclasses_train_unless_they_compute_their_own_way():
+    class Named(nn.Conv2d):
+        pass
+
+    class Padded(nn.Conv2d):
+        def forward(self, x):
+            return super().forward(torch.nn.functional.pad(x, (1, 1, 1, 1)))
+
+    conv = Named(5, 7, 3)
+    check(adapted_conv(conv), conv, torch.randn(2, 5, 6, 6), TOLERANCE[torch.float32])
+    with pytest.raises(TypeError, match="Target module 0 of type Padded is not supported"):
+        adapted_conv(Padded(5, 7, 3))
+
+
 def test_criteria_that_look_at_data_are_for_linear_layers():
     with pytest.raises(TypeError, match="0 of type Conv2d.*linear layers"):
         select_support(

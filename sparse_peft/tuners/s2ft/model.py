@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...ops import CONVOLUTIONS, panel_bytes
+from ...ops import is_convolution, panel_bytes
 from ...support import ChannelSupport, Side, Support, channel_squares, weight_squares
 from ..base_layer import SparseTunerLayer
 from ..base_model import BaseSparseModel, base_of, dense_weight, in_dim_of, stored_shape
@@ -111,7 +111,7 @@ class S2FTModel(BaseSparseModel):
         for name, module in targets.items():
             base, shape, in_dim = base_of(module), stored_shape(module), in_dim_of(module)
             taps = 1
-            if type(base) in CONVOLUTIONS:
+            if is_convolution(base):
                 taps = base.weight[0, 0].numel()
                 if base.groups > 1:
                     raise TypeError(
