@@ -11,7 +11,7 @@ from peft import PeftModel, get_peft_model
 from test_controller import batch_at, optimizer_of, train
 from torch import nn
 
-from sparse_peft import SaRAConfig, SparsityController, panel_limit, sara_learning_rate
+from sparse_peft import SaRAConfig, SparsityController, panel_limit, sara_learning_rate, select_support
 from sparse_peft.report import read_history, write_history
 from sparse_peft.training.records import Freezing
 
@@ -395,6 +395,11 @@ def test_s15_the_authors_learning_rate():
     assert sara_learning_rate(8e-4) == pytest.approx(7.558e-4, rel=1e-3)
     with pytest.raises(ValueError, match="threshold=0: a positive"):
         sara_learning_rate(0)
+
+
+def test_its_positions_need_no_data():
+    with pytest.raises(ValueError, match="selection='magnitude_smallest' needs no data"):
+        select_support(TwoLayers(), SaRAConfig(target_modules=NAMES), [batch_at(0)])
 
 
 @pytest.mark.parametrize("kwargs, message", [

@@ -112,8 +112,13 @@ class SaRAConfig(EntryConfig):
                 raise ValueError(f"{name}={value}: at least {least} is expected")
 
     @property
+    def selection(self) -> str:
+        """The criterion's name, as ``SparseConfig(selection=)`` has it."""
+        return "magnitude_smallest" if self.threshold is None else "threshold"
+
+    @property
     def criterion(self) -> Criterion:
-        return get_criterion("magnitude_smallest" if self.threshold is None else "threshold")
+        return get_criterion(self.selection)
 
     @property
     def criterion_options(self) -> dict[str, Any]:
