@@ -37,15 +37,19 @@ def test_upstream_tests_pass(file: str, minimum: int):
     assert result.passed >= minimum * len(selected_methods()), report(result)
 
 
+# What is broken below is shared by all methods: one of them shows it.
+ONE_METHOD = ["sparse"]
+
+
 @pytest.fixture(scope="module")
 def unbroken() -> Result:
-    return run_file("custom")
+    return run_file("custom", methods=ONE_METHOD)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("mutant", FAULTS)
 def test_upstream_tests_notice_a_broken_tuner(mutant: str, unbroken: Result):
-    result = run_file("custom", mutant=mutant)
+    result = run_file("custom", methods=ONE_METHOD, mutant=mutant)
     assert set(result.failures) - set(unbroken.failures), report(result)
     # it is broken in one respect only
     assert result.returncode == 1 and result.passed > len(result.failures), report(result)
@@ -54,7 +58,7 @@ def test_upstream_tests_notice_a_broken_tuner(mutant: str, unbroken: Result):
 @pytest.mark.slow
 @pytest.mark.parametrize("mutant", CONTROLS)
 def test_upstream_tests_pass_with_a_control(mutant: str):
-    result = run_file("custom", mutant=mutant)
+    result = run_file("custom", methods=ONE_METHOD, mutant=mutant)
     assert result.good and not result.failures, report(result)
 
 
