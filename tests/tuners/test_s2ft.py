@@ -623,6 +623,7 @@ def test_layer_paths_name_the_channels():
     from sparse_peft.report import layer_paths
 
     model, *_ = one()
+    assert "columns=4" in repr(model)
     (path,) = layer_paths(model)
     assert path.gradient == "channels" and "4 whole columns" in path.why
     assert sparse_peft.S2FTModel.target_module_mapping["llama"] == ["o_proj", "down_proj"]

@@ -78,3 +78,6 @@ class ChannelDelta(Delta):
         ChannelSupport(self.shape, self.dim, channels, self.width, name=self.name)  # refuses what does not fit
         check_values(values, self.name, "load")
         return {own: channels.to(torch.int32)}
+
+    def extra_repr(self) -> str:
+        return f"{BUFFERS[self.dim]}={self.count}, {super().extra_repr()}"
