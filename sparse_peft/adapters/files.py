@@ -16,8 +16,7 @@ from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from ..training.dynamics import configs_of
-from ..tuners.base_model import BaseSparseModel
+from ..tuners.base_model import BaseSparseModel, configs_of
 
 # What PeftModel's state dicts begin with, and so every adapter file.
 PREFIX = "base_model.model."

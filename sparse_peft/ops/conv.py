@@ -67,11 +67,6 @@ class ConvProduct:
         kernel, stride, dilation = module.kernel_size, module.stride, module.dilation
         return cls(tuple(kernel), tuple(stride), tuple(padding), tuple(dilation), module.groups, outer)
 
-    @property
-    def taps(self) -> int:
-        """Columns of the weight's matrix for each input channel."""
-        return math.prod(self.kernel)
-
     def _weight(self, matrix: Tensor) -> Tensor:
         return matrix.reshape(matrix.shape[0], -1, *self.kernel)
 

@@ -7,7 +7,6 @@ asks for them.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from functools import cached_property
 
 import torch
@@ -130,11 +129,6 @@ class ChannelSupport(Support):
             where = torch.searchsorted(union.lines, part.lines.to(self.device))
             slots.append(place.index_select(self.dim, where).reshape(-1))
         return union, slots
-
-    def overlaps(self, channels: Tensor | Sequence[int]) -> bool:
-        """Whether any of these channels is in the support."""
-        other = torch.as_tensor(channels, dtype=torch.int32, device=self.device)
-        return bool(torch.isin(self.channels, other).any())
 
     def __eq__(self, other: object) -> bool:
         if isinstance(other, ChannelSupport) and (other.dim, other.width) == (self.dim, self.width):

@@ -10,7 +10,7 @@ from torch import nn
 from torch.distributed.fsdp import FullyShardedDataParallel
 
 from .collectives import Collectives
-from .dynamics import Dynamics, Setting, configs_of, make_dynamics
+from .dynamics import Dynamics, Setting, make_dynamics
 from .optimizer_state import inner_optimizer
 from .records import Record, record_from_dict
 
@@ -78,7 +78,7 @@ class SparsityController:
         self._begin_step()
 
     def _find(self, model: nn.Module, total_steps: int | None) -> dict[str, Dynamics]:
-        from ..tuners.base_model import BaseSparseModel
+        from ..tuners.base_model import BaseSparseModel, configs_of
 
         trained = {id(parameter) for group in self.optimizer.param_groups for parameter in group["params"]}
         layers = list(BaseSparseModel.sparse_layers(model))

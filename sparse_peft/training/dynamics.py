@@ -7,7 +7,6 @@ from importlib import import_module
 from typing import Any, Protocol
 
 import torch
-from torch import nn
 
 from ..registry import METHODS
 from ..tuners.base_layer import SparseTunerLayer
@@ -58,16 +57,6 @@ class Dynamics(Protocol):
         """Tensors, numbers, strings, lists and dicts, between two steps."""
 
     def load_state_dict(self, state: dict[str, Any]) -> None: ...
-
-
-def configs_of(model: nn.Module) -> dict[str, Any]:
-    """The adapters' configs, wherever in the model (or in what wraps it) PEFT keeps them."""
-    found: dict[str, Any] = {}
-    for module in model.modules():
-        configs = module.__dict__.get("peft_config") or {}
-        if isinstance(configs, dict):
-            found.update(configs)
-    return found
 
 
 def make_dynamics(setting: Setting) -> Dynamics | None:

@@ -74,6 +74,16 @@ def dense_weight(module: nn.Module) -> Tensor:
     return base.weight.detach().reshape(stored_shape(module)) if backend is None else backend.get_base_weight(base)
 
 
+def configs_of(model: nn.Module) -> dict[str, Any]:
+    """The adapters' configs, wherever in the model (or in what wraps it) PEFT keeps them."""
+    found: dict[str, Any] = {}
+    for module in model.modules():
+        configs = module.__dict__.get("peft_config") or {}
+        if isinstance(configs, dict):
+            found.update(configs)
+    return found
+
+
 class BaseSparseModel(BaseTuner):
     """Base of the sparse methods' tuners.
 
