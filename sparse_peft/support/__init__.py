@@ -10,7 +10,7 @@ from .outer import topk_outer
 from .regrowth import RANDOM_SCORE, REGROWTHS, Candidates, Exchange, Regrowth, exchange, random_inactive
 from .rng import sample_without_replacement
 from .schedules import DECAYS, ReselectionSchedule, steps_of
-from .scoring import collect_supports, supports_from_gradients
+from .scoring import collect_supports, given_gradients, supports_from_gradients
 from .support import Support, check_indices, index_dtype
 from .topk import RunningTopK, topk_indices
 
@@ -45,6 +45,7 @@ __all__ = [
     "exchange",
     "expand_blocks",
     "get_criterion",
+    "given_gradients",
     "index_dtype",
     "layout_of",
     "random_blocks",

@@ -192,6 +192,34 @@ def collect_supports(
     return _choose(shapes, criterion, budget, score_candidates, lambda name: layers[name].positions, block)
 
 
+def given_gradients(shapes: dict[str, tuple[int, int]], gradients: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The layers' weight gradients among others that are known.
+
+    Args:
+        shapes: ``{layer name: (rows, cols)}`` of the stored weights.
+        gradients: ``{layer name or layer name + ".weight": gradient}``; those of other parameters are ignored.
+
+    Raises:
+        ValueError: a layer has none, or one of another shape or that is not finite.
+    """
+    found = {}
+    for name, shape in shapes.items():
+        gradient = gradients.get(name, gradients.get(f"{name}.weight"))
+        if gradient is None:
+            raise ValueError(
+                f"layer {name}: gradients has neither {name!r} nor '{name}.weight'; its names are "
+                f"{', '.join(map(repr, list(gradients)[:3]))}{', ...' if len(gradients) > 3 else ''}"
+            )
+        if tuple(gradient.shape) != shape:
+            raise ValueError(
+                f"layer {name}: a gradient of shape {tuple(gradient.shape)} for a weight stored as {shape}"
+            )
+        if not bool(gradient.isfinite().all()):
+            raise ValueError(f"layer {name}: its gradient has NaN or infinite numbers; use that of another batch")
+        found[name] = gradient.detach()
+    return found
+
+
 def supports_from_gradients(
     targets: dict[str, nn.Module],
     criterion: Criterion,
@@ -222,21 +250,7 @@ def supports_from_gradients(
     """
     _check_needs(criterion, "gradient")
     shapes = {name: _shape_of(module, in_dim_of(module)) for name, module in targets.items()}
-    found = {}
-    for name, shape in shapes.items():
-        gradient = gradients.get(name, gradients.get(f"{name}.weight"))
-        if gradient is None:
-            raise ValueError(
-                f"layer {name}: gradients has neither {name!r} nor '{name}.weight'; its names are "
-                f"{', '.join(map(repr, list(gradients)[:3]))}{', ...' if len(gradients) > 3 else ''}"
-            )
-        if tuple(gradient.shape) != shape:
-            raise ValueError(
-                f"layer {name}: a gradient of shape {tuple(gradient.shape)} for a weight stored as {shape}"
-            )
-        if not bool(gradient.isfinite().all()):
-            raise ValueError(f"layer {name}: its gradient has NaN or infinite numbers; use that of another batch")
-        found[name] = gradient.detach()
+    found = given_gradients(shapes, gradients)
 
     def score(name: str) -> Tensor:
         gradient = found[name].to(torch.float32)

@@ -494,6 +494,20 @@ def test_criteria_choose_what_their_formulas_say(selection, largest):
             assert found[f"{n}.{kind}"].tolist() == wanted.tolist()
 
 
+def test_gradients_that_are_known_already():
+    model = small_llama()
+    gradients = {n: torch.randn_like(p) for n, p in model.named_parameters()}
+    config = S2FTConfig(k=3, selection="gradient", target_modules=["down_proj"])
+    found = channels(get_peft_model(model, select_support(model, config, gradients=gradients)))
+    wanted = gradients["model.layers.1.mlp.down_proj.weight"].norm(dim=0).topk(3).indices.sort().values
+    assert found["1.mlp.down_proj"].tolist() == wanted.tolist()
+    gradients["model.layers.1.mlp.down_proj.weight"][0, 0] = torch.nan
+    with pytest.raises(ValueError, match="layer model.layers.1.mlp.down_proj: its gradient has NaN"):
+        select_support(small_llama(), config, gradients=gradients)
+    with pytest.raises(ValueError, match="gradients= with selection='activation'"):
+        select_support(small_llama(), S2FTConfig(selection="activation"), gradients=gradients)
+
+
 @pytest.mark.parametrize("largest", [True, False])
 def test_a_units_score_is_the_norm_over_its_channels_in_all_its_layers(largest):
     model = small_llama()

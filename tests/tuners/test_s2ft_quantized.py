@@ -4,7 +4,7 @@ import pytest
 import torch
 from peft import get_peft_model
 from test_memory import saved_bytes
-from test_quantized import build, dequantised
+from test_quantized import build, check_against_the_dense_reference
 
 from sparse_peft import S2FTConfig
 
@@ -19,21 +19,7 @@ def adapted(kind, side, **config):
 @pytest.mark.parametrize("kind", ["4bit", "8bit"])
 @pytest.mark.parametrize("side", ["in", "out"])
 def test_forward_and_gradients_equal_the_dense_reference(kind, side):
-    model = adapted(kind, side)
-    layers = [model.base_model.model.first, model.base_model.model.second]
-    x = torch.randn(2, 5, 128, requires_grad=True)
-    y = model(x)
-    grad = torch.randn_like(y)
-    y.backward(grad)
-    weights = [(dequantised(m) + m.get_delta_weight("default").double()).requires_grad_() for m in layers]
-    xd = x.detach().double().requires_grad_()
-    yd = torch.relu(xd @ weights[0].t() + layers[0].bias.double()) @ weights[1].t()
-    yd.backward(grad.double())
-    torch.testing.assert_close(y.double(), yd, rtol=1e-3, atol=1e-3)
-    torch.testing.assert_close(x.grad.double(), xd.grad, rtol=1e-3, atol=1e-3)
-    for layer, weight in zip(layers, weights):
-        wanted = weight.grad.reshape(-1)[layer.support("default").indices.long()]
-        torch.testing.assert_close(layer.deltas["default"].values.grad.double(), wanted, rtol=1e-3, atol=1e-3)
+    check_against_the_dense_reference(adapted(kind, side), atol=1e-3)
 
 
 @pytest.mark.parametrize("kind", ["4bit", "8bit"])

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ...ops import is_convolution, panel_bytes
-from ...support import ChannelSupport, Side, Support, channel_squares, weight_squares
+from ...support import ChannelSupport, Side, Support, channel_squares, given_gradients, weight_squares
 from ..base_layer import SparseTunerLayer
 from ..base_model import BaseSparseModel, base_of, dense_weight, in_dim_of, stored_shape
 from .budget import choose_units
@@ -206,13 +206,8 @@ class S2FTModel(BaseSparseModel):
         if gradients is not None:
             if config.selection != "gradient":
                 raise ValueError(f"gradients= with selection={config.selection!r}: give data, or selection='gradient'")
-            squares = {}
-            for name, side in sides.items():
-                gradient = gradients.get(name, gradients.get(f"{name}.weight"))
-                if gradient is None or tuple(gradient.shape) != side.shape:
-                    found = "none" if gradient is None else f"one of shape {tuple(gradient.shape)}"
-                    raise ValueError(f"layer {name}: gradients has {found}; one of shape {side.shape} is expected")
-                squares[name] = weight_squares(gradient, side)
+            found = given_gradients({name: side.shape for name, side in sides.items()}, gradients)
+            squares = {name: weight_squares(gradient, sides[name]) for name, gradient in found.items()}
         else:
             squares = channel_squares(
                 config.selection,
