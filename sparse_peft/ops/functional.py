@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..support import ChannelSupport, Support
+from ..support.passes import flatten_tokens
 from .conv import ConvProduct
 from .entries import effective_entries
 from .library import sddmm
@@ -28,10 +29,6 @@ def _effective(weight: Tensor, values: Tensor, positions: Tensor, originals: Ten
     shape = list(weight.shape)
     shape[dim] = positions.shape[0]
     return weight.index_copy(dim, positions.long(), entries.view(shape))
-
-
-def _matrix(x: Tensor) -> Tensor:
-    return x.reshape(-1, x.shape[-1])
 
 
 class _Linear(torch.autograd.Function):
@@ -52,7 +49,11 @@ class _Linear(torch.autograd.Function):
             grad_x = F.linear(grad, effective.t() if ctx.in_dim == 1 else effective)
         if ctx.needs_input_grad[1]:
             out = grad.index_select(-1, positions) if ctx.dim == 1 - ctx.in_dim else grad
-            left, right = (_matrix(out), _matrix(kept)) if ctx.in_dim == 1 else (_matrix(kept), _matrix(out))
+            left, right = (
+                (flatten_tokens(out), flatten_tokens(kept))
+                if ctx.in_dim == 1
+                else (flatten_tokens(kept), flatten_tokens(out))
+            )
             if ctx.dim == ENTRIES:
                 grad_values = sddmm(left, right, row_ptr, cols, positions, *weight.shape, ctx.key)
             else:
@@ -60,7 +61,7 @@ class _Linear(torch.autograd.Function):
                 grad_values = (left.t().to(dtype) @ right.to(dtype)).reshape(-1)
             grad_values = grad_values.to(values.dtype)
         if ctx.needs_input_grad[2]:
-            grad_bias = _matrix(grad).sum(0)
+            grad_bias = flatten_tokens(grad).sum(0)
         return grad_x, grad_values, grad_bias, *(None,) * 8
 
 

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..support import ChannelSupport, Support
+from ..support.passes import flatten_tokens
 from .support_grad import dense_grad, observed_support_grad
 
 
@@ -82,10 +83,6 @@ def trains_input_channels(support: Support, in_dim: int) -> bool:
     return isinstance(support, ChannelSupport) and support.dim == in_dim
 
 
-def _matrix(x: Tensor) -> Tensor:
-    return x.reshape(-1, x.shape[-1])
-
-
 @dataclass(frozen=True)
 class LinearProduct:
     """``x @ W.T``, or ``x @ W`` for a weight stored ``(in, out)``.
@@ -131,7 +128,7 @@ class LinearProduct:
     def support_grad(self, grad: Tensor, kept: Tensor, support: Support, key: int) -> Tensor:
         if support.nnz == 0:  # nothing was kept, which no shape can be told from
             return grad.new_zeros(0)
-        left, right = _matrix(grad), _matrix(kept)
+        left, right = flatten_tokens(grad), flatten_tokens(kept)
         if self.in_dim == 0:
             left, right = right, left
         if trains_input_channels(support, self.in_dim):
@@ -139,4 +136,4 @@ class LinearProduct:
         return observed_support_grad(left, right, support, key)
 
     def bias_grad(self, grad: Tensor) -> Tensor:
-        return _matrix(grad).sum(0)
+        return flatten_tokens(grad).sum(0)

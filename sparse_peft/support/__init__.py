@@ -1,7 +1,7 @@
 """Which entries of a weight train: sets of positions, budgets, and the criteria that choose."""
 
 from .blocks import Block, as_block, best_blocks, block_scores, expand_blocks, random_blocks, resolve_block_counts
-from .budget import ALLOCATIONS, Budget, apportion, resolve_counts
+from .budget import ALLOCATIONS, Budget, apportion, matches_layer, resolve_counts
 from .channel_scores import CHANNEL_CRITERIA, Side, channel_squares, weight_squares
 from .channels import ChannelSupport
 from .criteria import CRITERIA, Criterion, Statistics, get_criterion, select
@@ -48,6 +48,7 @@ __all__ = [
     "given_gradients",
     "index_dtype",
     "layout_of",
+    "matches_layer",
     "random_blocks",
     "random_inactive",
     "resolve_block_counts",

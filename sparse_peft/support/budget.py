@@ -135,9 +135,14 @@ def apportion(weights: Sequence[float], caps: Sequence[int], total: int, floor: 
     return counts
 
 
+def matches_layer(pattern: str, name: str) -> bool:
+    """Whether a key of a ``*_pattern`` field, a layer's name, its end or a regular expression, means this layer."""
+    return re.match(rf"(.*\.)?({pattern})$", name) is not None
+
+
 def _match_patterns(names: Sequence[str], pattern: dict[str, float]) -> dict[str, float]:
     """``{layer: its own density}``, with a warning about keys that match no layer."""
-    matches = {key: {name for name in names if re.match(rf"(.*\.)?({key})$", name)} for key in pattern}
+    matches = {key: {name for name in names if matches_layer(key, name)} for key in pattern}
     unused = [key for key, matched in matches.items() if not matched]
     if unused:
         warnings.warn(

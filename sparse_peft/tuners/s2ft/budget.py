@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -11,7 +10,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from ...support import sample_without_replacement, topk_indices
+from ...support import matches_layer, sample_without_replacement, topk_indices
 from .structures import Structure
 
 ALLOCATIONS = ("per_layer", "global")
@@ -45,7 +44,7 @@ class UnitBudget:
             ValueError: ``k`` is more than a layer has.
         """
         for pattern, ratio in self.ratio_pattern.items():
-            if any(_matches(pattern, member.name) for member in structure.members):
+            if any(matches_layer(pattern, member.name) for member in structure.members):
                 return ratio * structure.size
         if self.ratio is not None:
             return self.ratio * structure.size
@@ -62,10 +61,6 @@ class UnitBudget:
                 f"{structure.size} units; choose a lower r"
             )
         return units
-
-
-def _matches(pattern: str, name: str) -> bool:
-    return re.match(rf"(.*\.)?({pattern})$", name) is not None
 
 
 def _kinds(structures: list[Structure]) -> dict[tuple, list[Structure]]:
@@ -109,7 +104,7 @@ def _by_parameters(structures: list[Structure], budget: UnitBudget) -> dict[str,
 
 def _warn_unused(structures: list[Structure], patterns: dict[str, float]) -> None:
     names = [member.name for structure in structures for member in structure.members]
-    unused = [pattern for pattern in patterns if not any(_matches(pattern, name) for name in names)]
+    unused = [pattern for pattern in patterns if not any(matches_layer(pattern, name) for name in names)]
     if unused:
         warnings.warn(
             f"ratio_pattern: no target layer matches {', '.join(map(repr, unused))}; the layers are "
