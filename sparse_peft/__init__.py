@@ -15,6 +15,7 @@ from .training.controller import SparsityController  # noqa: E402
 from .training.sm3 import SM3  # noqa: E402
 from .tuners.s2ft import S2FTConfig, S2FTLinear, S2FTModel  # noqa: E402
 from .tuners.sara import SaRAConfig, SaRALinear, SaRAModel, sara_learning_rate  # noqa: E402
+from .tuners.sora import SoRAConfig, SoRALinear, SoRAModel, rewarmed_schedule  # noqa: E402
 from .tuners.sparse import SparseConfig, SparseLinear, SparseModel  # noqa: E402  (their PEFT type exists from here on)
 
 __version__ = "0.1.0"
@@ -27,6 +28,9 @@ __all__ = [
     "SaRAConfig",
     "SaRALinear",
     "SaRAModel",
+    "SoRAConfig",
+    "SoRALinear",
+    "SoRAModel",
     "SparseAdamW",
     "SparseConfig",
     "SparseLinear",
@@ -36,6 +40,7 @@ __all__ = [
     "__version__",
     "base_weights",
     "panel_limit",
+    "rewarmed_schedule",
     "sara_learning_rate",
     "select_support",
     "use_backend",

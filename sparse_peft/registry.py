@@ -49,6 +49,13 @@ METHODS = (
         "SaRAModel",
         dynamics="sparse_peft.training.smallest.SmallestDynamics",
     ),
+    Method(
+        "SPARSE_PEFT_SORA",
+        "sparse_peft.tuners.sora",
+        "SoRAConfig",
+        "SoRAModel",
+        dynamics="sparse_peft.training.proximal.ProximalDynamics",
+    ),
     Method("SPARSE_PEFT_S2FT", "sparse_peft.tuners.s2ft", "S2FTConfig", "S2FTModel"),
 )
 

@@ -2,13 +2,15 @@
 
 A delta of ``k`` whole columns is ``D S``, with ``D`` the columns and ``S`` ``(k, in)`` the rows of the identity that
 select them: LoRA of rank ``k`` whose ``A`` is ``S``. Rows likewise, with ``B`` the selection. What
-holds for whole columns holds for any delta with few rows or columns that are not empty.
+holds for whole columns holds for any delta with few rows or columns that are not empty. SoRA is LoRA of the ranks that
+its gates let through, the gates being multiplied into ``B``.
 """
 
 from __future__ import annotations
 
 import os
 from collections import Counter
+from dataclasses import dataclass
 
 import torch
 from peft import LoraConfig
@@ -18,7 +20,10 @@ from ..ops import ConvProduct, write_support_
 from ..support import ChannelSupport, Support
 from ..tuners.base_layer import SparseTunerLayer
 from ..tuners.base_model import BaseSparseModel
+from ..tuners.low_rank import LowRankLayer
 from ..tuners.s2ft import S2FTConfig
+from ..tuners.sora import SoRALinear
+from ..tuners.tuner_layer import TunerLayer
 from .files import PREFIX, config_of, read_adapter, tensors_of, write_adapter
 
 
@@ -35,12 +40,33 @@ def _selection(lines: Tensor, size: int) -> Tensor:
     return torch.zeros(lines.numel(), size, device=lines.device).scatter_(1, lines[:, None], 1.0)
 
 
-def lora_factors(layer: SparseTunerLayer, adapter_name: str) -> tuple[Tensor, Tensor]:
-    """``A`` and ``B`` of one layer's delta, float32, of the shapes that PEFT's LoRA gives them; ``B A`` is the delta.
+@dataclass(frozen=True)
+class LoraFactors:
+    """One layer's delta as LoRA has it, ``scale * B @ A``.
 
-    Returns:
-        ``(rank, in_features)`` and ``(out_features, rank)``; of a convolution with its kernel behind them.
+    Attributes:
+        A: ``(rank, in_features)`` float32; of a convolution with its kernel behind.
+        B: ``(out_features, rank)`` likewise.
+        scale: LoRA's ``alpha / rank``.
     """
+
+    A: Tensor
+    B: Tensor
+    scale: float
+
+    @property
+    def rank(self) -> int:
+        return self.A.shape[0]
+
+    def padded(self, rank: int) -> LoraFactors:
+        """With more ranks, of zeros."""
+        more = rank - self.rank
+        a = torch.cat([self.A, self.A.new_zeros(more, *self.A.shape[1:])])
+        b = torch.cat([self.B, self.B.new_zeros(self.B.shape[0], more, *self.B.shape[2:])], dim=1)
+        return LoraFactors(a, b, self.scale)
+
+
+def _channel_factors(layer: SparseTunerLayer, adapter_name: str) -> tuple[Tensor, Tensor, float]:
     support, values = layer.support(adapter_name), layer.deltas[adapter_name].values.detach()
     rows, cols = support.shape
     dense = torch.zeros(support.shape, device=values.device)
@@ -52,46 +78,92 @@ def lora_factors(layer: SparseTunerLayer, adapter_name: str) -> tuple[Tensor, Te
         left, right = _selection(lines, rows).t(), dense.index_select(0, lines)
     if layer.product.in_dim == 0:
         left, right = right.t(), left.t()
-    if isinstance(layer.product, ConvProduct):
-        kernel = layer.product.kernel
-        right = right.reshape(right.shape[0], -1, *kernel)
-        left = left.reshape(*left.shape, *(1 for _ in kernel))
-    return right.contiguous(), left.contiguous()
+    return right, left, 1.0
 
 
-def to_lora(model: nn.Module, adapter_name: str = "default") -> tuple[LoraConfig, dict[str, Tensor]]:
-    """An adapter as plain LoRA: its config, and its tensors under the names that they have in a file.
+def _gated_factors(layer: SoRALinear, adapter_name: str) -> tuple[Tensor, Tensor, float]:
+    """The strongest ranks first, so that fewer of them are a slice."""
+    state = layer.deltas[adapter_name]
+    gate, a, b = (tensor.detach().float() for tensor in (state.gate, state.A, state.B))
+    alive = gate.nonzero().squeeze(1)
+    strengths = (gate.abs() * a.norm(dim=1) * b.norm(dim=0))[alive]
+    alive = alive[strengths.argsort(descending=True, stable=True)]
+    return a[alive], b[:, alive] * gate[alive], state.scale
 
-    Every layer has its own rank, in ``rank_pattern``; layers without trained entries are left out.
+
+def lora_factors(layer: TunerLayer, adapter_name: str) -> LoraFactors | None:
+    """One layer's delta as LoRA has it; None if it is zero everywhere.
 
     Raises:
-        ValueError: no such adapter, no entries at all, or a grouped convolution.
+        ValueError: it has no exact form of that kind.
     """
-    config, prefix = config_of(model, adapter_name), None
-    tensors, ranks, transposed = {}, {}, False
-    for layer in BaseSparseModel.sparse_layers(model):
-        if adapter_name not in layer.deltas or layer.support(adapter_name).nnz == 0:
-            continue
-        if isinstance(layer.product, ConvProduct) and layer.product.groups > 1:
-            raise ValueError(f"layer {layer.name}: a convolution of {layer.product.groups} groups has no LoRA form")
-        prefix = f".{layer.delta_container}"
-        down, up = lora_factors(layer, adapter_name)
-        tensors[f"{PREFIX}{layer.name}.lora_A.weight"] = down
-        tensors[f"{PREFIX}{layer.name}.lora_B.weight"] = up
-        ranks[layer.name] = down.shape[0]
-        transposed = transposed or layer.product.in_dim == 0
-    if not ranks:
-        raise ValueError(f"adapter {adapter_name!r} has no layer with trained entries")
+    if isinstance(layer.product, ConvProduct) and layer.product.groups > 1:
+        raise ValueError(f"layer {layer.name}: a convolution of {layer.product.groups} groups has no LoRA form")
+    if isinstance(layer, SoRALinear):
+        down, up, scale = _gated_factors(layer, adapter_name)
+    elif isinstance(layer, LowRankLayer):
+        raise ValueError(
+            f"layer {layer.name}: adapter {adapter_name!r} is low rank plus a sparse delta of full rank, which is no "
+            "LoRA; merge it into the base instead (merge_and_unload)"
+        )
+    else:
+        down, up, scale = _channel_factors(layer, adapter_name)
+    if down.shape[0] == 0:
+        return None
+    if isinstance(layer.product, ConvProduct):
+        kernel = layer.product.kernel
+        down = down.reshape(down.shape[0], -1, *kernel)
+        up = up.reshape(*up.shape, *(1 for _ in kernel))
+    return LoraFactors(down.contiguous(), up.contiguous(), scale)
+
+
+def _per_layer(numbers: dict[str, float], usual: float) -> dict[str, float]:
+    return {name: number for name, number in numbers.items() if number != usual}
+
+
+def to_lora(
+    model: nn.Module, adapter_name: str = "default", uniform: bool = False
+) -> tuple[LoraConfig, dict[str, Tensor]]:
+    """An adapter as plain LoRA: its config, and its tensors under the names that they have in a file.
+
+    Args:
+        model: the model that has the adapter.
+        adapter_name: which.
+        uniform: give all layers the largest layer's rank, filled up with zeros, for servers that know one rank only;
+            otherwise every layer has its own, in ``rank_pattern`` and ``alpha_pattern``.
+
+    Layers whose delta is zero are left out.
+
+    Raises:
+        ValueError: no such adapter, nothing left of it, or one that has no exact LoRA form.
+    """
+    config = config_of(model, adapter_name)
+    layers = [layer for layer in BaseSparseModel.sparse_layers(model) if adapter_name in layer.deltas]
+    found = {layer.name: lora_factors(layer, adapter_name) for layer in layers}
+    factors = {name: factor for name, factor in found.items() if factor is not None}
+    if not factors:
+        raise ValueError(f"adapter {adapter_name!r} has no layer with trained entries or ranks: nothing to save")
+    if uniform:
+        most = max(factor.rank for factor in factors.values())
+        factors = {name: factor.padded(most) for name, factor in factors.items()}
+    tensors = {}
+    for name, factor in factors.items():
+        tensors[f"{PREFIX}{name}.lora_A.weight"], tensors[f"{PREFIX}{name}.lora_B.weight"] = factor.A, factor.B
     # what trains beside the layers: modules saved whole, biases
+    prefix = f".{layers[0].delta_container}"
     rest = {name: tensor for name, tensor in tensors_of(model, adapter_name).items() if prefix not in name}
+    ranks = {name: factor.rank for name, factor in factors.items()}
+    # alpha is divided by the rank: so the scale stays what it was trained with
+    alphas = {name: factor.scale * factor.rank for name, factor in factors.items()}
     (usual, _), *_ = Counter(ranks.values()).most_common(1)
+    usual_alpha = next(alphas[name] for name, rank in ranks.items() if rank == usual)
     lora = LoraConfig(
         r=usual,
-        lora_alpha=usual,
-        rank_pattern={name: rank for name, rank in ranks.items() if rank != usual},
-        alpha_pattern={name: rank for name, rank in ranks.items() if rank != usual},
-        target_modules=sorted(ranks),
-        fan_in_fan_out=transposed,
+        lora_alpha=usual_alpha,
+        rank_pattern=_per_layer(ranks, usual),
+        alpha_pattern=_per_layer(alphas, usual_alpha),
+        target_modules=sorted(factors),
+        fan_in_fan_out=any(layer.product.in_dim == 0 for layer in layers),
         bias="lora_only" if config.bias.endswith("_only") else config.bias,
         modules_to_save=config.modules_to_save,
         task_type=config.task_type,
@@ -100,15 +172,19 @@ def to_lora(model: nn.Module, adapter_name: str = "default") -> tuple[LoraConfig
     return lora, {**tensors, **rest}
 
 
-def save_as_lora(model: nn.Module, folder: str | os.PathLike, adapter_name: str = "default") -> LoraConfig:
+def save_as_lora(
+    model: nn.Module, folder: str | os.PathLike, adapter_name: str = "default", uniform: bool = False
+) -> LoraConfig:
     """Save an adapter as plain LoRA that makes the same of every input, up to float rounding.
 
-    The rank of a layer is its number of trained rows or columns: large, so this is for servers that know LoRA only.
+    S2FT's rank is its number of trained rows or columns: large, so that is for servers that know LoRA only. SoRA's is
+    the number of ranks that are left.
 
     Args:
         model: the model that has the adapter.
         folder: made if need be.
         adapter_name: which.
+        uniform: see :func:`to_lora`.
 
     Returns:
         The LoRA's config.
@@ -116,7 +192,7 @@ def save_as_lora(model: nn.Module, folder: str | os.PathLike, adapter_name: str 
     Raises:
         ValueError: see :func:`to_lora`.
     """
-    config, tensors = to_lora(model, adapter_name)
+    config, tensors = to_lora(model, adapter_name, uniform)
     write_adapter(folder, config, tensors)
     return config
 

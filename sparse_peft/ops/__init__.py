@@ -15,6 +15,7 @@ from .nuclear import nuclear_norm
 from .observe import UNOBSERVED, GradientObserver, new_key, observe
 from .panels import panel_bytes, panel_limit, panels
 from .products import LinearProduct, Product, WeightSource
+from .proximal import reference_threshold, soft_threshold
 from .support_entries import (
     add_to_support_,
     read_support,
@@ -58,6 +59,8 @@ __all__ = [
     "packed_width",
     "panel_bytes",
     "panel_limit",
+    "reference_threshold",
+    "soft_threshold",
     "panels",
     "plan_support_grad",
     "read_entries",

@@ -101,6 +101,11 @@ class ConvProduct:
         settings = self.stride, self.padding, self.dilation, self.groups
         return _FORWARD[len(self.kernel)](x, weight, bias, *settings)
 
+    def low_rank(self, x: Tensor, down: Tensor, up: Tensor) -> Tensor:
+        # of one group: the second product mixes all of them
+        hidden = self.convolve(self.enter(x), self._weight(down), None)
+        return self.leave(_FORWARD[len(self.kernel)](hidden, up.reshape(*up.shape, *(1 for _ in self.kernel))), x)
+
     def _panels(self, source: WeightSource, dtype: torch.dtype) -> Iterator[tuple[int, int, Tensor]]:
         if self.groups == 1:
             return source.panels(dtype)

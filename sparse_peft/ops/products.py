@@ -77,6 +77,16 @@ class Product(Protocol):
         """The bias's gradient."""
         ...
 
+    def low_rank(self, x: Tensor, down: Tensor, up: Tensor) -> Tensor:
+        """What the layer makes of its input with the weight ``up @ down`` alone, which is never formed.
+
+        Args:
+            x: the layer's input.
+            down: ``(rank, inputs)``; a convolution's inputs are its input channels times its taps.
+            up: ``(outputs, rank)``.
+        """
+        ...
+
 
 def trains_input_channels(support: Support, in_dim: int) -> bool:
     """Whether a support is of whole input channels, whose gradient needs no other channel of the input."""
@@ -137,3 +147,6 @@ class LinearProduct:
 
     def bias_grad(self, grad: Tensor) -> Tensor:
         return flatten_tokens(grad).sum(0)
+
+    def low_rank(self, x: Tensor, down: Tensor, up: Tensor) -> Tensor:
+        return F.linear(F.linear(x, down), up)

@@ -85,7 +85,7 @@ class SparsityController:
         found = {}
         for adapter, config in configs_of(model).items():
             mine = {layer.name: layer for layer in layers if adapter in getattr(layer, "deltas", {})}
-            values = [layer.deltas[adapter].values for layer in mine.values()]
+            values = [layer.deltas[adapter].watched for layer in mine.values()]
             if not getattr(config, "changes_in_training", False) or not any(v.requires_grad for v in values):
                 continue
             if not all(id(parameter) in trained for parameter in values):

@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import torch
 
 from ..registry import METHODS
-from ..tuners.base_layer import SparseTunerLayer
+from ..tuners.tuner_layer import TunerLayer
 from .collectives import Collectives
 from .records import Record
 
@@ -29,7 +29,7 @@ class Setting:
 
     adapter: str
     config: Any
-    layers: dict[str, SparseTunerLayer]
+    layers: dict[str, TunerLayer]
     optimizer: torch.optim.Optimizer
     total_steps: int | None
     collectives: Collectives

@@ -47,6 +47,26 @@ def inner_optimizer(optimizer: Any) -> torch.optim.Optimizer:
     return inner
 
 
+@torch.no_grad()
+def add_gradient_(optimizer: torch.optim.Optimizer, parameter: Tensor, gradient: Tensor) -> None:
+    """Add to a parameter's gradient right before the optimizer steps; ``gradient`` is whole, on every process."""
+    # a fused optimizer under a loss scaler undoes the scale inside its step, which comes after this
+    scale = getattr(optimizer, "grad_scale", None)
+    if scale is not None:
+        gradient = gradient * scale.to(gradient.device)
+    if parameter.grad is None:
+        parameter.grad = torch.zeros_like(parameter)
+    write_full_(parameter.grad, full(parameter.grad) + gradient)
+
+
+def replace_parameter(optimizer: torch.optim.Optimizer, old: Tensor, new: Tensor) -> None:
+    """Let the optimizer train another parameter in the place of one, with its state as it is."""
+    for group in optimizer.param_groups:
+        group["params"] = [new if parameter is old else parameter for parameter in group["params"]]
+    if old in optimizer.state:
+        optimizer.state[new] = optimizer.state.pop(old)
+
+
 def rearranged(tensor: Tensor, source: Tensor, new: Tensor | None = None) -> Tensor:
     """``tensor[..., source]`` where ``source`` is a slot, and ``new`` (or 0) where it is -1."""
     moved = tensor[..., source.clamp(min=0)]

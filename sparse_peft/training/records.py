@@ -157,8 +157,69 @@ class Freezing:
         return cls(data["step"], data["adapter"], layers)
 
 
-Record = Reselection | Freezing
-_EVENTS = {"reselection": Reselection, "freezing": Freezing}
+@dataclass(frozen=True)
+class LayerRanks:
+    """One layer's ranks.
+
+    Attributes:
+        alive: ranks that its gate lets through.
+        size: ranks that it has.
+        initial: ranks that it began with; those that are not there any more were cut out.
+    """
+
+    alive: int
+    size: int
+    initial: int
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """How many ranks the gates let through.
+
+    Attributes:
+        step: number of optimizer steps completed.
+        adapter: the adapter's name.
+        penalty: weight of the gates' norm in that step.
+        layers: ``{layer name: its ranks}``.
+    """
+
+    step: int
+    adapter: str
+    penalty: float
+    layers: dict[str, LayerRanks]
+
+    @property
+    def alive(self) -> int:
+        """Ranks of all layers that are left."""
+        return sum(layer.alive for layer in self.layers.values())
+
+    @property
+    def initial(self) -> int:
+        """Ranks that all layers began with."""
+        return sum(layer.initial for layer in self.layers.values())
+
+    def logs(self) -> dict[str, float]:
+        """Numbers for a Trainer's log, each under ``sparsity/``."""
+        return {
+            "sparsity/rank": float(self.alive),
+            "sparsity/rank_share": self.alive / self.initial,
+            "sparsity/layers_without_rank": float(sum(layer.alive == 0 for layer in self.layers.values())),
+            "sparsity/penalty": self.penalty,
+        }
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain numbers, strings, lists and dicts."""
+        return {"event": "ranks", **asdict(self)}
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> Ranks:
+        """What :meth:`to_dict` gave."""
+        layers = {name: LayerRanks(**ranks) for name, ranks in data["layers"].items()}
+        return cls(data["step"], data["adapter"], data["penalty"], layers)
+
+
+Record = Reselection | Freezing | Ranks
+_EVENTS = {"reselection": Reselection, "freezing": Freezing, "ranks": Ranks}
 
 
 def record_from_dict(data: dict[str, Any]) -> Record:

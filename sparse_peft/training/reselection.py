@@ -16,7 +16,7 @@ from ..tuners.watch import attend
 from .candidates import CandidateWindow
 from .covers import update_covers_
 from .dynamics import Setting
-from .optimizer_state import Seeds, remap_
+from .optimizer_state import Seeds, remap_, replace_parameter
 from .records import AGE_EDGES, LayerChange, Reselection
 from .sharded import full, write_full_
 from .sm3 import SM3
@@ -276,10 +276,7 @@ class ReselectionDynamics:
         """Give a layer another number of entries; the optimizer follows."""
         old = delta.values
         delta.resize(entries)
-        for group in self.optimizer.param_groups:
-            group["params"] = [delta.values if parameter is old else parameter for parameter in group["params"]]
-        if old in self.optimizer.state:
-            self.optimizer.state[delta.values] = self.optimizer.state.pop(old)
+        replace_parameter(self.optimizer, old, delta.values)
 
     def _seeds(self, track: _Track, result: Exchange) -> Seeds | None:
         window = track.window

@@ -14,6 +14,7 @@ from ..tuners.base_layer import SparseTunerLayer
 from ..tuners.delta import Delta
 from ..tuners.watch import attend
 from .dynamics import Setting
+from .optimizer_state import add_gradient_
 from .records import Freezing, LayerFreezing
 from .sharded import full, write_full_
 
@@ -133,14 +134,7 @@ class SmallestDynamics:
             weights = weights.masked_fill(part.frozen, 0)
         _, gradient = nuclear_norm(weights, part.support)
         gradient *= self.config.nuclear_weight * self.config.nuclear_every
-        # a fused optimizer under a loss scaler undoes the scale inside its step, which comes after this
-        scale = getattr(self.optimizer, "grad_scale", None)
-        if scale is not None:
-            gradient *= scale.to(gradient.device)
-        values = part.delta.values
-        if values.grad is None:
-            values.grad = torch.zeros_like(values)
-        write_full_(values.grad, full(values.grad) + gradient)
+        add_gradient_(self.optimizer, part.delta.values, gradient)
 
     # ------------------------------------------------------------------ freezing
 

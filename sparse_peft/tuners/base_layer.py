@@ -1,26 +1,21 @@
-"""What the layers of all sparse-delta methods share: PEFT's layer contract on top of the residency ledger."""
+"""What the layers of all sparse-delta methods share: trained entries on top of the residency ledger."""
 
 from __future__ import annotations
 
-import warnings
 from typing import Any
 
 import torch
-from peft.tuners.tuners_utils import BaseTunerLayer, _get_in_out_features, check_adapters_to_merge
-from peft.utils import quantization_extra_repr, resolve_quantization_backend
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from ..ops import (
     CONVOLUTIONS,
     UNOBSERVED,
-    ConvProduct,
     LinearProduct,
     add_to_support_,
     delta_matmul,
     effective_entries,
     functional_layer,
-    is_convolution,
     log_once,
     new_key,
     read_support,
@@ -28,7 +23,6 @@ from ..ops import (
 )
 from ..support import Support
 from .delta import Delta
-from .packed import PackedWeight, keep_packing
 from .residency import (
     ActiveDelta,
     DeltaSource,
@@ -41,8 +35,8 @@ from .residency import (
     note_holding,
     release_layers,
 )
+from .tuner_layer import TunerLayer
 
-BASE_ADAPTER = "__base__"  # PEFT's name for "no adapter" in a mixed batch
 STOCK_FORWARDS = {nn.Linear.forward, Conv1D.forward, *(kind.forward for kind in CONVOLUTIONS)}
 WRITABLE_DTYPES = {torch.float16, torch.bfloat16, torch.float32, torch.float64}
 
@@ -58,7 +52,7 @@ def _rejoin(layer: SparseTunerLayer, _incompatible_keys: Any) -> None:
     layer.rejoin()
 
 
-class SparseTunerLayer(BaseTunerLayer, nn.Module):
+class SparseTunerLayer(TunerLayer):
     """A layer whose weight is trained at the supports of its adapters.
 
     Args:
@@ -71,32 +65,10 @@ class SparseTunerLayer(BaseTunerLayer, nn.Module):
     attribute starts with the method's prefix.
     """
 
-    delta_container: str
-
     def __init__(self, base_layer: nn.Module, name: str, resident: bool = True, **kwargs: Any) -> None:
-        super().__init__()
-        self.base_layer = base_layer
-        self.name = name
+        super().__init__(base_layer, name, **kwargs)
         self.resident = resident
-        setattr(self, self.delta_container, nn.ModuleDict())
-        base = self.get_base_layer()
-        self.quantization_backend = resolve_quantization_backend(
-            base, get_apply_tensor_subclass=kwargs.get("get_apply_tensor_subclass")
-        )
-        keep_packing(base)
-        self.in_features, self.out_features = _get_in_out_features(base)
-        if is_convolution(base):
-            self.product = ConvProduct.of(base)
-            self.weight_shape = tuple(base.weight.shape)
-            self.stored_shape = (self.weight_shape[0], base.weight[0].numel())
-        else:
-            self.product = LinearProduct(0 if isinstance(base, Conv1D) else 1)
-            sides = (self.out_features, self.in_features)
-            self.weight_shape = self.stored_shape = sides if self.product.in_dim == 1 else sides[::-1]
-        self._disable_adapters = False
-        self.merged_adapters = []
         self._residency = Residency(name)
-        self._packed: PackedWeight | None = None
         self._joined: tuple[tuple[Support, ...], ActiveDelta] | None = None
         self._step_expected = False
         self._writable: tuple[Tensor, int, bool] | None = None
@@ -105,36 +77,16 @@ class SparseTunerLayer(BaseTunerLayer, nn.Module):
 
     # ------------------------------------------------------------------ adapters
 
-    @property
-    def deltas(self) -> nn.ModuleDict:
-        """The adapters' trained state, ``{adapter name: Delta}``."""
-        return getattr(self, self.delta_container)
-
-    @property
-    def base_parameter(self) -> Tensor:
-        # the usual case without get_base_layer's search, which every layer would pay for several times a pass
-        base = self._modules["base_layer"]
-        return base.weight if "base_layer" not in base._modules else self.get_base_layer().weight
-
-    def add_delta(self, adapter_name: str, delta: Delta, *, init_weights: bool, inference_mode: bool) -> None:
-        """Add an adapter's trained state to this layer and make it active if its name is."""
-        self.release()
-        if not init_weights:
-            nn.init.normal_(delta.values)
-        self.deltas[adapter_name] = delta
-        self._move_adapter_to_device_of_base_layer(adapter_name)
-        self.set_adapter(self.active_adapters, inference_mode=inference_mode)
-
     def support(self, adapter_name: str) -> Support:
         """The trained positions of one adapter in this layer."""
-        return self._delta(adapter_name).support
+        return self.settled(adapter_name).support
 
     def active_support(self) -> Support | None:
         """The trained positions of all active adapters together; None without any."""
         names = self._active_names()
         return self._join(names).support if names else None
 
-    def _delta(self, adapter_name: str) -> Delta:
+    def settled(self, adapter_name: str) -> Delta:
         """The adapter's trained state; positions that no file has brought are chosen now, from the base weight."""
         delta = self.deltas[adapter_name]
         if delta.known_support() is None:
@@ -142,9 +94,6 @@ class SparseTunerLayer(BaseTunerLayer, nn.Module):
             with torch.no_grad(), torch.inference_mode(False):
                 delta.support = delta.draw(self.dense_base_weight, self.stored_shape)
         return delta
-
-    def _active_names(self) -> tuple[str, ...]:
-        return tuple(name for name in self.active_adapters if name in self.deltas)
 
     def _join(self, names: tuple[str, ...]) -> ActiveDelta:
         """The named adapters' common support; kept until a support or the selection of adapters changes."""
@@ -155,7 +104,7 @@ class SparseTunerLayer(BaseTunerLayer, nn.Module):
             ):
                 return self._joined[1]
         with torch.inference_mode(False):
-            supports = {name: self._delta(name).support for name in names}
+            supports = {name: self.settled(name).support for name in names}
             self._joined = tuple(supports.values()), ActiveDelta.join(supports)
         return self._joined[1]
 
@@ -171,7 +120,7 @@ class SparseTunerLayer(BaseTunerLayer, nn.Module):
 
     def stamp(self, delta: ActiveDelta | None) -> Stamp | None:
         """What the values of the joined adapters are now."""
-        return None if delta is None else Stamp(tuple(self._delta(name) for name in delta.names), self._is_sharded())
+        return None if delta is None else Stamp(tuple(self.settled(name) for name in delta.names), self._is_sharded())
 
     def check_stamp(self, delta: ActiveDelta, stamp: Stamp) -> None:
         if not stamp.is_current() or any(d.known_support() is not s for d, s in zip(stamp.deltas, stamp.supports)):
@@ -221,18 +170,6 @@ class SparseTunerLayer(BaseTunerLayer, nn.Module):
         """After a backward pass the values may be stepped by means that leave no trace, as ``param.data`` does."""
         self._step_expected = True
 
-    def _is_hooked(self) -> bool:
-        """Whether more happens in the base layer than its own forward: hooks, offloading, another tuner's layer."""
-        base = self.base_layer
-        return bool(
-            "forward" in base.__dict__
-            or base._forward_hooks
-            or base._forward_pre_hooks
-            or base._backward_hooks
-            or base._backward_pre_hooks
-            or isinstance(base, BaseTunerLayer)
-        )
-
     def _base_is_stock(self, x: Tensor | None = None) -> bool:
         """Whether the base layer's forward (on ``x``) is a plain product with a frozen, ordinary weight."""
         base = self.base_layer
@@ -268,18 +205,6 @@ class SparseTunerLayer(BaseTunerLayer, nn.Module):
             and weight.untyped_storage().nbytes() == weight.nbytes
         )
 
-    def dense_base_weight(self) -> Tensor:
-        """The base weight in floats as a matrix in its stored layout, for criteria to look at."""
-        if self.quantization_backend is not None:
-            return self.dequantised()
-        return self.base_parameter.detach().reshape(self.stored_shape)
-
-    def dequantised(self) -> Tensor:
-        """The base weight as a fresh float tensor ``(out_features, in_features)``."""
-        weight = self.get_base_weight()
-        packed = getattr(self.get_base_layer(), "weight", None)
-        return weight.clone() if packed is not None and weight.data_ptr() == packed.data_ptr() else weight
-
     # ------------------------------------------------------------------ forward
 
     def forward(self, x: Tensor, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any) -> Tensor:
@@ -298,7 +223,7 @@ class SparseTunerLayer(BaseTunerLayer, nn.Module):
             return self._base_forward(x, *args, **kwargs)
         delta = self._join(names)
         if self.quantization_backend is not None:
-            self._restore_dtypes(delta)
+            self._restore_dtypes(delta.names)
         path = "additive" if args or kwargs else self.path(x)
         if path == "dequantised":
             return self._dequantised_forward(x, delta)
@@ -311,7 +236,7 @@ class SparseTunerLayer(BaseTunerLayer, nn.Module):
             log_once(f"layer {self.name}: the base weight cannot be written, its panels are copied in every pass")
             self.release()
             return self._product(x, delta, OverlaySource(self, delta))
-        if torch.is_grad_enabled() and (x.requires_grad or any(self._delta(n).values.requires_grad for n in names)):
+        if torch.is_grad_enabled() and (x.requires_grad or any(self.settled(n).values.requires_grad for n in names)):
             return self._product(x, delta, ResidentSource(self, delta))
         self.hold(delta, self.stamp(delta))
         return self.base_layer(x)
@@ -343,11 +268,6 @@ class SparseTunerLayer(BaseTunerLayer, nn.Module):
             and isinstance(held.stamp, Stamp)
             and held.stamp.is_current()
         )
-
-    def _restore_dtypes(self, delta: ActiveDelta) -> None:
-        if self.training and torch.is_grad_enabled():
-            for name in delta.names:
-                self.deltas[name].restore_dtype()
 
     def _compute_dtype(self, x: Tensor) -> torch.dtype:
         """The dtype a plain linear layer would multiply in: autocast's where it is on."""
@@ -411,111 +331,32 @@ class SparseTunerLayer(BaseTunerLayer, nn.Module):
         source = DeltaSource(self.stored_shape, support, values, self.product, key)
         return support_layer(x.to(self._compute_dtype(x)), values, None, source, support)
 
-    def _mixed_batch_forward(self, x: Tensor, adapter_names: list[str], *args: Any, **kwargs: Any) -> Tensor:
-        if len(x) != len(adapter_names):
-            raise ValueError(
-                "Length of `adapter_names` should be the same as the number of inputs, but got "
-                f"{len(adapter_names)} and {len(x)} respectively."
-            )
-        if self.merged:
-            raise ValueError(
-                "Cannot pass `adapter_names` when there are merged adapters, please call `unmerge_adapter` first."
-            )
-        self.release()
-        result = self.base_layer(x, *args, **kwargs).clone(memory_format=torch.contiguous_format)
-        self._mixed_deltas_(result, x, adapter_names)
-        return result
-
-    def _mixed_deltas_(self, result: Tensor, x: Tensor, adapter_names: list[str]) -> None:
-        """Add to each item's result what its adapter's delta makes of its input."""
-        for name in dict.fromkeys(adapter_names):
-            if name == BASE_ADAPTER or name not in self.deltas:
-                continue
-            rows = torch.tensor([i for i, other in enumerate(adapter_names) if other == name], device=x.device)
-            delta = self._delta(name)
-            part = self._delta_product(x.index_select(0, rows), delta(), delta.support)
-            result.index_add_(0, rows, part.to(result.dtype))
+    def adapter_output(self, x: Tensor, adapter_name: str) -> Tensor:
+        delta = self.settled(adapter_name)
+        return self._delta_product(x, delta(), delta.support)
 
     # ------------------------------------------------------------------ merging
 
-    @torch.no_grad()
-    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Merge adapters into the base weight; :meth:`unmerge` gives every bit of it back.
-
-        Args:
-            safe_merge: check that the merged entries are finite before anything is written.
-            adapter_names: adapters to merge; the active ones if None.
-
-        Raises:
-            ValueError: ``safe_merge`` found a value that is not finite, or the base's backend cannot be written.
-        """
-        names = tuple(name for name in check_adapters_to_merge(self, adapter_names) if name in self.deltas)
-        if not names:
-            return
-        self.release()
+    def _merge(self, names: tuple[str, ...], safe_merge: bool) -> None:
+        if self.quantization_backend is not None:
+            return self._merge_packed(names, safe_merge)
         delta = self._join((*self.merged_adapters, *names))
-        values = self.sum_values(delta)
-        with torch.inference_mode(False):
-            if self.quantization_backend is None:
-                weight = self.base_parameter
-                if safe_merge:
-                    originals = self._residency.originals_at(weight, delta.support)
-                    self._check_merged(effective_entries(originals, values), names)
-                self._residency.write(weight, delta.support, values, ("merged", *self.merged_adapters, *names))
-            else:
-                self._merge_packed(delta, values, names, safe_merge)
-        self.merged_adapters.extend(names)
-
-    def _check_merged(self, entries: Tensor, names: tuple[str, ...]) -> None:
-        if not torch.isfinite(entries).all():
-            broken = [name for name in names if not torch.isfinite(self._delta(name).values).all()] or names
-            raise ValueError(
-                f"NaNs detected in the merged weights. The adapter {', '.join(broken)} seems to be broken: layer "
-                f"{self.name} has values that are not finite; use an earlier checkpoint"
-            )
-
-    def _merge_packed(self, delta: ActiveDelta, values: Tensor, names: tuple[str, ...], safe_merge: bool) -> None:
-        backend = self.quantization_backend
-        if not backend.supports_merge:
-            raise ValueError(
-                f"layer {self.name}: a {backend.backend_name} base cannot be merged into; keep the adapter unmerged, "
-                "or load the base in float16, bfloat16 or float32 to merge"
-            )
-        if self._packed is not None:
-            self._packed.restore(self)
-        buffer = self.dequantised()
-        add_to_support_(buffer, delta.support, values)
+        values, weight = self.sum_values(delta), self.base_parameter
         if safe_merge:
-            self._check_merged(read_support(buffer, delta.support), names)
-        warnings.warn(
-            f"Merging into a {backend.backend_name} base rounds the merged weight to the base's quantisation again; "
-            "outputs may differ slightly from the unmerged adapter's. Unmerging gives the packed weight back exactly.",
-            stacklevel=4,
-        )
-        self._packed = self._packed or PackedWeight(self)
-        self.set_base_weight(buffer)
+            originals = self._residency.originals_at(weight, delta.support)
+            self._check_merged(effective_entries(originals, values), names)
+        self._residency.write(weight, delta.support, values, ("merged", *self.merged_adapters, *names))
 
-    @torch.no_grad()
-    def unmerge(self) -> None:
-        """Give the base weight back as it was before any merge, bit for bit."""
-        if not self.merged:
-            warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
-            return
-        self.merged_adapters.clear()
-        if self._packed is not None:
-            self._packed.restore(self)
-            self._packed = None
-        self.release()
+    def _add_deltas_(self, weight: Tensor, names: tuple[str, ...]) -> None:
+        delta = self._join(names)
+        add_to_support_(weight, delta.support, self.sum_values(delta))
 
     def get_delta_weight(self, adapter: str) -> Tensor:
         """The adapter's delta as a dense tensor of the stored weight's shape, in the values' dtype."""
-        module = self._delta(adapter)
+        module = self.settled(adapter)
         dense = module.values.new_zeros(self.stored_shape)
         add_to_support_(dense, module.support, module.values)
         return dense.view(self.weight_shape)
-
-    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
-        return False  # a sparse delta has full rank in general
 
     # ------------------------------------------------------------------ PEFT's and torch's bookkeeping
 
@@ -556,6 +397,3 @@ class SparseTunerLayer(BaseTunerLayer, nn.Module):
     def __setstate__(self, state):
         super().__setstate__(state)
         self.observer_key = new_key()  # a copy's gradients are none of the original's observer's business
-
-    def extra_repr(self) -> str:
-        return quantization_extra_repr(self)

@@ -6,7 +6,7 @@ from abc import abstractmethod
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _maybe_include_all_linear_layers
@@ -21,25 +21,34 @@ from transformers.pytorch_utils import Conv1D
 
 from ..ops import is_convolution, kernel_backend
 from ..support import Support
-from .base_layer import BASE_ADAPTER, SparseTunerLayer
+from .base_layer import SparseTunerLayer
 from .checkpoint import TAG, check_values
-from .delta import Delta, SparseDelta
+from .delta import SparseDelta
 from .residency import hold_layers, release_layers
 from .selection import SupportRecipe
+from .trained import TrainedState
+from .tuner_layer import BASE_ADAPTER, TunerLayer
 from .watch import expect_attendance
+
+
+class Plan(Protocol):
+    """What one layer's new adapter will be."""
+
+    def make_delta(self, name: str) -> TrainedState:
+        """The trained state of the layer of this name."""
+        ...
 
 
 @dataclass(frozen=True)
 class LayerPlan:
-    """What one layer's new adapter will be."""
+    """A sparse delta's."""
 
     shape: tuple[int, int]
     entries: int
     recipe: SupportRecipe
     support: Support | None
 
-    def make_delta(self, name: str) -> Delta:
-        """The trained state of the layer of this name."""
+    def make_delta(self, name: str) -> TrainedState:
         return SparseDelta(self.shape, self.entries, name, self.recipe, self.support)
 
 
@@ -67,7 +76,7 @@ def in_dim_of(module: nn.Module) -> int:
 
 def dense_weight(module: nn.Module) -> Tensor:
     """The base weight of a target in floats, as the matrix that is stored."""
-    if isinstance(module, SparseTunerLayer):
+    if isinstance(module, TunerLayer):
         return module.dense_base_weight()
     base = base_of(module)
     backend = resolve_quantization_backend(base)
@@ -91,13 +100,13 @@ class BaseSparseModel(BaseTuner):
     layer trains.
     """
 
-    layer_cls: type[SparseTunerLayer]
+    layer_cls: type[TunerLayer]
     target_module_mapping = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 
     @abstractmethod
     def plan_layers(
         self, config, targets: dict[str, nn.Module], adapter_name: str, file_entries: dict[str, int] | None
-    ) -> dict[str, LayerPlan]:
+    ) -> dict[str, Plan]:
         """What each target layer trains.
 
         Args:
@@ -201,7 +210,7 @@ class BaseSparseModel(BaseTuner):
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         self._injection = (adapter_name, kwargs.get("state_dict"))
-        self._plans: dict[str, LayerPlan] = {}
+        self._plans: dict[str, Plan] = {}
         try:
             super().inject_adapter(model, adapter_name, *args, **kwargs)
         finally:
@@ -282,14 +291,19 @@ class BaseSparseModel(BaseTuner):
                     "tie_word_embeddings=False and copy the weight)."
                 )
 
+    @staticmethod
+    def layer_options(config) -> dict[str, Any]:
+        """Arguments of the layer class besides base layer and name."""
+        return {"resident": config.resident}
+
     def _create_and_replace(
         self, peft_config, adapter_name, target, target_name, parent, current_key, parameter_name=None
     ) -> None:
         plan = self._plans[current_key]
         layer = target
-        if not isinstance(target, SparseTunerLayer):
+        if not isinstance(target, TunerLayer):
             layer = self.layer_cls(
-                target, current_key, resident=peft_config.resident, **get_quantization_kwargs(self.model)
+                target, current_key, **self.layer_options(peft_config), **get_quantization_kwargs(self.model)
             )
             layer._active_adapter = adapter_name
         layer.add_delta(
@@ -322,8 +336,8 @@ class BaseSparseModel(BaseTuner):
                 layer.deltas[adapter_name].keep_dtype()
 
     @staticmethod
-    def sparse_layers(model: nn.Module) -> Iterator[SparseTunerLayer]:
-        return (module for module in model.modules() if isinstance(module, SparseTunerLayer))
+    def sparse_layers(model: nn.Module) -> Iterator[TunerLayer]:
+        return (module for module in model.modules() if isinstance(module, TunerLayer))
 
     # ------------------------------------------------------------------ mixed batches
 
@@ -360,7 +374,7 @@ class BaseSparseModel(BaseTuner):
     def _writes_together(self) -> bool:
         """Whether a kernel writes the entries of many layers in one launch, which beats one for each layer."""
         layer = next(self.sparse_layers(self.model), None)
-        if layer is None or layer.quantization_backend is not None:
+        if not isinstance(layer, SparseTunerLayer) or layer.quantization_backend is not None:
             return False
         weight = layer.base_parameter
         return kernel_backend("write_entries", weight.dtype, weight.device) is not None
@@ -384,7 +398,7 @@ class BaseSparseModel(BaseTuner):
         repeated = [name for name in names for _ in range(beams)]
         with ExitStack() as stack:
             for module in self.modules():
-                if isinstance(module, (SparseTunerLayer, AuxiliaryTrainingWrapper)):
+                if isinstance(module, (TunerLayer, AuxiliaryTrainingWrapper)):
                     given = list(names) if module in in_encoder else repeated
                     handle = module.register_forward_pre_hook(
                         lambda _, args, kwargs, given=given: (args, {**kwargs, "adapter_names": given}),
@@ -408,10 +422,10 @@ class BaseSparseModel(BaseTuner):
     # ------------------------------------------------------------------ checkpoints
 
     @classmethod
-    def _named_deltas(cls, model: nn.Module, adapter_name: str) -> Iterator[tuple[str, SparseTunerLayer, Delta]]:
+    def _named_deltas(cls, model: nn.Module, adapter_name: str) -> Iterator[tuple[str, TunerLayer, TrainedState]]:
         """``(state dict key prefix, layer, trained state)`` of one adapter."""
         for name, module in model.named_modules():
-            if isinstance(module, SparseTunerLayer) and adapter_name in module.deltas:
+            if isinstance(module, TunerLayer) and adapter_name in module.deltas:
                 name = name.removeprefix("_fsdp_wrapped_module.")
                 key = f"{module.delta_container}.{adapter_name}."
                 yield f"{name}.{key}" if name else key, module, module.deltas[adapter_name]
@@ -421,22 +435,23 @@ class BaseSparseModel(BaseTuner):
         entries = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
         dtype = getattr(torch, config.save_dtype)
         for key, layer, delta in cls._named_deltas(model, adapter_name):
-            values = entries.get(f"{key}values")
-            if values is None:
+            found = {name: entries[f"{key}{name}"].detach() for name in delta._parameters if f"{key}{name}" in entries}
+            if not found:
                 continue
-            check_values(values.detach(), layer.name, "save")
-            if values.dtype != dtype and values.dtype == torch.float32:
-                entries[f"{key}values"] = values.detach().to(dtype)
+            for name, tensor in found.items():
+                check_values(tensor, layer.name, "save")
+                if tensor.dtype == torch.float32 and name not in delta.full_precision:
+                    entries[f"{key}{name}"] = tensor.to(dtype)
             # positions that no file brought are chosen now; the state dict was taken before
             for name in delta.position_names:
                 entries.pop(f"{key}{name}", None)
-            positions = delta.file_positions(layer.support(adapter_name))
-            entries.update({f"{key}{name}": tensor for name, tensor in positions.items()})
+            files = layer.settled(adapter_name).file_tensors()
+            entries.update({f"{key}{name}": tensor for name, tensor in files.items()})
         return entries
 
     @classmethod
-    def _fit(cls, config, delta: Delta, values: Tensor) -> None:
-        """Give a layer as many entries as the file has, for methods that move entries between layers."""
+    def _fit(cls, config, delta: TrainedState, parameters: dict[str, Tensor]) -> None:
+        """Make room for what the file has, for methods that change their layers' sizes in training."""
 
     @classmethod
     def _pop_positions(
@@ -455,11 +470,10 @@ class BaseSparseModel(BaseTuner):
     def _remap_adapter_state_dict_for_load(cls, model, config, adapter_name, state_dict):
         entries = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
         for key, layer, delta in cls._named_deltas(model, adapter_name):
-            values = entries.get(f"{key}values")
-            if values is not None:
-                cls._fit(config, delta, values)
+            parameters = {name: entries[f"{key}{name}"] for name in delta._parameters if f"{key}{name}" in entries}
+            cls._fit(config, delta, parameters)
             found = cls._pop_positions(entries, key, adapter_name, delta.position_names)
-            positions = delta.take_positions(found, values)
+            positions = delta.take_file(found, parameters)
             entries.update({f"{key}{name}": tensor for name, tensor in positions.items()})
             layer.release()
         return entries

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from abc import abstractmethod
 from collections.abc import Callable
 
@@ -13,16 +12,14 @@ from ..support import Support, index_dtype
 from .checkpoint import check_loaded_entries
 from .positions import FLAT, NAMES, file_layout, pack, unpack
 from .selection import SupportRecipe
+from .trained import TrainedState
 
 # Positions not chosen yet: an adapter built from a saved config waits for its file, which brings them.
 UNSET = -1
 
 
-class Delta(nn.Module):
+class Delta(TrainedState):
     """``values[e]`` is added to the stored weight at entry ``e`` of a support.
-
-    A module of its own, not a bare parameter: TRL copies its reference adapter by names that contain ``.default.``,
-    and FSDP and ZeRO hook modules. The parameter is not called ``weight``, which FSDP1 would wrap.
 
     Subclasses keep the support in persistent buffers, and say how it lies in a file.
 
@@ -33,8 +30,6 @@ class Delta(nn.Module):
         draw: ``draw(weight, shape)`` chooses the support if no file brings it; ``weight()`` gives the base's.
     """
 
-    position_names: tuple[str, ...]  # of all buffers that positions may lie in, in memory and in a file
-
     def __init__(
         self,
         shape: tuple[int, int],
@@ -42,9 +37,8 @@ class Delta(nn.Module):
         name: str,
         draw: Callable[[Callable[[], Tensor], tuple[int, int]], Support],
     ):
-        super().__init__()
+        super().__init__(name)
         self.shape = shape
-        self.name = name
         self.draw = draw
         self.values = nn.Parameter(torch.zeros(entries))
         self._support: Support | None = None
@@ -55,36 +49,8 @@ class Delta(nn.Module):
         """The values ``(entries,)``; called, not read, so that hooks of sharding wrappers run."""
         return self.values
 
-    # ------------------------------------------------------------------ dtype
-
-    def keep_dtype(self) -> None:
-        """Note the values' dtype as the one they are trained in."""
-        self.trained_dtype = self.values.dtype
-
-    def restore_dtype(self) -> None:
-        """Undo a cast behind our back: TRL rounds trainable parameters to bfloat16 where the base is quantised.
-
-        Small updates of bfloat16 values are lost. The parameter stays the same object, so an optimizer that was built
-        on it goes on; under DDP its buckets have the other dtype already, so there it is only reported.
-        """
-        if self.values.dtype == self.trained_dtype:
-            return
-        sharded = torch.distributed.is_available() and torch.distributed.is_initialized()
-        warnings.warn(
-            f"the values of the adapter in layer {self.name} (and maybe others) were cast to {self.values.dtype} "
-            f"after the adapter was made; sparse values are trained in {self.trained_dtype}: "
-            + ("cast them back before the model is wrapped for distributed training." if sharded else "cast back."),
-            stacklevel=2,
-        )
-        if sharded:
-            self.keep_dtype()
-        else:
-            self.values.data = self.values.data.to(self.trained_dtype)
-
-    def _apply(self, fn, *args, **kwargs):
-        module = super()._apply(fn, *args, **kwargs)
-        self.keep_dtype()
-        return module
+    def randomise(self) -> None:
+        nn.init.normal_(self.values)
 
     # ------------------------------------------------------------------ positions
 
@@ -104,17 +70,8 @@ class Delta(nn.Module):
     def file_positions(self, support: Support) -> dict[str, Tensor]:
         """The support as it lies in a file."""
 
-    @abstractmethod
-    def take_positions(self, found: dict[str, Tensor], values: Tensor | None) -> dict[str, Tensor]:
-        """Check what a file has for this layer, and give its positions as buffers, which they replace.
-
-        Args:
-            found: the tensors of :attr:`position_names` that the file has.
-            values: the file's values, if it has them.
-
-        Raises:
-            ValueError: tensors are missing, contradict each other or the weight's shape, or are not finite.
-        """
+    def file_tensors(self) -> dict[str, Tensor]:
+        return self.file_positions(self.support)
 
     def _refresh(self) -> None:
         # the buffer is replaced or filled by loading, by .to() and by reselection; the cached view follows it
@@ -167,14 +124,6 @@ class Delta(nn.Module):
         for name, tensor in positions.items():
             self.register_buffer(name, tensor.to(self.values.device))
         self._support = self._support_of = None
-
-    def _missing(self, values: Tensor | None, positions: object) -> None:
-        missing = [name for name, found in (("values", values), ("positions", positions)) if found is None]
-        if missing:
-            raise ValueError(
-                f"the adapter file has no {' and '.join(missing)} for layer {self.name}; it was saved for other "
-                "target_modules, or it is damaged: load it with the adapter_config.json it was saved with"
-            )
 
     def extra_repr(self) -> str:
         rows, cols = self.shape
@@ -258,8 +207,8 @@ class SparseDelta(Delta):
     def file_positions(self, support: Support) -> dict[str, Tensor]:
         return pack(support)
 
-    def take_positions(self, found: dict[str, Tensor], values: Tensor | None) -> dict[str, Tensor]:
-        indices = unpack(found, self.shape, self.name)
-        self._missing(values, indices)
+    def take_file(self, positions: dict[str, Tensor], parameters: dict[str, Tensor]) -> dict[str, Tensor]:
+        indices, values = unpack(positions, self.shape, self.name), parameters.get("values")
+        self._require(values=values, positions=indices)
         check_loaded_entries(self.name, values, indices, self.shape, self.values.numel())
         return {FLAT: indices.to(index_dtype(self.shape))}

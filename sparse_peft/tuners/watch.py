@@ -7,13 +7,13 @@ import weakref
 
 from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 
-from .delta import Delta
+from .trained import TrainedState
 
-_unattended: weakref.WeakKeyDictionary[Delta, str] = weakref.WeakKeyDictionary()
+_unattended: weakref.WeakKeyDictionary[TrainedState, str] = weakref.WeakKeyDictionary()
 _hook = None
 
 
-def expect_attendance(delta: Delta, what: str) -> None:
+def expect_attendance(delta: TrainedState, what: str) -> None:
     """Warn, once, if an optimizer steps these values and no controller, which does ``what``, was made by then."""
     global _hook
     if _hook is None:
@@ -21,7 +21,7 @@ def expect_attendance(delta: Delta, what: str) -> None:
     _unattended[delta] = what
 
 
-def attend(delta: Delta) -> None:
+def attend(delta: TrainedState) -> None:
     """A controller looks after these values."""
     _unattended.pop(delta, None)
 
@@ -32,7 +32,7 @@ def _check(optimizer: Optimizer, *_) -> None:
     # a learning rate of 0 trains nothing: so torch makes an optimizer's state before it loads a distributed checkpoint
     groups = [group for group in optimizer.param_groups if float(group.get("lr", 1.0))]
     stepped = {id(parameter) for group in groups for parameter in group["params"]}
-    alone = [delta for delta in _unattended if id(delta.values) in stepped]
+    alone = [delta for delta in _unattended if id(delta.watched) in stepped]
     if not alone:
         return
     what = _unattended[alone[0]]

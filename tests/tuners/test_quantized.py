@@ -10,7 +10,7 @@ from peft.utils.quantization_utils import ForwardOnlyQuantizationBackend
 from torch import nn
 
 from sparse_peft import SparseConfig, SparsityController
-from sparse_peft.tuners import base_layer, base_model
+from sparse_peft.tuners import base_layer, base_model, tuner_layer
 
 bnb = pytest.importorskip("bitsandbytes")
 
@@ -190,7 +190,7 @@ def test_criteria_look_at_the_dequantised_weight(selection):
 
 def test_backend_without_merge_uses_base_plus_delta(monkeypatch):
     backend = ForwardOnlyQuantizationBackend("gptq")
-    for module in (base_layer, base_model):
+    for module in (tuner_layer, base_model):
         monkeypatch.setattr(module, "resolve_quantization_backend", lambda base, **kw: backend)
     model = get_peft_model(
         nn.Sequential(nn.Linear(9, 7)), SparseConfig(target_modules=["0"], density=0.3, init_weights=False)

@@ -58,15 +58,15 @@ class ChannelDelta(Delta):
     def file_positions(self, support: ChannelSupport) -> dict[str, Tensor]:
         return {BUFFERS[self.dim]: support.channels}
 
-    def take_positions(self, found: dict[str, Tensor], values: Tensor | None) -> dict[str, Tensor]:
+    def take_file(self, positions: dict[str, Tensor], parameters: dict[str, Tensor]) -> dict[str, Tensor]:
         own, other = BUFFERS[self.dim], BUFFERS[1 - self.dim]
-        if other in found:
+        if other in positions:
             raise ValueError(
                 f"layer {self.name}: the adapter file has {other} where this model's adapter trains {own}; load it "
                 "with the adapter_config.json it was saved with"
             )
-        channels = found.get(own)
-        self._missing(values, channels)
+        channels, values = positions.get(own), parameters.get("values")
+        self._require(values=values, positions=channels)
         if channels.shape != (self.count,) or values.shape != self.values.shape:
             raise ValueError(
                 f"layer {self.name}: the adapter file has {tuple(channels.shape)} {own} and {tuple(values.shape)} "

@@ -64,7 +64,7 @@ class S2FTLinear(SparseTunerLayer):
 
     def _stacked(self, names: tuple[str, ...], x: Tensor) -> _Stack | None:
         """The adapters side by side; None where they do not go together."""
-        supports: list[ChannelSupport] = [self._delta(name).support for name in names]
+        supports: list[ChannelSupport] = [self.settled(name).support for name in names]
         if not isinstance(self.product, LinearProduct) or len({support.dim for support in supports}) > 1:
             return None
         deltas = tuple(self.deltas[name] for name in names)

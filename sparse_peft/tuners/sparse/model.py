@@ -37,8 +37,11 @@ class SparseModel(EntryModel):
     layer_cls = SparseLinear
 
     @classmethod
-    def _fit(cls, config: SparseConfig, delta: SparseDelta, values: Tensor) -> None:
-        if config.redistribute and 0 < values.numel() <= delta.shape[0] * delta.shape[1]:
+    def _fit(cls, config: SparseConfig, delta: SparseDelta, parameters: dict[str, Tensor]) -> None:
+        values = parameters.get("values")
+        if values is None or not config.redistribute:
+            return
+        if 0 < values.numel() <= delta.shape[0] * delta.shape[1]:
             delta.resize(values.numel())
             config.num_entries = {**(config.num_entries or {}), delta.name: values.numel()}
 

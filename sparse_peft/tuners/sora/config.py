@@ -1,0 +1,207 @@
+"""The config of SoRA."""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+from ...support import steps_of
+from ..base_config import BaseSparseConfig
+from .penalty import SPACINGS, PenaltySchedule
+from .state import GATES
+
+PROXIMALS = ("lr", "constant", "adam")
+OPERATORS = ("soft", "reference")
+# Of a penalty that a learning rate multiplies, and of a threshold that is taken as it is.
+DEFAULT_PENALTY = {"lr": 0.5, "adam": 0.5, "constant": 3e-4}
+
+
+def _number(name: str, value: object, least: float, *, above: bool = False, integer: bool = False) -> None:
+    kinds = (int,) if integer else (int, float)
+    if isinstance(value, bool) or not isinstance(value, kinds):
+        raise TypeError(f"{name}={value!r}: {'an int' if integer else 'a number'} is expected")
+    if not math.isfinite(value) or value < least or (above and value == least):
+        raise ValueError(f"{name}={value!r}: {'more than' if above else 'at least'} {least} is expected")
+
+
+@dataclass
+class SoRAConfig(BaseSparseConfig):
+    """SoRA (EMNLP 2023): low rank with a gate that a proximal step pulls to exact zeros, so that ranks die.
+
+    ``W + alpha / r * B diag(gate) A``. Training needs :class:`~sparse_peft.SparsityCallback` or a
+    :class:`~sparse_peft.SparsityController`, which takes the proximal step after each step of the optimizer, keeps the
+    gates out of its weight decay, and reports the ranks. Weight decay on ``A`` and ``B`` keeps the gates from
+    handing their size over to them: with none, the penalty hardly bites.
+
+    Args:
+        r: ranks that each layer starts with.
+        alpha: the product is scaled by ``alpha / r``, for the whole run.
+        dropout: probability with which an input is left out in training.
+        rank_pattern: ``{layer name or regular expression: r}`` for layers with a rank of their own.
+        init_gate: ``"ones"``: as LoRA at first, or ``"normal"``, as the authors do.
+        prox: what a gate's threshold is: ``"lr"``: the learning rate times the penalty, which is the proximal gradient
+            step of the gates' L1 norm; ``"constant"``: the penalty itself, as the authors do; ``"adam"``: as ``"lr"``,
+            divided by the root of Adam's second moment, the proximal step in Adam's own metric.
+        operator: ``"soft"``: soft thresholding, or ``"reference"``: what the authors' code does, which also zeroes
+            everything below twice the threshold.
+        penalty: the L1 norm's weight; by default 0.5, with ``prox="constant"`` the threshold 3e-4.
+        first_penalty: of the first stage; by default 0.
+        stages: number of equally long stages of the run, with penalties from the first to the last.
+        stage_spacing: ``"linear"`` or ``"geometric"`` (from a first penalty above 0). A learning rate that rises anew
+            in every stage is :func:`~sparse_peft.rewarmed_schedule`.
+        prox_start: optimizer steps (int), or share of the run (float), before the first proximal step: the warmup.
+        max_threshold: with ``prox="adam"``: most that a step takes from a gate, whose second moment starts at zero.
+        target_rank: number of ranks of all layers together that are to be left; the penalty is then adapted to it.
+        target_step: when: optimizer steps (int) or a share of the run (float). From then on ranks stay as they are.
+        gate_lr_scale: the gates' learning rate, relative to that of ``A`` and ``B``.
+        l1_weight: weight of an L1 norm of the gates, averaged over all of them, added to the loss's gradient, as the
+            authors do besides the threshold; 0 for none.
+        compact_every: cut ranks out of the model that were zero for so many steps; None for never. They cannot come
+            back. In one process only.
+        report_every: optimizer steps from one report of the ranks to the next.
+        ranks: resolved ranks of each layer; filled in when the adapter is made, and what a saved adapter is rebuilt
+            from. Not for setting by hand.
+        weight_shapes: resolved ``[rows, cols]`` of the layers' stored weights; likewise.
+
+    Raises:
+        ValueError, TypeError: a field that is out of range, or two that contradict each other.
+    """
+
+    method: ClassVar[str] = "SPARSE_PEFT_SORA"
+    deciding_fields: ClassVar[frozenset[str]] = frozenset({"r", "rank_pattern"})
+    resolved_fields: ClassVar[tuple[str, ...]] = ("ranks", "weight_shapes")
+
+    r: int = field(default=8, metadata={"help": "Ranks that each layer starts with."})
+    alpha: float = field(default=16, metadata={"help": "The product is scaled by alpha / r."})
+    dropout: float = field(default=0.0, metadata={"help": "Probability with which an input is left out in training."})
+    rank_pattern: dict[str, int] = field(
+        default_factory=dict, metadata={"help": "{layer name or regular expression: r} for layers with their own."}
+    )
+    init_gate: str = field(default="ones", metadata={"help": f"How gates start: one of {', '.join(GATES)}."})
+    prox: str = field(default="lr", metadata={"help": f"What a gate's threshold is: one of {', '.join(PROXIMALS)}."})
+    operator: str = field(
+        default="soft", metadata={"help": "'soft' thresholding, or the authors' code's 'reference' operator."}
+    )
+    penalty: float | None = field(
+        default=None, metadata={"help": "Weight of the gates' L1 norm; 0.5, or 3e-4 with prox='constant'."}
+    )
+    first_penalty: float = field(default=0.0, metadata={"help": "Penalty of the first of several stages."})
+    stages: int = field(default=1, metadata={"help": "Number of equally long stages with rising penalties."})
+    stage_spacing: str = field(
+        default="linear", metadata={"help": f"How penalties rise: one of {', '.join(SPACINGS)}."}
+    )
+    prox_start: int | float = field(
+        default=0.06, metadata={"help": "Steps (int) or share of the run (float) before the first proximal step."}
+    )
+    max_threshold: float = field(default=0.01, metadata={"help": "With prox='adam': most a step takes from a gate."})
+    target_rank: int | None = field(
+        default=None,
+        metadata={"help": "Ranks of all layers together that are to be left."},
+    )
+    target_step: int | float = field(
+        default=0.7, metadata={"help": "When target_rank is reached: steps (int) or a share of the run (float)."}
+    )
+    gate_lr_scale: float = field(
+        default=1.0, metadata={"help": "The gates' learning rate relative to that of the factors."}
+    )
+    l1_weight: float = field(default=0.0, metadata={"help": "Weight of the gates' mean absolute value in the loss."})
+    compact_every: int | None = field(
+        default=None, metadata={"help": "Cut out ranks that were zero for so many optimizer steps; None: never."}
+    )
+    report_every: int = field(default=50, metadata={"help": "Optimizer steps from one report of ranks to the next."})
+    ranks: dict[str, int] | None = field(
+        default=None, metadata={"help": "Resolved ranks per layer; filled in, not set by hand."}
+    )
+    weight_shapes: dict[str, list[int]] | None = field(
+        default=None, metadata={"help": "Resolved [rows, cols] of the layers' weights; filled in, not set by hand."}
+    )
+
+    def __post_init__(self):
+        super().__post_init__()
+        for name, choices in (
+            ("init_gate", GATES),
+            ("prox", PROXIMALS),
+            ("operator", OPERATORS),
+            ("stage_spacing", SPACINGS),
+        ):
+            if getattr(self, name) not in choices:
+                raise ValueError(f"{name}={getattr(self, name)!r}: one of {', '.join(map(repr, choices))} is expected")
+        self.rank_pattern = dict(self.rank_pattern or {})
+        for name, least in (("r", 1), ("stages", 1), ("report_every", 1)):
+            _number(name, getattr(self, name), least, integer=True)
+        for name in ("compact_every", "target_rank"):
+            if getattr(self, name) is not None:
+                _number(name, getattr(self, name), 1, integer=True)
+        for pattern, rank in self.rank_pattern.items():
+            _number(f"rank_pattern[{pattern!r}]", rank, 1, integer=True)
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise ValueError(f"rank_pattern: {pattern!r} is no regular expression ({error})") from error
+        if self.penalty is None:
+            self.penalty = DEFAULT_PENALTY[self.prox]
+        for name, above in (
+            ("alpha", True),
+            ("penalty", False),
+            ("first_penalty", False),
+            ("max_threshold", True),
+            ("gate_lr_scale", True),
+            ("l1_weight", False),
+        ):
+            _number(name, getattr(self, name), 0, above=above)
+        _number("dropout", self.dropout, 0)
+        if self.dropout >= 1:
+            raise ValueError(f"dropout={self.dropout!r}: a probability below 1 is expected")
+        for name in ("prox_start", "target_step"):
+            _number(name, getattr(self, name), 0)
+            if isinstance(getattr(self, name), float) and getattr(self, name) > 1:
+                raise ValueError(
+                    f"{name}={getattr(self, name)!r}: a number of optimizer steps (int), or a share of the run (float "
+                    "in [0, 1]) is expected"
+                )
+        if self.stage_spacing == "geometric" and self.stages > 1 and self.first_penalty * self.penalty == 0:
+            raise ValueError(
+                f"stage_spacing='geometric' with first_penalty={self.first_penalty} and penalty={self.penalty}: both "
+                "must be above 0 for ratios"
+            )
+
+    @classmethod
+    def paper(cls, **fields) -> SoRAConfig:
+        """The settings of the authors' script, with what their code does: for comparisons."""
+        return cls(
+            **{
+                "init_gate": "normal",
+                "prox": "constant",
+                "operator": "reference",
+                "penalty": 3e-4,
+                "prox_start": 0,
+                "l1_weight": 10.0,
+                **fields,
+            }
+        )
+
+    @property
+    def scale(self) -> float:
+        """What the product is multiplied by."""
+        return self.alpha / self.r
+
+    @property
+    def changes_in_training(self) -> bool:
+        return self.penalty > 0 or self.l1_weight > 0 or self.target_rank is not None
+
+    @property
+    def attendance_needed_for(self) -> str:
+        return "pulls its gates to zero"
+
+    def penalty_schedule(self, total_steps: int | None) -> PenaltySchedule:
+        """The penalties of a run of this many optimizer steps.
+
+        Raises:
+            ValueError: shares or stages of a run whose length is not known.
+        """
+        start = steps_of(self.prox_start, total_steps, "prox_start")
+        return PenaltySchedule.of(
+            self.first_penalty, self.penalty, self.stages, self.stage_spacing, start, total_steps
+        )

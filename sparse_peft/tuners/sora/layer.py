@@ -1,0 +1,20 @@
+"""The layer of SoRA."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from ..low_rank import LowRankLayer
+
+
+class SoRALinear(LowRankLayer):
+    """A layer with gated low rank beside it; see :class:`~sparse_peft.tuners.tuner_layer.TunerLayer`."""
+
+    delta_container = "sparse_peft_sora_adapter"
+    adapter_layer_names = (delta_container,)
+
+    def adapter_output(self, x: Tensor, adapter_name: str) -> Tensor:
+        return self.low_rank_output(x, adapter_name)
+
+    def get_delta_weight(self, adapter: str) -> Tensor:
+        return self.low_rank_weight(adapter)

@@ -1,0 +1,107 @@
+"""The tuner of SoRA."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from ...ops import is_convolution
+from ...support import matches_layer
+from ..base_model import BaseSparseModel, base_of, in_dim_of, stored_shape
+from ..low_rank import factor_sizes
+from .config import SoRAConfig
+from .layer import SoRALinear
+from .state import GatedLowRank
+
+
+@dataclass(frozen=True)
+class RankPlan:
+    """What one layer's new adapter will be."""
+
+    sizes: tuple[int, int]
+    rank: int
+    config: SoRAConfig
+
+    def make_delta(self, name: str) -> GatedLowRank:
+        config = self.config
+        return GatedLowRank(self.sizes, self.rank, config.scale, config.dropout, config.init_gate, name)
+
+
+class SoRAModel(BaseSparseModel):
+    """Creates a model with gated low rank beside its target layers.
+
+    Args:
+        model: the model to adapt.
+        config: a :class:`~sparse_peft.SoRAConfig`.
+        adapter_name: the adapter's name.
+    """
+
+    prefix = "sparse_peft_sora_"
+    tuner_layer_cls = SoRALinear
+    layer_cls = SoRALinear
+
+    @staticmethod
+    def layer_options(config: SoRAConfig) -> dict[str, Any]:
+        return {}
+
+    @classmethod
+    def check_targets(cls, model: nn.Module, targets: dict[str, nn.Module]) -> None:
+        super().check_targets(model, targets)
+        for name, module in targets.items():
+            base = base_of(module)
+            if is_convolution(base) and base.groups > 1:
+                raise TypeError(
+                    f"Target module {name}: a convolution of {base.groups} groups has no low-rank form; leave it out "
+                    "with exclude_modules"
+                )
+
+    @classmethod
+    def _file_entries(cls, state_dict: dict[str, Tensor] | None) -> dict[str, int] | None:
+        if state_dict is None:
+            return None
+        return {
+            key.rsplit(f".{cls.prefix}", 1)[0].removeprefix("_orig_mod."): gate.numel()
+            for key, gate in state_dict.items()
+            if key.endswith(".gate") and f".{cls.prefix}" in key
+        }
+
+    def plan_layers(
+        self,
+        config: SoRAConfig,
+        targets: dict[str, nn.Module],
+        adapter_name: str,
+        file_entries: dict[str, int] | None,
+    ) -> dict[str, RankPlan]:
+        shapes = {name: stored_shape(module) for name, module in targets.items()}
+        if file_entries is not None:
+            ranks = {name: file_entries[name] for name in targets}
+        elif config.ranks is not None:
+            self._check_names(config, set(config.ranks), set(targets), "ranks is for")
+            ranks = {name: config.ranks[name] for name in targets}
+        else:
+            ranks = {name: self._rank(config, name) for name in targets}
+        self._check_shapes(config, shapes)
+        config.ranks = ranks
+        config.weight_shapes = {name: list(shape) for name, shape in shapes.items()}
+        if config.target_rank is not None and config.target_rank > sum(ranks.values()):
+            raise ValueError(
+                f"target_rank={config.target_rank}: the layers have {sum(ranks.values())} ranks together; it is the "
+                "number of all layers' ranks that are left, and no more than they begin with"
+            )
+        return {
+            name: RankPlan(factor_sizes(shapes[name], in_dim_of(module)), ranks[name], config)
+            for name, module in targets.items()
+        }
+
+    @staticmethod
+    def _rank(config: SoRAConfig, name: str) -> int:
+        return next((r for pattern, r in config.rank_pattern.items() if matches_layer(pattern, name)), config.r)
+
+    @classmethod
+    def _fit(cls, config: SoRAConfig, delta: GatedLowRank, parameters: dict[str, Tensor]) -> None:
+        gate = parameters.get("gate")
+        if gate is not None and config.compact_every is not None and gate.numel() <= config.r:
+            delta.resize(gate.numel())
+            config.ranks = {**(config.ranks or {}), delta.name: gate.numel()}

@@ -1,0 +1,69 @@
+"""The trained state of one SoRA adapter in one layer."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from ..low_rank import LowRankState
+
+GATES = ("ones", "normal")
+
+
+class GatedLowRank(LowRankState):
+    """``scale * B @ diag(gate) @ A`` is added to the weight.
+
+    The gate ``(rank,)`` is float32 whatever the model is cast to: what a step takes from it is less than bfloat16 can
+    tell from nothing.
+
+    Args:
+        sizes: ``(inputs, outputs)`` of the layer.
+        rank: number of ranks.
+        scale: of the product.
+        dropout: probability with which an input is left out in training.
+        gate: how it starts, ``"ones"`` or ``"normal"``.
+        name: the layer's name, for error messages.
+    """
+
+    value_name = "gate"
+    full_precision = frozenset({"gate"})
+
+    def __init__(self, sizes: tuple[int, int], rank: int, scale: float, dropout: float, gate: str, name: str):
+        super().__init__(name)
+        self.add_factors(sizes, rank, scale, dropout)
+        self.gate = nn.Parameter(torch.ones(rank) if gate == "ones" else torch.randn(rank))
+        self.keep_dtype()
+
+    def randomise(self) -> None:
+        nn.init.normal_(self.B)
+        nn.init.normal_(self.gate)
+
+    def factors(self) -> tuple[Tensor, Tensor]:
+        # scaling B costs (outputs, rank) once; scaling the ranks' activations would keep them for backward
+        gate = (self.gate * self.scale).to(self.B.dtype)
+        return self.A, self.B * gate
+
+    @property
+    def alive(self) -> int:
+        """Number of ranks that the gate lets through."""
+        return int((self.gate.detach() != 0).sum())
+
+    def resize(self, rank: int) -> None:
+        """Make room for another number of ranks; all values are to be set afterwards."""
+        if rank == self.rank:
+            return
+        sizes = {"A": (rank, self.A.shape[1]), "B": (self.B.shape[0], rank), "gate": (rank,)}
+        for name, size in sizes.items():
+            old = self._parameters[name]
+            setattr(self, name, nn.Parameter(old.new_zeros(size), requires_grad=old.requires_grad))
+
+    def _apply(self, fn, *args, **kwargs):
+        before = self.gate.data
+        module = super()._apply(fn, *args, **kwargs)
+        if self.gate.dtype != torch.float32 and before.device.type != "meta":
+            self.gate.data = before.to(self.gate.device, torch.float32)
+            self.keep_dtype()
+        return module
+
+    def extra_repr(self) -> str:
+        return f"rank={self.rank}, inputs={self.A.shape[1]}, outputs={self.B.shape[0]}, scale={self.scale:g}"

@@ -1,0 +1,114 @@
+"""The trained state of one adapter in one layer, whatever the method."""
+
+from __future__ import annotations
+
+import warnings
+from abc import abstractmethod
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from .checkpoint import check_values
+
+
+class TrainedState(nn.Module):
+    """What one adapter trains in one layer.
+
+    A module of its own, not bare parameters: TRL copies its reference adapter by names that contain ``.default.``,
+    and FSDP and ZeRO hook modules. No parameter is called ``weight``, which FSDP1 would wrap.
+
+    Its *values* are the parameter that the method watches during training; they are kept in the dtype they are
+    trained in. ``value_name`` is the parameter's name.
+
+    Args:
+        name: the layer's name, for error messages.
+    """
+
+    value_name: ClassVar[str] = "values"
+    full_precision: ClassVar[frozenset[str]] = frozenset()  # tensors that ``save_dtype`` does not round
+    position_names: tuple[str, ...] = ()  # of all buffers that positions may lie in, in memory and in a file
+    trained_dtype: torch.dtype
+
+    def __init__(self, name: str):
+        super().__init__()
+        self.name = name
+
+    @property
+    def watched(self) -> nn.Parameter:
+        """The parameter that the method watches."""
+        return self._parameters[self.value_name]
+
+    @abstractmethod
+    def randomise(self) -> None:
+        """Draw random values in place of those that start as the base model, for tests."""
+
+    # ------------------------------------------------------------------ dtype
+
+    def keep_dtype(self) -> None:
+        """Note the values' dtype as the one they are trained in."""
+        self.trained_dtype = self.watched.dtype
+
+    def restore_dtype(self) -> None:
+        """Undo a cast behind our back: TRL rounds trainable parameters to bfloat16 where the base is quantised.
+
+        Small updates of bfloat16 values are lost. The parameter stays the same object, so an optimizer that was built
+        on it goes on; under DDP its buckets have the other dtype already, so there it is only reported.
+        """
+        values = self.watched
+        if values.dtype == self.trained_dtype:
+            return
+        sharded = torch.distributed.is_available() and torch.distributed.is_initialized()
+        warnings.warn(
+            f"the {self.value_name} of the adapter in layer {self.name} (and maybe others) were cast to "
+            f"{values.dtype} after the adapter was made; they are trained in {self.trained_dtype}: "
+            + ("cast them back before the model is wrapped for distributed training." if sharded else "cast back."),
+            stacklevel=2,
+        )
+        if sharded:
+            self.keep_dtype()
+        else:
+            values.data = values.data.to(self.trained_dtype)
+
+    def _apply(self, fn, *args, **kwargs):
+        module = super()._apply(fn, *args, **kwargs)
+        self.keep_dtype()
+        return module
+
+    # ------------------------------------------------------------------ files
+
+    def file_tensors(self) -> dict[str, Tensor]:
+        """What takes the place of the buffers of :attr:`position_names` in a file."""
+        return {}
+
+    def take_file(self, positions: dict[str, Tensor], parameters: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Check what a file has for this layer, and give its positions as buffers, which they replace.
+
+        Args:
+            positions: the tensors of :attr:`position_names` that the file has.
+            parameters: the parameters that it has.
+
+        Raises:
+            ValueError: tensors are missing, contradict each other or the weight's shape, or are not finite.
+        """
+        self._require(**{name: parameters.get(name) for name in self._parameters})
+        for name, parameter in self._parameters.items():
+            self._check_parameter(name, parameters[name], parameter.shape)
+        return {}
+
+    def _check_parameter(self, name: str, tensor: Tensor, shape: torch.Size) -> None:
+        if tensor.shape != shape or not tensor.is_floating_point():
+            raise ValueError(
+                f"layer {self.name}: {name} is {tensor.dtype} of shape {tuple(tensor.shape)} in the adapter file, "
+                f"where this model's adapter has floats of shape {tuple(shape)}; load it with the adapter_config.json "
+                "it was saved with, on the base model it was made for"
+            )
+        check_values(tensor, f"{self.name} ({name})", "load")
+
+    def _require(self, **tensors: object) -> None:
+        missing = [name for name, tensor in tensors.items() if tensor is None]
+        if missing:
+            raise ValueError(
+                f"the adapter file has no {' and '.join(missing)} for layer {self.name}; it was saved for other "
+                "target_modules, or it is damaged: load it with the adapter_config.json it was saved with"
+            )

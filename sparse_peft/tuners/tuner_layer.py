@@ -1,0 +1,282 @@
+"""What the layers of all methods share: PEFT's layer contract."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer, _get_in_out_features, check_adapters_to_merge
+from peft.utils import quantization_extra_repr, resolve_quantization_backend
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from ..ops import ConvProduct, LinearProduct, is_convolution
+from .packed import PackedWeight, keep_packing
+from .trained import TrainedState
+
+BASE_ADAPTER = "__base__"  # PEFT's name for "no adapter" in a mixed batch
+
+
+class TunerLayer(BaseTunerLayer, nn.Module):
+    """A base layer with the trained state of its adapters, whose parts are added to its output.
+
+    Args:
+        base_layer: ``nn.Linear``, ``nn.Conv1d`` to ``nn.Conv3d``, transformers' ``Conv1D``, or a quantised linear
+            layer that PEFT has a backend for.
+        name: the layer's full name in the model, for errors and for what is drawn at random.
+
+    Subclasses name the ``nn.ModuleDict`` of :class:`~sparse_peft.tuners.trained.TrainedState` in ``delta_container``;
+    the attribute starts with the method's prefix. They say what an adapter makes of an input, and its weight.
+    """
+
+    delta_container: str
+
+    def __init__(self, base_layer: nn.Module, name: str, **kwargs: Any) -> None:
+        super().__init__()
+        self.base_layer = base_layer
+        self.name = name
+        setattr(self, self.delta_container, nn.ModuleDict())
+        base = self.get_base_layer()
+        self.quantization_backend = resolve_quantization_backend(
+            base, get_apply_tensor_subclass=kwargs.get("get_apply_tensor_subclass")
+        )
+        keep_packing(base)
+        self.in_features, self.out_features = _get_in_out_features(base)
+        if is_convolution(base):
+            self.product = ConvProduct.of(base)
+            self.weight_shape = tuple(base.weight.shape)
+            self.stored_shape = (self.weight_shape[0], base.weight[0].numel())
+        else:
+            self.product = LinearProduct(0 if isinstance(base, Conv1D) else 1)
+            sides = (self.out_features, self.in_features)
+            self.weight_shape = self.stored_shape = sides if self.product.in_dim == 1 else sides[::-1]
+        self._disable_adapters = False
+        self.merged_adapters = []
+        self._packed: PackedWeight | None = None
+        self._unmerged: Tensor | None = None
+
+    # ------------------------------------------------------------------ adapters
+
+    @property
+    def deltas(self) -> nn.ModuleDict:
+        """The adapters' trained state, ``{adapter name: TrainedState}``."""
+        return getattr(self, self.delta_container)
+
+    @property
+    def base_parameter(self) -> Tensor:
+        # the usual case without get_base_layer's search, which every layer would pay for several times a pass
+        base = self._modules["base_layer"]
+        return base.weight if "base_layer" not in base._modules else self.get_base_layer().weight
+
+    def add_delta(self, adapter_name: str, delta: TrainedState, *, init_weights: bool, inference_mode: bool) -> None:
+        """Add an adapter's trained state to this layer and make it active if its name is."""
+        self.release()
+        if not init_weights:
+            delta.randomise()
+        self.deltas[adapter_name] = delta
+        self._move_adapter_to_device_of_base_layer(adapter_name)
+        self.set_adapter(self.active_adapters, inference_mode=inference_mode)
+
+    def settled(self, adapter_name: str) -> TrainedState:
+        """An adapter's trained state, of which nothing is left to be chosen."""
+        return self.deltas[adapter_name]
+
+    def _active_names(self) -> tuple[str, ...]:
+        return tuple(name for name in self.active_adapters if name in self.deltas)
+
+    # What layers do that let the base weight hold adapters' entries; see SparseTunerLayer.
+
+    def held_weight(self) -> None:
+        return None
+
+    def pending_write(self) -> None:
+        return None
+
+    def release(self) -> None:
+        """Give the base weight its own entries back; merged adapters stay merged."""
+
+    # ------------------------------------------------------------------ the base layer
+
+    def _is_hooked(self) -> bool:
+        """Whether more happens in the base layer than its own forward: hooks, offloading, another tuner's layer."""
+        base = self.base_layer
+        return bool(
+            "forward" in base.__dict__
+            or base._forward_hooks
+            or base._forward_pre_hooks
+            or base._backward_hooks
+            or base._backward_pre_hooks
+            or isinstance(base, BaseTunerLayer)
+        )
+
+    def dense_base_weight(self) -> Tensor:
+        """The base weight in floats as a matrix in its stored layout, for criteria to look at."""
+        if self.quantization_backend is not None:
+            return self.dequantised()
+        return self.base_parameter.detach().reshape(self.stored_shape)
+
+    def dequantised(self) -> Tensor:
+        """The base weight as a fresh float tensor ``(out_features, in_features)``."""
+        weight = self.get_base_weight()
+        packed = getattr(self.get_base_layer(), "weight", None)
+        return weight.clone() if packed is not None and weight.data_ptr() == packed.data_ptr() else weight
+
+    # ------------------------------------------------------------------ forward
+
+    def adapter_output(self, x: Tensor, adapter_name: str) -> Tensor:
+        """What one adapter adds to the layer's output for this input."""
+        raise NotImplementedError
+
+    def forward(self, x: Tensor, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any) -> Tensor:
+        if self.disable_adapters:
+            if self.merged:
+                self.unmerge()
+            return self.base_layer(x, *args, **kwargs)
+        if adapter_names is not None:
+            return self._mixed_batch_forward(x, adapter_names, *args, **kwargs)
+        result = self.base_layer(x, *args, **kwargs)
+        names = () if self.merged else self._active_names()
+        if names and self.quantization_backend is not None:
+            result = self.quantization_backend.maybe_clone_base_result(result)
+            self._restore_dtypes(names)
+        for name in names:
+            result = result + self.adapter_output(x, name).to(result.dtype)
+        return result
+
+    def _restore_dtypes(self, names: tuple[str, ...]) -> None:
+        if self.training and torch.is_grad_enabled():
+            for name in names:
+                self.deltas[name].restore_dtype()
+
+    def _mixed_batch_forward(self, x: Tensor, adapter_names: list[str], *args: Any, **kwargs: Any) -> Tensor:
+        if len(x) != len(adapter_names):
+            raise ValueError(
+                "Length of `adapter_names` should be the same as the number of inputs, but got "
+                f"{len(adapter_names)} and {len(x)} respectively."
+            )
+        if self.merged:
+            raise ValueError(
+                "Cannot pass `adapter_names` when there are merged adapters, please call `unmerge_adapter` first."
+            )
+        self.release()
+        result = self.base_layer(x, *args, **kwargs).clone(memory_format=torch.contiguous_format)
+        self._mixed_deltas_(result, x, adapter_names)
+        return result
+
+    def _mixed_deltas_(self, result: Tensor, x: Tensor, adapter_names: list[str]) -> None:
+        """Add to each item's result what its adapter makes of its input."""
+        for name in dict.fromkeys(adapter_names):
+            if name == BASE_ADAPTER or name not in self.deltas:
+                continue
+            rows = torch.tensor([i for i, other in enumerate(adapter_names) if other == name], device=x.device)
+            part = self.adapter_output(x.index_select(0, rows), name)
+            result.index_add_(0, rows, part.to(result.dtype))
+
+    # ------------------------------------------------------------------ merging
+
+    def get_delta_weight(self, adapter: str) -> Tensor:
+        """The adapter's delta as a dense tensor of the stored weight's shape, in its parameters' dtype."""
+        raise NotImplementedError
+
+    @torch.no_grad()
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Merge adapters into the base weight; :meth:`unmerge` gives every bit of it back.
+
+        Args:
+            safe_merge: check that the merged weights are finite before anything is written.
+            adapter_names: adapters to merge; the active ones if None.
+
+        Raises:
+            ValueError: ``safe_merge`` found a value that is not finite, or the base's backend cannot be written.
+        """
+        names = tuple(name for name in check_adapters_to_merge(self, adapter_names) if name in self.deltas)
+        if not names:
+            return
+        self.release()
+        with torch.inference_mode(False):
+            self._merge(names, safe_merge)
+        self.merged_adapters.extend(names)
+
+    def _merge(self, names: tuple[str, ...], safe_merge: bool) -> None:
+        """Merge, besides those that are merged already. Keeps the base weight as it was: sums of floats round."""
+        if self.quantization_backend is not None:
+            return self._merge_packed(names, safe_merge)
+        weight = self.base_parameter
+        own = weight.detach() if self._unmerged is None else self._unmerged
+        merged = own.to(torch.promote_types(own.dtype, torch.float32), copy=True)
+        for name in (*self.merged_adapters, *names):
+            merged += self.get_delta_weight(name).to(merged)
+        if safe_merge:
+            self._check_merged(merged, names)
+        if self._unmerged is None:
+            self._unmerged = weight.detach().clone()
+        weight.copy_(merged)
+
+    def _check_merged(self, entries: Tensor, names: tuple[str, ...]) -> None:
+        if not torch.isfinite(entries).all():
+            broken = [
+                name for name in names if not all(torch.isfinite(p).all() for p in self.deltas[name].parameters())
+            ]
+            raise ValueError(
+                f"NaNs detected in the merged weights. The adapter {', '.join(broken or names)} seems to be broken: "
+                f"layer {self.name} has values that are not finite; use an earlier checkpoint"
+            )
+
+    def _merge_packed(self, names: tuple[str, ...], safe_merge: bool) -> None:
+        backend = self.quantization_backend
+        if not backend.supports_merge:
+            raise ValueError(
+                f"layer {self.name}: a {backend.backend_name} base cannot be merged into; keep the adapter unmerged, "
+                "or load the base in float16, bfloat16 or float32 to merge"
+            )
+        if self._packed is not None:
+            self._packed.restore(self)
+        buffer = self.dequantised()
+        self._add_deltas_(buffer, (*self.merged_adapters, *names))
+        if safe_merge:
+            self._check_merged(buffer, names)
+        warnings.warn(
+            f"Merging into a {backend.backend_name} base rounds the merged weight to the base's quantisation again; "
+            "outputs may differ slightly from the unmerged adapter's. Unmerging gives the packed weight back exactly.",
+            stacklevel=5,
+        )
+        self._packed = self._packed or PackedWeight(self)
+        self.set_base_weight(buffer)
+
+    def _add_deltas_(self, weight: Tensor, names: tuple[str, ...]) -> None:
+        """Add adapters' deltas to a dense copy of the base weight."""
+        for name in names:
+            weight += self.get_delta_weight(name).to(weight)
+
+    @torch.no_grad()
+    def unmerge(self) -> None:
+        """Give the base weight back as it was before any merge, bit for bit."""
+        if not self.merged:
+            warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
+            return
+        self.merged_adapters.clear()
+        if self._packed is not None:
+            self._packed.restore(self)
+            self._packed = None
+        if self._unmerged is not None:
+            self.base_parameter.copy_(self._unmerged)
+            self._unmerged = None
+        self.release()
+
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        return False  # a sparse delta has full rank in general
+
+    # ------------------------------------------------------------------ PEFT's and torch's bookkeeping
+
+    def _apply(self, fn, *args, **kwargs):
+        module = super()._apply(fn, *args, **kwargs)
+        if self._unmerged is not None:
+            self._unmerged = fn(self._unmerged)
+        return module
+
+    def extra_repr(self) -> str:
+        return quantization_extra_repr(self)
+
+    def __repr__(self) -> str:
+        return f"sparse_peft.{super().__repr__()}"
