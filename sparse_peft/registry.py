@@ -56,6 +56,13 @@ METHODS = (
         "SoRAModel",
         dynamics="sparse_peft.training.proximal.ProximalDynamics",
     ),
+    Method(
+        "SPARSE_PEFT_SLTRAIN",
+        "sparse_peft.tuners.sltrain",
+        "SLTrainConfig",
+        "SLTrainModel",
+        dynamics="sparse_peft.training.reselection.ReselectionDynamics",
+    ),
     Method("SPARSE_PEFT_S2FT", "sparse_peft.tuners.s2ft", "S2FTConfig", "S2FTModel"),
 )
 

@@ -16,6 +16,7 @@ from .observe import UNOBSERVED, GradientObserver, new_key, observe
 from .panels import panel_bytes, panel_limit, panels
 from .products import LinearProduct, Product, WeightSource
 from .proximal import reference_threshold, soft_threshold
+from .sparse_low_rank import cheaper_way, compose, sparse_low_rank_linear
 from .support_entries import (
     add_to_support_,
     read_support,
@@ -44,6 +45,8 @@ __all__ = [
     "cache_file",
     "code_gather",
     "code_scatter_add",
+    "cheaper_way",
+    "compose",
     "delta_matmul",
     "effective_entries",
     "functional_layer",
@@ -61,6 +64,7 @@ __all__ = [
     "panel_limit",
     "reference_threshold",
     "soft_threshold",
+    "sparse_low_rank_linear",
     "panels",
     "plan_support_grad",
     "read_entries",

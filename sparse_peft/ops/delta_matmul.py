@@ -18,6 +18,10 @@ from .observe import UNOBSERVED
 from .panels import panels
 from .support_grad import accumulation_dtype, observed_support_grad
 
+# A sparse matrix times columns takes a third of the time of the transposed product on a CPU, as long as a tile of
+# tokens stays in the processor's cache.
+TOKEN_TILE = 128
+
 
 def spmm_add_(out: Tensor, x: Tensor, values: Tensor, row_ptr: Tensor, cols: Tensor) -> None:
     """``out += x @ S.T`` for the sparse matrix S in CSR form; sums in float32 (float64 for float64), rounded once.
@@ -37,9 +41,10 @@ def spmm_add_(out: Tensor, x: Tensor, values: Tensor, row_ptr: Tensor, cols: Ten
         return
     dtype = accumulation_dtype(x.dtype)
     shape = (out.shape[1], x.shape[1])
-    delta = csr_matrix(row_ptr, cols, values.to(dtype), shape).t()
-    for start, stop in panels(x.shape[0], sum(shape) * dtype.itemsize):
-        out[start:stop] = out[start:stop].to(dtype).add_(x[start:stop].to(dtype) @ delta)
+    delta = csr_matrix(row_ptr, cols, values.to(dtype), shape)
+    for start, stop in panels(x.shape[0], sum(shape) * dtype.itemsize, TOKEN_TILE):
+        part = delta @ x[start:stop].to(dtype).t()
+        out[start:stop] = out[start:stop].to(dtype).add_(part.t())
 
 
 def _product(x: Tensor, values: Tensor, support: Support, t: bool) -> Tensor:

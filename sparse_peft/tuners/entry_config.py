@@ -23,6 +23,7 @@ class EntryConfig(BaseSparseConfig):
     deciding_fields: ClassVar[frozenset[str]] = BUDGET_FIELDS
     resolved_fields: ClassVar[tuple[str, ...]] = ("num_entries", "weight_shapes")
     default_density: ClassVar[float] = 0.01
+    budget_fields: ClassVar[tuple[str, ...]] = ("density", "num_params", "r")
 
     density: float | None = field(
         default=None,
@@ -86,7 +87,7 @@ class EntryConfig(BaseSparseConfig):
         """
         if not (math.isfinite(threshold) and threshold > 0):
             raise ValueError(f"threshold={threshold!r}: a positive number is expected")
-        budgets = [name for name in ("density", "num_params", "r") if getattr(self, name) is not None]
+        budgets = [name for name in self.budget_fields if getattr(self, name) is not None]
         if budgets or self.density_pattern:
             raise ValueError(
                 f"threshold={threshold} and {', '.join(budgets) or 'density_pattern'} are both given: the "
@@ -100,6 +101,7 @@ class EntryConfig(BaseSparseConfig):
             ValueError, TypeError: the fields contradict each other or are out of range.
         """
         shared = {"density_pattern": self.density_pattern, "allocation": self.allocation}
-        if self.density is None and self.num_params is None and self.r is None:
+        given = {name: getattr(self, name) for name in self.budget_fields if getattr(self, name) is not None}
+        if not given:
             return Budget(self.default_density, at_least=DEFAULT_AT_LEAST, **shared)
-        return Budget(self.density, self.num_params, self.r, **shared)
+        return Budget(**given, **shared)

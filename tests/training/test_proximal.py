@@ -137,7 +137,7 @@ def test_total_shrink_of_a_gate_without_gradient():
     for state in states(model).values():
         state.gate.data[0] = -0.05
     total, sizes = 0.0, gates(model).abs()
-    for step in range(30):
+    for _ in range(30):
         total += optimizer.param_groups[0]["lr"] * 0.5
         for state in states(model).values():
             state.B.grad = None

@@ -1,0 +1,155 @@
+"""A linear layer whose weight is low rank plus sparse and never kept: ``W = up @ down + scatter(values)``.
+
+*Composed*: rows of it are put together a panel at a time, in the forward pass and again in backward, where the panel's
+gradient is formed as well and dropped once everything was taken from it. *Factored*: no entry of it is formed, one
+factor multiplies after the other. Source: SLTrain (Han et al., NeurIPS 2024), section 3.2, with the panels ours.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..support import Support
+from ..support.passes import flatten_tokens
+from .calibration import crossover
+from .delta_matmul import spmm_add_
+from .observe import UNOBSERVED, observer_of
+from .panels import panels
+from .support_entries import add_to_support_, read_support
+from .support_grad import observed_support_grad
+
+
+def compose(up: Tensor, down: Tensor, values: Tensor, support: Support, start: int = 0, stop: int | None = None):
+    """Rows ``start`` to ``stop`` of ``up @ down + scatter(values)``, in the factors' dtype."""
+    stop = support.shape[0] if stop is None else stop
+    weight = up[start:stop] @ down
+    within, first, last = support.of_rows(start, stop)
+    add_to_support_(weight, within, values[first:last])
+    return weight
+
+
+class _ComposedLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, down, up, values, bias, support, key):
+        ctx.save_for_backward(x, down, up, values)
+        ctx.support, ctx.key = support, key
+        rows, cols = support.shape
+        tokens = flatten_tokens(x)
+        out = x.new_empty(tokens.shape[0], rows)
+        for start, stop in panels(rows, cols * x.element_size()):
+            torch.mm(tokens, compose(up, down, values, support, start, stop).t(), out=out[:, start:stop])
+        if bias is not None:
+            out += bias
+        return out.view(*x.shape[:-1], rows)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        x, down, up, values = ctx.saved_tensors
+        support, (rows, cols) = ctx.support, ctx.support.shape
+        for_x, for_down, for_up, for_values, for_bias = ctx.needs_input_grad[:5]
+        tokens, grad = flatten_tokens(x), flatten_tokens(grad).contiguous()
+        grad_x = torch.zeros_like(tokens) if for_x else None
+        grad_down = torch.zeros_like(down) if for_down else None
+        grad_up = torch.empty_like(up) if for_up else None
+        grad_values = torch.empty_like(values) if for_values else None
+        observed = for_values and observer_of(ctx.key) is not None
+        if observed:
+            grad_values = observed_support_grad(grad, tokens, support, ctx.key).to(values.dtype)
+        needs_dense = for_down or for_up or (for_values and not observed)
+        # the panel and its gradient are alive together
+        for start, stop in panels(rows, 2 * cols * x.element_size()):
+            part = grad[:, start:stop]
+            if for_x:
+                grad_x.addmm_(part, compose(up, down, values, support, start, stop))
+            if not needs_dense:
+                continue
+            dense = part.t() @ tokens
+            if for_down:
+                grad_down.addmm_(up[start:stop].t(), dense)
+            if for_up:
+                grad_up[start:stop] = dense @ down.t()
+            if for_values and not observed:
+                within, first, last = support.of_rows(start, stop)
+                grad_values[first:last] = read_support(dense, within)
+        grad_x = None if grad_x is None else grad_x.view(x.shape)
+        return grad_x, grad_down, grad_up, grad_values, grad.sum(0) if for_bias else None, None, None
+
+
+class _FactoredLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, down, up, values, bias, support, key):
+        tokens = flatten_tokens(x)
+        hidden = tokens @ down.t()
+        ctx.save_for_backward(x, hidden, down, up, values)
+        ctx.support, ctx.key = support, key
+        out = hidden @ up.t() if bias is None else torch.addmm(bias, hidden, up.t())
+        spmm_add_(out, tokens, values, support.row_ptr, support.cols)
+        return out.view(*x.shape[:-1], out.shape[-1])
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        x, hidden, down, up, values = ctx.saved_tensors
+        for_x, for_down, for_up, for_values, for_bias = ctx.needs_input_grad[:5]
+        tokens, grad = flatten_tokens(x), flatten_tokens(grad).contiguous()
+        grad_x = grad_down = grad_values = None
+        if for_x or for_down:
+            grad_hidden = grad @ up
+        if for_x:
+            grad_x = grad_hidden @ down
+            turned, order = ctx.support.transposed
+            spmm_add_(grad_x, grad, values[order], turned.row_ptr, turned.cols)
+            grad_x = grad_x.view(x.shape)
+        if for_down:
+            grad_down = grad_hidden.t() @ tokens
+        grad_up = grad.t() @ hidden if for_up else None
+        if for_values:
+            grad_values = observed_support_grad(grad, tokens, ctx.support, ctx.key).to(values.dtype)
+        return grad_x, grad_down, grad_up, grad_values, grad.sum(0) if for_bias else None, None, None
+
+
+_LINEAR = {"composed": _ComposedLinear, "factored": _FactoredLinear}
+
+# What laying an activation out anew for a sparse product costs on a CPU, in multiplications of a dense one: 100 for
+# each input and output and product fits matrices of 512 to 2,736 rows (benchmarks/results/sltrain-cpu.json).
+LAYOUT_COST = 100
+
+
+def cheaper_way(rank: int, support: Support, tokens: int, dtype: torch.dtype, device: torch.device) -> str:
+    """``"composed"`` or ``"factored"``, whichever should take less time for a training step of so many tokens."""
+    rows, cols = support.shape
+    # at the crossover a product with so many entries takes as long as the dense one
+    sparse = support.nnz / crossover(device, dtype, support.density).density + LAYOUT_COST * (rows + cols)
+    factored = 6 * (rank * (rows + cols) + sparse)
+    composed = rows * cols * (6 + 8 * rank / max(1, tokens))
+    return "factored" if factored < composed else "composed"
+
+
+def sparse_low_rank_linear(
+    x: Tensor,
+    down: Tensor,
+    up: Tensor,
+    values: Tensor,
+    bias: Tensor | None,
+    support: Support,
+    key: int = UNOBSERVED,
+    way: str = "composed",
+) -> Tensor:
+    """``x @ (up @ down + scatter(values)).T + bias`` with no temporary of the weight's size larger than a panel.
+
+    Args:
+        x: ``(..., in_features)``; all floats are of its dtype.
+        down: ``(rank, in_features)``.
+        up: ``(out_features, rank)``.
+        values: ``(entries,)`` at ``support``, of a weight ``(out_features, in_features)``.
+        bias: ``(out_features,)`` or None.
+        support: the values'.
+        key: of the layer, for observers of its gradient.
+        way: ``"composed"`` or ``"factored"``; the same result up to rounding.
+
+    Returns:
+        ``(..., out_features)``.
+    """
+    return _LINEAR[way].apply(x, down, up, values, bias, support, key)

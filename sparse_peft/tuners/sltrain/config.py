@@ -1,0 +1,100 @@
+"""The config of SLTrain."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+from ..sparse.config import SparseConfig
+
+MODES = ("finetune", "pretrain")
+PATHS = ("auto", "composed", "factored")
+DEFAULT_DENSITY = {"finetune": 0.01, "pretrain": 0.03}
+
+
+@dataclass
+class SLTrainConfig(SparseConfig):
+    """SLTrain (NeurIPS 2024): sparse plus low rank, ``alpha / r * B A + scatter(values)``.
+
+    With ``mode="finetune"`` that is added to the frozen base weight and starts at zero; with the positions chosen from
+    gradients or from a decomposition's residual it is the form of RoSA and DSEE. With ``mode="pretrain"`` it takes the
+    weight's place, and everything else of the model trains as well: see
+    :func:`~sparse_peft.build_for_pretraining`.
+
+    Args:
+        r: rank of the low-rank part; 8 for fine-tuning. For pretraining there is no default: the paper's is about a
+            quarter of the model's width.
+        alpha: the low-rank part is scaled by ``alpha / r``.
+        dropout: probability with which an input of the low-rank part is left out in training; fine-tuning only.
+        mode: ``"finetune"`` or ``"pretrain"``.
+        density: share of each weight that the sparse part has; by default 1 %, for pretraining 3 %.
+        num_params: its number of entries over all target layers, instead.
+        init_scale: of the sparse part's first values in pretraining: uniform within ``init_scale / sqrt(in)``.
+        trainable_scale: scale the low-rank part with ``tanh(theta)`` instead, ``theta`` trained from 1.
+        backend: how a layer without a weight computes: ``"composed"``: its rows put together a panel at a time,
+            ``"factored"``: one product after the other, or ``"auto"``: what should be faster (speed only).
+        selection, granularity, threshold and what belongs to them, density_pattern, allocation, seed, resident: as in
+            :class:`~sparse_peft.SparseConfig`. In pretraining positions are random, or change during training.
+
+    Raises:
+        ValueError, TypeError: a field that is out of range, or two that contradict each other.
+    """
+
+    method: ClassVar[str] = "SPARSE_PEFT_SLTRAIN"
+    budget_fields: ClassVar[tuple[str, ...]] = ("density", "num_params")
+
+    r: int | None = field(default=None, metadata={"help": "Rank of the low-rank part; 8 for fine-tuning."})
+    alpha: float = field(default=16, metadata={"help": "The low-rank part is scaled by alpha / r."})
+    dropout: float = field(default=0.0, metadata={"help": "Dropout of the low-rank part's inputs; fine-tuning only."})
+    mode: str = field(
+        default="finetune", metadata={"help": "'finetune' beside the weights, 'pretrain' in their place."}
+    )
+    init_scale: float = field(
+        default=1.0, metadata={"help": "Scale of the sparse part's first values in pretraining."}
+    )
+    trainable_scale: bool = field(default=False, metadata={"help": "Scale the low-rank part with a trained tanh."})
+    backend: str = field(
+        default="auto", metadata={"help": f"How layers without weights compute: one of {', '.join(PATHS)}."}
+    )
+
+    def __post_init__(self):
+        if self.mode not in MODES:
+            raise ValueError(f"mode={self.mode!r}: one of {', '.join(map(repr, MODES))} is expected")
+        if self.r is None and self.mode == "pretrain":
+            raise ValueError(
+                "r=None with mode='pretrain': give the rank of the low-rank part; the paper uses about a quarter of "
+                "the model's hidden size"
+            )
+        self.r = 8 if self.r is None else self.r
+        if isinstance(self.r, bool) or not isinstance(self.r, int):
+            raise TypeError(f"r={self.r!r}: an int is expected, the rank of the low-rank part")
+        if self.r < 1:
+            raise ValueError(f"r={self.r}: a rank of at least 1 is expected")
+        super().__post_init__()
+        for name in ("alpha", "init_scale"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, (int, float)):
+                raise TypeError(f"{name}={value!r}: a number is expected")
+            if not (math.isfinite(value) and value > 0):
+                raise ValueError(f"{name}={value!r}: a positive number is expected")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout={self.dropout!r}: a probability below 1 is expected")
+        if self.backend not in PATHS:
+            raise ValueError(f"backend={self.backend!r}: one of {', '.join(map(repr, PATHS))} is expected")
+        if self.mode == "pretrain":
+            self._check_pretraining()
+
+    def _check_pretraining(self) -> None:
+        if self.dropout:
+            raise ValueError(f"dropout={self.dropout} with mode='pretrain': inputs cannot be left out of a part alone")
+        if self.criterion.needs != "none":
+            raise ValueError(
+                f"selection={self.selection!r} with mode='pretrain': it looks at weights or data that there are none "
+                "of yet; use 'random', or 'rigl', 'set', 'momentum' or 'accumulated_gradient' to change positions"
+            )
+
+    @property
+    def default_density(self) -> float:
+        """Density where no budget is given."""
+        return DEFAULT_DENSITY[self.mode]

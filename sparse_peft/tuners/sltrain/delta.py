@@ -1,0 +1,62 @@
+"""The trained state of one SLTrain adapter in one layer: entries and two thin factors."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from ...support import Support
+from ..delta import SparseDelta
+from ..low_rank import LowRankState
+from ..selection import SupportRecipe
+from .config import SLTrainConfig
+
+
+class SLTrainDelta(LowRankState, SparseDelta):
+    """``scale * B @ A + scatter(values)``, as a map from inputs to outputs; see the two base classes.
+
+    Args:
+        shape, entries, name, recipe, support: as in :class:`~sparse_peft.tuners.delta.SparseDelta`.
+        sizes: ``(inputs, outputs)`` of the layer.
+        config: the adapter's.
+    """
+
+    def __init__(
+        self,
+        shape: tuple[int, int],
+        entries: int,
+        name: str,
+        recipe: SupportRecipe,
+        support: Support | None,
+        sizes: tuple[int, int],
+        config: SLTrainConfig,
+    ):
+        SparseDelta.__init__(self, shape, entries, name, recipe, support)
+        self.add_factors(sizes, config.r, config.alpha / config.r, config.dropout)
+        if config.trainable_scale:
+            self.theta = nn.Parameter(torch.ones(1))
+        if config.mode == "pretrain":
+            # the sparse part is all of the weight at first: as nn.Linear's, at the entries
+            bound = config.init_scale / math.sqrt(sizes[0])
+            nn.init.uniform_(self.values, -bound, bound)
+
+    def randomise(self) -> None:
+        nn.init.normal_(self.values)
+        nn.init.normal_(self.B)
+
+    def factors(self) -> tuple[Tensor, Tensor]:
+        scale = self.theta.tanh().to(self.B.dtype) if "theta" in self._parameters else self.scale
+        return self.A, self.B * scale
+
+    def take_file(self, positions: dict[str, Tensor], parameters: dict[str, Tensor]) -> dict[str, Tensor]:
+        taken = SparseDelta.take_file(self, positions, parameters)
+        others = {name: parameter for name, parameter in self._parameters.items() if name != self.value_name}
+        self._require(**{name: parameters.get(name) for name in others})
+        for name, parameter in others.items():
+            self._check_parameter(name, parameters[name], parameter.shape)
+        return taken
+
+    def extra_repr(self) -> str:
+        return f"rank={self.rank}, {super().extra_repr()}"

@@ -1,0 +1,129 @@
+"""The layer of SLTrain."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ...ops import cheaper_way, compose, sparse_low_rank_linear
+from ..base_layer import SparseTunerLayer
+from ..low_rank import LowRankLayer
+from ..tuner_layer import TunerLayer
+from .delta import SLTrainDelta
+from .weightless import WeightlessLinear
+
+
+class SLTrainLinear(LowRankLayer, SparseTunerLayer):
+    """A layer with trained entries and low rank, beside its weight or, ``weightless``, in the place of it.
+
+    Args:
+        base_layer, name, resident: as in :class:`~sparse_peft.tuners.base_layer.SparseTunerLayer`.
+        weightless: drop the base weight.
+        backend: without a base weight: ``"composed"``, ``"factored"`` or ``"auto"``.
+    """
+
+    delta_container = "sparse_peft_sltrain_adapter"
+    adapter_layer_names = (delta_container,)
+
+    def __init__(
+        self,
+        base_layer: nn.Module,
+        name: str,
+        resident: bool = True,
+        weightless: bool = False,
+        backend: str = "auto",
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(base_layer, name, resident, **kwargs)
+        self.backend = backend
+        self._home: torch.device | None = None
+        if weightless:
+            self._home = base_layer.weight.device
+            self.base_layer = WeightlessLinear(base_layer)
+
+    @property
+    def is_weightless(self) -> bool:
+        return isinstance(self.base_layer, WeightlessLinear)
+
+    @property
+    def _only_name(self) -> str:
+        (name,) = self.deltas
+        return name
+
+    def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
+        if not self.is_weightless:
+            super()._move_adapter_to_device_of_base_layer(adapter_name, device)
+        elif (device or self._home).type != "meta":
+            # of a model that was built without memory, the adapter is the first thing that has any
+            self.deltas[adapter_name].to(device or self._home, self.base_layer.dtype)
+
+    # ------------------------------------------------------------------ forward
+
+    def adapter_output(self, x: Tensor, adapter_name: str) -> Tensor:
+        sparse = super().adapter_output(x, adapter_name)
+        return sparse + self.low_rank_output(x, adapter_name).to(sparse.dtype)
+
+    def forward(self, x: Tensor, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any) -> Tensor:
+        if self.is_weightless:
+            return self._weightless_forward(x)
+        result = super().forward(x, *args, adapter_names=adapter_names, **kwargs)
+        if adapter_names is not None or self.disable_adapters or self.merged:
+            return result
+        for name in self._active_names():
+            result = result + self.low_rank_output(x, name).to(result.dtype)
+        return result
+
+    def path(self, x: Tensor | None = None) -> str:
+        """As the base class's; without a base weight ``"composed"`` or ``"factored"``."""
+        if not self.is_weightless:
+            return super().path(x)
+        if self.backend != "auto":
+            return self.backend
+        delta: SLTrainDelta = self.settled(self._only_name)
+        tokens, dtype = (1, self.base_layer.dtype) if x is None else (x.numel() // max(1, x.shape[-1]), x.dtype)
+        return cheaper_way(delta.rank, delta.support, tokens, dtype, delta.values.device)
+
+    def _weightless_forward(self, x: Tensor) -> Tensor:
+        delta: SLTrainDelta = self.settled(self._only_name)
+        dtype, bias = self._compute_dtype(x), self.base_layer.bias
+        x = x.to(dtype)
+        down, up, values = (tensor.to(dtype) for tensor in (*delta.factors(), delta()))
+        bias = None if bias is None else bias.to(dtype)
+        return sparse_low_rank_linear(x, down, up, values, bias, delta.support, self.observer_key, self.path(x))
+
+    # ------------------------------------------------------------------ merging
+
+    def get_delta_weight(self, adapter: str) -> Tensor:
+        return super().get_delta_weight(adapter) + self.low_rank_weight(adapter)
+
+    def _merge(self, names: tuple[str, ...], safe_merge: bool) -> None:
+        if not self.is_weightless:
+            # the low rank reaches every entry: the ledger of single ones is no use
+            return TunerLayer._merge(self, names, safe_merge)
+        delta, support = self.deltas[self._only_name], self.settled(self._only_name).support
+        down, up = (factor.detach() for factor in delta.factors())
+        weight = compose(up, down, delta.values.detach(), support)
+        if safe_merge:
+            self._check_merged(weight, names)
+        self._modules["weightless"] = self.base_layer
+        self.base_layer = self.base_layer.with_weight(weight)
+
+    def _add_deltas_(self, weight: Tensor, names: tuple[str, ...]) -> None:
+        TunerLayer._add_deltas_(self, weight, names)
+
+    @torch.no_grad()
+    def unmerge(self) -> None:
+        """As the base class's; a layer that had no weight loses the merged one again."""
+        if self.merged and "weightless" in self._modules:
+            self.base_layer = self._modules.pop("weightless")
+        super().unmerge()
+
+    def enable_adapters(self, enabled: bool) -> None:
+        if not enabled and (self.is_weightless or "weightless" in self._modules):
+            raise RuntimeError(
+                f"layer {self.name}: an adapter of mode='pretrain' cannot be disabled: the layer has no weight "
+                "besides it. There is no base model to compare with; keep a copy of the model instead"
+            )
+        super().enable_adapters(enabled)

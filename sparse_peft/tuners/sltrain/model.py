@@ -1,0 +1,111 @@
+"""The tuner of SLTrain."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from ..base_model import LayerPlan, base_of, in_dim_of
+from ..low_rank import factor_sizes
+from ..sparse.model import SparseModel
+from .config import SLTrainConfig
+from .delta import SLTrainDelta
+from .layer import SLTrainLinear
+
+
+@dataclass(frozen=True)
+class SLTrainPlan:
+    """What one layer's new adapter will be."""
+
+    sparse: LayerPlan
+    sizes: tuple[int, int]
+    config: SLTrainConfig
+
+    def make_delta(self, name: str) -> SLTrainDelta:
+        plan = self.sparse
+        return SLTrainDelta(plan.shape, plan.entries, name, plan.recipe, plan.support, self.sizes, self.config)
+
+
+class SLTrainModel(SparseModel):
+    """Creates a model with entries and low rank beside the weights of its target layers, or in their place.
+
+    Args:
+        model: the model to adapt; of mode ``"pretrain"`` the target layers lose their weights.
+        config: a :class:`~sparse_peft.SLTrainConfig`.
+        adapter_name: the adapter's name.
+    """
+
+    prefix = "sparse_peft_sltrain_"
+    tuner_layer_cls = SLTrainLinear
+    layer_cls = SLTrainLinear
+
+    @staticmethod
+    def layer_options(config: SLTrainConfig) -> dict[str, Any]:
+        return {"resident": config.resident, "weightless": config.mode == "pretrain", "backend": config.backend}
+
+    def _prepare_model(self, peft_config: SLTrainConfig, model: nn.Module) -> None:
+        modes = {config.mode for config in self.peft_config.values()}
+        if "pretrain" in modes and len(self.peft_config) > 1:
+            raise ValueError(
+                "mode='pretrain' takes the place of the layers' weights, so such a model has one adapter and no "
+                "other; merge_and_unload() first to fine-tune it with another"
+            )
+        super()._prepare_model(peft_config, model)
+
+    def plan_layers(
+        self,
+        config: SLTrainConfig,
+        targets: dict[str, nn.Module],
+        adapter_name: str,
+        file_entries: dict[str, int] | None,
+    ) -> dict[str, SLTrainPlan]:
+        for name, module in targets.items():
+            base = base_of(module)
+            if config.mode == "pretrain" and type(base) is not nn.Linear:
+                raise TypeError(
+                    f"Target module {name} of type {type(base).__name__}: mode='pretrain' puts sparse plus low rank "
+                    "in the place of plain `torch.nn.Linear` layers; leave this one out with exclude_modules, or use "
+                    "mode='finetune'"
+                )
+        plans = super().plan_layers(config, targets, adapter_name, file_entries)
+        sizes = {name: factor_sizes(plans[name].shape, in_dim_of(module)) for name, module in targets.items()}
+        return {name: SLTrainPlan(plans[name], sizes[name], config) for name in targets}
+
+    # ------------------------------------------------------------------ pretraining
+
+    @property
+    def _pretrains(self) -> bool:
+        return any(config.mode == "pretrain" for config in self.peft_config.values())
+
+    def _mark_only_adapters_as_trainable(self, model: nn.Module) -> None:
+        super()._mark_only_adapters_as_trainable(model)
+        if self._pretrains and not any(config.inference_mode for config in self.peft_config.values()):
+            for parameter in model.parameters():
+                if parameter.is_floating_point():
+                    parameter.requires_grad = True
+
+    def unload(self) -> nn.Module:
+        """As PEFT's; not in mode ``"pretrain"``."""
+        if self._pretrains:
+            raise RuntimeError(
+                "unload() of mode='pretrain' would leave layers without weights; merge_and_unload() gives them their "
+                "dense ones"
+            )
+        return super().unload()
+
+    @classmethod
+    def _get_adapter_state_dict(cls, model, config, adapter_name, state_dict, unwanted_adapter_names):
+        entries = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
+        if config.mode == "pretrain":
+            # there is no base model to come back to: the file has everything that trains
+            unwanted = tuple(f".{name}" for name in unwanted_adapter_names)
+            seen: set[tuple[int, int]] = set()
+            for key, tensor in state_dict.items():
+                where = tensor.data_ptr(), tensor.numel()
+                if f".{cls.prefix}" in key or key.endswith(unwanted) or where in seen:
+                    continue  # tied weights once
+                seen.add(where)
+                entries[key] = tensor
+        return entries

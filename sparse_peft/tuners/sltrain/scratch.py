@@ -1,0 +1,65 @@
+"""A model from scratch whose dense weights are never allocated."""
+
+from __future__ import annotations
+
+import torch
+from peft import PeftModel, get_peft_model
+from torch import nn
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+
+from .config import SLTrainConfig
+
+
+def build_for_pretraining(
+    model_config: PretrainedConfig,
+    config: SLTrainConfig,
+    *,
+    auto_class: type = AutoModelForCausalLM,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype | None = None,
+) -> PeftModel:
+    """A transformers model with new weights, of which the target layers' are sparse plus low rank.
+
+    It is built on the meta device, where the target layers lose their weights before anything has memory; what else
+    the model has is then initialised as transformers does it.
+
+    Args:
+        model_config: the model's, such as a ``LlamaConfig``.
+        config: with ``mode="pretrain"``.
+        auto_class: the auto class, or model class, whose ``from_config`` (``_from_config``) makes the model.
+        device: of the result.
+        dtype: of the embeddings, norms and other dense parameters; the config's if None. The adapter's are float32.
+
+    Raises:
+        ValueError: ``mode="finetune"``, or a target layer shares its weight.
+        TypeError: a target is no plain linear layer.
+    """
+    if config.mode != "pretrain":
+        raise ValueError(f"mode={config.mode!r}: build_for_pretraining makes models of mode='pretrain'")
+    make = auto_class.from_config if hasattr(auto_class, "from_config") else auto_class._from_config
+    with torch.device("meta"):
+        base = make(model_config, **({} if dtype is None else {"dtype": dtype}))
+    model = get_peft_model(base, config)
+    materialise(base, torch.device(device))
+    return model.to(device)
+
+
+@torch.no_grad()
+def materialise(model: PreTrainedModel, device: torch.device) -> None:
+    """Give a model's parameters and buffers that are on the meta device memory, and their first values."""
+    fresh: list[nn.Module] = []
+    for module in model.modules():
+        tensors = [*module._parameters.values(), *module._buffers.values()]
+        if not any(tensor is not None and tensor.device.type == "meta" for tensor in tensors):
+            continue
+        for name, parameter in module._parameters.items():
+            if parameter is not None and parameter.device.type == "meta":
+                empty = torch.empty_like(parameter, device=device)
+                module._parameters[name] = nn.Parameter(empty, requires_grad=parameter.requires_grad)
+        for name, buffer in module._buffers.items():
+            if buffer is not None and buffer.device.type == "meta":
+                module._buffers[name] = torch.empty_like(buffer, device=device)
+        fresh.append(module)
+    for module in fresh:
+        model._init_weights(module)
+    model.tie_weights()
