@@ -266,7 +266,7 @@ def saved_bytes(forward: Callable[[], object], exclude: Iterable[Tensor] = ()) -
 
 
 class LargestTensor(TorchDispatchMode):
-    """The largest storage, in bytes, that any operation inside the block made."""
+    """The largest storage, in bytes, that any operation inside the block made; meta tensors have none."""
 
     def __init__(self):
         super().__init__()
@@ -284,4 +284,5 @@ class LargestTensor(TorchDispatchMode):
 
 def _strided(tree):
     leaves = torch.utils._pytree.tree_leaves(tree)
-    return [t for t in leaves if isinstance(t, torch.Tensor) and t.layout == torch.strided]
+    tensors = [t for t in leaves if isinstance(t, torch.Tensor) and t.layout == torch.strided]
+    return [t for t in tensors if t.device.type != "meta"]

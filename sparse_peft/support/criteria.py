@@ -106,8 +106,8 @@ def _score_wanda(weight: Tensor, stats: Statistics, *, in_dim: int = 1) -> Tenso
     return _magnitude(weight).mul_(norms[:, None] if in_dim == 0 else norms)
 
 
-def _score_principal(weight: Tensor, stats: Statistics | None = None, *, r: int = 32, seed: int = 0) -> Tensor:
-    """Entries of the best rank-``r`` approximation, by subspace iteration (Halko, Martinsson and Tropp 2011, 4.4).
+def _approximation(weight: Tensor, r: int, seed: int) -> Tensor:
+    """The best rank-``r`` approximation, float32, by subspace iteration (Halko, Martinsson and Tropp 2011, 4.4).
 
     The random test matrix has its own generator on the CPU: the same on every device, and no global state changes.
     """
@@ -124,7 +124,15 @@ def _score_principal(weight: Tensor, stats: Statistics | None = None, *, r: int 
         basis = torch.linalg.qr(weight.t() @ basis).Q
         basis = torch.linalg.qr(weight @ basis).Q
     u, s, vh = torch.linalg.svd(basis.t() @ weight, full_matrices=False)
-    return torch.mm(basis @ (u[:, :r] * s[:r]), vh[:r]).abs_()
+    return torch.mm(basis @ (u[:, :r] * s[:r]), vh[:r])
+
+
+def _score_principal(weight: Tensor, stats: Statistics | None = None, *, r: int = 32, seed: int = 0) -> Tensor:
+    return _approximation(weight, r, seed).abs_()
+
+
+def _score_residual(weight: Tensor, stats: Statistics | None = None, *, r: int = 32, seed: int = 0) -> Tensor:
+    return _approximation(weight, r, seed).sub_(weight.detach()).abs_()
 
 
 CRITERIA: dict[str, Criterion] = {
@@ -137,6 +145,8 @@ CRITERIA: dict[str, Criterion] = {
         Criterion("threshold", "weight", _score_threshold, largest=False, count=_count_below),
         # LIFT, section 3
         Criterion("principal", "weight", _score_principal),
+        # DSEE, section 3: where the best approximation of low rank is furthest off
+        Criterion("residual", "weight", _score_residual),
         # SIFT, section 3.2, with the mean over batches instead of the first
         Criterion("gradient", "gradient", _score_gradient, uses_weight=False),
         # FISH Mask, section 3: the empirical Fisher information, per micro-batch

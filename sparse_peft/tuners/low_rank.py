@@ -7,6 +7,8 @@ import math
 import torch
 from torch import Tensor, nn
 
+from ..ops import is_convolution
+from .base_model import base_of
 from .trained import TrainedState
 from .tuner_layer import TunerLayer
 
@@ -69,3 +71,18 @@ class LowRankLayer(TunerLayer):
 def factor_sizes(shape: tuple[int, int], in_dim: int) -> tuple[int, int]:
     """``(inputs, outputs)`` of a weight stored in this shape."""
     return shape[in_dim], shape[1 - in_dim]
+
+
+def check_groups(targets: dict[str, nn.Module]) -> None:
+    """Refuse convolutions of several groups, which have no low-rank form.
+
+    Raises:
+        TypeError: there is one.
+    """
+    for name, module in targets.items():
+        base = base_of(module)
+        if is_convolution(base) and base.groups > 1:
+            raise TypeError(
+                f"Target module {name}: a convolution of {base.groups} groups has no low-rank form; leave it out with "
+                "exclude_modules"
+            )

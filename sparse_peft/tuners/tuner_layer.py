@@ -194,7 +194,7 @@ class TunerLayer(BaseTunerLayer, nn.Module):
         if not names:
             return
         self.release()
-        with torch.inference_mode(False):
+        with torch.inference_mode(False), torch.no_grad():
             self._merge(names, safe_merge)
         self.merged_adapters.extend(names)
 

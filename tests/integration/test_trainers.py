@@ -10,7 +10,7 @@ from small import METHODS, config, llama, text
 from transformers import DataCollatorForLanguageModeling, Trainer, TrainingArguments
 
 from sparse_peft import SparsityCallback
-from sparse_peft.tuners.base_layer import SparseTunerLayer
+from sparse_peft.tuners.tuner_layer import TunerLayer
 
 trl = pytest.importorskip("trl")
 
@@ -18,14 +18,14 @@ trl = pytest.importorskip("trl")
 def base_is_untouched(model):
     pristine = dict(llama().named_parameters())
     for name, module in model.named_modules():
-        if isinstance(module, SparseTunerLayer):
+        if isinstance(module, TunerLayer):
             module.release()
             name = name.removeprefix("base_model.model.")
             assert torch.equal(module.base_layer.weight, pristine[f"{name}.weight"]), name
 
 
 def values(model):
-    return {n: p.detach().clone() for n, p in model.named_parameters() if n.endswith("values")}
+    return {n: p.detach().clone() for n, p in model.named_parameters() if "_adapter.default." in n}
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -48,6 +48,8 @@ def test_sft_trains_saves_and_leaves_the_base_alone(tokenizer, tmp_path, checkpo
     losses = [row["loss"] for row in trainer.state.log_history if "loss" in row]
     assert losses[-1] < losses[0] - 0.1
     assert [row["step"] for row in trainer.state.log_history if "sparsity/frozen" in row] == [3] * (method == "sara")
+    ranks = [row["step"] for row in trainer.state.log_history if "sparsity/rank" in row]
+    assert ranks == ([2, 4, 6] if method == "sora" else [])
     base_is_untouched(trainer.model)
     again = PeftModel.from_pretrained(llama(), tmp_path / "checkpoint-6").eval()
     ids = torch.randint(0, 20, (2, 5))
@@ -65,7 +67,10 @@ def test_trainer_resume_equals_the_uninterrupted_run(tokenizer, tmp_path, method
             output_dir=folder, max_steps=steps, per_device_train_batch_size=4, learning_rate=0.02, report_to=[],
             save_steps=3, use_cpu=True, disable_tqdm=True, lr_scheduler_type="constant",
         )  # fmt: skip
-        model = get_peft_model(llama(), config(method, seed=seed, **({"progressive": 3} if method == "sara" else {})))
+        own = {"sara": {"progressive": 3, "seed": seed}, "sora": {}}.get(method, {"seed": seed})
+        model = llama()
+        torch.manual_seed(seed)
+        model = get_peft_model(model, config(method, **own))
         collator = DataCollatorForLanguageModeling(tokenizer, mlm=False)
         trainer = Trainer(
             model=model, args=args, train_dataset=data, data_collator=collator, callbacks=[SparsityCallback()]
@@ -123,9 +128,12 @@ def test_dpo_with_a_trained_adapter_as_reference(tokenizer, tmp_path, method):
     trainer.train()
     log = [row for row in trainer.state.log_history if "rewards/margins" in row]
     assert log[0]["rewards/margins"] == pytest.approx(0, abs=1e-5)
+    compared = []
     for name, parameter in trainer.model.named_parameters():
-        if name.endswith("ref.values"):
+        if "_adapter.ref." in name:
             assert torch.equal(parameter, started[name.replace(".ref.", ".default.")]), name
+            compared.append(name)
+    assert len(compared) == len(started)
 
 
 def test_accelerate_state_and_compiled_training(tmp_path, tokenizer):

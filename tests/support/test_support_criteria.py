@@ -30,7 +30,7 @@ def test_scores_match_their_formulas(dtype):
         "wanda": (Statistics(input_norms=norms), {}, w.abs() * norms.double()),
         "threshold": (None, {"threshold": 0.5}, w.abs().masked_fill(w.abs() >= 0.5, torch.inf)),
     }
-    assert set(expected) | {"random", "principal"} == set(CRITERIA)
+    assert set(expected) | {"random", "principal", "residual"} == set(CRITERIA)
     for name, (stats, options, scores) in expected.items():
         found = CRITERIA[name].score(weight, stats, **options)
         assert found.dtype == torch.float32 and not found.requires_grad, name
@@ -86,7 +86,7 @@ def test_principal_needs_a_rank(r):
         get_criterion("principal").score(weight_like(), None, r=r)
 
 
-@pytest.mark.parametrize("name", ["magnitude", "threshold", "principal"])
+@pytest.mark.parametrize("name", ["magnitude", "threshold", "principal", "residual"])
 def test_packed_weights_are_refused(name):
     options = {"threshold": {"threshold": 1.0}}.get(name, {})
     with pytest.raises(TypeError, match="dtype torch.int8 .*dequantise"):

@@ -6,8 +6,8 @@ from helpers import TwoLayers
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
+from benchmarks.measure import LargestTensor
 from sparse_peft import SoRAConfig
 from sparse_peft.tuners.sora.state import GatedLowRank
 from sparse_peft.tuners.tuner_layer import TunerLayer
@@ -139,28 +139,16 @@ def test_gradcheck():
     assert torch.autograd.gradcheck(output, parameters)
 
 
-class Largest(TorchDispatchMode):
-    def __init__(self):
-        super().__init__()
-        self.numel = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        if isinstance(out, torch.Tensor) and "aten.t." not in str(func) and "transpose" not in str(func):
-            self.numel = max(self.numel, out.numel())
-        return out
-
-
 def test_no_step_makes_a_tensor_of_the_weights_size():
     layer = nn.Sequential(nn.Linear(300, 200))
     model = sora(layer, target_modules=["0"], r=2)
     x = torch.randn(8, 300)
-    with Largest() as largest:
+    with LargestTensor() as largest:
         loss = model(x).sum()
-    assert 0 < largest.numel <= 8 * 300
-    with Largest() as largest:
+    assert 0 < largest.nbytes <= 4 * 8 * 300
+    with LargestTensor() as largest:
         loss.backward()
-    assert 0 < largest.numel <= 8 * 300
+    assert 0 < largest.nbytes <= 4 * 8 * 300
 
 
 def test_gates_stay_float32_and_exact_in_a_bfloat16_model():
@@ -189,6 +177,7 @@ def test_merge_and_unmerge_to_the_bit(dtype):
     tolerance = 1e-5 if dtype == torch.float32 else 0.1
     assert torch.allclose(model(x), before, rtol=tolerance, atol=tolerance * before.abs().max().item())
     model.unmerge_adapter()
+    assert not any("base_layer" in name and p.requires_grad for name, p in model.named_parameters())
     for name in NAMES:
         assert torch.equal(getattr(model.base_model.model, name).base_layer.weight, getattr(base, name).weight)
     assert torch.equal(model(x), before)

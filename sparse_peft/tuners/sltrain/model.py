@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 
 from ..base_model import LayerPlan, base_of, in_dim_of
-from ..low_rank import factor_sizes
+from ..low_rank import check_groups, factor_sizes
 from ..sparse.model import SparseModel
 from .config import SLTrainConfig
 from .delta import SLTrainDelta
@@ -53,6 +53,11 @@ class SLTrainModel(SparseModel):
                 "other; merge_and_unload() first to fine-tune it with another"
             )
         super()._prepare_model(peft_config, model)
+
+    @classmethod
+    def check_targets(cls, model: nn.Module, targets: dict[str, nn.Module]) -> None:
+        super().check_targets(model, targets)
+        check_groups(targets)
 
     def plan_layers(
         self,

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import copy
+
 import torch
 from peft import PeftModel, get_peft_model
 from torch import nn
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from .config import SLTrainConfig
+from .weightless import WeightlessLinear
 
 
 def build_for_pretraining(
@@ -36,6 +39,8 @@ def build_for_pretraining(
     """
     if config.mode != "pretrain":
         raise ValueError(f"mode={config.mode!r}: build_for_pretraining makes models of mode='pretrain'")
+    config = copy.copy(config)
+    config.inference_mode = False  # a saved one is for inference
     make = auto_class.from_config if hasattr(auto_class, "from_config") else auto_class._from_config
     with torch.device("meta"):
         base = make(model_config, **({} if dtype is None else {"dtype": dtype}))
@@ -62,4 +67,6 @@ def materialise(model: PreTrainedModel, device: torch.device) -> None:
         fresh.append(module)
     for module in fresh:
         model._init_weights(module)
+        if isinstance(module, WeightlessLinear):  # which transformers does not know as the linear layer it was
+            nn.init.zeros_(module.bias)
     model.tie_weights()

@@ -7,10 +7,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ...ops import is_convolution
 from ...support import matches_layer
-from ..base_model import BaseSparseModel, base_of, in_dim_of, stored_shape
-from ..low_rank import factor_sizes
+from ..base_model import BaseSparseModel, in_dim_of, stored_shape
+from ..low_rank import check_groups, factor_sizes
 from .config import SoRAConfig
 from .layer import SoRALinear
 from .state import GatedLowRank
@@ -49,13 +48,7 @@ class SoRAModel(BaseSparseModel):
     @classmethod
     def check_targets(cls, model: nn.Module, targets: dict[str, nn.Module]) -> None:
         super().check_targets(model, targets)
-        for name, module in targets.items():
-            base = base_of(module)
-            if is_convolution(base) and base.groups > 1:
-                raise TypeError(
-                    f"Target module {name}: a convolution of {base.groups} groups has no low-rank form; leave it out "
-                    "with exclude_modules"
-                )
+        check_groups(targets)
 
     @classmethod
     def _file_entries(cls, state_dict: dict[str, Tensor] | None) -> dict[str, int] | None:

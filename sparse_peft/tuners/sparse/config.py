@@ -43,16 +43,18 @@ class SparseConfig(EntryConfig):
             (Erdos-Renyi kernel: density in proportion to (out + in) / (out * in)), ``"global"`` (by the highest scores
             of all layers together; needs a criterion with scores).
         selection: which entries train: ``"random"``, ``"magnitude"`` (largest), ``"magnitude_smallest"``,
-            ``"threshold"``, ``"principal"``, or, chosen from data by :func:`~sparse_peft.select_support` beforehand,
-            ``"gradient"``, ``"fisher"``, ``"wanda"``, ``"movement"``. With ``"accumulated_gradient"`` (SpIEL-AG),
-            ``"momentum"`` (SpIEL-MA), ``"set"`` or ``"rigl"`` they start at random and change during training: add
+            ``"threshold"``, ``"principal"``, ``"residual"``, or, chosen from data by
+            :func:`~sparse_peft.select_support` beforehand, ``"gradient"``, ``"fisher"``, ``"wanda"``, ``"movement"``.
+            With ``"accumulated_gradient"`` (SpIEL-AG), ``"momentum"`` (SpIEL-MA), ``"set"`` or ``"rigl"`` they start
+            at random and change during training: add
             :class:`~sparse_peft.SparsityCallback` to the trainer, or drive a
             :class:`~sparse_peft.SparsityController` in a loop of your own.
         granularity: ``"entry"``: single entries train, or ``"block"``: whole blocks of the stored weight, chosen by
             the sums of their entries' scores. At densities of tens of percent the gradient of blocks is much cheaper.
         block_size: with blocks: their size, one number or ``[rows, cols]`` of the stored weight.
         threshold: with ``selection="threshold"``: train the entries with absolute value below it (SaRA, section 3.2).
-        principal_rank: with ``selection="principal"``: rank of the approximation whose largest entries train (LIFT).
+        principal_rank: with ``selection="principal"``: rank of the approximation whose largest entries train (LIFT);
+            with ``"residual"``: of the one that is furthest off there (DSEE).
         seed: of the random positions; every layer draws its own from (seed, layer name).
         reselect_every: optimizer steps from one reselection to the next (the paper's S).
         accumulate: optimizer steps before a reselection whose gradients count for it (the paper's gamma); by default 5
@@ -96,7 +98,7 @@ class SparseConfig(EntryConfig):
         default=None, metadata={"help": "With selection='threshold': train entries with |weight| below it."}
     )
     principal_rank: int = field(
-        default=32, metadata={"help": "With selection='principal': rank of the approximation that is looked at."}
+        default=32, metadata={"help": "With selection='principal' or 'residual': rank of the approximation."}
     )
     reselect_every: int = field(
         default=20, metadata={"help": "Optimizer steps from one reselection to the next; dynamic selections only."}
@@ -168,7 +170,8 @@ class SparseConfig(EntryConfig):
 
     @property
     def criterion_options(self) -> dict[str, Any]:
-        options = {"principal": {"r": self.principal_rank}, "threshold": {"threshold": self.threshold}}
+        low_rank = {"r": self.principal_rank}
+        options = {"principal": low_rank, "residual": low_rank, "threshold": {"threshold": self.threshold}}
         return options.get(self.criterion.name, {})
 
     def reselection_schedule(self, total_steps: int | None) -> ReselectionSchedule:
