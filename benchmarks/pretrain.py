@@ -102,11 +102,11 @@ def llama(hidden: int, layers: int, length: int) -> LlamaConfig:
 class Trainee:
     """One method's model and optimizer."""
 
-    def __init__(self, method: str, config: LlamaConfig, rank: int, density: float, alpha: float, steps: int):
+    def __init__(self, method: str, config: LlamaConfig, steps: int, rank: int, **sltrain: float):
         self.method, self.rank, self.steps = method, rank, steps
         self.restarts = [round(steps * (WARM_SHARE + (1 - WARM_SHARE) * part / RESTARTS)) for part in range(RESTARTS)]
         if method == SLTRAIN:
-            adapter = SLTrainConfig(mode="pretrain", r=rank, alpha=alpha, density=density, target_modules=LINEAR)
+            adapter = SLTrainConfig(mode="pretrain", r=rank, target_modules=LINEAR, **sltrain)
             self.model = build_for_pretraining(config, adapter)
         elif method == LOW_RANK:
             # an entry a layer instead of none, and factors whose product has the size of a dense layer's weight:
@@ -153,6 +153,7 @@ class Trainee:
         return loss.item()
 
     def update(self) -> None:
+        nn.utils.clip_grad_norm_([p for p in self.model.parameters() if p.requires_grad], 1.0)
         self.optimizer.step()
         self.optimizer.zero_grad()
 
@@ -281,6 +282,7 @@ def main(
     rank: Annotated[int | None, typer.Option(help="By default a quarter of hidden.")] = None,
     density: Annotated[float, typer.Option(help="Of SLTrain's sparse part.")] = 0.03,
     alpha: Annotated[float, typer.Option(help="SLTrain's low-rank part is scaled by alpha / rank.")] = 32.0,
+    init_scale: Annotated[float, typer.Option(help="Of SLTrain's first entries.")] = 1.0,
     batch: Annotated[int, typer.Option(min=1, help="Blocks of a step.")] = 16,
     length: Annotated[int, typer.Option(min=2, help="Tokens of a block.")] = 128,
     held_out: Annotated[int, typer.Option(min=1, help="Blocks of held-out text.")] = 128,
@@ -301,7 +303,7 @@ def main(
     config, rank = llama(hidden, layers, length), rank or hidden // 4
 
     def make(method: str) -> Trainee:
-        return Trainee(method, config, rank, density, alpha, steps)
+        return Trainee(method, config, steps, rank, density=density, alpha=alpha, init_scale=init_scale)
 
     runs = []
     for method, seed in track([(m, s) for s in range(seeds) for m in methods], "training", console=console):
@@ -323,6 +325,7 @@ def main(
             "environment": environment(CPU),
             "options": {
                 "steps": steps, "hidden": hidden, "layers": layers, "rank": rank, "density": density, "alpha": alpha,
+                "init_scale": init_scale,
                 "batch": batch, "length": length, "held_out_blocks": held_out, "learning_rate": LEARNING_RATE,
                 "galore_rate": GALORE_RATE, "tokens": steps * batch * length,
             },

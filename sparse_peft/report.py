@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from .ops import plan_support_grad
 from .support import Support
-from .training.records import Record, Reselection, record_from_dict
+from .training.records import Ranks, Record, Reselection, record_from_dict
 from .tuners.base_layer import SparseTunerLayer
 
 if TYPE_CHECKING:
@@ -148,22 +148,14 @@ def plot_turnover(history: Sequence[Record], path: str | os.PathLike) -> Path:
         ValueError: an empty history, or one of several adapters.
         ImportError: matplotlib is not installed.
     """
-    history = [record for record in history if isinstance(record, Reselection)]
-    if not history:
-        raise ValueError("history: no reselection to draw; it is filled during training, by SparsityController.step()")
-    adapters = sorted({record.adapter for record in history})
-    if len(adapters) > 1:
-        raise ValueError(
-            f"history: reselections of {len(adapters)} adapters ({', '.join(adapters)}); draw one after the other, "
-            f"[record for record in history if record.adapter == {adapters[0]!r}]"
-        )
+    history = _of_one_adapter([record for record in history if isinstance(record, Reselection)], "reselection")
     steps = [record.step for record in history]
     figure = _figure(7.5, 8.0)
     turnover, thresholds, ages = figure.subplots(3, 1, sharex=True)
     turnover.plot(steps, [100 * (1 - record.overlap) for record in history], "o-", label="replaced")
     turnover.plot(steps, [100 * record.rate for record in history], "k--", lw=1, label="up for replacement")
     turnover.set_ylabel("% of the entries")
-    turnover.set_title(f"Reselection of adapter {adapters[0]!r}", fontsize=10)
+    turnover.set_title(f"Reselection of adapter {history[0].adapter!r}", fontsize=10)
     turnover.legend(fontsize=8)
     for what, label in (("drop_threshold", "largest dropped |value|"), ("grow_threshold", "smallest grown score")):
         _band(thresholds, history, what, label)
@@ -185,6 +177,57 @@ def plot_turnover(history: Sequence[Record], path: str | os.PathLike) -> Path:
     ages.set_xlabel("optimizer step")
     ages.legend(title="age in steps", fontsize=7, title_fontsize=7, loc="upper left", bbox_to_anchor=(1.01, 1))
     return _save(figure, path)
+
+
+def plot_ranks(history: Sequence[Record], path: str | os.PathLike) -> Path:
+    """How many ranks were left in the course of a SoRA training, and what each layer has at its end.
+
+    Args:
+        history: of one adapter, as in ``SparsityController.history``.
+        path: of the PNG file.
+
+    Raises:
+        ValueError: a history without reports of ranks, or of several adapters.
+        ImportError: matplotlib is not installed.
+    """
+    history = _of_one_adapter([record for record in history if isinstance(record, Ranks)], "report of ranks")
+    last = history[-1]
+    figure = _figure(8.0, 6.5)
+    course, layers = figure.subplots(2, 1)
+    course.plot([record.step for record in history], [record.alive for record in history], "o-", label="ranks left")
+    course.axhline(last.initial, color="k", ls="--", lw=1, label="at the start")
+    course.set_ylim(bottom=0)
+    course.set_xlabel("optimizer step")
+    course.set_ylabel("ranks of all layers")
+    course.set_title(f"Ranks of adapter {last.adapter!r}", fontsize=10)
+    penalty = course.twinx()
+    penalty.plot([record.step for record in history], [record.penalty for record in history], "C1:", label="penalty")
+    penalty.set_ylabel("penalty")
+    penalty.set_ylim(bottom=0)
+    handles = [artist for axis in (course, penalty) for artist in axis.get_legend_handles_labels()[0]]
+    course.legend(handles, [handle.get_label() for handle in handles], fontsize=8)
+    kinds = list(dict.fromkeys(name.rpartition(".")[2] for name in last.layers))
+    for number, kind in enumerate(kinds):
+        alive = [ranks.alive for name, ranks in last.layers.items() if name.rpartition(".")[2] == kind]
+        spread = [(i - (len(alive) - 1) / 2) / len(alive) * 0.8 for i in range(len(alive))]
+        layers.bar([number + x for x in spread], alive, width=0.8 / len(alive))
+    layers.set_xticks(range(len(kinds)), kinds, fontsize=8)
+    layers.set_ylim(0, max(1, *(ranks.initial for ranks in last.layers.values())))
+    layers.set_ylabel("ranks left, of at most\nas many as the axis has", fontsize=9)
+    layers.set_title(f"Step {last.step}: each layer, first block to last", fontsize=9)
+    return _save(figure, path)
+
+
+def _of_one_adapter(history: list[Record], what: str) -> list[Record]:
+    if not history:
+        raise ValueError(f"history: no {what} to draw; it is filled during training, by SparsityController.step()")
+    adapters = sorted({record.adapter for record in history})
+    if len(adapters) > 1:
+        raise ValueError(
+            f"history: {what}s of {len(adapters)} adapters ({', '.join(adapters)}); draw one after the other, "
+            f"[record for record in history if record.adapter == {adapters[0]!r}]"
+        )
+    return history
 
 
 def _band(axis, history: Sequence[Reselection], what: str, label: str) -> None:

@@ -341,6 +341,8 @@ def test_command_writes_json_with_samples_and_goals(tmp_path, monkeypatch):
         "s2ft-in-r2",
         "s2ft-out-r2",
         "sara-5%",
+        "sora-r2",
+        "sltrain-r1-1%",
         "blocks-5%",
     ]
     samples = workload["samples"][0]["train"]["sparse-5%"]

@@ -177,7 +177,7 @@ class ProximalDynamics:
 
     def _towards_target(self, before: dict[str, Tensor], after: dict[str, Tensor], step: int) -> dict[str, Tensor]:
         """Adapt the penalty; never fewer ranks than the target, and exactly so many at the target step."""
-        target = self.config.target_rank
+        target = self.config.target_of(self.total)
         alive = sum(int((gate != 0).sum()) for gate in after.values())
         if step > self.target_step:
             return after

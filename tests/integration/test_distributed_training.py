@@ -21,13 +21,21 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 
-from sparse_peft import S2FTConfig, SaRAConfig, SparseAdamW, SparseConfig, SparsityController
+from sparse_peft import (
+    S2FTConfig,
+    SaRAConfig,
+    SLTrainConfig,
+    SoRAConfig,
+    SparseAdamW,
+    SparseConfig,
+    SparsityController,
+)
 from sparse_peft.training.sharded import full
 from sparse_peft.tuners.delta import Delta
 
 STEPS, TOTAL = 11, 12
 OPTIMIZERS = {"adamw": torch.optim.AdamW, "by age": SparseAdamW}
-OTHERS = {"s2ft": S2FTConfig, "sara": SaRAConfig}
+OTHERS = {"s2ft": S2FTConfig, "sara": SaRAConfig, "sora": SoRAConfig, "sltrain": SLTrainConfig}
 
 
 class Block(nn.Module):

@@ -51,8 +51,14 @@ METHODS = (
         {"density": 0.4, "progressive": None, "nuclear_weight": 0.0},
         {"density": 0.2},
     ),
-    Method("sora", "sparse_peft:SoRAConfig", {"r": 4, "penalty": 0.0}, {"r": 2}, groups=False),
-    Method("sltrain", "sparse_peft:SLTrainConfig", {"r": 3, "density": 0.2}, {"r": 2, "density": 0.1}, groups=False),
+    Method("sora", "sparse_peft:SoRAConfig", {"r": 4, "alpha": 4, "penalty": 0.0}, {"r": 2, "alpha": 2}, groups=False),
+    Method(
+        "sltrain",
+        "sparse_peft:SLTrainConfig",
+        {"r": 3, "alpha": 3, "density": 0.2},
+        {"r": 2, "density": 0.1},
+        groups=False,
+    ),
     Method(
         "shira",
         "peft:ShiraConfig",

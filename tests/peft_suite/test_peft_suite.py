@@ -72,7 +72,11 @@ def test_no_test_at_all_is_no_success():
 @pytest.mark.slow
 def test_every_known_issue_is_of_a_test_that_exists():
     only_these = " or ".join(issue.test for issue in KNOWN_ISSUES)
-    skips = [skip for file in ("config", "decoder", "encdec") for skip in run_file(file, expression=only_these).skips]
+    skips = [
+        skip
+        for file in ("custom", "config", "decoder", "encdec")
+        for skip in run_file(file, expression=only_these).skips
+    ]
     skipped = {
         (node.rpartition("::")[2].partition("[")[0], reason.removeprefix("Skipped: ")) for node, reason in skips
     }

@@ -285,6 +285,7 @@ def test_paper_settings():
         ({"dropout": 1.0}, ValueError, "dropout=1.0"),
         ({"prox_start": 1.5}, ValueError, "prox_start=1.5"),
         ({"target_rank": 0}, ValueError, "target_rank=0"),
+        ({"target_rank": 1.5}, ValueError, "target_rank=1.5.*share"),
         ({"rank_pattern": {"(": 2}}, ValueError, "rank_pattern.*regular expression"),
         ({"stages": 3, "stage_spacing": "geometric"}, ValueError, "stage_spacing='geometric'"),
     ],

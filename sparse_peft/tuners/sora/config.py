@@ -53,7 +53,8 @@ class SoRAConfig(BaseSparseConfig):
             in every stage is :func:`~sparse_peft.rewarmed_schedule`.
         prox_start: optimizer steps (int), or share of the run (float), before the first proximal step: the warmup.
         max_threshold: with ``prox="adam"``: most that a step takes from a gate, whose second moment starts at zero.
-        target_rank: number of ranks of all layers together that are to be left; the penalty is then adapted to it.
+        target_rank: ranks of all layers together that are to be left, as a number (int) or a share of those at the
+            start (float in (0, 1]); the penalty is then adapted to it.
         target_step: when: optimizer steps (int) or a share of the run (float). From then on ranks stay as they are.
         gate_lr_scale: the gates' learning rate, relative to that of ``A`` and ``B``.
         l1_weight: weight of an L1 norm of the gates, averaged over all of them, added to the loss's gradient, as the
@@ -96,9 +97,8 @@ class SoRAConfig(BaseSparseConfig):
         default=0.06, metadata={"help": "Steps (int) or share of the run (float) before the first proximal step."}
     )
     max_threshold: float = field(default=0.01, metadata={"help": "With prox='adam': most a step takes from a gate."})
-    target_rank: int | None = field(
-        default=None,
-        metadata={"help": "Ranks of all layers together that are to be left."},
+    target_rank: int | float | None = field(
+        default=None, metadata={"help": "Ranks of all layers that are to be left: a number (int) or a share (float)."}
     )
     target_step: int | float = field(
         default=0.7, metadata={"help": "When target_rank is reached: steps (int) or a share of the run (float)."}
@@ -131,9 +131,15 @@ class SoRAConfig(BaseSparseConfig):
         self.rank_pattern = dict(self.rank_pattern or {})
         for name, least in (("r", 1), ("stages", 1), ("report_every", 1)):
             _number(name, getattr(self, name), least, integer=True)
-        for name in ("compact_every", "target_rank"):
-            if getattr(self, name) is not None:
-                _number(name, getattr(self, name), 1, integer=True)
+        if self.compact_every is not None:
+            _number("compact_every", self.compact_every, 1, integer=True)
+        if self.target_rank is not None:
+            _number("target_rank", self.target_rank, 0, above=True)
+            if isinstance(self.target_rank, float) and self.target_rank > 1:
+                raise ValueError(
+                    f"target_rank={self.target_rank!r}: a number of ranks (int), or a share of those at the start "
+                    "(float in (0, 1]) is expected"
+                )
         for pattern, rank in self.rank_pattern.items():
             _number(f"rank_pattern[{pattern!r}]", rank, 1, integer=True)
             try:
@@ -186,6 +192,12 @@ class SoRAConfig(BaseSparseConfig):
     def scale(self) -> float:
         """What the product is multiplied by."""
         return self.alpha / self.r
+
+    def target_of(self, ranks: int) -> int | None:
+        """How many of so many ranks are to be left; None if that is not said."""
+        if isinstance(self.target_rank, float):
+            return max(1, round(self.target_rank * ranks))
+        return self.target_rank
 
     @property
     def changes_in_training(self) -> bool:

@@ -78,7 +78,7 @@ class SoRAModel(BaseSparseModel):
         self._check_shapes(config, shapes)
         config.ranks = ranks
         config.weight_shapes = {name: list(shape) for name, shape in shapes.items()}
-        if config.target_rank is not None and config.target_rank > sum(ranks.values()):
+        if (config.target_of(sum(ranks.values())) or 0) > sum(ranks.values()):
             raise ValueError(
                 f"target_rank={config.target_rank}: the layers have {sum(ranks.values())} ranks together; it is the "
                 "number of all layers' ranks that are left, and no more than they begin with"
