@@ -170,7 +170,11 @@ class SparsityController:
         return {
             "completed_steps": self.completed_steps,
             "history": [record.to_dict() for record in self.history],
-            "adapters": {adapter: dynamics.state_dict() for adapter, dynamics in self._dynamics.items()},
+            # torch's distributed state dicts lose empty lists and dicts, and an adapter must not get lost with them
+            "adapters": {
+                adapter: {"completed_steps": self.completed_steps, **dynamics.state_dict()}
+                for adapter, dynamics in self._dynamics.items()
+            },
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -187,7 +191,7 @@ class SparsityController:
         for adapter, dynamics in self._dynamics.items():
             dynamics.load_state_dict(state["adapters"][adapter])
         self.completed_steps = state["completed_steps"]
-        self.history = [record_from_dict(record) for record in state["history"]]
+        self.history = [record_from_dict(record) for record in state.get("history", [])]
         self._begin_step()
 
     def _add_state(self, optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:

@@ -272,7 +272,7 @@ class ProximalDynamics:
                 name: {
                     "initial": part.initial,
                     "dead_for": part.dead_for.clone(),
-                    "locked": None if part.locked is None else part.locked.clone(),
+                    **({} if part.locked is None else {"locked": part.locked.clone()}),
                 }
                 for name, part in self.parts.items()
             },
@@ -294,6 +294,6 @@ class ProximalDynamics:
                 )
             device = part.gate.device
             part.initial, part.dead_for = saved["initial"], saved["dead_for"].to(device)
-            part.locked = None if saved["locked"] is None else saved["locked"].to(device)
+            part.locked = saved["locked"].to(device) if "locked" in saved else None
         self.multiplier = state["multiplier"]
         self.total = sum(part.initial for part in self.parts.values())

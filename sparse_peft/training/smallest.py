@@ -174,7 +174,7 @@ class SmallestDynamics:
         """
         for part in self.parts.values():
             part.frozen = part.kept = None
-        for name, saved in state["frozen"].items():
+        for name, saved in state.get("frozen", {}).items():
             part = self.parts.get(name)
             if part is None or saved["mask"].shape != (part.support.nnz,):
                 raise ValueError(

@@ -13,7 +13,7 @@ from test_s2ft import small_llama
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from sparse_peft import S2FTConfig, SparseConfig
+from sparse_peft import S2FTConfig, SLTrainConfig, SoRAConfig, SoRALinear, SparseConfig
 from sparse_peft.adapters import save_as_lora, save_lora_as_s2ft
 
 EVERY = ["q_proj", "v_proj", "o_proj", "up_proj", "down_proj"]
@@ -134,3 +134,104 @@ def test_unknown_adapters(tmp_path):
     model = get_peft_model(small_llama(), S2FTConfig(k=3))
     with pytest.raises(ValueError, match="adapter_name='other': the model's adapters are 'default'"):
         save_as_lora(model, tmp_path, "other")
+
+
+# ---------------------------------------------------------------------------------------------------- SoRA
+
+
+def sora(make=small_llama, shut=((0, 1), (2,)), **config):
+    """A SoRA model with some gates shut: of the first layer all, of the next two some."""
+    config = {"r": 4, "alpha": 8, "target_modules": EVERY, "init_weights": False, **config}
+    model = get_peft_model(make(), SoRAConfig(**config)).eval()
+    layers = [m for m in model.modules() if isinstance(m, SoRALinear)]
+    layers[0].deltas["default"].gate.data.zero_()
+    for layer, ranks in zip(layers[1:], shut):
+        layer.deltas["default"].gate.data[list(ranks)] = 0
+    return model, layers
+
+
+@pytest.mark.parametrize("uniform", [False, True])
+def test_sora_is_lora_of_what_is_left(tmp_path, uniform):
+    model, layers = sora()
+    x = torch.randint(0, 40, (2, 7))
+    with torch.no_grad():
+        expected = model(x).logits
+    config = save_as_lora(model, tmp_path / "lora", uniform=uniform)
+    lora = PeftModel.from_pretrained(small_llama(), tmp_path / "lora").eval()
+    with torch.no_grad():
+        torch.testing.assert_close(lora(x).logits, expected, rtol=1e-4, atol=1e-5)
+    assert layers[0].name not in config.target_modules and len(config.target_modules) == len(layers) - 1
+    assert (config.rank_pattern == {}) == uniform == (config.alpha_pattern == {})
+    for layer in layers[1:]:
+        other = lora.base_model.model.get_submodule(layer.name)
+        assert other.scaling["default"] == layer.deltas["default"].scale == 2.0
+        assert other.r["default"] == (4 if uniform else layer.deltas["default"].alive)
+        # B diag(g) with the scale, a power of two, multiplied in before or after
+        state = layer.deltas["default"]
+        alive = other.lora_A["default"].weight.norm(dim=1) > 0
+        assert int(alive.sum()) == state.alive
+        order = [int((state.A == row).all(1).nonzero()) for row in other.lora_A["default"].weight[alive]]
+        strengths = state.gate.abs() * state.A.norm(dim=1) * state.B.norm(dim=0)
+        assert bool((strengths[order].diff() <= 0).all())
+        assert torch.equal(other.lora_B["default"].weight[:, alive], state.B[:, order] * state.gate[order])
+    lora.merge_and_unload()
+    with torch.no_grad():
+        torch.testing.assert_close(lora(x).logits, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_sora_as_lora_loads_without_this_package(tmp_path):
+    model, _ = sora()
+    save_as_lora(model, tmp_path / "lora")
+    small_llama().save_pretrained(tmp_path / "base")
+    x = torch.arange(7)[None]
+    with torch.no_grad():
+        save_file({"logits": model(x).logits.contiguous()}, tmp_path / "expected.safetensors")
+    script = f"""
+import sys, torch
+from peft import PeftModel
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained({str(tmp_path / "base")!r}),
+                                  {str(tmp_path / "lora")!r}).eval()
+with torch.no_grad():
+    logits = model(torch.arange(7)[None]).logits
+expected = load_file({str(tmp_path / "expected.safetensors")!r})["logits"]
+assert torch.allclose(logits, expected, rtol=1e-4, atol=1e-5), (logits - expected).abs().max()
+assert not any(name.startswith("sparse_peft") for name in sys.modules)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, env={**os.environ, "HF_HUB_OFFLINE": "1"}
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_sora_of_conv1d_and_convolutions(tmp_path):
+    model, _ = sora(gpt2, shut=(), target_modules=["c_fc", "attn.c_proj"])
+    x = torch.randint(0, 40, (2, 7))
+    save_as_lora(model, tmp_path / "lora")
+    lora = PeftModel.from_pretrained(gpt2(), tmp_path / "lora").eval()
+    with torch.no_grad():
+        torch.testing.assert_close(lora(x).logits, model(x).logits, rtol=1e-4, atol=1e-5)
+
+    def convolution():
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Linear(9, 9), nn.Conv1d(4, 6, 3, padding=1))
+
+    model, _ = sora(convolution, shut=((1,),), target_modules=["0", "1"])
+    save_as_lora(model, tmp_path / "conv")
+    lora = PeftModel.from_pretrained(convolution(), tmp_path / "conv").eval()
+    x = torch.randn(2, 4, 9)
+    with torch.no_grad():
+        torch.testing.assert_close(lora(x), model(x), rtol=1e-4, atol=1e-5)
+
+
+def test_what_has_no_lora_form_says_so(tmp_path):
+    model, layers = sora()
+    for layer in layers:
+        layer.deltas["default"].gate.data.zero_()
+    with pytest.raises(ValueError, match="no layer with trained entries or ranks"):
+        save_as_lora(model, tmp_path / "none")
+    assert not (tmp_path / "none").exists()
+    model = get_peft_model(small_llama(), SLTrainConfig(r=2, target_modules=["q_proj"]))
+    with pytest.raises(ValueError, match="q_proj.*full rank.*merge_and_unload"):
+        save_as_lora(model, tmp_path / "none")

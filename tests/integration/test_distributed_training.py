@@ -32,6 +32,7 @@ from sparse_peft import (
 )
 from sparse_peft.training.sharded import full
 from sparse_peft.tuners.delta import Delta
+from sparse_peft.tuners.trained import TrainedState
 
 STEPS, TOTAL = 11, 12
 OPTIMIZERS = {"adamw": torch.optim.AdamW, "by age": SparseAdamW}
@@ -63,7 +64,8 @@ class Net(nn.Module):
 
 def adapted(selection, seed=0, **fields):
     if selection in OTHERS:
-        return get_peft_model(Net(), OTHERS[selection](target_modules=["up", "down"], seed=seed, **fields))
+        own = {} if selection == "sora" else {"seed": seed}
+        return get_peft_model(Net(), OTHERS[selection](target_modules=["up", "down"], **own, **fields))
     window = {"set": 0, "rigl": 1}.get(selection, 3)
     fields = {"density": 0.1, "reselect_every": 4, "accumulate": window, "candidates": 1e9, **fields}
     config = SparseConfig(selection=selection, target_modules=["up", "down"], seed=seed, **fields)
@@ -80,16 +82,18 @@ def leaves(model):
     return {
         name.split("base_model.model.")[-1]: module
         for name, module in model.named_modules()
-        if isinstance(module, Delta)
+        if isinstance(module, TrainedState)
     }
 
 
 def look_at(model):
     return {
         name: (
-            leaf.support.indices.tolist(),
-            full(leaf.values).tolist(),
-            None if leaf.values.grad is None else full(leaf.values.grad).tolist(),
+            leaf.support.indices.tolist() if isinstance(leaf, Delta) else None,
+            [number for parameter in leaf.parameters() for number in full(parameter).flatten().tolist()],
+            None
+            if leaf.watched.grad is None
+            else [number for parameter in leaf.parameters() for number in full(parameter.grad).flatten().tolist()],
         )
         for name, leaf in leaves(model).items()
     }
@@ -157,14 +161,16 @@ def with_fsdp2(rank, selection, kind, fields, folder):
     for name, leaf in leaves(model).items():
         twin = leaves(resumed)[name]
         with torch.no_grad():
-            twin.values.to_local().copy_(leaf.values.to_local())
-            state = {n: t for n, t in leaf.state_dict().items() if n != "values"}
-            twin.load_state_dict(state, strict=False)
+            for mine, theirs in zip(twin.parameters(), leaf.parameters()):
+                mine.to_local().copy_(theirs.to_local())
+            twin.load_state_dict(dict(leaf.named_buffers()), strict=False)
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
         set_optimizer_state_dict(resumed, other, saved if rank == 0 else {}, options=whole)
     going_on = SparsityController(resumed, other, TOTAL)
-    assert going_on.completed_steps == (0 if selection == "s2ft" else 6)  # nothing of it changes but the values
+    assert going_on.completed_steps == (
+        0 if selection in ("s2ft", "sltrain") else 6
+    )  # nothing of them changes but the values
     rest = train(model, model, optimizer, controller, range(6, STEPS), half(rank))
     again = train(resumed, resumed, other, going_on, range(6, STEPS), half(rank))
     assert rest == again, "a resumed run is the uninterrupted one"
@@ -226,6 +232,8 @@ CASES = [
     ("set", "by age", {}),
     ("s2ft", "adamw", {"k": 4}),
     ("sara", "adamw", {"density": 0.2, "progressive": 3, "nuclear_weight": 0.01, "nuclear_min_size": 4}),
+    ("sora", "adamw", {"r": 4, "alpha": 8, "penalty": 2.0, "prox_start": 2, "target_rank": 7, "target_step": 9}),
+    ("sltrain", "adamw", {"r": 2, "density": 0.2}),
 ]
 
 
