@@ -286,7 +286,7 @@ def main(
     batch: Annotated[int, typer.Option(min=1, help="Blocks of a step.")] = 8,
     length: Annotated[int, typer.Option(min=2, help="Tokens of a block.")] = 128,
     held_out: Annotated[int, typer.Option(min=1, help="Blocks of held-out text.")] = 128,
-    rounds: Annotated[int, typer.Option(min=1, help="Timed steps of each method; 0 times nothing.")] = 8,
+    rounds: Annotated[int, typer.Option(min=1, help="Timed steps of each method.")] = 8,
     only: Annotated[list[str] | None, typer.Option(help="Methods to run; full is needed.")] = None,
     out: Annotated[Path, typer.Option(help="Where the figures go.")] = RESULTS,
 ) -> None:

@@ -213,8 +213,9 @@ def plot_ranks(history: Sequence[Record], path: str | os.PathLike) -> Path:
         layers.bar([number + x for x in spread], alive, width=0.8 / len(alive))
     layers.set_xticks(range(len(kinds)), kinds, fontsize=8)
     layers.set_ylim(0, max(1, *(ranks.initial for ranks in last.layers.values())))
-    layers.set_ylabel("ranks left, of at most\nas many as the axis has", fontsize=9)
-    layers.set_title(f"Step {last.step}: each layer, first block to last", fontsize=9)
+    layers.set_ylabel("ranks left")
+    title = f"Each layer after step {last.step}, first block to last; the axis ends where the largest began"
+    layers.set_title(title, fontsize=9)
     return _save(figure, path)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from types import SimpleNamespace
 
 import pytest
@@ -531,3 +532,37 @@ def test_nuclear_measures_time_error_and_memory(tmp_path):
     (case,) = json.loads(path.read_text())["cases"]
     assert case["error"] < 1e-3 and case["shape"] == [96, 200]
     assert case["largest_temporary"] >= 96 * 96 * 4
+
+
+def test_pretraining_runs_all_methods(tmp_path, monkeypatch):
+    pytest.importorskip("galore_torch")
+    from benchmarks import pretrain
+
+    verses = [
+        f"And it came to pass in the year {number} that the king spake unto the people." for number in range(3000)
+    ]
+    monkeypatch.setattr(pretrain, "kjv_text", lambda: "\n".join(verses))
+    monkeypatch.setattr(pretrain, "VOCABULARY", 320)
+    app = typer.Typer()
+    app.command()(pretrain.main)
+    path = tmp_path / "pretrain.json"
+    command = f"--steps 8 --seeds 1 --hidden 64 --layers 1 --batch 2 --length 16 --held-out 4 --rounds 1 --out {path}"
+    outcome = CliRunner().invoke(app, command.split(), catch_exceptions=False)
+    assert outcome.exit_code == 0
+    content = json.loads(path.read_text())
+    runs = {run["method"]: run for run in content["runs"]}
+    assert list(runs) == ["full", "low-rank", "sltrain", "galore", "relora"]
+    assert all(math.isfinite(run["loss"]) and len(run["curve"]) == 8 for run in runs.values())
+    # by SLTrain's formula: rank 16 of 64, 3 % entries with four-byte positions
+    layer = 4 * 64 * 64 + 3 * 64 * 168
+    factors = 16 * (4 * 128 + 3 * (64 + 168))
+    rest = 2 * 320 * 64 + 3 * 64
+    assert runs["full"]["formula_bytes"] == 6 * (layer + rest)
+    entries = runs["sltrain"]["parameters"] - factors - rest
+    assert abs(entries - 0.03 * layer) <= 7
+    assert runs["sltrain"]["formula_bytes"] == 6 * (factors + rest) + 10 * entries
+    assert runs["galore"]["formula_bytes"] < runs["full"]["formula_bytes"] == 6 * runs["full"]["parameters"]
+    costs = {cost["method"]: cost for cost in content["costs"]}
+    assert costs["full"]["state_bytes"] >= 12 * (layer + rest)
+    assert costs["sltrain"]["state_bytes"] < costs["full"]["state_bytes"]
+    assert all(cost["peak_extra_bytes"] > 0 and cost["tokens_per_second"] > 0 for cost in costs.values())

@@ -6,9 +6,17 @@ from peft import get_peft_model
 from torch import nn
 
 from sparse_peft import SparseConfig, report
-from sparse_peft.report import plot_report, plot_supports, plot_turnover, read_history, support_map, write_history
+from sparse_peft.report import (
+    plot_ranks,
+    plot_report,
+    plot_supports,
+    plot_turnover,
+    read_history,
+    support_map,
+    write_history,
+)
 from sparse_peft.support import Support
-from sparse_peft.training.records import LayerChange, Reselection
+from sparse_peft.training.records import LayerChange, LayerRanks, Ranks, Reselection
 
 image = pytest.importorskip("matplotlib.image")
 
@@ -61,6 +69,23 @@ def test_supports_are_drawn(tmp_path, blocks):
 @pytest.mark.parametrize("random", [False, True])
 def test_turnover_is_drawn(tmp_path, events, random):
     looks_like_a_plot(plot_turnover(history(events, random=random), tmp_path / "turnover.png"))
+
+
+def rank_history(events=4, adapter="default"):
+    names = [f"model.layers.{i}.{kind}" for i in range(3) for kind in ("q_proj", "up_proj")]
+    return [
+        Ranks(10 * step, adapter, 0.1 * step, {name: LayerRanks(max(0, 4 - step), 4, 4) for name in names})
+        for step in range(events)
+    ]
+
+
+@pytest.mark.parametrize("events", [1, 5])
+def test_ranks_are_drawn(tmp_path, events):
+    looks_like_a_plot(plot_ranks(rank_history(events), tmp_path / "ranks.png"))
+    with pytest.raises(ValueError, match="no report of ranks"):
+        plot_ranks(history(), tmp_path / "ranks.png")
+    with pytest.raises(ValueError, match="2 adapters"):
+        plot_ranks([*rank_history(), *rank_history(adapter="b")], tmp_path / "ranks.png")
 
 
 def test_a_report_has_both_and_the_history(tmp_path):

@@ -2,9 +2,10 @@
 
 import pytest
 import torch
-from helpers import adapted, assert_base_untouched, layers_of
+from helpers import TwoLayers, adapted, assert_base_untouched, layers_of
+from peft import get_peft_model
 
-from sparse_peft import SparseConfig
+from sparse_peft import SLTrainConfig, SoRAConfig, SparseConfig
 
 
 @pytest.fixture(autouse=True)
@@ -25,7 +26,6 @@ def gradients(model, forward, x):
 @pytest.mark.parametrize("backend", ["eager", "aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("conv1d", [False, True])
 def test_no_graph_break_and_equal_numbers(backend, conv1d):
-    from helpers import TwoLayers
 
     model, reference = adapted(TwoLayers(conv1d=conv1d))
     x = torch.randn(4, 17)
@@ -77,3 +77,22 @@ def test_loading_positions_is_seen_by_a_graph():
     model.load_state_dict({k: v for k, v in other.state_dict().items() if "sparse_peft_delta" in k}, strict=False)
     expected = compiled(x)
     torch.testing.assert_close(model(x), expected)
+
+
+@pytest.mark.parametrize(
+    "config, whole",
+    [
+        (SoRAConfig(r=3), True),
+        (SLTrainConfig(r=3, density=0.1), True),
+        (SLTrainConfig(mode="pretrain", r=3, density=0.1), False),
+    ],
+    ids=["sora", "sltrain", "sltrain from scratch"],
+)
+def test_low_rank_in_a_graph(config, whole):
+    config.target_modules, config.init_weights = ["first", "second"], False
+    model = get_peft_model(TwoLayers(), config)
+    x = torch.randn(4, 17)
+    eager = gradients(model, model, x)
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=whole)
+    for a, b in zip(eager, gradients(model, compiled, x)):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-3)

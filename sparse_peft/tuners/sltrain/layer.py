@@ -85,6 +85,7 @@ class SLTrainLinear(LowRankLayer, SparseTunerLayer):
         tokens, dtype = (1, self.base_layer.dtype) if x is None else (x.numel() // max(1, x.shape[-1]), x.dtype)
         return cheaper_way(delta.rank, delta.support, tokens, dtype, delta.values.device)
 
+    @torch.compiler.disable  # panels and positions are no business of a graph, which would keep the weight whole
     def _weightless_forward(self, x: Tensor) -> Tensor:
         delta: SLTrainDelta = self.settled(self._only_name)
         dtype, bias = self._compute_dtype(x), self.base_layer.bias
