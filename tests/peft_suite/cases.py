@@ -23,6 +23,7 @@ class Method:
         convolutions: whether torch's convolutions can be targets.
         groups: whether convolutions of several groups can be.
         mixed_batches: whether ``adapter_names=`` is supported.
+        low_rank: whether the output of the adapter rounds as LoRA's does, beside the base's and not within its weight.
         baseline: runs only when named; built into PEFT, to show what upstream's tests do without anything of ours.
     """
 
@@ -34,6 +35,7 @@ class Method:
     convolutions: bool = True
     groups: bool = True
     mixed_batches: bool = True
+    low_rank: bool = False
     baseline: bool = False
 
     @property
@@ -51,13 +53,21 @@ METHODS = (
         {"density": 0.4, "progressive": None, "nuclear_weight": 0.0},
         {"density": 0.2},
     ),
-    Method("sora", "sparse_peft:SoRAConfig", {"r": 4, "alpha": 4, "penalty": 0.0}, {"r": 2, "alpha": 2}, groups=False),
+    Method(
+        "sora",
+        "sparse_peft:SoRAConfig",
+        {"r": 4, "alpha": 4, "penalty": 0.0},
+        {"r": 2, "alpha": 2},
+        groups=False,
+        low_rank=True,
+    ),
     Method(
         "sltrain",
         "sparse_peft:SLTrainConfig",
         {"r": 3, "alpha": 3, "density": 0.2},
         {"r": 2, "density": 0.1},
         groups=False,
+        low_rank=True,
     ),
     Method(
         "shira",
