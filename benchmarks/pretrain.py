@@ -294,7 +294,7 @@ def main(
     methods = [method for method in METHODS if not only or method in only]
     if only and (set(only) - set(METHODS) or FULL not in only):
         raise typer.BadParameter(f"--only {only}: full and others of {', '.join(METHODS)}")
-    console = Console()
+    console = Console(width=160)
     text = kjv_text()
     paragraphs = split_paragraphs(text, "train")
     tokenizer = train_tokenizer(paragraphs)
