@@ -534,6 +534,21 @@ def test_nuclear_measures_time_error_and_memory(tmp_path):
     assert case["largest_temporary"] >= 96 * 96 * 4
 
 
+def test_weightless_measures_both_ways(tmp_path):
+    from benchmarks.weightless import main
+
+    app = typer.Typer()
+    app.command()(main)
+    path = tmp_path / "found.json"
+    command = ["--rounds", "1", "--shapes", "96x64", "--tokens", "64", "--tokens", "8", "--output", str(path)]
+    result = CliRunner().invoke(app, command, catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    many, few = json.loads(path.read_text())["cases"]
+    assert many["shape"] == [96, 64] and many["rank"] == 16
+    assert many["goal"] == (many["vs_dense"][many["chosen"]]["median"] <= 1) and few["goal"] is None
+    assert few["largest_temporary"]["factored"] < 4 * 96 * 64 <= few["largest_temporary"]["composed"]
+
+
 def test_pretraining_runs_all_methods(tmp_path, monkeypatch):
     pytest.importorskip("galore_torch")
     from benchmarks import pretrain

@@ -113,7 +113,7 @@ class _FactoredLinear(torch.autograd.Function):
 _LINEAR = {"composed": _ComposedLinear, "factored": _FactoredLinear}
 
 # What laying an activation out anew for a sparse product costs on a CPU, in multiplications of a dense one: 100 for
-# each input and output and product fits matrices of 512 to 2,736 rows (benchmarks/results/sltrain-cpu.json).
+# each input and output and product fits matrices of 512 to 2,736 rows (benchmarks/results/weightless-cpu.json).
 LAYOUT_COST = 100
 
 
