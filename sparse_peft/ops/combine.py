@@ -1,8 +1,8 @@
 """Several deltas of one weight made into one, on their supports: weighted sums, TIES, DARE, magnitude pruning.
 
 What is pruned, elected and averaged is PEFT's (``peft.utils.merge_utils``), called on values aligned at the union of
-the supports, where an adapter that has no entry at a position counts as zero, as it would in dense deltas. Only what
-``density`` is a share of differs: of an adapter's own entries, not of the weight, of which it has a few percent anyway.
+the supports, where an adapter that has no entry at a position counts as zero, as it would in dense deltas. Only
+``density`` is a share of something else: of an adapter's own entries, which are few of the weight's anyway.
 """
 
 from __future__ import annotations

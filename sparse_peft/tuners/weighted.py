@@ -31,8 +31,8 @@ def check_combination(kind: type[TrainedState], method: str, how: Combination) -
         return
     if not kind.combinations:
         raise ValueError(
-            f"combination_type={how.combination_type!r}: the deltas of {method} adapters do not add up; merge one with "
-            "merge_and_unload(), and train or load the next on the merged model"
+            f"combination_type={how.combination_type!r}: the deltas of {method} adapters do not add up; merge one "
+            "with merge_and_unload(), and train or load the next on the merged model"
         )
     reason = (
         "its delta is given by low-rank factors, which have no single entries to prune or to elect signs of; 'linear' "
