@@ -19,10 +19,9 @@ from ..support import Budget, Support, allocate, divide, get_criterion, topk_ind
 from ..tuners.base_model import stored_shape
 from ..tuners.checkpoint import check_values
 from ..tuners.delta import SparseDelta
-from ..tuners.selection import SupportRecipe
 from ..tuners.sparse import SparseConfig, SparseModel
 from .files import PREFIX, write_adapter
-from .stored import named_tensors
+from .stored import named_tensors, sparse_state
 from .weights import Weights, name_of, structure_of, weights_of
 
 OTHERS = ("leave_out", "save", "refuse")
@@ -167,8 +166,8 @@ def extract(
             states[name] = state
     if not states:
         raise ValueError(
-            f"{pair.after.source}: none of the {len(shapes)} target layers differs from {pair.before.source}; is it the "
-            "fine-tuned model?"
+            f"{pair.after.source}: none of the {len(shapes)} target layers differs from {pair.before.source}; is it "
+            "the fine-tuned model?"
         )
     changed = pair.others({f"{name}.weight" for name in shapes})
     rest, modules, bias = _rest(structure, pair.after, states, changed, others)
@@ -221,9 +220,8 @@ def _extract_layer(
     inexact = int((reached != after.reshape(-1)[chosen].to(before.dtype)).sum())
     kept = float(values.square().sum(dtype=torch.float64)) / energy if energy else 1.0
     support = Support(tuple(before.shape), chosen, validate=False, name=name)
-    state = SparseDelta(support.shape, support.nnz, name, SupportRecipe("random", support.nnz, 0, name), support)
-    state.values.data = values
-    return ExtractedLayer(name, support.nnz, changed, flat.numel(), energy, kept, inexact), state
+    layer = ExtractedLayer(name, support.nnz, changed, flat.numel(), energy, kept, inexact)
+    return layer, sparse_state(support, values)
 
 
 class _Pair:
@@ -244,8 +242,8 @@ class _Pair:
             size = torch.Size(side.shape(name)).numel()
             if side.shape(name)[0] != shape[0] or size != shape[0] * shape[1]:
                 raise ValueError(
-                    f"{side.source}: {name} has the shape {side.shape(name)}, where the base model's is {shape}; these "
-                    "are different models"
+                    f"{side.source}: {name} has the shape {side.shape(name)}, where the base model's is {shape}; "
+                    "these are different models"
                 )
             weight = side.read(name)
             if not weight.is_floating_point() or weight.element_size() < 2:
@@ -277,8 +275,8 @@ def _rest(
         if changed:
             names = ", ".join(list(changed)[:3])
             warnings.warn(
-                f"{len(changed)} tensors differ and are no target weights, such as {names}: they are left out, and the "
-                "adapter does not reproduce their part of the fine-tuning. others='save' stores them whole",
+                f"{len(changed)} tensors differ and are no target weights, such as {names}: they are left out, and "
+                "the adapter does not reproduce their part of the fine-tuning. others='save' stores them whole",
                 stacklevel=3,
             )
         return {}, [], "none"

@@ -1,5 +1,4 @@
-"""A model's weights one tensor at a time, out of a folder's safetensors or of a loaded model; and what it is made of.
-"""
+"""A model's weights one tensor at a time, out of a folder's safetensors or of a loaded model; and what it is made of."""
 
 from __future__ import annotations
 
@@ -61,6 +60,14 @@ class ModelWeights(Weights):
         return self._tensors[name].detach().cpu()
 
 
+def known_name(stored: str, known: set[str], prefix: str) -> str:
+    """A tensor's name in the model; a file of the model's body alone has it without the prefix, or the reverse."""
+    if not prefix or stored in known:
+        return stored
+    other = stored.removeprefix(f"{prefix}.") if stored.startswith(f"{prefix}.") else f"{prefix}.{stored}"
+    return other if other in known else stored
+
+
 class FolderWeights(Weights):
     """Those of a folder that ``save_pretrained`` wrote, in one file or in shards.
 
@@ -80,8 +87,7 @@ class FolderWeights(Weights):
         self._handles: dict[Path, safe_open] = {}
         for path in _files_of(Path(folder)):
             for stored in self._open(path).keys():
-                other = stored.removeprefix(f"{prefix}.") if stored.startswith(f"{prefix}.") else f"{prefix}.{stored}"
-                name = other if prefix and stored not in known and other in known else stored
+                name = known_name(stored, known, prefix)
                 if name in self._places:
                     raise ValueError(f"{self.source}: {name} is in {self._places[name][0].name} and in {path.name}")
                 self._places[name] = path, stored
