@@ -14,11 +14,11 @@ from torch import Tensor, nn
 from ..tuners.base_model import stored_shape
 from ..tuners.delta import SparseDelta
 from ..tuners.sparse import SparseModel
-from .extract import OTHERS, save_whole
 from .files import PREFIX, write_adapter
 from .foreign import ForeignAdapter, read_config, read_lt_sft, read_shira, read_spiel, read_supertuning, source_format
 from .stored import entrywise, named_tensors, read_stored, sparse_config, sparse_state
 from .weights import name_of, structure_of, weights_of
+from .whole import OTHERS, save_whole
 
 TARGETS = ("sparse", "shira", "supertuning")
 READERS = {"SHIRA": read_shira, "SUPERTUNING": read_supertuning, "SFT": read_spiel}

@@ -56,7 +56,8 @@ def source_format(source: str | os.PathLike) -> str:
         ValueError: neither is there.
     """
     path = Path(source)
-    if path.name == LT_SFT_NAME or (path / LT_SFT_NAME).is_file():
+    is_adapter = (path / CONFIG_NAME).is_file()
+    if path.name == LT_SFT_NAME or ((path / LT_SFT_NAME).is_file() and not is_adapter):
         return "lt_sft"
     return str(read_config(path).get("peft_type"))
 

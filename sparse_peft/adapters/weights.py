@@ -1,4 +1,4 @@
-"""A model's weights one tensor at a time, out of a folder's safetensors or of a loaded model; and what it is made of."""
+"""A model's weights one tensor at a time, out of safetensors or of a loaded model; and what it is made of."""
 
 from __future__ import annotations
 
