@@ -34,7 +34,7 @@ class _DeltaMatrix:
             where = torch.stack([support.rows, support.cols]).long()
             where = where if layer.product.in_dim == 1 else where.flip(0)
             values = state.values.detach().cpu().double()
-            self._sparse = torch.sparse_coo_tensor(where, values, self.shape).coalesce()
+            self._sparse = torch.sparse_coo_tensor(where, values, self.shape, check_invariants=True).coalesce()
         if isinstance(state, LowRankState):
             self._factors = tuple(factor.detach().cpu().double() for factor in state.factors())
 

@@ -11,7 +11,7 @@ import torch
 import transformers
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
-from transformers import AutoConfig
+from transformers import AutoConfig, PreTrainedModel
 
 INDEX_SUFFIX = ".safetensors.index.json"
 
@@ -157,13 +157,14 @@ def structure_of(base: str | os.PathLike | nn.Module) -> nn.Module:
         raise ValueError(f"{folder}: no config.json that says which model this is; pass the loaded model instead")
     config = AutoConfig.from_pretrained(folder)
     kind = (getattr(config, "architectures", None) or [None])[0]
-    if not hasattr(transformers, str(kind)):
+    model = getattr(transformers, str(kind), None)
+    if not (isinstance(model, type) and issubclass(model, PreTrainedModel)):
         raise ValueError(
             f"{folder}: config.json has the architecture {kind!r}, which transformers has no class for; pass the "
             "loaded model instead"
         )
     with torch.device("meta"):
-        return getattr(transformers, kind)(config)
+        return model(config)
 
 
 def weights_of(source: str | os.PathLike | nn.Module, structure: nn.Module) -> Weights:
