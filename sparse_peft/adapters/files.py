@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from ..tuners.base_model import BaseSparseModel, configs_of
-from ..tuners.checkpoint import FRAMEWORK_HEADING, TAG
+from ..tuners.checkpoint import FRAMEWORK_HEADING, TAG, check_adapter_file
 
 # What PeftModel's state dicts begin with, and so every adapter file.
 PREFIX = "base_model.model."
@@ -84,6 +84,7 @@ def read_adapter(folder: str | os.PathLike) -> tuple[PeftConfig, dict[str, Tenso
     """
     if not os.path.isfile(os.path.join(folder, CONFIG_NAME)):
         raise ValueError(f"{os.fspath(folder)}: no {CONFIG_NAME} in it; the folder of an adapter is expected")
+    check_adapter_file(os.fspath(folder))
     config = PeftConfig.from_pretrained(os.fspath(folder))
     return config, read_tensors(os.path.join(folder, SAFETENSORS_WEIGHTS_NAME))
 

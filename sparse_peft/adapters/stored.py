@@ -26,7 +26,7 @@ from ..tuners.sparse import SparseConfig, SparseModel
 from ..tuners.trained import TrainedState
 from .files import PREFIX, read_adapter
 
-MAX_WEIGHT = 2**62  # entries; positions are int64 at most
+MAX_WEIGHT = 2**48  # entries, far beyond any weight there is
 
 
 @dataclass(frozen=True)
@@ -192,6 +192,10 @@ def _load(
     config = replace(config, target_modules=set(layers), inference_mode=True, **own, **beside)
     model = _skeleton(layers)
     state_dict = {f"{layer}{marker}{part}": t for layer, found in states.items() for part, t in found.items()}
+    entries = PEFT_TYPE_TO_TUNER_MAPPING[config.peft_type]._file_entries(state_dict)
+    lacking = [layer for layer in layers if layer not in entries]
+    if lacking:
+        raise ValueError(f"layer {lacking[0]}: the adapter's file has no values for it; save or download it again")
     inject_adapter_in_model(config, model, state_dict=state_dict)
     result = set_peft_model_state_dict(model, dict(state_dict))
     if result.unexpected_keys:

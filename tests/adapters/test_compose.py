@@ -112,7 +112,9 @@ def test_convolutions(tmp_path, conv, config):
 
 
 def test_modules_saved_whole_come_from_the_adapter_that_has_them(tmp_path):
-    task, model = saved(tmp_path / "task", SparseConfig(density=0.2), target_modules=["first"], modules_to_save=["third"])
+    task, model = saved(
+        tmp_path / "task", SparseConfig(density=0.2), target_modules=["first"], modules_to_save=["third"]
+    )
     third = model.base_model.model.third.modules_to_save["default"].weight
     third.data.normal_()
     model.save_pretrained(task)
@@ -161,7 +163,9 @@ def test_what_does_not_go_together(tmp_path):
     sora, _ = saved(tmp_path / "b", SoRAConfig(r=2))
     with pytest.raises(ValueError, match="adapters of SoRAConfig, SparseConfig: only sparse deltas"):
         compose([sparse, sora], tmp_path / "new")
-    with pytest.raises(ValueError, match="layer .*combination_type='ties'|combination_type='ties': SoRAModel has linear"):
+    with pytest.raises(
+        ValueError, match="layer .*combination_type='ties'|combination_type='ties': SoRAModel has linear"
+    ):
         compose([sora, sora], tmp_path / "new", combination_type="ties", density=0.5)
     with pytest.raises(ValueError, match="a list of adapters' folders"):
         compose([], tmp_path / "new")

@@ -292,7 +292,9 @@ def test_pickles_run_nothing(tmp_path, monkeypatch, name, zipped):
         (tmp_path / name).write_bytes(pickle.dumps(content))
     if "adapter" in name:
         (tmp_path / "adapter_config.json").write_text(json.dumps({"peft_type": "SFT"}))
-    with pytest.raises(ValueError, match="not read, since it has more in it than tensors.*save the adapter as safetensors"):
+    with pytest.raises(
+        ValueError, match="not read, since it has more in it than tensors.*save the adapter as safetensors"
+    ):
         convert(tmp_path, tmp_path / "new", base=llama())
     assert not (tmp_path / "ran").exists() and not (tmp_path / "new").exists()
 

@@ -42,7 +42,9 @@ def folders(tmp_path, before, after, shard="20KB"):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("tied", [False, True])
 def test_everything_kept_is_the_finetuned_model_bit_for_bit(tmp_path, dtype, tied):
-    before, after = (make(llama(tie_word_embeddings=tied, attention_bias=True).to(dtype)) for make in (nn.Module.eval, finetuned))
+    before, after = (
+        make(llama(tie_word_embeddings=tied, attention_bias=True).to(dtype)) for make in (nn.Module.eval, finetuned)
+    )
     base, tuned = folders(tmp_path, before, after)
     result = extract(base, tuned, tmp_path / "new", density=1.0, others="save")
     assert result.kept == 1.0 and all(layer.inexact == 0 for layer in result.layers)
@@ -99,7 +101,9 @@ def test_per_layer_the_best_entries_are_kept(tmp_path, criterion, budget):
 
 def test_the_principal_entries_of_the_change(tmp_path):
     before, after = (nn.ModuleDict({"a": nn.Linear(48, 40, bias=False)}) for _ in range(2))
-    (layer,) = extract(before, after, tmp_path / "new", num_params=200, criterion="principal", target_modules=["a"]).layers
+    (layer,) = extract(
+        before, after, tmp_path / "new", num_params=200, criterion="principal", target_modules=["a"]
+    ).layers
     change = after["a"].weight.detach().double() - before["a"].weight.detach().double()
     u, s, vh = torch.linalg.svd(change, full_matrices=False)
     best = (u[:, :32] * s[:32] @ vh[:32]).abs().flatten().topk(200).indices

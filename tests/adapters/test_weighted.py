@@ -246,7 +246,9 @@ def test_the_new_config_keeps_what_holds():
     model.add_weighted_adapter(["default"], [1.0], "new")
     config = model.peft_config["new"]
     assert config.selection == "rigl" and config.density is None and config.allocation == "numel"
-    assert config.num_params == sum(config.num_entries.values()) == sum(model.peft_config["default"].num_entries.values())
+    assert (
+        config.num_params == sum(config.num_entries.values()) == sum(model.peft_config["default"].num_entries.values())
+    )
     model = trained(SaRAConfig(threshold=0.05))
     model.add_weighted_adapter(["default"], [2.0], "new")
     assert model.peft_config["new"].threshold is None
