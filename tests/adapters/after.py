@@ -25,7 +25,7 @@ METHODS = {**SPARSE, **FACTORS}
 
 
 class Three(nn.Module):
-    """A linear layer with a bias, a Conv1D (its weight stored the other way round), a linear layer without; odd sizes."""
+    """A linear layer with a bias, a Conv1D (its weight stored the other way), a linear layer without; odd sizes."""
 
     def __init__(self):
         super().__init__()
