@@ -50,7 +50,7 @@ class ExtractedLayer:
         changed: entries of the weight that differ.
         size: entries of the weight.
         energy: sum of squares of the difference.
-        kept: share of it that the adapter has.
+        kept: share of it that the adapter takes away, as its values are stored.
         inexact: kept entries where base plus delta, rounded to the base's dtype, is not the fine-tuned weight in that
             dtype: next to a much larger weight the last bits of a float32 delta do not suffice.
     """
@@ -157,7 +157,9 @@ def extract(
     layers, unchanged, states = [], [], {}
     for name, shape in shapes.items():
         before, after = pair.matrices(name, shape)
-        layer, state = _extract_layer(name, before, after, counts[name], EXTRACTION_CRITERIA[criterion])
+        layer, state = _extract_layer(
+            name, before, after, counts[name], EXTRACTION_CRITERIA[criterion], getattr(torch, save_dtype)
+        )
         if state is None:
             unchanged.append(name)
         else:
@@ -201,7 +203,12 @@ def _difference(name: str, before: Tensor, after: Tensor) -> Tensor:
 
 
 def _extract_layer(
-    name: str, before: Tensor, after: Tensor, count: int, score: Callable[[Tensor, Tensor], Tensor]
+    name: str,
+    before: Tensor,
+    after: Tensor,
+    count: int,
+    score: Callable[[Tensor, Tensor], Tensor],
+    dtype: torch.dtype,
 ) -> tuple[ExtractedLayer | None, SparseDelta | None]:
     """The ``count`` best entries that changed at all; nothing where none did."""
     difference = _difference(name, before, after)
@@ -213,11 +220,14 @@ def _extract_layer(
     chosen = chosen[flat[chosen] != 0]
     if chosen.numel() == 0:  # a criterion may favour others; an adapted layer has one entry at least
         chosen = flat.abs().argmax()[None]
-    values = flat[chosen]
+    wanted = flat[chosen]
+    values = wanted.to(dtype).float()  # as they are stored
+    check_values(values, name, f"store the difference in {dtype} of")
     energy = float(difference.square().sum(dtype=torch.float64))
     reached = effective_entries(before.reshape(-1)[chosen], values)
     inexact = int((reached != after.reshape(-1)[chosen].to(before.dtype)).sum())
-    kept = float(values.square().sum(dtype=torch.float64)) / energy if energy else 1.0
+    left = float((wanted.double() - values).square().sum())
+    kept = (float(wanted.square().sum(dtype=torch.float64)) - left) / energy if energy else 1.0
     support = Support(tuple(before.shape), chosen, validate=False, name=name)
     layer = ExtractedLayer(name, support.nnz, changed, flat.numel(), energy, kept, inexact)
     return layer, sparse_state(support, values)

@@ -193,7 +193,7 @@ def read_lt_sft(
     path = Path(source)
     path = path if path.name == LT_SFT_NAME else path / LT_SFT_NAME
     integers = (np.int64, np.int32, np.uint64, np.uint32)
-    scalar = np._core.multiarray.scalar
+    scalar, _ = np.int64(0).__reduce__()  # what a pickled NumPy scalar is made by
     allowed: list[Callable | tuple[Callable, str]] = [
         np.dtype,
         *(type(np.dtype(kind)) for kind in integers),

@@ -101,6 +101,11 @@ def read_stored(folder: str | os.PathLike) -> StoredAdapter:
         raise ValueError(
             f"{folder}: a sparse adapter is expected, this is {kind}" + (f"; {cure[kind]}" if kind in cure else "")
         )
+    if not hasattr(config, "weight_shapes"):
+        raise ValueError(
+            f"{folder}: what {type(config).__name__} adapters change depends on more than their files; load it on its "
+            "base model and merge_and_unload()"
+        )
     if getattr(config, "mode", None) == "pretrain":
         raise ValueError(
             f"{folder}: an adapter of mode='pretrain' is the weights themselves, not a change of a base model's; load "

@@ -155,7 +155,7 @@ def structure_of(base: str | os.PathLike | nn.Module) -> nn.Module:
     folder = Path(base)
     if not (folder / "config.json").is_file():
         raise ValueError(f"{folder}: no config.json that says which model this is; pass the loaded model instead")
-    config = AutoConfig.from_pretrained(folder)
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     kind = (getattr(config, "architectures", None) or [None])[0]
     model = getattr(transformers, str(kind), None)
     if not (isinstance(model, type) and issubclass(model, PreTrainedModel)):

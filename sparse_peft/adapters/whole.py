@@ -52,6 +52,12 @@ def save_whole(
         found = structure.get_submodule(module)
         if any(True for _ in found.children()):
             raise ValueError(f"{module}: it has other layers inside and cannot be stored whole beside their deltas")
+        clash = [layer for layer in adapted if layer.endswith(module)]
+        if clash:
+            raise ValueError(
+                f"{module}: PEFT takes names in modules_to_save for ends of names, and the adapted layer {clash[0]} "
+                "ends like this; pass others='leave_out', or keep it out of target_modules"
+            )
         modules.append(module)
         for leaf in found.state_dict():
             rest[f"{PREFIX}{module}.{leaf}"] = _read_tied(f"{module}.{leaf}", tied, read)

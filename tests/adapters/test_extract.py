@@ -273,3 +273,25 @@ def test_folders_that_are_refused(tmp_path):
     with pytest.raises(ValueError, match="'os.system', which transformers has no class for"):
         extract(pickled, tuned, tmp_path / "new", density=0.1)
     assert not (tmp_path / "new").exists()
+
+
+def test_values_stored_in_bfloat16_are_judged_as_stored(tmp_path):
+    before, after = llama(), finetuned(llama(), only=["q_proj"])
+    result = extract(before, after, tmp_path / "new", density=1.0, save_dtype="bfloat16")
+    found = load_file(tmp_path / "new" / "adapter_model.safetensors")
+    assert {t.dtype for name, t in found.items() if name.endswith("values")} == {torch.bfloat16}
+    change, made = differences(before, after), deltas(loaded(tmp_path / "new", llama))
+    for layer in result.layers:
+        delta = change[f"{layer.name}.weight"]
+        left = float((delta - made[layer.name]).square().sum() / delta.square().sum())
+        assert left > 0 and layer.kept == pytest.approx(1 - left, abs=1e-9)
+        merged = dict(before.named_parameters())[f"{layer.name}.weight"].double() + made[layer.name]
+        assert (
+            layer.inexact == int((merged.float() != dict(after.named_parameters())[f"{layer.name}.weight"]).sum()) > 0
+        )
+
+
+def test_a_module_whose_name_ends_a_layers_cannot_be_stored_whole(tmp_path):
+    before, after = (nn.ModuleDict({"q_proj": nn.Linear(4, 5), "proj": nn.Embedding(4, 5)}) for _ in range(2))
+    with pytest.raises(ValueError, match="proj: .*the adapted layer q_proj ends like this"):
+        extract(before, after, tmp_path / "new", density=0.5, target_modules=["q_proj"], others="save")

@@ -271,3 +271,18 @@ def test_half_precision_bases_and_convolutions():
         torch.testing.assert_close(delta, deltas(model)[layer] / 2, rtol=0, atol=0)
     model.set_adapter("scaled")
     assert model(torch.randn(2, 7, dtype=torch.bfloat16)).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("config_cls", [SparseConfig, S2FTConfig, SLTrainConfig])
+def test_quantised_bases(config_cls):
+    pytest.importorskip("bitsandbytes")
+    build = pytest.importorskip("test_quantized").build
+    names = {"target_modules": ["first", "second"]}
+    model = trained(config_cls(), base=lambda: build("4bit"), **names)
+    model.add_adapter("two", _with(config_cls(seed=1), **names))
+    model.add_weighted_adapter(["default", "two"], [0.5, -2.0], "sum")
+    expected = weighted_sum([deltas(model), deltas(model, "two")], [0.5, -2.0])
+    for layer, delta in deltas(model, "sum").items():
+        torch.testing.assert_close(delta, expected[layer], rtol=1e-5, atol=1e-5)
+    model.set_adapter("sum")
+    assert model(torch.randn(3, 128)).isfinite().all()
