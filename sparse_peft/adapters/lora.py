@@ -114,7 +114,7 @@ def lora_factors(layer: TunerLayer, adapter_name: str) -> LoraFactors | None:
     elif isinstance(layer, LowRankLayer):
         raise ValueError(
             f"layer {layer.name}: adapter {adapter_name!r} is low rank plus a sparse delta of full rank, which is no "
-            "LoRA; export it merged into the base instead, or as an approximation of low rank "
+            "LoRA; merge it into the base instead (merge_and_unload), or save an approximation of low rank "
             "(sparse_peft.adapters.export)"
         )
     else:
