@@ -11,7 +11,8 @@ from typing import ClassVar
 from peft.config import PeftConfig
 from peft.utils import PeftType
 
-from .checkpoint import check_adapter_file, update_model_card
+from .card import complete_card, update_model_card
+from .checkpoint import check_adapter_file
 
 SAVE_DTYPES = ("float32", "bfloat16", "float16")
 
@@ -133,6 +134,11 @@ class BaseSparseConfig(PeftConfig):
             for name in os.listdir(staging):
                 os.replace(os.path.join(staging, name), os.path.join(save_directory, name))
         update_model_card(save_directory)
+
+    def _upload_modified_files(self, working_dir: str, *args, **kwargs):
+        # push_to_hub of a config alone: transformers has put its own card beside it
+        complete_card(working_dir, set(), self.base_model_name_or_path)
+        return super()._upload_modified_files(working_dir, *args, **kwargs)
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs):

@@ -22,7 +22,8 @@ from transformers.pytorch_utils import Conv1D
 from ..ops import is_convolution, kernel_backend
 from ..support import Support
 from .base_layer import SparseTunerLayer
-from .checkpoint import TAG, check_values
+from .card import TAG
+from .checkpoint import check_values
 from .delta import SparseDelta
 from .residency import hold_layers, release_layers
 from .selection import SupportRecipe

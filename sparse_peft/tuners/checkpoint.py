@@ -1,56 +1,17 @@
-"""Adapter files: written whole or not at all, checked before they are loaded, with a card that explains itself."""
+"""Adapter files: written whole or not at all, and checked before they are loaded."""
 
 from __future__ import annotations
 
 import json
 import os
 import tempfile
-from pathlib import Path
 
 import peft.peft_model
 import torch
-from huggingface_hub import ModelCard
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from torch import Tensor
 
 from ..support import check_indices
-
-TAG = "sparse-peft"
-CARD_HEADING = "## How to load this adapter"
-CARD_PARAGRAPH = f"""{CARD_HEADING}
-
-This is a sparse adapter for [PEFT](https://github.com/huggingface/peft), trained with the plugin `sparse_peft`.
-Install the plugin and import it before the adapter is loaded; the import registers the method with PEFT:
-
-```bash
-pip install sparse-peft
-```
-
-```python
-import sparse_peft
-from peft import PeftModel
-
-model = PeftModel.from_pretrained(base_model, "<this adapter>")
-```
-"""
-FRAMEWORK_HEADING = "### Framework versions"
-
-
-def update_model_card(directory: str) -> None:
-    """Add the paragraph on installing and importing the plugin to the card PEFT wrote, once.
-
-    PEFT writes one card, into the folder given to ``save_pretrained``; adapters other than ``default`` lie in a folder
-    below it. A README that is no PEFT card is left alone.
-    """
-    for folder in (Path(directory), Path(directory).parent):
-        path = folder / "README.md"
-        if path.is_file():
-            card = ModelCard.load(path, ignore_metadata_errors=True)
-            if card.data.library_name == "peft" and CARD_HEADING not in card.text:
-                head, heading, tail = card.text.partition(FRAMEWORK_HEADING)
-                card.text = f"{head.rstrip()}\n\n{CARD_PARAGRAPH}\n{heading}{tail}"
-                card.save(path)
-            return
 
 
 def check_adapter_file(directory: str) -> None:

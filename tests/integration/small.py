@@ -51,6 +51,14 @@ METHODS = {
     "sltrain": (SLTrainConfig, {"r": 4, "density": 0.1, "target_modules": "all-linear"}),
 }
 
+# What of a method changes during training besides its values, soon and often; the others change nothing.
+MOVING = {
+    "sparse": {"selection": "accumulated_gradient", "reselect_every": 2, "accumulate": 1, "replace_rate": 0.5},
+    "sara": {"progressive": 2},
+    "sora": {"penalty": 4.0, "prox_start": 0},
+    "sltrain": {"selection": "rigl", "reselect_every": 2, "accumulate": 1},
+}
+
 
 def config(method="sparse", **kwargs):
     config_cls, settings = METHODS[method]
