@@ -13,6 +13,7 @@ from peft.utils import PeftType
 
 from .card import complete_card, update_model_card
 from .checkpoint import check_adapter_file
+from .experts import CURE
 
 SAVE_DTYPES = ("float32", "bfloat16", "float16")
 
@@ -91,10 +92,7 @@ class BaseSparseConfig(PeftConfig):
         if self.layers_pattern and self.layers_to_transform is None:
             raise ValueError("When `layers_pattern` is specified, `layers_to_transform` must also be specified.")
         if self.target_parameters:
-            raise ValueError(
-                f"target_parameters={self.target_parameters!r}: bare parameters, such as fused experts, cannot be "
-                "trained sparsely yet; name linear layers in target_modules"
-            )
+            raise ValueError(f"target_parameters={self.target_parameters!r}: {CURE}")
         biases = ("none", "all", f"{self.method.lower()}_only")
         if self.bias not in biases:
             raise ValueError(f"bias={self.bias!r}: choose one of {', '.join(map(repr, biases))}")

@@ -25,6 +25,7 @@ from .base_layer import SparseTunerLayer
 from .card import TAG
 from .checkpoint import check_values
 from .delta import SparseDelta
+from .experts import CURE, bare_weights, check_bare_weights
 from .residency import hold_layers, release_layers
 from .selection import SupportRecipe
 from .trained import TrainedState
@@ -221,6 +222,7 @@ class BaseSparseModel(BaseTuner):
         # budgets are shared between layers, so all of them are planned before PEFT creates the first
         adapter_name, state_dict = self._injection
         targets = self.find_targets(peft_config, model, state_dict)
+        check_bare_weights(peft_config, model, bool(targets))
         self.check_targets(model, targets)
         self.release()
         if targets:
@@ -271,8 +273,9 @@ class BaseSparseModel(BaseTuner):
             backend = resolve_quantization_backend(base, **kwargs)
             weight = getattr(base, "weight", None)
             if backend is None and not isinstance(base, (nn.Linear, Conv1D)) and not is_convolution(base):
+                fused = f"Its weights are {CURE}. " if bare_weights(base) else ""
                 raise TypeError(
-                    f"Target module {name} of type {type(base).__name__} is not supported. {cls.__name__} trains "
+                    f"Target module {name} of type {type(base).__name__} is not supported. {fused}{cls.__name__} trains "
                     "`torch.nn.Linear`, `Conv1d`, `Conv2d`, `Conv3d`, transformers' `Conv1D` and the quantised linear "
                     "layers that PEFT has a backend for; name other target_modules, or leave this one out with "
                     "exclude_modules."

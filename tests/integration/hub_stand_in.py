@@ -1,8 +1,8 @@
 """A stand-in for the Hub's HTTP API on the loopback interface, as far as huggingface_hub's client asks for it.
 
-Repositories, commits of regular and LFS files, branches, metadata and downloads; everything is kept in memory. What the
-client sends is checked as the Hub does it: tokens, hashes, sizes, the card's metadata. Xet's binary protocol is not
-here: clients run with HF_HUB_DISABLE_XET=1 and take LFS, as they do where hf_xet is not installed.
+Repositories, commits of regular and LFS files, branches, metadata and downloads; everything is kept in memory. What
+the client sends is checked as the Hub does it: tokens, hashes, sizes, the card's metadata. Xet's binary protocol is
+not here: clients run with HF_HUB_DISABLE_XET=1 and take LFS, as they do where hf_xet is not installed.
 """
 
 from __future__ import annotations

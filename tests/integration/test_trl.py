@@ -100,8 +100,18 @@ def assert_structure_changed(method, policy, start, history):
         assert history and history[0].frozen > 0
 
 
-CASES = [("dpo", method) for method in METHODS]
-CASES += [(loop, method) for loop in ("kto", "grpo") for method in METHODS]
+# DPO with every method, the others with a sparse and a low-rank one; the rest of them is slow.
+ALWAYS = ("sparse", "sora")
+CASES = [
+    pytest.param(loop, method, marks=() if loop == "dpo" or method in ALWAYS else pytest.mark.slow)
+    for loop in LOOPS
+    for method in METHODS
+]
+EVERY_METHOD = [pytest.param(method, marks=() if method in ALWAYS else pytest.mark.slow) for method in METHODS]
+
+
+def log_of(trainer):
+    return [row for row in trainer.state.log_history if "loss" in row]
 
 
 @pytest.mark.parametrize(("loop", "method"), CASES)
@@ -113,6 +123,9 @@ def test_the_reference_of_a_trained_adapter_is_the_policy_it_was(tokenizer, tmp_
     assert_structure_changed(method, policy, before, callback.history)
     assert not torch.equal(logits(policy), start)
     assert_same(states(policy, "ref"), before)
+    if loop == "dpo":
+        # at the first step policy and reference are the same model, so that no answer has an edge
+        assert log_of(trainer)[0]["rewards/margins"] == pytest.approx(0, abs=1e-5)
     policy.set_adapter("ref")
     assert torch.equal(logits(policy), start), "the reference is the starting policy to the bit"
     policy.set_adapter("default")
@@ -121,8 +134,7 @@ def test_the_reference_of_a_trained_adapter_is_the_policy_it_was(tokenizer, tmp_
     assert torch.equal(logits(again), logits(policy))
 
 
-@pytest.mark.parametrize(("loop", "method"), [*(("dpo", m) for m in METHODS), ("kto", "sparse"), ("kto", "sora"),
-                                              ("grpo", "sparse"), ("grpo", "sora")])  # fmt: skip
+@pytest.mark.parametrize(("loop", "method"), CASES)
 def test_the_reference_of_a_new_adapter_is_the_base(tokenizer, tmp_path, loop, method):
     base = logits(llama())
     trainer, _ = trained(loop, llama(), tmp_path, tokenizer, peft_config=moving(method))
@@ -130,23 +142,16 @@ def test_the_reference_of_a_new_adapter_is_the_base(tokenizer, tmp_path, loop, m
     assert not torch.equal(logits(policy), base)
     with policy.disable_adapter():
         assert torch.equal(logits(policy), base), "the reference is the starting policy to the bit"
-    log = [row for row in trainer.state.log_history if "loss" in row]
+    log = log_of(trainer)
     if loop == "dpo":
-        # at the first step policy and reference are the same model, so that no choice has an edge
         assert log[0]["rewards/margins"] == pytest.approx(0, abs=1e-6) and log[-1]["rewards/margins"] > 0
     if loop == "grpo":
         assert log[0]["kl"] == pytest.approx(0, abs=1e-6) and log[-1]["kl"] > 0
+        rewards = [row["reward"] for row in log]
+        assert max(rewards) > 0 and len(set(rewards)) > 1, "the function judged different completions"
 
 
-@pytest.mark.parametrize("method", ["sparse", "sora"])
-def test_grpo_learns_what_it_is_rewarded_for(tokenizer, tmp_path, method):
-    trainer, callback = trained("grpo", llama(), tmp_path, tokenizer, peft_config=moving(method))
-    rewards = [row["reward"] for row in trainer.state.log_history if "reward" in row]
-    assert len(rewards) == 5 and max(rewards) > 0 and len(set(rewards)) > 1
-    assert callback.history
-
-
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", EVERY_METHOD)
 def test_reward_models(tokenizer, tmp_path, method):
     rows = [{side: f"{pair['prompt']} {pair[side]}" for side in ("chosen", "rejected")} for pair in PAIRS]
     args = trl.RewardConfig(
@@ -162,7 +167,7 @@ def test_reward_models(tokenizer, tmp_path, method):
         peft_config=peft_config, callbacks=[SparsityCallback()],
     )  # fmt: skip
     trainer.train()
-    losses = [row["loss"] for row in trainer.state.log_history if "loss" in row]
+    losses = [row["loss"] for row in log_of(trainer)]
     assert losses[-1] < losses[0]
     with trainer.model.disable_adapter():
         wanted = sequence_classifier()
