@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import tempfile
 from dataclasses import dataclass, field
@@ -12,8 +11,9 @@ from peft.config import PeftConfig
 from peft.utils import PeftType
 
 from .card import complete_card, update_model_card
-from .checkpoint import check_adapter_file
+from .checkpoint import check_adapter_file, read_config_file
 from .experts import CURE
+from .field_types import check_field_types
 
 SAVE_DTYPES = ("float32", "bfloat16", "float16")
 
@@ -150,14 +150,12 @@ class BaseSparseConfig(PeftConfig):
 
     @classmethod
     def from_json_file(cls, path_json_file: str, **kwargs):
-        """As PEFT's; a file that is not JSON names itself in the error.
+        """As PEFT's; a file that is damaged, or written to do damage, is refused and names itself.
 
         Raises:
-            ValueError: the file is no valid JSON.
+            ValueError: the file is no JSON object.
+            TypeError: a field of another type.
         """
-        try:
-            return super().from_json_file(path_json_file, **kwargs)
-        except json.JSONDecodeError as error:
-            raise ValueError(
-                f"{path_json_file} is not valid JSON ({error}); the adapter is damaged: copy or download it again"
-            ) from error
+        content = read_config_file(path_json_file)
+        check_field_types(cls, content, os.fspath(path_json_file))
+        return super().from_json_file(path_json_file, **kwargs)

@@ -23,7 +23,7 @@ from ..ops import is_convolution, kernel_backend
 from ..support import Support
 from .base_layer import SparseTunerLayer
 from .card import TAG
-from .checkpoint import check_values
+from .checkpoint import check_adapter_name, check_values
 from .delta import SparseDelta
 from .experts import CURE, bare_weights, check_bare_weights
 from .residency import hold_layers, release_layers
@@ -211,6 +211,7 @@ class BaseSparseModel(BaseTuner):
         return super()._prepare_adapter_config(peft_config, {"model_type": kind})
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        check_adapter_name(adapter_name)
         self._injection = (adapter_name, kwargs.get("state_dict"))
         self._plans: dict[str, Plan] = {}
         try:
@@ -275,9 +276,9 @@ class BaseSparseModel(BaseTuner):
             if backend is None and not isinstance(base, (nn.Linear, Conv1D)) and not is_convolution(base):
                 fused = f"Its weights are {CURE}. " if bare_weights(base) else ""
                 raise TypeError(
-                    f"Target module {name} of type {type(base).__name__} is not supported. {fused}{cls.__name__} trains "
-                    "`torch.nn.Linear`, `Conv1d`, `Conv2d`, `Conv3d`, transformers' `Conv1D` and the quantised linear "
-                    "layers that PEFT has a backend for; name other target_modules, or leave this one out with "
+                    f"Target module {name} of type {type(base).__name__} is not supported. {fused}{cls.__name__} "
+                    "trains `torch.nn.Linear`, `Conv1d`, `Conv2d`, `Conv3d`, transformers' `Conv1D` and the quantised "
+                    "linear layers that PEFT has a backend for; name other target_modules, or leave this one out with "
                     "exclude_modules."
                 )
             if backend is None and isinstance(weight, Tensor) and not weight.is_floating_point():

@@ -7,8 +7,8 @@ from typing import Any
 
 from torch import nn
 
-from ..base_model import LayerPlan, base_of, in_dim_of
-from ..low_rank import check_groups, factor_sizes
+from ..base_model import LayerPlan, base_of, in_dim_of, stored_shape
+from ..low_rank import check_groups, check_rank, factor_sizes
 from ..sparse.model import SparseModel
 from .config import SLTrainConfig
 from .delta import SLTrainDelta
@@ -74,6 +74,7 @@ class SLTrainModel(SparseModel):
                     "in the place of plain `torch.nn.Linear` layers; leave this one out with exclude_modules, or use "
                     "mode='finetune'"
                 )
+            check_rank(name, config.r, stored_shape(module), "r")
         plans = super().plan_layers(config, targets, adapter_name, file_entries)
         sizes = {name: factor_sizes(plans[name].shape, in_dim_of(module)) for name, module in targets.items()}
         return {name: SLTrainPlan(plans[name], sizes[name], config) for name in targets}
