@@ -1,5 +1,6 @@
 """A random language model of a few thousand parameters, its tokenizer and some text."""
 
+import pytest
 import torch
 from datasets import Dataset
 from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification, PreTrainedTokenizerFast
@@ -58,6 +59,10 @@ MOVING = {
     "sora": {"penalty": 4.0, "prox_start": 0},
     "sltrain": {"selection": "rigl", "reselect_every": 2, "accumulate": 1},
 }
+
+# Where one of each family will do for every run of the tests, the others are slow.
+ALWAYS = ("sparse", "sora")
+ONE_OF_EACH_FAMILY = [pytest.param(m, marks=() if m in ALWAYS else pytest.mark.slow) for m in METHODS]
 
 
 def config(method="sparse", **kwargs):

@@ -2,8 +2,9 @@
 
 import pytest
 import torch
-from peft import PeftModel, get_peft_model
-from small import METHODS, MOVING, config, llama, text
+from peft import PeftModel, get_peft_model, get_peft_model_state_dict
+from safetensors.torch import load_file
+from small import METHODS, MOVING, ONE_OF_EACH_FAMILY, config, llama, text
 from transformers import DataCollatorForLanguageModeling, Trainer, TrainingArguments
 
 from sparse_peft import SparsityCallback
@@ -59,7 +60,7 @@ def test_add_set_disable_save_load_and_delete(tmp_path, method):
     assert torch.equal(logits(by_peft), wanted["one"])
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", ONE_OF_EACH_FAMILY)
 def test_an_added_adapter_trains_in_a_trainer(tokenizer, tmp_path, method):
     model, data = llama(), text().map(lambda row: tokenizer(row["text"]), remove_columns=["text"])
     before = {name: parameter.clone() for name, parameter in model.named_parameters()}
@@ -90,16 +91,21 @@ def test_the_best_checkpoint_comes_back_whole(tokenizer, tmp_path, method):
     args = TrainingArguments(
         output_dir=tmp_path, max_steps=6, per_device_train_batch_size=4, learning_rate=0.05, report_to=[],
         use_cpu=True, disable_tqdm=True, eval_strategy="steps", eval_steps=2, save_strategy="steps", save_steps=2,
-        load_best_model_at_end=True, metric_for_best_model="eval_loss", greater_is_better=True,
+        load_best_model_at_end=True, metric_for_best_model="eval_falling", greater_is_better=True,
     )  # fmt: skip
+    falling = iter((3.0, 2.0, 1.0))
+    # SaRA freezes what has grown after 4 steps, which is then between the best checkpoint and the last
+    settings = {**MOVING.get(method, {}), **({"progressive": 4} if method == "sara" else {})}
     trainer = Trainer(
-        model=get_peft_model(llama(), config(method, **MOVING.get(method, {}))), args=args, train_dataset=data,
-        eval_dataset=data, data_collator=DataCollatorForLanguageModeling(tokenizer, mlm=False),
-        callbacks=[SparsityCallback()],
+        model=get_peft_model(llama(), config(method, **settings)), args=args, train_dataset=data, eval_dataset=data,
+        data_collator=DataCollatorForLanguageModeling(tokenizer, mlm=False), callbacks=[SparsityCallback()],
+        compute_metrics=lambda _: {"falling": next(falling)},
     )  # fmt: skip
     trainer.train()
     best = trainer.state.best_model_checkpoint
-    assert best.endswith("checkpoint-2"), "the loss falls, so the largest is the first"
+    assert best.endswith("checkpoint-2")
     assert torch.equal(logits(trainer.model), logits(PeftModel.from_pretrained(llama(), best)))
+    for name, tensor in load_file(f"{best}/adapter_model.safetensors").items():
+        assert torch.equal(get_peft_model_state_dict(trainer.model)[name], tensor), name
     last = PeftModel.from_pretrained(llama(), tmp_path / "checkpoint-6")
     assert not torch.equal(logits(trainer.model), logits(last))

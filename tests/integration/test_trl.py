@@ -10,7 +10,7 @@ import pytest
 import torch
 from datasets import Dataset
 from peft import PeftModel, get_peft_model
-from small import METHODS, MOVING, WORDS, config, llama, sequence_classifier
+from small import ALWAYS, METHODS, MOVING, ONE_OF_EACH_FAMILY, WORDS, config, llama, sequence_classifier
 
 from sparse_peft import SparsityCallback
 from sparse_peft.tuners.trained import TrainedState
@@ -100,14 +100,12 @@ def assert_structure_changed(method, policy, start, history):
         assert history and history[0].frozen > 0
 
 
-# DPO with every method, the others with a sparse and a low-rank one; the rest of them is slow.
-ALWAYS = ("sparse", "sora")
+# DPO with every method, the others with one of each family; the rest of them is slow.
 CASES = [
     pytest.param(loop, method, marks=() if loop == "dpo" or method in ALWAYS else pytest.mark.slow)
     for loop in LOOPS
     for method in METHODS
 ]
-EVERY_METHOD = [pytest.param(method, marks=() if method in ALWAYS else pytest.mark.slow) for method in METHODS]
 
 
 def log_of(trainer):
@@ -151,7 +149,7 @@ def test_the_reference_of_a_new_adapter_is_the_base(tokenizer, tmp_path, loop, m
         assert max(rewards) > 0 and len(set(rewards)) > 1, "the function judged different completions"
 
 
-@pytest.mark.parametrize("method", EVERY_METHOD)
+@pytest.mark.parametrize("method", ONE_OF_EACH_FAMILY)
 def test_reward_models(tokenizer, tmp_path, method):
     rows = [{side: f"{pair['prompt']} {pair[side]}" for side in ("chosen", "rejected")} for pair in PAIRS]
     args = trl.RewardConfig(
