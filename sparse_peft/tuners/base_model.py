@@ -15,6 +15,7 @@ from peft.utils import (
     get_quantization_kwargs,
     resolve_quantization_backend,
 )
+from peft.utils.constants import EMBEDDING_LAYER_NAMES
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
@@ -472,8 +473,31 @@ class BaseSparseModel(BaseTuner):
         return found
 
     @classmethod
+    def saves_base_weights(cls, config) -> bool:
+        """Whether the adapter's file has the whole model in it."""
+        return False
+
+    @staticmethod
+    def _check_no_base_weights(model: nn.Module, config, adapter_name: str, entries: dict[str, Tensor]) -> None:
+        """Refuse a file that would replace weights of the base: without the adapter the model must be the base.
+
+        What PEFT saves of the base, where asked to, is let pass: biases, embeddings, modules to save.
+        """
+        for name in model.state_dict():
+            parts = name.split(".")
+            is_own = adapter_name in parts or (parts[-1] == "bias" and config.bias != "none")
+            if name in entries and not is_own and not set(parts) & set(EMBEDDING_LAYER_NAMES):
+                raise ValueError(
+                    f"the adapter file has {name}, a weight of the base model, which such an adapter leaves as "
+                    f"it is (bias={config.bias!r}, modules_to_save={config.modules_to_save!r}); the file is damaged, "
+                    "or written to change the base unnoticed"
+                )
+
+    @classmethod
     def _remap_adapter_state_dict_for_load(cls, model, config, adapter_name, state_dict):
         entries = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
+        if not cls.saves_base_weights(config):
+            cls._check_no_base_weights(model, config, adapter_name, entries)
         for key, layer, delta in cls._named_deltas(model, adapter_name):
             parameters = {name: entries[f"{key}{name}"] for name in delta._parameters if f"{key}{name}" in entries}
             cls._fit(config, delta, parameters)

@@ -102,10 +102,13 @@ class SLTrainModel(SparseModel):
         return super().unload()
 
     @classmethod
+    def saves_base_weights(cls, config: SLTrainConfig) -> bool:
+        return config.mode == "pretrain"  # there is no base model to come back to: the file has all that trains
+
+    @classmethod
     def _get_adapter_state_dict(cls, model, config, adapter_name, state_dict, unwanted_adapter_names):
         entries = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
-        if config.mode == "pretrain":
-            # there is no base model to come back to: the file has everything that trains
+        if cls.saves_base_weights(config):
             unwanted = tuple(f".{name}" for name in unwanted_adapter_names)
             seen: set[tuple[int, int]] = set()
             for key, tensor in state_dict.items():
