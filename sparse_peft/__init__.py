@@ -3,11 +3,13 @@
 from .ops import panel_limit, use_backend
 from .registry import register_all
 from .tuners.base_model import base_weights
+from .tuners.card import guard_model_cards
 from .tuners.checkpoint import guard_adapter_writes
 from .tuners.selection import select_support
 
 register_all()
 guard_adapter_writes()
+guard_model_cards()
 
 from .training.adamw import SparseAdamW  # noqa: E402
 from .training.callback import SparsityCallback  # noqa: E402

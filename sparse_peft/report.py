@@ -127,7 +127,7 @@ def layer_paths(model: nn.Module, dtype: torch.dtype | None = None) -> list[Laye
         ...     print(path.layer, f"{path.density:.2%}", path.forward, path.gradient, path.why)
     """
     found = []
-    for layer in (module for module in model.modules() if isinstance(module, SparseTunerLayer)):
+    for layer in _layers_of(model):
         support = layer.active_support()
         if support is None:
             continue
@@ -272,22 +272,41 @@ def read_history(path: str | os.PathLike) -> list[Record]:
         raise ValueError(f"{path} is no history of a training ({error}); write it anew with write_history") from error
 
 
-def plot_report(model: nn.Module, history: Sequence[Record], folder: str | os.PathLike) -> list[Path]:
-    """``turnover.png`` and ``supports.png`` of one adapter's training, and the history beside them.
+def plot_report(
+    model: nn.Module, history: Sequence[Record], folder: str | os.PathLike, adapter: str | None = None
+) -> list[Path]:
+    """Draw what there is to see of one adapter's training, and keep the history beside it.
+
+    Args:
+        model: with the adapter; where its layers have positions, they are drawn as ``supports.png``.
+        history: of one adapter, as in ``SparsityController.history``; reselections are drawn as ``turnover.png``,
+            reports of ranks as ``ranks.png``. Empty for methods that change nothing during training.
+        folder: made if need be.
+        adapter: its name; the history's by default, or ``"default"``.
 
     Raises:
-        ValueError: an empty history, or one of several adapters.
+        ValueError: nothing to draw, or a history of several adapters.
         ImportError: matplotlib is not installed.
     """
+    adapter = adapter or next((record.adapter for record in history), "default")
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    turnover = plot_turnover(history, folder / "turnover.png")
-    supports = plot_supports(model, folder / "supports.png", history[0].adapter)
-    return [turnover, supports, write_history(history, folder)]
+    files = []
+    if any(isinstance(record, Reselection) for record in history):
+        files.append(plot_turnover(history, folder / "turnover.png"))
+    if any(isinstance(record, Ranks) for record in history):
+        files.append(plot_ranks(history, folder / "ranks.png"))
+    if not files or any(adapter in layer.deltas for layer in _layers_of(model)):
+        files.append(plot_supports(model, folder / "supports.png", adapter))
+    return [*files, write_history(history, folder)] if history else files
+
+
+def _layers_of(model: nn.Module) -> list[SparseTunerLayer]:
+    return [module for module in model.modules() if isinstance(module, SparseTunerLayer)]
 
 
 def _supports_of(model: nn.Module, adapter: str) -> dict[str, Support]:
-    layers = [module for module in model.modules() if isinstance(module, SparseTunerLayer)]
+    layers = _layers_of(model)
     found = {layer.name: layer.support(adapter) for layer in layers if adapter in layer.deltas}
     if not found:
         known = sorted({name for layer in layers for name in layer.deltas})

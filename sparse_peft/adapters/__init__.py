@@ -7,6 +7,7 @@ from .extract import EXTRACTION_CRITERIA, ExtractedLayer, Extraction, extract
 from .files import load_adapter, save_adapter
 from .lora import save_as_lora, save_lora_as_s2ft
 from .low_rank import LowRankExport, save_low_rank
+from .results import add_results
 from .soup import Soup, greedy_soup, soup
 
 __all__ = [
@@ -15,6 +16,7 @@ __all__ = [
     "Extraction",
     "LowRankExport",
     "Soup",
+    "add_results",
     "compose",
     "convert",
     "export",

@@ -14,13 +14,15 @@ from typing import Any
 from huggingface_hub import ModelCard, ModelCardData
 from peft import PeftConfig, get_peft_model_state_dict, inject_adapter_in_model, set_peft_model_state_dict
 from peft import __version__ as peft_version
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from ..tuners.base_model import BaseSparseModel, configs_of
-from ..tuners.checkpoint import FRAMEWORK_HEADING, TAG, check_adapter_file
+from ..tuners.card import FRAMEWORK_HEADING, TAG
+from ..tuners.checkpoint import CURE, check_adapter_file, check_adapter_name, read_config_file
 
 # What PeftModel's state dicts begin with, and so every adapter file.
 PREFIX = "base_model.model."
@@ -82,10 +84,14 @@ def read_adapter(folder: str | os.PathLike) -> tuple[PeftConfig, dict[str, Tenso
     Raises:
         ValueError: there is no adapter in it, or it is damaged.
     """
-    if not os.path.isfile(os.path.join(folder, CONFIG_NAME)):
+    config_path = os.path.join(folder, CONFIG_NAME)
+    if not os.path.isfile(config_path):
         raise ValueError(f"{os.fspath(folder)}: no {CONFIG_NAME} in it; the folder of an adapter is expected")
-    check_adapter_file(os.fspath(folder))
-    config = PeftConfig.from_pretrained(os.fspath(folder))
+    peft_type = read_config_file(config_path).get("peft_type")
+    if not isinstance(peft_type, str) or peft_type not in PEFT_TYPE_TO_CONFIG_MAPPING:
+        raise ValueError(f"{config_path}: peft_type={peft_type!r} is no method that is known here; {CURE}")
+    check_adapter_file(folder)
+    config = PEFT_TYPE_TO_CONFIG_MAPPING[peft_type].from_pretrained(os.fspath(folder))
     return config, read_tensors(os.path.join(folder, SAFETENSORS_WEIGHTS_NAME))
 
 
@@ -131,6 +137,7 @@ def load_adapter(
     Raises:
         ValueError: no adapter in the folder, a damaged one, or one for another base model.
     """
+    check_adapter_name(adapter_name)
     config, tensors = read_adapter(folder)
     config.inference_mode = not is_trainable
     if hasattr(model, "_hf_peft_config_loaded"):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import tempfile
 from dataclasses import dataclass, field
@@ -11,7 +10,10 @@ from typing import ClassVar
 from peft.config import PeftConfig
 from peft.utils import PeftType
 
-from .checkpoint import check_adapter_file, update_model_card
+from .card import complete_card, update_model_card
+from .checkpoint import check_adapter_file, read_config_file
+from .experts import CURE
+from .field_types import check_field_types
 
 SAVE_DTYPES = ("float32", "bfloat16", "float16")
 
@@ -90,10 +92,7 @@ class BaseSparseConfig(PeftConfig):
         if self.layers_pattern and self.layers_to_transform is None:
             raise ValueError("When `layers_pattern` is specified, `layers_to_transform` must also be specified.")
         if self.target_parameters:
-            raise ValueError(
-                f"target_parameters={self.target_parameters!r}: bare parameters, such as fused experts, cannot be "
-                "trained sparsely yet; name linear layers in target_modules"
-            )
+            raise ValueError(f"target_parameters={self.target_parameters!r}: {CURE}")
         biases = ("none", "all", f"{self.method.lower()}_only")
         if self.bias not in biases:
             raise ValueError(f"bias={self.bias!r}: choose one of {', '.join(map(repr, biases))}")
@@ -134,6 +133,11 @@ class BaseSparseConfig(PeftConfig):
                 os.replace(os.path.join(staging, name), os.path.join(save_directory, name))
         update_model_card(save_directory)
 
+    def _upload_modified_files(self, working_dir: str, *args, **kwargs):
+        # push_to_hub of a config alone: transformers has put its own card beside it
+        complete_card(working_dir, set(), self.base_model_name_or_path)
+        return super()._upload_modified_files(working_dir, *args, **kwargs)
+
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs):
         """As PEFT's; a local adapter file is checked for truncation before anything is built from it.
@@ -146,14 +150,12 @@ class BaseSparseConfig(PeftConfig):
 
     @classmethod
     def from_json_file(cls, path_json_file: str, **kwargs):
-        """As PEFT's; a file that is not JSON names itself in the error.
+        """As PEFT's; a file that is damaged, or written to do damage, is refused and names itself.
 
         Raises:
-            ValueError: the file is no valid JSON.
+            ValueError: the file is no JSON object.
+            TypeError: a field of another type.
         """
-        try:
-            return super().from_json_file(path_json_file, **kwargs)
-        except json.JSONDecodeError as error:
-            raise ValueError(
-                f"{path_json_file} is not valid JSON ({error}); the adapter is damaged: copy or download it again"
-            ) from error
+        content = read_config_file(path_json_file)
+        check_field_types(cls, content, os.fspath(path_json_file))
+        return super().from_json_file(path_json_file, **kwargs)

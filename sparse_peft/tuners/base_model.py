@@ -15,6 +15,7 @@ from peft.utils import (
     get_quantization_kwargs,
     resolve_quantization_backend,
 )
+from peft.utils.constants import EMBEDDING_LAYER_NAMES
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
@@ -22,8 +23,10 @@ from transformers.pytorch_utils import Conv1D
 from ..ops import Combination, is_convolution, kernel_backend
 from ..support import Support
 from .base_layer import SparseTunerLayer
-from .checkpoint import TAG, check_values
+from .card import TAG
+from .checkpoint import check_adapter_name, check_values
 from .delta import SparseDelta
+from .experts import CURE, bare_weights, check_bare_weights
 from .residency import hold_layers, release_layers
 from .selection import SupportRecipe
 from .trained import TrainedState
@@ -210,6 +213,7 @@ class BaseSparseModel(BaseTuner):
         return super()._prepare_adapter_config(peft_config, {"model_type": kind})
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        check_adapter_name(adapter_name)
         self._injection = (adapter_name, kwargs.get("state_dict"))
         self._plans: dict[str, Plan] = {}
         try:
@@ -221,6 +225,7 @@ class BaseSparseModel(BaseTuner):
         # budgets are shared between layers, so all of them are planned before PEFT creates the first
         adapter_name, state_dict = self._injection
         targets = self.find_targets(peft_config, model, state_dict)
+        check_bare_weights(peft_config, model, bool(targets))
         self.check_targets(model, targets)
         self.release()
         if targets:
@@ -271,10 +276,11 @@ class BaseSparseModel(BaseTuner):
             backend = resolve_quantization_backend(base, **kwargs)
             weight = getattr(base, "weight", None)
             if backend is None and not isinstance(base, (nn.Linear, Conv1D)) and not is_convolution(base):
+                fused = f"Its weights are {CURE}. " if bare_weights(base) else ""
                 raise TypeError(
-                    f"Target module {name} of type {type(base).__name__} is not supported. {cls.__name__} trains "
-                    "`torch.nn.Linear`, `Conv1d`, `Conv2d`, `Conv3d`, transformers' `Conv1D` and the quantised linear "
-                    "layers that PEFT has a backend for; name other target_modules, or leave this one out with "
+                    f"Target module {name} of type {type(base).__name__} is not supported. {fused}{cls.__name__} "
+                    "trains `torch.nn.Linear`, `Conv1d`, `Conv2d`, `Conv3d`, transformers' `Conv1D` and the quantised "
+                    "linear layers that PEFT has a backend for; name other target_modules, or leave this one out with "
                     "exclude_modules."
                 )
             if backend is None and isinstance(weight, Tensor) and not weight.is_floating_point():
@@ -521,8 +527,31 @@ class BaseSparseModel(BaseTuner):
         return found
 
     @classmethod
+    def saves_base_weights(cls, config) -> bool:
+        """Whether the adapter's file has the whole model in it."""
+        return False
+
+    @staticmethod
+    def _check_no_base_weights(model: nn.Module, config, adapter_name: str, entries: dict[str, Tensor]) -> None:
+        """Refuse a file that would replace weights of the base: without the adapter the model must be the base.
+
+        What PEFT saves of the base, where asked to, is let pass: biases, embeddings, modules to save.
+        """
+        for name in model.state_dict():
+            parts = name.split(".")
+            is_own = adapter_name in parts or (parts[-1] == "bias" and config.bias != "none")
+            if name in entries and not is_own and not set(parts) & set(EMBEDDING_LAYER_NAMES):
+                raise ValueError(
+                    f"the adapter file has {name}, a weight of the base model, which such an adapter leaves as "
+                    f"it is (bias={config.bias!r}, modules_to_save={config.modules_to_save!r}); the file is damaged, "
+                    "or written to change the base unnoticed"
+                )
+
+    @classmethod
     def _remap_adapter_state_dict_for_load(cls, model, config, adapter_name, state_dict):
         entries = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
+        if not cls.saves_base_weights(config):
+            cls._check_no_base_weights(model, config, adapter_name, entries)
         for key, layer, delta in cls._named_deltas(model, adapter_name):
             parameters = {name: entries[f"{key}{name}"] for name in delta._parameters if f"{key}{name}" in entries}
             cls._fit(config, delta, parameters)

@@ -1,60 +1,66 @@
-"""Adapter files: written whole or not at all, checked before they are loaded, with a card that explains itself."""
+"""Adapter files: written whole or not at all, and checked before they are loaded."""
 
 from __future__ import annotations
 
 import json
 import os
 import tempfile
-from pathlib import Path
+from typing import Any
 
 import peft.peft_model
 import torch
-from huggingface_hub import ModelCard
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ..support import check_indices
 
-TAG = "sparse-peft"
-CARD_HEADING = "## How to load this adapter"
-CARD_PARAGRAPH = f"""{CARD_HEADING}
-
-This is a sparse adapter for [PEFT](https://github.com/huggingface/peft), trained with the plugin `sparse_peft`.
-Install the plugin and import it before the adapter is loaded; the import registers the method with PEFT:
-
-```bash
-pip install sparse-peft
-```
-
-```python
-import sparse_peft
-from peft import PeftModel
-
-model = PeftModel.from_pretrained(base_model, "<this adapter>")
-```
-"""
-FRAMEWORK_HEADING = "### Framework versions"
+CURE = "the adapter is damaged: save, copy or download it again"
+# Limits that no honest file comes near: safetensors' own, and a config with a number for each of 100,000 layers.
+MOST_HEADER_BYTES = 100_000_000
+MOST_CONFIG_BYTES = 2**25
+VALUE_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
-def update_model_card(directory: str) -> None:
-    """Add the paragraph on installing and importing the plugin to the card PEFT wrote, once.
+def check_adapter_name(name: object) -> None:
+    """Refuse names that cannot be part of a parameter's name and the name of a folder.
 
-    PEFT writes one card, into the folder given to ``save_pretrained``; adapters other than ``default`` lie in a folder
-    below it. A README that is no PEFT card is left alone.
+    Raises:
+        TypeError: no str.
+        ValueError: empty, or with a dot, a separator of paths, or a character that cannot be printed.
     """
-    for folder in (Path(directory), Path(directory).parent):
-        path = folder / "README.md"
-        if path.is_file():
-            card = ModelCard.load(path, ignore_metadata_errors=True)
-            if card.data.library_name == "peft" and CARD_HEADING not in card.text:
-                head, heading, tail = card.text.partition(FRAMEWORK_HEADING)
-                card.text = f"{head.rstrip()}\n\n{CARD_PARAGRAPH}\n{heading}{tail}"
-                card.save(path)
-            return
+    if not isinstance(name, str):
+        raise TypeError(f"adapter_name={name!r}: a str is expected")
+    if not name or not name.isprintable() or any(character in name for character in "./\\:"):
+        raise ValueError(
+            f"adapter_name={name!r}: a name is expected that can be a folder's and a module's, such as 'style_2': not "
+            "empty, without dots, slashes, backslashes, colons and control characters"
+        )
 
 
-def check_adapter_file(directory: str) -> None:
-    """Check that the adapter's safetensors file in ``directory``, if there is one, is complete.
+def read_config_file(path: str | os.PathLike) -> dict[str, Any]:
+    """The JSON object in an ``adapter_config.json``.
+
+    Raises:
+        ValueError: the file is no JSON object, or larger than any adapter's config.
+    """
+    size = os.path.getsize(path)
+    if size > MOST_CONFIG_BYTES:
+        raise ValueError(f"{path}: {size} bytes, where an adapter's config has at most {MOST_CONFIG_BYTES}; {CURE}")
+    try:
+        with open(path, encoding="utf-8") as file:
+            content = json.load(file)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is not valid JSON ({error}); {CURE}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} holds a {type(content).__name__} where an adapter's config is an object; {CURE}")
+    return content
+
+
+def check_adapter_file(directory: str | os.PathLike) -> None:
+    """Check that the adapter's safetensors file in ``directory``, if there is one, is complete and can be read.
+
+    Nothing of it is loaded; memory is needed for the header alone.
 
     Raises:
         ValueError: the file is shorter than its header says, or has no valid header.
@@ -62,20 +68,39 @@ def check_adapter_file(directory: str) -> None:
     path = os.path.join(directory, SAFETENSORS_WEIGHTS_NAME)
     if not os.path.isfile(path):
         return
-    cure = "the adapter is damaged: save, copy or download it again"
     size = os.path.getsize(path)
     with open(path, "rb") as file:
         header_size = int.from_bytes(file.read(8), "little")
         if size < 8 or header_size > size - 8:
-            raise ValueError(f"{path}: {size} bytes, too short for a safetensors header; {cure}")
+            raise ValueError(f"{path}: {size} bytes, too short for a safetensors header; {CURE}")
+        if header_size > MOST_HEADER_BYTES:
+            raise ValueError(f"{path}: a header of {header_size} bytes, no valid safetensors header; {CURE}")
         try:
             header = json.loads(file.read(header_size))
-            data_size = max((t["data_offsets"][1] for k, t in header.items() if k != "__metadata__"), default=0)
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f"{path}: no valid safetensors header ({error}); {cure}") from error
-    expected = 8 + header_size + data_size
+            ends = [t["data_offsets"][1] for k, t in header.items() if k != "__metadata__"]
+            expected = 8 + header_size + max(ends, default=0)
+        except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+            raise ValueError(f"{path}: no valid safetensors header ({error}); {CURE}") from error
     if size != expected:
-        raise ValueError(f"{path}: {size} bytes where its header announces {expected}; {cure}")
+        raise ValueError(f"{path}: {size} bytes where its header announces {expected}; {CURE}")
+    try:
+        with safe_open(path, "pt"):
+            pass
+    except SafetensorError as error:
+        raise ValueError(f"{path}: no valid safetensors header ({error}); {CURE}") from error
+
+
+def check_dtype(tensor: Tensor, what: str, layer: str) -> None:
+    """Refuse what is no float of 16 bits or more.
+
+    Raises:
+        ValueError: names the layer and the dtype.
+    """
+    if tensor.dtype not in VALUE_DTYPES:
+        raise ValueError(
+            f"layer {layer}: {what} of dtype {tensor.dtype} in the adapter file; floats of 16, 32 or 64 bits are "
+            f"expected; {CURE}"
+        )
 
 
 def check_values(values: Tensor, layer: str, action: str) -> None:
@@ -117,8 +142,7 @@ def check_loaded_entries(layer: str, values: Tensor, indices: Tensor, shape: tup
             "load it with the adapter_config.json it was saved with (PeftModel.from_pretrained), "
             "or into a model whose adapter has the same budget"
         )
-    if not values.is_floating_point():
-        raise ValueError(f"layer {layer}: values of dtype {values.dtype} in the adapter file; floats are expected")
+    check_dtype(values, "values", layer)
     check_indices(indices, shape, layer)
     check_values(values, layer, "load")
 

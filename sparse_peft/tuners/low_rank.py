@@ -13,6 +13,8 @@ from .base_model import base_of
 from .trained import TrainedState
 from .tuner_layer import TunerLayer
 
+ALWAYS_POSSIBLE = 64
+
 
 class LowRankState(TrainedState):
     """``scale * B @ A`` is added to the weight, seen as a map from inputs to outputs.
@@ -88,3 +90,16 @@ def check_groups(targets: dict[str, nn.Module]) -> None:
                 f"Target module {name}: a convolution of {base.groups} groups has no low-rank form; leave it out with "
                 "exclude_modules"
             )
+
+
+def check_rank(name: str, rank: int, shape: tuple[int, int], field: str) -> None:
+    """Refuse ranks that no product of the weight's shape can have; small ones are let pass on layers of any size.
+
+    Raises:
+        ValueError: names the field, the layer and the most that is possible.
+    """
+    most = max(ALWAYS_POSSIBLE, min(shape))
+    if not 0 <= rank <= most:
+        raise ValueError(
+            f"{field}: a rank of {rank} for layer {name} of {shape[0]} x {shape[1]} weights; 0 to {most} are possible"
+        )

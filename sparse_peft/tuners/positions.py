@@ -45,6 +45,8 @@ def unpack(tensors: dict[str, Tensor], shape: tuple[int, int], layer: str) -> Te
     if not {"cols", "row_counts"} <= set(tensors):
         return None
     rows, cols = shape
+    for name in ("cols", "row_counts"):
+        _check_unsigned(tensors[name], name, cols, layer)
     counts, columns = tensors["row_counts"].long(), tensors["cols"].long()
     if counts.shape != (rows,) or columns.ndim != 1 or int(counts.sum()) != columns.numel():
         raise ValueError(
@@ -59,3 +61,17 @@ def unpack(tensors: dict[str, Tensor], shape: tuple[int, int], layer: str) -> Te
         )
     row = torch.arange(rows, device=counts.device).repeat_interleave(counts)
     return (row * cols + columns).to(index_dtype(shape))
+
+
+def _check_unsigned(tensor: Tensor, name: str, cols: int, layer: str) -> None:
+    """Refuse numbers that repeating rows by them would not survive; sums of large ones wrap around."""
+    if tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool:
+        raise ValueError(f"layer {layer}: {name} of dtype {tensor.dtype} in the adapter file; integers are expected")
+    if tensor.numel() == 0:
+        return
+    low, high = (int(bound) for bound in tensor.long().aminmax())
+    if low < 0 or (name == "row_counts" and high > cols):
+        raise ValueError(
+            f"layer {layer}: {name} contain {low if low < 0 else high}, but a row of the weight has {cols} columns; "
+            "the adapter was made for a weight of another shape, or its file is damaged"
+        )

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..ops import Combination
-from .checkpoint import check_values
+from .checkpoint import check_dtype, check_values
 
 
 class TrainedState(nn.Module):
@@ -114,7 +114,8 @@ class TrainedState(nn.Module):
         return {}
 
     def _check_parameter(self, name: str, tensor: Tensor, shape: torch.Size) -> None:
-        if tensor.shape != shape or not tensor.is_floating_point():
+        check_dtype(tensor, name, self.name)
+        if tensor.shape != shape:
             raise ValueError(
                 f"layer {self.name}: {name} is {tensor.dtype} of shape {tuple(tensor.shape)} in the adapter file, "
                 f"where this model's adapter has floats of shape {tuple(shape)}; load it with the adapter_config.json "

@@ -1,5 +1,6 @@
 """A random language model of a few thousand parameters, its tokenizer and some text."""
 
+import pytest
 import torch
 from datasets import Dataset
 from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification, PreTrainedTokenizerFast
@@ -50,6 +51,18 @@ METHODS = {
     "sora": (SoRAConfig, {"r": 4, "target_modules": "all-linear", "penalty": 1.0, "report_every": 2}),
     "sltrain": (SLTrainConfig, {"r": 4, "density": 0.1, "target_modules": "all-linear"}),
 }
+
+# What of a method changes during training besides its values, soon and often; the others change nothing.
+MOVING = {
+    "sparse": {"selection": "accumulated_gradient", "reselect_every": 2, "accumulate": 1, "replace_rate": 0.5},
+    "sara": {"progressive": 2},
+    "sora": {"penalty": 4.0, "prox_start": 0},
+    "sltrain": {"selection": "rigl", "reselect_every": 2, "accumulate": 1},
+}
+
+# Where one of each family will do for every run of the tests, the others are slow.
+ALWAYS = ("sparse", "sora")
+ONE_OF_EACH_FAMILY = [pytest.param(m, marks=() if m in ALWAYS else pytest.mark.slow) for m in METHODS]
 
 
 def config(method="sparse", **kwargs):

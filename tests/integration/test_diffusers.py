@@ -1,4 +1,4 @@
-"""SaRA and S2FT in diffusers: a small random UNet, and the DreamBooth example on a small random pipeline."""
+"""diffusers: a small random UNet, transformers with every method, and the DreamBooth example on a small pipeline."""
 
 import copy
 import json
@@ -7,16 +7,25 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
-from peft import PeftModel
+from diffusers import (
+    AutoencoderKL,
+    DDIMScheduler,
+    DiTTransformer2DModel,
+    SD3Transformer2DModel,
+    StableDiffusionPipeline,
+    UNet2DConditionModel,
+)
+from peft import PeftModel, inject_adapter_in_model
 from PIL import Image
+from small import METHODS, MOVING, ONE_OF_EACH_FAMILY
 from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 from typer.testing import CliRunner
 
-from sparse_peft import S2FTConfig, SaRAConfig, SparsityController
+from sparse_peft import SaRAConfig, SparsityController
 from sparse_peft.adapters import load_adapter, save_adapter
 from sparse_peft.tuners.base_layer import SparseTunerLayer
+from sparse_peft.tuners.tuner_layer import TunerLayer
 
 WIDTH = 16
 
@@ -93,10 +102,13 @@ def test_gradients_are_the_dense_ones():
             torch.testing.assert_close(found, wanted, rtol=1e-3, atol=1e-7, msg=name)
 
 
+UNET_TARGETS = {"target_modules": ["to_q", "to_out.0", "ff.net.2", "conv1"]}
+
+
 @pytest.mark.parametrize("config", [
     SaRAConfig(density=0.05, progressive=None, nuclear_weight=0, init_weights=False),
-    S2FTConfig(ratio=0.1, target_modules=["to_q", "to_out.0", "ff.net.2", "conv1"], init_weights=False),
-], ids=["sara", "s2ft"])  # fmt: skip
+    *(METHODS[m][0](**{**METHODS[m][1], **UNET_TARGETS, "init_weights": False}) for m in ("s2ft", "sora")),
+], ids=["sara", "s2ft", "sora"])  # fmt: skip
 def test_files_of_injected_adapters(tmp_path, config):
     unet = small_unet()
     unet.add_adapter(config)
@@ -116,6 +128,73 @@ def test_files_of_injected_adapters(tmp_path, config):
     merged = wrapped.merge_and_unload()
     assert isinstance(merged, UNet2DConditionModel)
     torch.testing.assert_close(merged(*inputs()).sample, expected)
+
+
+TRANSFORMERS = {
+    "dit": (
+        DiTTransformer2DModel,
+        {"num_attention_heads": 2, "attention_head_dim": 8, "in_channels": 4, "out_channels": 4, "num_layers": 2,
+         "norm_num_groups": 4, "sample_size": 8, "patch_size": 2, "num_embeds_ada_norm": 10},
+        lambda: {"hidden_states": torch.ones(2, 4, 8, 8), "timestep": torch.tensor([3, 500]),
+                 "class_labels": torch.tensor([1, 2])},
+    ),
+    "sd3": (
+        SD3Transformer2DModel,
+        {"sample_size": 8, "patch_size": 2, "in_channels": 4, "num_layers": 2, "attention_head_dim": 8,
+         "num_attention_heads": 2, "joint_attention_dim": 16, "caption_projection_dim": 16,
+         "pooled_projection_dim": 12, "out_channels": 4},
+        lambda: {"hidden_states": torch.ones(2, 4, 8, 8), "timestep": torch.tensor([3, 500]),
+                 "encoder_hidden_states": torch.ones(2, 5, 16), "pooled_projections": torch.ones(2, 12)},
+    ),
+}  # fmt: skip
+
+
+def transformer(kind):
+    torch.manual_seed(0)
+    cls, fields, _ = TRANSFORMERS[kind]
+    return cls(**fields).requires_grad_(False)
+
+
+@pytest.mark.parametrize("kind", TRANSFORMERS)
+@pytest.mark.parametrize("method", ONE_OF_EACH_FAMILY)
+def test_transformers_train_and_their_files_come_back(tmp_path, kind, method):
+    given = TRANSFORMERS[kind][2]()
+    model = transformer(kind)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    expected = model(**given).sample
+    config_cls, fields = METHODS[method]
+    targets = {"target_modules": ["to_q", "to_v", "to_out.0", "net.2"]}
+    config = config_cls(**{**fields, **MOVING.get(method, {}), **targets})
+    if hasattr(model, "add_adapter"):
+        model.add_adapter(config)
+    else:  # DiT has none of diffusers' adapter methods
+        inject_adapter_in_model(config, model)
+    assert torch.equal(model(**given).sample, expected)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2, weight_decay=0)
+    controller = SparsityController(model, optimizer, total_steps=5)
+    losses = []
+    for _ in range(5):
+        loss = F.mse_loss(model(**given).sample, torch.ones_like(expected))
+        loss.backward()
+        optimizer.step()
+        controller.step()
+        optimizer.zero_grad()
+        losses.append(float(loss.detach()))
+    assert losses[-1] < losses[0] and bool(controller.history) == (method in MOVING)
+    controller.close()
+    with torch.no_grad():
+        wanted = model(**given).sample
+        save_adapter(model, tmp_path)
+        again = transformer(kind)
+        load_adapter(again, tmp_path, "style")
+        assert torch.equal(again(**given).sample, wanted)
+        assert torch.equal(PeftModel.from_pretrained(transformer(kind), tmp_path)(**given).sample, wanted)
+        layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, TunerLayer)}
+        for layer in layers.values():
+            layer.enable_adapters(False)
+        assert torch.equal(model(**given).sample, expected)
+    for name, layer in layers.items():
+        assert torch.equal(layer.get_base_layer().weight, before[f"{name}.weight"]), name
 
 
 def test_files_that_do_not_fit(tmp_path):

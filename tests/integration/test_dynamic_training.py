@@ -5,10 +5,9 @@ import warnings
 
 import pytest
 import torch
-from datasets import Dataset
 from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file
-from small import bnb_optimizers_run, config, llama, sequence_classifier, text
+from small import bnb_optimizers_run, config, llama, text
 from transformers import (
     DataCollatorForLanguageModeling,
     EarlyStoppingCallback,
@@ -22,8 +21,6 @@ from sparse_peft.tuners.base_layer import SparseTunerLayer
 from sparse_peft.tuners.positions import pack
 
 trl = pytest.importorskip("trl")
-
-PAIRS = [{"prompt": "the quick", "chosen": "brown fox jumps", "rejected": "lazy dog runs"}] * 8
 
 
 def dynamic(selection="accumulated_gradient", **fields):
@@ -215,42 +212,3 @@ def test_sft_without_the_callback_says_what_is_missing(tokenizer, tmp_path):
         warnings.simplefilter("always")
         trainer.train()
     assert sum("SparsityCallback()" in str(w.message) for w in caught) == 1
-
-
-@pytest.mark.parametrize("reference", ["base", "adapter"])
-def test_dpo_keeps_its_reference_through_a_reselection(tokenizer, tmp_path, reference):
-    model, extra = llama(), {"peft_config": dynamic()}
-    if reference == "adapter":
-        model, extra = get_peft_model(llama(), dynamic(init_weights=False)), {}
-    with torch.no_grad():
-        ids = torch.randint(0, 20, (2, 5))
-        start = model.eval()(ids).logits
-        model.train()
-    trainer = trl.DPOTrainer(
-        model=model, args=arguments(tmp_path, trl.DPOConfig, bf16=False, max_length=16, max_steps=7),
-        train_dataset=Dataset.from_list(PAIRS), processing_class=tokenizer, callbacks=[SparsityCallback()], **extra,
-    )  # fmt: skip
-    trainer.train()
-    assert sum(record.replaced for record in callback_of(trainer).history) > 0
-    policy = trainer.model.eval()
-    with torch.no_grad():
-        assert not torch.equal(policy(ids).logits, start)
-        if reference == "base":
-            with policy.disable_adapter():
-                assert torch.equal(policy(ids).logits, start)
-        else:
-            policy.set_adapter("ref")
-            assert torch.equal(policy(ids).logits, start)
-
-
-def test_reward_training(tokenizer, tmp_path):
-    rows = [{side: f"{pair['prompt']} {pair[side]}" for side in ("chosen", "rejected")} for pair in PAIRS]
-    args = arguments(tmp_path, trl.RewardConfig, bf16=False, max_length=16, max_steps=4)
-    peft_config = dynamic(task_type="SEQ_CLS", modules_to_save=["score"], target_modules=["q_proj", "down_proj"])
-    trainer = trl.RewardTrainer(
-        model=sequence_classifier(), args=args,
-        train_dataset=Dataset.from_list(rows), processing_class=tokenizer, peft_config=peft_config,
-        callbacks=[SparsityCallback()],
-    )  # fmt: skip
-    trainer.train()
-    assert callback_of(trainer).history[0].replaced > 0

@@ -1,10 +1,9 @@
-"""Training with transformers' Trainer and TRL on small random models."""
+"""Training with transformers' Trainer and TRL's SFTTrainer on small random models; TRL's others: test_trl.py."""
 
 import copy
 
 import pytest
 import torch
-from datasets import Dataset
 from peft import PeftModel, get_peft_model
 from small import METHODS, config, llama, text
 from transformers import DataCollatorForLanguageModeling, Trainer, TrainingArguments
@@ -86,54 +85,6 @@ def test_trainer_resume_equals_the_uninterrupted_run(tokenizer, tmp_path, method
     )  # this model drew other positions: the checkpoint's are the ones that count
     for (name, a), (_, b) in zip(whole.state_dict().items(), resumed.state_dict().items()):
         assert torch.equal(a, b), name
-
-
-def test_dpo_with_the_base_as_reference(tokenizer, tmp_path):
-    rows = [{"prompt": "the quick", "chosen": "brown fox jumps", "rejected": "lazy dog runs"}] * 8
-    args = trl.DPOConfig(
-        output_dir=tmp_path, max_steps=4, per_device_train_batch_size=2, learning_rate=0.05, report_to=[],
-        logging_steps=1, use_cpu=True, disable_tqdm=True, bf16=False, max_length=16,
-    )  # fmt: skip
-    trainer = trl.DPOTrainer(
-        model=llama(),
-        args=args,
-        train_dataset=Dataset.from_list(rows),
-        processing_class=tokenizer,
-        peft_config=config(),
-    )
-    trainer.train()
-    log = [row for row in trainer.state.log_history if "rewards/margins" in row]
-    # at the first step policy and reference are the same model
-    assert log[0]["rewards/margins"] == pytest.approx(0, abs=1e-6)
-    assert log[-1]["rewards/margins"] > 0.01
-    base_is_untouched(trainer.model)
-
-
-@pytest.mark.parametrize("method", METHODS)
-def test_dpo_with_a_trained_adapter_as_reference(tokenizer, tmp_path, method):
-    rows = [{"prompt": "the quick", "chosen": "brown fox jumps", "rejected": "lazy dog runs"}] * 8
-    policy = get_peft_model(llama(), config(method, init_weights=False))
-    started = values(policy)
-    args = trl.DPOConfig(
-        output_dir=tmp_path, max_steps=2, per_device_train_batch_size=2, learning_rate=0.05, report_to=[],
-        logging_steps=1, use_cpu=True, disable_tqdm=True, bf16=False, max_length=16,
-    )  # fmt: skip
-    trainer = trl.DPOTrainer(
-        model=policy,
-        args=args,
-        train_dataset=Dataset.from_list(rows),
-        processing_class=tokenizer,
-        callbacks=[SparsityCallback()],
-    )
-    trainer.train()
-    log = [row for row in trainer.state.log_history if "rewards/margins" in row]
-    assert log[0]["rewards/margins"] == pytest.approx(0, abs=1e-5)
-    compared = []
-    for name, parameter in trainer.model.named_parameters():
-        if "_adapter.ref." in name:
-            assert torch.equal(parameter, started[name.replace(".ref.", ".default.")]), name
-            compared.append(name)
-    assert len(compared) == len(started)
 
 
 def test_accelerate_state_and_compiled_training(tmp_path, tokenizer):

@@ -5,7 +5,7 @@ import torch
 from helpers import TwoLayers, adapted, assert_base_untouched, layers_of
 from peft import get_peft_model
 
-from sparse_peft import SLTrainConfig, SoRAConfig, SparseConfig
+from sparse_peft import S2FTConfig, SaRAConfig, SLTrainConfig, SoRAConfig, SparseConfig
 
 
 @pytest.fixture(autouse=True)
@@ -82,13 +82,16 @@ def test_loading_positions_is_seen_by_a_graph():
 @pytest.mark.parametrize(
     "config, whole",
     [
+        (S2FTConfig(ratio=0.3), True),
+        (S2FTConfig(ratio=0.3, side="out"), True),
+        (SaRAConfig(density=0.2, progressive=None, nuclear_weight=0.0), True),
         (SoRAConfig(r=3), True),
         (SLTrainConfig(r=3, density=0.1), True),
         (SLTrainConfig(mode="pretrain", r=3, density=0.1), False),
     ],
-    ids=["sora", "sltrain", "sltrain from scratch"],
+    ids=["s2ft, inputs", "s2ft, outputs", "sara", "sora", "sltrain", "sltrain from scratch"],
 )
-def test_low_rank_in_a_graph(config, whole):
+def test_other_methods_in_a_graph(config, whole):
     config.target_modules, config.init_weights = ["first", "second"], False
     model = get_peft_model(TwoLayers(), config)
     x = torch.randn(4, 17)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ...ops import Combination
 from ...support import ChannelSupport, Support
-from ..checkpoint import check_values
+from ..checkpoint import check_dtype, check_values
 from ..delta import UNSET, Delta
 
 BUFFERS = ("rows", "columns")
@@ -85,8 +85,7 @@ class ChannelDelta(Delta):
                 f"values, where this model's adapter has {(self.count,)} and {tuple(self.values.shape)}; load it with "
                 "the adapter_config.json it was saved with, on the base model it was made for"
             )
-        if not values.is_floating_point():
-            raise ValueError(f"layer {self.name}: values of dtype {values.dtype} in the adapter file; floats expected")
+        check_dtype(values, "values", self.name)
         ChannelSupport(self.shape, self.dim, channels, self.width, name=self.name)  # refuses what does not fit
         check_values(values, self.name, "load")
         return {own: channels.to(torch.int32)}

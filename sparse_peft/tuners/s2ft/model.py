@@ -93,6 +93,12 @@ class S2FTModel(BaseSparseModel):
             counts = {name: config.num_channels[name] for name in targets}
         else:
             _not_chosen(next(iter(targets)), config.selection)
+        for name, count in counts.items():
+            if not 0 <= count <= sides[name].size:
+                raise ValueError(
+                    f"num_channels: {count} channels for layer {name}, which has {sides[name].size} on the side that "
+                    "trains; load the adapter on the base model it was made for"
+                )
         config.num_channels = counts
         config.sides = {name: "in" if side.is_input else "out" for name, side in sides.items()}
         config.weight_shapes = {name: list(side.shape) for name, side in sides.items()}

@@ -9,8 +9,8 @@ from typing import Any
 from torch import nn
 from torch.nn.functional import pad
 
-from ..base_model import LayerPlan, base_of, in_dim_of
-from ..low_rank import check_groups, factor_sizes
+from ..base_model import LayerPlan, base_of, in_dim_of, stored_shape
+from ..low_rank import check_groups, check_rank, factor_sizes
 from ..sparse.model import SparseModel
 from ..weighted import Tensors
 from .config import SLTrainConfig
@@ -77,6 +77,7 @@ class SLTrainModel(SparseModel):
                     "in the place of plain `torch.nn.Linear` layers; leave this one out with exclude_modules, or use "
                     "mode='finetune'"
                 )
+            check_rank(name, config.r, stored_shape(module), "r")
         plans = super().plan_layers(config, targets, adapter_name, file_entries)
         sizes = {name: factor_sizes(plans[name].shape, in_dim_of(module)) for name, module in targets.items()}
         return {name: SLTrainPlan(plans[name], sizes[name], config) for name in targets}
@@ -114,10 +115,13 @@ class SLTrainModel(SparseModel):
         return super().unload()
 
     @classmethod
+    def saves_base_weights(cls, config: SLTrainConfig) -> bool:
+        return config.mode == "pretrain"  # there is no base model to come back to: the file has all that trains
+
+    @classmethod
     def _get_adapter_state_dict(cls, model, config, adapter_name, state_dict, unwanted_adapter_names):
         entries = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
-        if config.mode == "pretrain":
-            # there is no base model to come back to: the file has everything that trains
+        if cls.saves_base_weights(config):
             unwanted = tuple(f".{name}" for name in unwanted_adapter_names)
             seen: set[tuple[int, int]] = set()
             for key, tensor in state_dict.items():

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ...support import matches_layer
 from ..base_model import BaseSparseModel, in_dim_of, stored_shape
-from ..low_rank import check_groups, factor_sizes
+from ..low_rank import check_groups, check_rank, factor_sizes
 from ..weighted import Tensors
 from .config import SoRAConfig
 from .layer import SoRALinear
@@ -78,6 +78,8 @@ class SoRAModel(BaseSparseModel):
         else:
             ranks = {name: self._rank(config, name) for name in targets}
         self._check_shapes(config, shapes)
+        for name, rank in ranks.items():
+            check_rank(name, rank, shapes[name], "ranks")
         config.ranks = ranks
         config.weight_shapes = {name: list(shape) for name, shape in shapes.items()}
         if (config.target_of(sum(ranks.values())) or 0) > sum(ranks.values()):

@@ -1,0 +1,129 @@
+"""What an adapter was measured to do, and plots of it, in its folder and card: before it is pushed to the Hub."""
+
+from __future__ import annotations
+
+import math
+import os
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from huggingface_hub import EvalResult
+from peft import PeftConfig
+
+from ..tuners.card import complete_card, insert_section, read_card, write_card
+
+HEADING = "## Results"
+# The Hub's names of what PEFT's task types are for.
+TASKS = {
+    "CAUSAL_LM": "text-generation",
+    "SEQ_CLS": "text-classification",
+    "SEQ_2_SEQ_LM": "text2text-generation",
+    "TOKEN_CLS": "token-classification",
+    "QUESTION_ANS": "question-answering",
+    "FEATURE_EXTRACTION": "feature-extraction",
+}
+CAPTIONS = {
+    "supports.png": "Where the trained entries are",
+    "turnover.png": "What each reselection replaced",
+    "ranks.png": "How many ranks were left",
+}
+
+
+def add_results(
+    folder: str | os.PathLike,
+    metrics: Mapping[str, float],
+    *,
+    dataset: str,
+    split: str | None = None,
+    task: str | None = None,
+    plots: Sequence[str | os.PathLike] = (),
+) -> Path:
+    """Put metrics and plots into an adapter's folder and its card, which PEFT's saving and pushing then keep.
+
+    The metrics become the card's ``model-index``, which the Hub shows and searches, and a table. Metrics of the same
+    name on the same data are replaced, others stay.
+
+    Args:
+        folder: of an adapter, as ``save_pretrained`` or :func:`~sparse_peft.adapters.save_adapter` wrote it.
+        metrics: ``{name: value}``, such as ``trainer.evaluate()`` returns.
+        dataset: the Hub's name of the data they were measured on, or any name.
+        split: of the data.
+        task: the Hub's name of the task; from the adapter's config by default.
+        plots: image files to show, such as :func:`sparse_peft.report.plot_report` makes; copied into the folder if
+            they lie elsewhere. Other files among them are copied, not shown.
+
+    Returns:
+        The card's path.
+
+    Raises:
+        ValueError: no adapter in the folder, a metric that is no finite number, a task that is not known, or a plot
+            that does not exist.
+    """
+    folder = Path(folder)
+    config = PeftConfig.from_pretrained(os.fspath(folder))
+    task = task or TASKS.get(str(getattr(config.task_type, "value", config.task_type)))
+    if task is None:
+        raise ValueError(
+            f"task: not given, and task_type={config.task_type!r} of {folder} names none; give the Hub's name of it, "
+            "such as 'text-generation'"
+        )
+    for name, value in metrics.items():
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+            raise ValueError(f"metrics[{name!r}]={value!r}: a finite number is expected")
+    missing = [os.fspath(plot) for plot in plots if not Path(plot).is_file()]
+    if missing:
+        raise ValueError(f"plots: no such file: {', '.join(missing)}")
+    shown = [_into(folder, Path(plot)) for plot in plots]
+
+    complete_card(folder, set(), config.base_model_name_or_path)
+    card = read_card(folder)
+    found = [
+        EvalResult(
+            task_type=task,
+            dataset_type=dataset,
+            dataset_name=dataset,
+            dataset_split=split,
+            metric_type=name,
+            metric_name=name,
+            metric_value=value,
+        )
+        for name, value in metrics.items()
+    ]
+    kept = [old for old in card.data.eval_results or [] if not any(old.is_equal_except_value(new) for new in found)]
+    card.data.model_name = card.data.model_name or folder.resolve().name
+    card.data.eval_results = kept + found
+    images = _images_of(card.text) | {name: CAPTIONS.get(name, name) for name in shown if name.endswith(".png")}
+    insert_section(card, HEADING, _section(card.data.eval_results, images))
+    write_card(card, folder)
+    return folder / "README.md"
+
+
+def _into(folder: Path, file: Path) -> str:
+    if file.resolve().parent != folder.resolve():
+        staged = folder / f".{file.name}.tmp"
+        shutil.copyfile(file, staged)
+        staged.replace(folder / file.name)
+    return file.name
+
+
+def _images_of(text: str) -> dict[str, str]:
+    """``{file: caption}`` of the images that the section shows already."""
+    _, _, rest = text.partition(f"{HEADING}\n")
+    images = {}
+    for line in rest.split("\n#")[0].splitlines():
+        if line.startswith("![") and line.endswith(")") and "](" in line:
+            caption, _, name = line[2:-1].partition("](")
+            images[name] = caption
+    return images
+
+
+def _section(results: Sequence[EvalResult], images: Mapping[str, str]) -> str:
+    lines = [HEADING, "", "| metric | value | data |", "|---|---|---|"]
+    for result in results:
+        data = f"{result.dataset_name} ({result.dataset_split})" if result.dataset_split else result.dataset_name
+        value = f"{result.metric_value:.6g}" if isinstance(result.metric_value, float) else result.metric_value
+        lines.append(f"| {result.metric_name or result.metric_type} | {value} | {data} |")
+    for name, caption in images.items():
+        lines += ["", f"![{caption}]({name})"]
+    return "\n".join(lines)

@@ -1,0 +1,120 @@
+"""Model cards that say what a sparse adapter needs, however they come about."""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+
+from huggingface_hub import ModelCard, ModelCardData
+from peft import PeftModel
+
+TAG = "sparse-peft"
+CARD_HEADING = "## How to load this adapter"
+CARD_PARAGRAPH = f"""{CARD_HEADING}
+
+This is a sparse adapter for [PEFT](https://github.com/huggingface/peft), trained with the plugin `sparse_peft`.
+Install the plugin and import it before the adapter is loaded; the import registers the method with PEFT:
+
+```bash
+pip install sparse-peft
+```
+
+```python
+import sparse_peft
+from peft import PeftModel
+
+model = PeftModel.from_pretrained(base_model, "<this adapter>")
+```
+"""
+FRAMEWORK_HEADING = "### Framework versions"
+
+
+def read_card(folder: Path) -> ModelCard:
+    """The card in a folder; an empty one from the usual template if there is none."""
+    path = folder / "README.md"
+    if not path.is_file():
+        return ModelCard.from_template(ModelCardData())
+    return ModelCard.load(path, ignore_metadata_errors=True)
+
+
+def write_card(card: ModelCard, folder: Path) -> None:
+    """Write a folder's card, whole or not at all."""
+    staged = folder / ".README.md.tmp"
+    card.save(staged)
+    staged.replace(folder / "README.md")
+
+
+def insert_section(card: ModelCard, heading: str, section: str) -> None:
+    """Put a section before the card's list of versions, in place of the one that has this heading already."""
+    head, _, rest = card.text.partition(f"{heading}\n")
+    if rest:
+        # a section ends where the next heading of any level stands
+        lines = rest.splitlines()
+        following = next((i for i, line in enumerate(lines) if line.startswith("#")), len(lines))
+        tail = "\n".join(lines[following:])
+    else:
+        head, versions, tail = card.text.partition(FRAMEWORK_HEADING)
+        tail = versions + tail
+    card.text = f"{head.rstrip()}\n\n{section.strip()}\n\n{tail}"
+
+
+def update_model_card(directory: str) -> None:
+    """Add the paragraph on installing and importing the plugin to the card PEFT wrote, once.
+
+    PEFT writes one card, into the folder given to ``save_pretrained``; adapters other than ``default`` lie in a folder
+    below it. A README that is no PEFT card is left alone.
+    """
+    for folder in (Path(directory), Path(directory).parent):
+        if (folder / "README.md").is_file():
+            card = read_card(folder)
+            if card.data.library_name == "peft" and CARD_HEADING not in card.text:
+                insert_section(card, CARD_HEADING, CARD_PARAGRAPH)
+                write_card(card, folder)
+            return
+
+
+def complete_card(directory: str, tags: set[str], base_model: str | None) -> None:
+    """Turn whatever card transformers has written into an adapter's, with these tags besides its own."""
+    card = read_card(Path(directory))
+    card.data.library_name = "peft"
+    card.data.tags = sorted({*(card.data.tags or []), TAG, *tags})
+    if base_model:
+        card.data.base_model = base_model
+    write_card(card, Path(directory))
+    update_model_card(directory)
+
+
+def _is_sparse(model: PeftModel) -> bool:
+    return any(str(config.peft_type.value).startswith("SPARSE_PEFT_") for config in model.peft_config.values())
+
+
+def guard_model_cards() -> None:
+    """Let the card of a sparse adapter say what it needs where PEFT's own card is written anew, or lost.
+
+    transformers' ``Trainer`` rewrites its folder's card and calls PEFT for its part of it. ``PeftModel.push_to_hub``
+    is transformers' too: it puts a card for transformers models in the place of the one that PEFT saved, so that the
+    base model and the tags are missing on the Hub. PEFT offers no hook for either; other adapters are left alone.
+    """
+    write = PeftModel.create_or_update_model_card
+    if getattr(write, "explains_sparse_adapters", False):
+        return
+    upload = PeftModel._upload_modified_files
+
+    @functools.wraps(write)
+    def create_or_update_model_card(self, output_dir):
+        tags = read_card(Path(output_dir)).data.tags
+        write(self, output_dir)
+        if _is_sparse(self):
+            # PEFT drops the tags that were there; those that name a base model may be of another one
+            kept = {tag for tag in tags or [] if not tag.startswith("base_model:")}
+            complete_card(output_dir, kept, None)
+
+    @functools.wraps(upload)
+    def _upload_modified_files(self, working_dir, *args, **kwargs):
+        if _is_sparse(self):
+            self.create_or_update_model_card(working_dir)
+        return upload(self, working_dir, *args, **kwargs)
+
+    create_or_update_model_card.explains_sparse_adapters = True
+    PeftModel.create_or_update_model_card = create_or_update_model_card
+    PeftModel._upload_modified_files = _upload_modified_files

@@ -1,0 +1,78 @@
+"""Mixture-of-experts models of transformers 5, whose experts are fused into bare parameters."""
+
+import warnings
+
+import pytest
+import torch
+from peft import PeftModel, get_peft_model
+from small import METHODS, config
+from transformers import AutoModelForCausalLM, GptOssConfig, MixtralConfig, Qwen3MoeConfig
+
+from sparse_peft.tuners.tuner_layer import TunerLayer
+
+SMALL = {
+    "vocab_size": 32, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2,
+    "num_key_value_heads": 2, "pad_token_id": 0, "num_experts_per_tok": 2,
+}  # fmt: skip
+MODELS = {
+    "mixtral": MixtralConfig(**SMALL, num_local_experts=3),
+    "qwen3-moe": Qwen3MoeConfig(**SMALL, num_experts=3, moe_intermediate_size=24, head_dim=8),
+    "gpt-oss": GptOssConfig(**SMALL, num_local_experts=3, head_dim=8),
+}
+IDS = torch.arange(3, 13).view(2, 5)
+
+
+def mixture(name):
+    torch.manual_seed(0)
+    return AutoModelForCausalLM.from_config(MODELS[name])
+
+
+@pytest.mark.parametrize(
+    ("name", "method"), [*(("mixtral", method) for method in METHODS), ("qwen3-moe", "sparse"), ("gpt-oss", "sparse")]
+)
+def test_what_is_no_expert_trains(tmp_path, name, method):
+    before = {key: tensor.clone() for key, tensor in mixture(name).state_dict().items()}
+    targets = ["o_proj"] if method == "s2ft" else "all-linear"
+    model = get_peft_model(mixture(name), config(method, target_modules=targets))
+    adapted = {layer.name.rpartition(".")[2] for layer in model.modules() if isinstance(layer, TunerLayer)}
+    assert adapted == ({"o_proj"} if method == "s2ft" else {"q_proj", "k_proj", "v_proj", "o_proj"})
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.05)
+    losses = []
+    for _ in range(4):
+        loss = model(IDS, labels=IDS).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0]
+    model.save_pretrained(tmp_path)
+    with torch.no_grad():
+        wanted = model.eval()(IDS).logits
+        assert torch.equal(PeftModel.from_pretrained(mixture(name), tmp_path).eval()(IDS).logits, wanted)
+    assert all(torch.equal(tensor, before[key]) for key, tensor in model.unload().state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("name", "method"), [*(("mixtral", method) for method in METHODS), ("qwen3-moe", "sparse"), ("gpt-oss", "sparse")]
+)
+def test_experts_by_name_are_refused_with_what_to_do(name, method):
+    model = mixture(name)
+    with pytest.raises(ValueError, match=r"down_proj is a parameter of shape \(3, \d+, \d+\) in \w+Experts.*all-lin"):
+        get_peft_model(model, config(method, target_modules=["down_proj"]))
+    with pytest.raises(ValueError, match="gate_up_proj is a parameter of shape.*name linear layers"):
+        get_peft_model(model, config(method, target_modules=r".*experts\.gate_up_proj"))
+    with pytest.raises(TypeError, match="mlp.experts of type .*Experts is not supported. Its weights are bare param"):
+        get_peft_model(model, config(method, target_modules=["experts"]))
+    with pytest.raises(ValueError, match="target_parameters=.*name linear layers in target_modules.*'all-linear'"):
+        config(method, target_parameters=["mlp.experts.gate_up_proj"])
+    assert not any(isinstance(module, TunerLayer) for module in model.modules()), "nothing was replaced"
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_experts_named_beside_layers_are_left_out_with_a_warning(name):
+    with pytest.warns(UserWarning, match="down_proj is a parameter.*The adapter leaves them out"):
+        model = get_peft_model(mixture(name), config("sparse", target_modules=["o_proj", "down_proj"]))
+    assert {m.name.rpartition(".")[2] for m in model.modules() if isinstance(m, TunerLayer)} == {"o_proj"}
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*is a parameter.*")
+        get_peft_model(mixture(name), config("sparse", target_modules=["o_proj"]))
