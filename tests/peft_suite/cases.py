@@ -59,6 +59,7 @@ METHODS = (
         {"r": 2, "density": 0.1},
         groups=False,
     ),
+    Method("snella", "sparse_peft:SnellaConfig", {"r": 4, "sparsity": 0.2}, {"r": 2, "sparsity": 0.5}, groups=False),
     Method(
         "shira",
         "peft:ShiraConfig",
