@@ -72,7 +72,7 @@ class SnellaConfig(BaseSparseConfig):
     cache: bool = field(default=True, metadata={"help": "Keep the dense delta in evaluation mode without gradients."})
     target_sparsity: float | None = field(
         default=None,
-        metadata={"help": "Share of all layers' entries that are zero in the end, shared by sensitivity."},
+        metadata={"help": "Share of all layers' entries that are zero in the end."},
     )
     allocate_start: int | float = field(
         default=0.1, metadata={"help": "Steps (int) or share of the run (float) before the first sharing."}
@@ -119,8 +119,8 @@ class SnellaConfig(BaseSparseConfig):
             )
         if self.init == "symmetric" and (self.threshold != "hard_ste" or self.kernel != "distance"):
             raise ValueError(
-                f"init='symmetric' with threshold={self.threshold!r} and kernel={self.kernel!r}: a kernel that is zero "
-                "everywhere trains with threshold='hard_ste' and kernel='distance' only; use init='residual'"
+                f"init='symmetric' with threshold={self.threshold!r} and kernel={self.kernel!r}: a kernel of zeros "
+                "trains with threshold='hard_ste' and kernel='distance' only; use init='residual'"
             )
 
     @classmethod
