@@ -44,7 +44,7 @@ RATES = {
     FULL: [1e-4, 3e-4, 1e-3, 3e-3, 1e-2],
     HEAD: [1e-3, 3e-3, 1e-2, 3e-2, 1e-1],
 }
-ADAPTER_RATES = [3e-4, 1e-3, 3e-3, 1e-2, 3e-2]
+ADAPTER_RATES = [1e-3, 3e-3, 1e-2, 3e-2, 1e-1]
 
 
 class Images(NamedTuple):
@@ -301,26 +301,24 @@ def main(
         for name in tasks
         for method in names
     ]
+    content = {
+        "format": 1,
+        "environment": environment(CPU),
+        "options": {
+            "steps": steps, "first_steps": first_steps, "seeds": seeds, "images_of_each_digit": each, "hidden": hidden,
+            "layers": layers, "rank": rank, "batch": batch,
+        },
+        "first_accuracy": first_accuracy,
+        "unseen_images": {bench.name: len(bench.task.unseen.labels) for bench, _ in jobs},
+    }  # fmt: skip
     for bench, method in track(jobs, "training", console=console):
         rate = bench.best_rate(method)
         runs += [bench.run(method, rate, seed, bench.task.unseen) for seed in range(seeds)]
         accuracy = mean(run.accuracy for run in runs[-seeds:])
         console.print(f"{bench.name}, {method}: {accuracy:.2%} with a learning rate of {rate:g}")
+        content["runs"] = [asdict(run) for run in runs]
+        write_json(out, content)  # a run of hours may be cut short
     show(console, runs)
-    write_json(
-        out,
-        {
-            "format": 1,
-            "environment": environment(CPU),
-            "options": {
-                "steps": steps, "first_steps": first_steps, "seeds": seeds, "images_of_each_digit": each,
-                "hidden": hidden, "layers": layers, "rank": rank, "batch": batch,
-            },
-            "first_accuracy": first_accuracy,
-            "unseen_images": {bench.name: len(bench.task.unseen.labels) for bench, _ in jobs},
-            "runs": [asdict(run) for run in runs],
-        },
-    )  # fmt: skip
 
 
 if __name__ == "__main__":

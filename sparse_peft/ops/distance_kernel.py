@@ -177,6 +177,7 @@ THRESHOLDS = {
 }
 
 
+@torch.no_grad()
 def find_threshold(factors: Factors, kept: int, threshold: Threshold) -> Tensor:
     """The tau, a 0-d tensor, above which ``kept`` of the kernel's absolute values lie.
 
@@ -192,10 +193,9 @@ def find_threshold(factors: Factors, kept: int, threshold: Threshold) -> Tensor:
         weight = place - math.floor(place)
         ranks = [math.floor(place) + 1, min(math.floor(place) + 2, numel)]
     parts = factors.parts()
-    whole = [kernel(factors).value.abs_()] if len(parts) == 1 else None  # computed once, it is looked at twice
-
-    def sizes() -> Iterator[Tensor]:
-        return iter(whole) if whole else (kernel(factors, *part).value.abs_() for part in parts)
-
-    found = order_statistics(sizes, ranks)
+    if len(parts) == 1:
+        sizes = kernel(factors).value.abs_().flatten()
+        found = [sizes.kthvalue(rank).values for rank in dict.fromkeys(ranks)]
+    else:
+        found = order_statistics(lambda: (kernel(factors, *part).value.abs_() for part in parts), ranks)
     return torch.lerp(found[0], found[-1], weight)

@@ -67,7 +67,8 @@ class SnellaLinear(TunerLayer):
         x = x.to(self._compute_dtype(x))
         if self._serves() and state.settings.cache:
             return self.product.leave(self.product.multiply(self.product.enter(x), state.kept_delta(x.dtype)), x)
-        return kernel_layer(state.dropout(x), state(), state.tau.clone(), state.competition())
+        how = state.competition()  # which may find another tau
+        return kernel_layer(state.dropout(x), state(), state.tau.clone(), how)
 
     def get_delta_weight(self, adapter: str) -> Tensor:
         """The adapter's delta as a dense tensor of the stored weight's shape, in the factors' dtype."""
