@@ -63,7 +63,8 @@ def methods(rank: int, densities: Sequence[float]) -> list[Method]:
     """All rows.
 
     ``sparse-r`` and ``shira-r`` train exactly as many entries as LoRA of that rank, ``s2ft-in-r`` and ``s2ft-out-r``
-    as many in whole channels of their inputs or outputs, ``snell-r`` as many in a kernel's factors; ``sltrain`` has half the rank and single entries beside it.
+    as many in whole channels of their inputs or outputs, ``snell-r`` as many in its kernel's factors; ``sltrain`` has
+    half the rank and single entries beside it.
     """
 
     def lora(dropout: float) -> Callable[..., PeftConfig]:
