@@ -54,6 +54,7 @@ METHODS = {
             "r": 4,
             "target_modules": "all-linear",
             "target_sparsity": 0.5,
+            "threshold": "hard_ste",
             "allocate_start": 0,
             "allocate_stop": 6,
             "allocate_every": 2,

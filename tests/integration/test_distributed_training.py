@@ -65,8 +65,7 @@ class Net(nn.Module):
 
 def adapted(selection, seed=0, **fields):
     if selection in OTHERS:
-        # SNELLA's seed is what a saved adapter's start is computed from: it is one for all processes
-        own = {} if selection in ("sora", "snella") else {"seed": seed}
+        own = {} if selection == "sora" else {"seed": seed}
         return get_peft_model(Net(), OTHERS[selection](target_modules=["up", "down"], **own, **fields))
     window = {"set": 0, "rigl": 1}.get(selection, 3)
     fields = {"density": 0.1, "reselect_every": 4, "accumulate": window, "candidates": 1e9, **fields}

@@ -341,8 +341,18 @@ def test_oracle_9_a_file_gives_the_same_bits_after_shares_changed(tmp_path, sett
     assert torch.equal(states(loaded)["first"].tau, states(model)["first"].tau)
     names = {key.rpartition(".")[2] for key in load_file(tmp_path / "adapter_model.safetensors")}
     extra = {"mix"} if settings.get("kernel") == "mixed" else set()
-    first = {"first_tau"} if settings.get("init", "residual") == "residual" else set()
+    first = {"first_tau", "seed"} if settings.get("init", "residual") == "residual" else set()
     assert names == {"A", "B", "kept", "tau", "age"} | extra | first
+
+
+def test_a_state_goes_on_from_its_own_seed():
+    torch.manual_seed(0)
+    base = TwoLayers()
+    model, other = trained(snella(copy.deepcopy(base), seed=1)), snella(copy.deepcopy(base), seed=2)
+    x = torch.randn(5, 17)
+    other(x)
+    other.load_state_dict(model.state_dict())
+    assert torch.equal(other(x), model(x))
 
 
 @pytest.mark.parametrize("low_cpu_mem_usage", [False, True])

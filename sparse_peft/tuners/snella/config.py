@@ -100,6 +100,8 @@ class SnellaConfig(BaseSparseConfig):
             raise ValueError(f"r={self.r}: a multiple of {PIECES} is expected, the kernel's pieces have equal parts")
         if isinstance(self.seed, bool) or not isinstance(self.seed, int):
             raise TypeError(f"seed={self.seed!r}: an int is expected")
+        if not -(2**63) <= self.seed < 2**63:
+            raise ValueError(f"seed={self.seed}: an int of 64 bits is expected, it is saved with each layer")
         check_number("dropout", self.dropout, 0, below=1)
         if self.sparsity is None:
             self.sparsity = DEFAULT_SPARSITY if self.target_sparsity is None else 0.0

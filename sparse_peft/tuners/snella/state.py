@@ -59,8 +59,8 @@ class KernelState(TrainedState):
 
     ``A`` is ``(2, inputs, r / 2)``, ``B`` ``(2, outputs, r / 2)``, and ``mix`` the three numbers of the mixed kernel.
     All are float32, or float64 in a float64 model, whatever else the model is cast to. The buffers are the number of
-    entries kept (int64), the threshold ``tau``, the first factors' threshold ``first_tau``, and ``age``, the number of
-    changes of the parameters since ``tau`` was found.
+    entries kept (int64), the threshold ``tau``, and ``age``, the number of changes of the parameters since it was
+    found; where the first delta is subtracted also the ``seed`` it is drawn from, and its threshold ``first_tau``.
 
     Args:
         sizes: ``(inputs, outputs)`` of the layer; a convolution's inputs are its channels times its taps.
@@ -72,7 +72,7 @@ class KernelState(TrainedState):
 
     value_name = "B"
     full_precision = frozenset({"mix"})
-    position_names = ("kept", "tau", "first_tau", "age")
+    position_names = ("kept", "tau", "age", "seed", "first_tau")
 
     def __init__(
         self, sizes: tuple[int, int], config: SnellaConfig, product: Product, name: str, kept: int | None = None
@@ -80,7 +80,7 @@ class KernelState(TrainedState):
         super().__init__(name)
         self.sizes, self.settings, self.product = sizes, config, product
         kept = config.kept(math.prod(sizes)) if kept is None else kept
-        first = self._draw()
+        first = self._draw(config.seed)
         self.A, self.B = nn.Parameter(first.inputs), nn.Parameter(first.outputs)
         if first.mix is not None:
             self.mix = nn.Parameter(first.mix)
@@ -88,19 +88,20 @@ class KernelState(TrainedState):
         self.register_buffer("kept", torch.tensor(kept))
         self.register_buffer("tau", torch.zeros(()))
         if config.init == "residual":
+            self.register_buffer("seed", torch.tensor(config.seed))
             self.register_buffer("first_tau", torch.tensor(math.nan))
         self.register_buffer("age", torch.tensor(NOT_FOUND))
         self._forget()
         self.keep_dtype()
         _count_steps()
 
-    def _draw(self) -> Factors:
+    def _draw(self, seed: int) -> Factors:
         """The first factors: evenly over ``1 / sqrt(features r / 2)``, as the authors' initialisation has it."""
         config, drawn = self.settings, []
         for which, features in zip(("inputs", "outputs"), self.sizes):
             shape = (PIECES, features, config.r // PIECES)
             pieces = 1 if config.init == "symmetric" else PIECES
-            numbers = uniform(math.prod(shape[1:]) * pieces, seed=config.seed, name=f"{self.name}\0{which}")
+            numbers = uniform(math.prod(shape[1:]) * pieces, seed=seed, name=f"{self.name}\0{which}")
             numbers *= 1 / math.sqrt(math.prod(shape[1:]))
             drawn.append(numbers.view(pieces, *shape[1:]).expand(shape).contiguous())
         return Factors(*drawn, torch.tensor(list(MIX.values())) if config.kernel == "mixed" else None)
@@ -189,13 +190,14 @@ class KernelState(TrainedState):
     def _subtracted(self) -> First | None:
         if self.settings.init != "residual":
             return None
-        if self._first is None or self._first.factors.inputs.dtype != self.dtype:
+        seed = self._number("seed")  # not the config's: a checkpoint may have been started with another
+        if self._first is None or self._first_of != (seed, self.dtype):
             with torch.inference_mode(False), torch.no_grad():
                 to = {"device": self.A.device, "dtype": self.dtype}
-                factors = Factors(*(None if t is None else t.to(**to) for t in self._draw()))
+                factors = Factors(*(None if t is None else t.to(**to) for t in self._draw(seed)))
                 if bool(self.first_tau.isnan()):
                     self.first_tau = self._find(factors, self.settings.kept(self.numel))
-                self._first = First(factors, self.first_tau)
+                self._first, self._first_of = First(factors, self.first_tau), (seed, self.dtype)
         return self._first
 
     # ------------------------------------------------------------------ the delta
@@ -227,6 +229,7 @@ class KernelState(TrainedState):
         self._seen: _Seen | None = None
         self._reached = False
         self._first: First | None = None
+        self._first_of: tuple[int, torch.dtype] | None = None
         self._dense: tuple[_Seen | None, Tensor] | None = None
         self._numbers: dict[str, Any] = {}
 
