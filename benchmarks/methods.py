@@ -13,7 +13,7 @@ import torch
 from peft import LoraConfig, PeftConfig, ShiraConfig, get_peft_model
 from torch import Tensor, nn
 
-from sparse_peft import S2FTConfig, SaRAConfig, SLTrainConfig, SoRAConfig, SparseConfig
+from sparse_peft import S2FTConfig, SaRAConfig, SLTrainConfig, SnellaConfig, SoRAConfig, SparseConfig
 
 from .workloads import Workload
 
@@ -63,7 +63,8 @@ def methods(rank: int, densities: Sequence[float]) -> list[Method]:
     """All rows.
 
     ``sparse-r`` and ``shira-r`` train exactly as many entries as LoRA of that rank, ``s2ft-in-r`` and ``s2ft-out-r``
-    as many in whole channels of their inputs or outputs; ``sltrain`` has half the rank and single entries beside it.
+    as many in whole channels of their inputs or outputs, ``snell-r`` as many in its kernel's factors; ``sltrain`` has
+    half the rank and single entries beside it.
     """
 
     def lora(dropout: float) -> Callable[..., PeftConfig]:
@@ -88,6 +89,9 @@ def methods(rank: int, densities: Sequence[float]) -> list[Method]:
         # the proximal step is of the gates alone, a few numbers a layer
         return SoRAConfig(r=rank, alpha=2 * rank, penalty=0.0, **shared)
 
+    def snell(seed: int, **shared) -> PeftConfig:
+        return SnellaConfig(r=rank, seed=seed, **shared)
+
     def sltrain(seed: int, **shared) -> PeftConfig:
         return SLTrainConfig(r=rank // 2, alpha=rank, density=LEAST_DENSE_DENSITY, seed=seed, **shared)
 
@@ -109,6 +113,7 @@ def methods(rank: int, densities: Sequence[float]) -> list[Method]:
             if density >= LEAST_DENSE_DENSITY
         ),
         Method(f"sora-r{rank}", sora, is_sparse=True),
+        Method(f"snell-r{rank}", snell, is_sparse=True),
         Method(f"sltrain-r{rank // 2}-{100 * LEAST_DENSE_DENSITY:g}%", sltrain, is_sparse=True),
         *(
             Method(

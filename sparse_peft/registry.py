@@ -63,6 +63,13 @@ METHODS = (
         "SLTrainModel",
         dynamics="sparse_peft.training.reselection.ReselectionDynamics",
     ),
+    Method(
+        "SPARSE_PEFT_SNELLA",
+        "sparse_peft.tuners.snella",
+        "SnellaConfig",
+        "SnellaModel",
+        dynamics="sparse_peft.training.allocation.AllocationDynamics",
+    ),
     Method("SPARSE_PEFT_S2FT", "sparse_peft.tuners.s2ft", "S2FTConfig", "S2FTModel"),
 )
 

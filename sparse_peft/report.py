@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from .ops import plan_support_grad
 from .support import Support
-from .training.records import Ranks, Record, Reselection, record_from_dict
+from .training.records import Allocation, Ranks, Record, Reselection, record_from_dict
 from .tuners.base_layer import SparseTunerLayer
 
 if TYPE_CHECKING:
@@ -216,6 +216,36 @@ def plot_ranks(history: Sequence[Record], path: str | os.PathLike) -> Path:
     layers.set_ylabel("ranks left")
     title = f"Each layer after step {last.step}, first block to last; the axis ends where the largest began"
     layers.set_title(title, fontsize=9)
+    return _save(figure, path)
+
+
+def plot_allocation(history: Sequence[Record], path: str | os.PathLike) -> Path:
+    """What share of each layer SNELLA kept in the course of training, and all layers' together.
+
+    Args:
+        history: of one adapter, as in ``SparsityController.history``.
+        path: of the PNG file.
+
+    Raises:
+        ValueError: a history without allocations, or of several adapters.
+        ImportError: matplotlib is not installed.
+    """
+    history = _of_one_adapter([record for record in history if isinstance(record, Allocation)], "allocation")
+    steps, last = [record.step for record in history], history[-1]
+    kinds = list(dict.fromkeys(name.rpartition(".")[2] for name in last.layers))
+    figure = _figure(8.0, 4.5)
+    axis = figure.subplots()
+    for name in last.layers:
+        kind = name.rpartition(".")[2]
+        shares = [100 * record.layers[name].entries / record.layers[name].numel for record in history]
+        first = name == next(other for other in last.layers if other.rpartition(".")[2] == kind)
+        axis.plot(steps, shares, f"C{kinds.index(kind)}.-", lw=0.8, ms=3, label=kind if first else None)
+    axis.plot(steps, [100 * record.density for record in history], "k--", lw=1.5, label="all layers")
+    axis.set_ylim(0, 102)
+    axis.set_xlabel("optimizer step")
+    axis.set_ylabel("% of a layer's entries")
+    axis.set_title(f"Entries kept by adapter {last.adapter!r}, a line for each layer", fontsize=10)
+    axis.legend(fontsize=8)
     return _save(figure, path)
 
 

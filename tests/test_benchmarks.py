@@ -343,6 +343,7 @@ def test_command_writes_json_with_samples_and_goals(tmp_path, monkeypatch):
         "s2ft-out-r2",
         "sara-5%",
         "sora-r2",
+        "snell-r2",
         "sltrain-r1-1%",
         "blocks-5%",
     ]

@@ -7,6 +7,7 @@ from torch import nn
 
 from sparse_peft import SparseConfig, report
 from sparse_peft.report import (
+    plot_allocation,
     plot_ranks,
     plot_report,
     plot_supports,
@@ -16,7 +17,7 @@ from sparse_peft.report import (
     write_history,
 )
 from sparse_peft.support import Support
-from sparse_peft.training.records import LayerChange, LayerRanks, Ranks, Reselection
+from sparse_peft.training.records import Allocation, LayerAllocation, LayerChange, LayerRanks, Ranks, Reselection
 
 image = pytest.importorskip("matplotlib.image")
 
@@ -86,6 +87,19 @@ def test_ranks_are_drawn(tmp_path, events):
         plot_ranks(history(), tmp_path / "ranks.png")
     with pytest.raises(ValueError, match="2 adapters"):
         plot_ranks([*rank_history(), *rank_history(adapter="b")], tmp_path / "ranks.png")
+
+
+@pytest.mark.parametrize("events", [1, 5])
+def test_allocations_are_drawn(tmp_path, events):
+    def shares(event):
+        return {
+            f"{n}.{kind}": LayerAllocation(90 - event * (n + 5), 100, 0.2) for n in range(3) for kind in ("q", "v")
+        }
+
+    records = [Allocation(5 * event, "default", 540 - 30 * event, shares(event)) for event in range(events)]
+    looks_like_a_plot(plot_allocation(records, tmp_path / "shares.png"))
+    with pytest.raises(ValueError, match="no allocation"):
+        plot_allocation(history(), tmp_path / "shares.png")
 
 
 def test_a_report_has_both_and_the_history(tmp_path):

@@ -9,6 +9,7 @@ from .lora import save_as_lora, save_lora_as_s2ft
 from .low_rank import LowRankExport, save_low_rank
 from .results import add_results
 from .soup import Soup, greedy_soup, soup
+from .sparse import save_as_sparse, to_sparse
 
 __all__ = [
     "EXTRACTION_CRITERIA",
@@ -25,8 +26,10 @@ __all__ = [
     "load_adapter",
     "save_adapter",
     "save_as_lora",
+    "save_as_sparse",
     "save_lora_as_s2ft",
     "save_low_rank",
     "save_merged",
     "soup",
+    "to_sparse",
 ]

@@ -13,10 +13,9 @@ from torch import Tensor, nn
 
 from ..tuners.base_model import stored_shape
 from ..tuners.delta import SparseDelta
-from ..tuners.sparse import SparseModel
 from .files import PREFIX, write_adapter
 from .foreign import ForeignAdapter, read_config, read_lt_sft, read_shira, read_spiel, read_supertuning, source_format
-from .stored import entrywise, named_tensors, read_stored, sparse_config, sparse_state
+from .stored import entrywise, read_stored, sparse_config, sparse_state, sparse_tensors
 from .weights import name_of, structure_of, weights_of
 from .whole import OTHERS, save_whole
 
@@ -65,10 +64,7 @@ def convert(
         stored = entrywise(read_stored(source))
         like, states, rest = stored.config, stored.states, stored.rest
     if to == "sparse":
-        config = sparse_config(like, states)
-        tensors = named_tensors(
-            SparseModel, {n: {"values": s.values.detach(), **s.file_tensors()} for n, s in states.items()}
-        )
+        config, tensors = sparse_config(like, states), sparse_tensors(states)
     else:
         _check_only_deltas(like, to)
         _check_linear(base, states, to)

@@ -236,6 +236,13 @@ def sparse_state(support: Support, values: Tensor) -> SparseDelta:
     return state
 
 
+def sparse_tensors(states: dict[str, SparseDelta]) -> dict[str, Tensor]:
+    """Sparse deltas ``{layer: state}`` as the file of a :class:`~sparse_peft.SparseConfig` adapter has them."""
+    return named_tensors(
+        SparseModel, {name: {"values": s.values.detach(), **s.file_tensors()} for name, s in states.items()}
+    )
+
+
 def sparse_config(like: Any, states: dict[str, SparseDelta]) -> SparseConfig:
     """The config of an adapter with these sparse deltas, for the base model of another adapter."""
     tensors = {name: {"values": state.values} for name, state in states.items()}

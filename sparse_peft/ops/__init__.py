@@ -15,8 +15,10 @@ from .combine import (
 from .conv import CONVOLUTIONS, ConvProduct, is_convolution
 from .delta_matmul import delta_matmul, spmm_add_
 from .dispatch import BACKENDS, Plan, kernel_backend, log_once, plan_support_grad, use_backend
+from .distance_kernel import MIX, PIECES, THRESHOLDS, Factors, find_threshold, full_precision, kernel
 from .entries import effective_entries, read_entries, restore_, resync_, scatter_add_, write_entries_
 from .functional import functional_layer
+from .kernel_layer import Competition, First, kernel_delta, kernel_entries, kernel_layer
 from .layers import support_layer
 from .library import remember
 from .masked_dw import PANEL_BYTES_PER_WEIGHT, masked_dw
@@ -49,6 +51,12 @@ __all__ = [
     "Crossover",
     "GradientObserver",
     "LinearProduct",
+    "MIX",
+    "PIECES",
+    "THRESHOLDS",
+    "Competition",
+    "Factors",
+    "First",
     "Plan",
     "Product",
     "WeightSource",
@@ -65,10 +73,16 @@ __all__ = [
     "compose",
     "delta_matmul",
     "effective_entries",
+    "find_threshold",
+    "full_precision",
     "functional_layer",
     "gradient_panels",
     "is_convolution",
     "kernel_backend",
+    "kernel",
+    "kernel_delta",
+    "kernel_entries",
+    "kernel_layer",
     "log_once",
     "masked_dw",
     "new_key",

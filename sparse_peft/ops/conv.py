@@ -106,6 +106,22 @@ class ConvProduct:
         hidden = self.convolve(self.enter(x), self._weight(down), None)
         return self.leave(_FORWARD[len(self.kernel)](hidden, up.reshape(*up.shape, *(1 for _ in self.kernel))), x)
 
+    @property
+    def taps(self) -> int:
+        return math.prod(self.kernel)
+
+    def part(self, x: Tensor, start: int, stop: int) -> Tensor:
+        return x[:, start // self.taps : stop // self.taps]
+
+    def multiply(self, x: Tensor, matrix: Tensor, bias: Tensor | None = None) -> Tensor:
+        return self.convolve(x, self._weight(matrix), bias)
+
+    def multiply_back(self, grad: Tensor, matrix: Tensor, x: Tensor) -> Tensor:
+        return self.dense_input_grad(grad, self._weight(matrix), x.shape)
+
+    def matrix_grad(self, grad: Tensor, x: Tensor) -> Tensor:
+        return self.dense_grad(grad, x).flatten(1).to(accumulation_dtype(grad.dtype))
+
     def _panels(self, source: WeightSource, dtype: torch.dtype) -> Iterator[tuple[int, int, Tensor]]:
         if self.groups == 1:
             return source.panels(dtype)

@@ -87,6 +87,26 @@ class Product(Protocol):
         """
         ...
 
+    # Products with a part of the weight's inputs, as the dense matrix ``(outputs, inputs of the part)``.
+
+    taps: int  # inputs of the weight's matrix for each channel of the layer's input
+
+    def part(self, x: Tensor, start: int, stop: int) -> Tensor:
+        """What of a layer's input belongs to inputs ``start`` to ``stop`` of the matrix, whole channels."""
+        ...
+
+    def multiply(self, x: Tensor, matrix: Tensor, bias: Tensor | None = None) -> Tensor:
+        """The layer's output for this part of the input alone."""
+        ...
+
+    def multiply_back(self, grad: Tensor, matrix: Tensor, x: Tensor) -> Tensor:
+        """The gradient of a part of the input, of the shape of ``x``."""
+        ...
+
+    def matrix_grad(self, grad: Tensor, x: Tensor) -> Tensor:
+        """The gradient of the part's matrix."""
+        ...
+
 
 def trains_input_channels(support: Support, in_dim: int) -> bool:
     """Whether a support is of whole input channels, whose gradient needs no other channel of the input."""
@@ -150,3 +170,17 @@ class LinearProduct:
 
     def low_rank(self, x: Tensor, down: Tensor, up: Tensor) -> Tensor:
         return F.linear(F.linear(x, down), up)
+
+    taps = 1
+
+    def part(self, x: Tensor, start: int, stop: int) -> Tensor:
+        return x[..., start:stop]
+
+    def multiply(self, x: Tensor, matrix: Tensor, bias: Tensor | None = None) -> Tensor:
+        return F.linear(x, matrix, bias)
+
+    def multiply_back(self, grad: Tensor, matrix: Tensor, x: Tensor) -> Tensor:
+        return F.linear(grad, matrix.t())
+
+    def matrix_grad(self, grad: Tensor, x: Tensor) -> Tensor:
+        return dense_grad(flatten_tokens(grad), flatten_tokens(x))

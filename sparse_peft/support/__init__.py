@@ -6,10 +6,11 @@ from .channel_scores import CHANNEL_CRITERIA, Side, channel_squares, weight_squa
 from .channels import ChannelSupport
 from .criteria import CRITERIA, Criterion, Statistics, get_criterion, principal_factors, select
 from .layout import Layout, RowGroup, layout_of
+from .order_statistics import order_statistics
 from .outer import topk_outer
 from .regrowth import RANDOM_SCORE, REGROWTHS, Candidates, Exchange, Regrowth, exchange, random_inactive
-from .rng import sample_without_replacement
-from .schedules import DECAYS, ReselectionSchedule, steps_of
+from .rng import sample_without_replacement, uniform
+from .schedules import DECAYS, BudgetSchedule, ReselectionSchedule, steps_of
 from .scoring import collect_supports, given_gradients, supports_from_gradients
 from .support import Support, check_indices, index_dtype
 from .topk import RunningTopK, topk_indices
@@ -23,6 +24,7 @@ __all__ = [
     "REGROWTHS",
     "Block",
     "Budget",
+    "BudgetSchedule",
     "Candidates",
     "ChannelSupport",
     "Criterion",
@@ -51,6 +53,7 @@ __all__ = [
     "index_dtype",
     "layout_of",
     "matches_layer",
+    "order_statistics",
     "principal_factors",
     "random_blocks",
     "random_inactive",
@@ -62,5 +65,6 @@ __all__ = [
     "supports_from_gradients",
     "topk_indices",
     "topk_outer",
+    "uniform",
     "weight_squares",
 ]

@@ -1,4 +1,4 @@
-"""Random positions that depend on (seed, name) alone: equal on every rank, device and library version.
+"""Random positions and numbers that depend on (seed, name) alone: equal on every rank, device and library version.
 
 A keyed permutation of ``range(n)`` is evaluated at ``0 .. k-1``. It is a balanced Feistel network (Luby and Rackoff,
 1988) over the smallest even number of bits that holds ``n``, made a permutation of ``range(n)`` by cycle walking
@@ -90,3 +90,17 @@ def sample_without_replacement(n: int, k: int, *, seed: int, name: str) -> torch
         drawn[start:stop] = _permute(np.arange(start, stop, dtype=np.uint64), n, half, keys)
     drawn.sort()
     return torch.from_numpy(drawn)
+
+
+def uniform(n: int, *, seed: int, name: str) -> torch.Tensor:
+    """``n`` numbers spread evenly over [-1, 1), by ``seed`` and ``name`` alone.
+
+    They are SplitMix64's output at the counters ``0 .. n-1``, from a start that the name and the seed decide.
+
+    Returns:
+        ``(n,)`` float32 on the CPU, multiples of 2**-23.
+    """
+    start, *_ = _round_keys(seed, name)
+    counters = np.arange(1, n + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15) + start
+    drawn = (_mix(counters) >> np.uint64(40)).astype(np.float32)
+    return torch.from_numpy(drawn * np.float32(2.0**-23) - np.float32(1))

@@ -78,3 +78,33 @@ class ReselectionSchedule:
             return self.first_rate
         span = self.stop - self.start
         return self.rate * DECAYS[self.decay](min(1.0, (step - self.start) / span) if span > 0 else 1.0)
+
+
+@dataclass(frozen=True)
+class BudgetSchedule:
+    """A budget that falls cubically in the course of a run (Zhu and Gupta 2018; AdaLoRA, equation 12).
+
+    Attributes:
+        initial, target: at the start, and from ``stop`` on.
+        start, stop: number of completed steps where it begins to fall, and where it has its target.
+        every: steps from one change to the next.
+    """
+
+    initial: int
+    target: int
+    start: int
+    stop: int
+    every: int
+
+    def is_event(self, step: int) -> bool:
+        """Whether the budget is shared anew after this step."""
+        return step == self.stop or (self.start < step < self.stop and (step - self.start) % self.every == 0)
+
+    def at(self, step: int) -> int:
+        """The budget after this step."""
+        if step <= self.start:
+            return self.initial
+        if step >= self.stop:
+            return self.target
+        left = DECAYS["cubic"]((step - self.start) / (self.stop - self.start))
+        return self.target + round((self.initial - self.target) * left)

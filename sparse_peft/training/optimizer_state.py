@@ -47,6 +47,14 @@ def inner_optimizer(optimizer: Any) -> torch.optim.Optimizer:
     return inner
 
 
+def gradient_of(optimizer: torch.optim.Optimizer, parameter: Tensor) -> Tensor | None:
+    """A parameter's whole gradient as the optimizer will use it, right before it steps; None without any."""
+    if parameter.grad is None:
+        return None
+    gradient, scale = full(parameter.grad), getattr(optimizer, "grad_scale", None)
+    return gradient if scale is None else gradient / scale.to(gradient.device)
+
+
 @torch.no_grad()
 def add_gradient_(optimizer: torch.optim.Optimizer, parameter: Tensor, gradient: Tensor) -> None:
     """Add to a parameter's gradient right before the optimizer steps; ``gradient`` is whole, on every process."""

@@ -218,8 +218,64 @@ class Ranks:
         return cls(data["step"], data["adapter"], data["penalty"], layers)
 
 
-Record = Reselection | Freezing | Ranks
-_EVENTS = {"reselection": Reselection, "freezing": Freezing, "ranks": Ranks}
+@dataclass(frozen=True)
+class LayerAllocation:
+    """One layer's part in an allocation.
+
+    Attributes:
+        entries: entries that are kept from now on.
+        numel: size of the weight.
+        score: the layer's share of all layers' scores.
+    """
+
+    entries: int
+    numel: int
+    score: float
+
+
+@dataclass(frozen=True)
+class Allocation:
+    """Entries were shared among the layers anew.
+
+    Attributes:
+        step: number of optimizer steps completed when it happened.
+        adapter: the adapter's name.
+        budget: entries of all layers together.
+        layers: ``{layer name: what it got}``.
+    """
+
+    step: int
+    adapter: str
+    budget: int
+    layers: dict[str, LayerAllocation]
+
+    @property
+    def density(self) -> float:
+        """Share of the layers' entries that are kept."""
+        return self.budget / sum(layer.numel for layer in self.layers.values())
+
+    def logs(self) -> dict[str, float]:
+        """Numbers for a Trainer's log, each under ``sparsity/``."""
+        densities = [layer.entries / layer.numel for layer in self.layers.values()]
+        return {
+            "sparsity/density": self.density,
+            "sparsity/lowest_layer_density": min(densities),
+            "sparsity/highest_layer_density": max(densities),
+        }
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain numbers, strings, lists and dicts."""
+        return {"event": "allocation", **asdict(self)}
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> Allocation:
+        """What :meth:`to_dict` gave."""
+        layers = {name: LayerAllocation(**layer) for name, layer in data["layers"].items()}
+        return cls(data["step"], data["adapter"], data["budget"], layers)
+
+
+Record = Reselection | Freezing | Ranks | Allocation
+_EVENTS = {"reselection": Reselection, "freezing": Freezing, "ranks": Ranks, "allocation": Allocation}
 
 
 def record_from_dict(data: dict[str, Any]) -> Record:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import tempfile
 from dataclasses import dataclass, field
@@ -16,6 +17,33 @@ from .experts import CURE
 from .field_types import check_field_types
 
 SAVE_DTYPES = ("float32", "bfloat16", "float16")
+
+
+def check_number(
+    name: str, value: object, least: float, *, above: bool = False, integer: bool = False, below: float | None = None
+) -> None:
+    """Refuse what is no finite number of at least ``least``, or not above it, or not below ``below``.
+
+    Raises:
+        TypeError: no number, or no int where one is wanted.
+        ValueError: out of range.
+    """
+    kinds = (int,) if integer else (int, float)
+    if isinstance(value, bool) or not isinstance(value, kinds):
+        raise TypeError(f"{name}={value!r}: {'an int' if integer else 'a number'} is expected")
+    if not math.isfinite(value) or value < least or (above and value == least):
+        raise ValueError(f"{name}={value!r}: {'more than' if above else 'at least'} {least} is expected")
+    if below is not None and value >= below:
+        raise ValueError(f"{name}={value!r}: less than {below} is expected")
+
+
+def check_steps(name: str, value: object) -> None:
+    """Refuse what is neither a number of optimizer steps (int) nor a share of the run (float in [0, 1])."""
+    check_number(name, value, 0)
+    if isinstance(value, float) and value > 1:
+        raise ValueError(
+            f"{name}={value!r}: a number of optimizer steps (int), or a share of the run (float in [0, 1]) is expected"
+        )
 
 
 @dataclass

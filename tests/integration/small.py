@@ -5,7 +5,7 @@ import torch
 from datasets import Dataset
 from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification, PreTrainedTokenizerFast
 
-from sparse_peft import S2FTConfig, SaRAConfig, SLTrainConfig, SoRAConfig, SparseConfig
+from sparse_peft import S2FTConfig, SaRAConfig, SLTrainConfig, SnellaConfig, SoRAConfig, SparseConfig
 
 WORDS = "the quick brown fox jumps over a lazy dog and runs away from it".split()
 
@@ -49,6 +49,18 @@ METHODS = {
         {"density": 0.1, "target_modules": "all-linear", "nuclear_min_size": 8, "nuclear_weight": 1e-4},
     ),
     "sora": (SoRAConfig, {"r": 4, "target_modules": "all-linear", "penalty": 1.0, "report_every": 2}),
+    "snella": (
+        SnellaConfig,
+        {
+            "r": 4,
+            "target_modules": "all-linear",
+            "target_sparsity": 0.5,
+            "threshold": "hard_ste",
+            "allocate_start": 0,
+            "allocate_stop": 6,
+            "allocate_every": 2,
+        },
+    ),
     "sltrain": (SLTrainConfig, {"r": 4, "density": 0.1, "target_modules": "all-linear"}),
 }
 

@@ -25,6 +25,7 @@ from sparse_peft import (
     S2FTConfig,
     SaRAConfig,
     SLTrainConfig,
+    SnellaConfig,
     SoRAConfig,
     SparseAdamW,
     SparseConfig,
@@ -36,7 +37,7 @@ from sparse_peft.tuners.trained import TrainedState
 
 STEPS, TOTAL = 11, 12
 OPTIMIZERS = {"adamw": torch.optim.AdamW, "by age": SparseAdamW}
-OTHERS = {"s2ft": S2FTConfig, "sara": SaRAConfig, "sora": SoRAConfig, "sltrain": SLTrainConfig}
+OTHERS = {"s2ft": S2FTConfig, "sara": SaRAConfig, "sora": SoRAConfig, "sltrain": SLTrainConfig, "snella": SnellaConfig}
 
 
 class Block(nn.Module):
@@ -234,6 +235,11 @@ CASES = [
     ("sara", "adamw", {"density": 0.2, "progressive": 3, "nuclear_weight": 0.01, "nuclear_min_size": 4}),
     ("sora", "adamw", {"r": 4, "alpha": 8, "penalty": 2.0, "prox_start": 2, "target_rank": 7, "target_step": 9}),
     ("sltrain", "adamw", {"r": 2, "density": 0.2}),
+    (
+        "snella",
+        "adamw",
+        {"r": 4, "target_sparsity": 0.6, "allocate_start": 0, "allocate_stop": 9, "allocate_every": 3},
+    ),
 ]
 
 

@@ -69,6 +69,7 @@ METHODS = (
         groups=False,
         low_rank=True,
     ),
+    Method("snella", "sparse_peft:SnellaConfig", {"r": 4, "sparsity": 0.2}, {"r": 2, "sparsity": 0.5}, groups=False),
     Method(
         "shira",
         "peft:ShiraConfig",

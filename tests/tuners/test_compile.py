@@ -5,7 +5,7 @@ import torch
 from helpers import TwoLayers, adapted, assert_base_untouched, layers_of
 from peft import get_peft_model
 
-from sparse_peft import S2FTConfig, SaRAConfig, SLTrainConfig, SoRAConfig, SparseConfig
+from sparse_peft import S2FTConfig, SaRAConfig, SLTrainConfig, SnellaConfig, SoRAConfig, SparseConfig
 
 
 @pytest.fixture(autouse=True)
@@ -88,8 +88,19 @@ def test_loading_positions_is_seen_by_a_graph():
         (SoRAConfig(r=3), True),
         (SLTrainConfig(r=3, density=0.1), True),
         (SLTrainConfig(mode="pretrain", r=3, density=0.1), False),
+        (SnellaConfig(r=4), False),
+        (SnellaConfig(r=4, kernel="mixed", dropout=1e-9), False),
     ],
-    ids=["s2ft, inputs", "s2ft, outputs", "sara", "sora", "sltrain", "sltrain from scratch"],
+    ids=[
+        "s2ft, inputs",
+        "s2ft, outputs",
+        "sara",
+        "sora",
+        "sltrain",
+        "sltrain from scratch",
+        "snell",
+        "snella beside the base",
+    ],
 )
 def test_other_methods_in_a_graph(config, whole):
     config.target_modules, config.init_weights = ["first", "second"], False

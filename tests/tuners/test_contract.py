@@ -345,8 +345,6 @@ def test_dtype_of_values_follows_autocast_adapter_dtype():
         assert {d.values.dtype for _, d in _deltas(model)} == {dtype}
 
 
-
-
 def test_layers_as_small_as_twenty_by_two():
     model = get_peft_model(nn.Sequential(nn.Linear(10, 20), nn.Linear(20, 2)), SparseConfig(target_modules=["0", "1"]))
     assert [d.values.numel() for _, d in _deltas(model)] == [16, 16]

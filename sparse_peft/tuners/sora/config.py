@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import math
 import re
 from dataclasses import dataclass, field
 from typing import ClassVar
 
 from ...support import steps_of
-from ..base_config import BaseSparseConfig
+from ..base_config import BaseSparseConfig, check_number, check_steps
 from .penalty import SPACINGS, PenaltySchedule
 from .state import GATES
 
@@ -16,14 +15,6 @@ PROXIMALS = ("lr", "constant", "adam")
 OPERATORS = ("soft", "reference")
 # Of a penalty that a learning rate multiplies, and of a threshold that is taken as it is.
 DEFAULT_PENALTY = {"lr": 0.5, "adam": 0.5, "constant": 3e-4}
-
-
-def _number(name: str, value: object, least: float, *, above: bool = False, integer: bool = False) -> None:
-    kinds = (int,) if integer else (int, float)
-    if isinstance(value, bool) or not isinstance(value, kinds):
-        raise TypeError(f"{name}={value!r}: {'an int' if integer else 'a number'} is expected")
-    if not math.isfinite(value) or value < least or (above and value == least):
-        raise ValueError(f"{name}={value!r}: {'more than' if above else 'at least'} {least} is expected")
 
 
 @dataclass
@@ -130,18 +121,18 @@ class SoRAConfig(BaseSparseConfig):
                 raise ValueError(f"{name}={getattr(self, name)!r}: one of {', '.join(map(repr, choices))} is expected")
         self.rank_pattern = dict(self.rank_pattern or {})
         for name, least in (("r", 1), ("stages", 1), ("report_every", 1)):
-            _number(name, getattr(self, name), least, integer=True)
+            check_number(name, getattr(self, name), least, integer=True)
         if self.compact_every is not None:
-            _number("compact_every", self.compact_every, 1, integer=True)
+            check_number("compact_every", self.compact_every, 1, integer=True)
         if self.target_rank is not None:
-            _number("target_rank", self.target_rank, 0, above=True)
+            check_number("target_rank", self.target_rank, 0, above=True)
             if isinstance(self.target_rank, float) and self.target_rank > 1:
                 raise ValueError(
                     f"target_rank={self.target_rank!r}: a number of ranks (int), or a share of those at the start "
                     "(float in (0, 1]) is expected"
                 )
         for pattern, rank in self.rank_pattern.items():
-            _number(f"rank_pattern[{pattern!r}]", rank, 1, integer=True)
+            check_number(f"rank_pattern[{pattern!r}]", rank, 1, integer=True)
             try:
                 re.compile(pattern)
             except re.error as error:
@@ -156,17 +147,10 @@ class SoRAConfig(BaseSparseConfig):
             ("gate_lr_scale", True),
             ("l1_weight", False),
         ):
-            _number(name, getattr(self, name), 0, above=above)
-        _number("dropout", self.dropout, 0)
-        if self.dropout >= 1:
-            raise ValueError(f"dropout={self.dropout!r}: a probability below 1 is expected")
+            check_number(name, getattr(self, name), 0, above=above)
+        check_number("dropout", self.dropout, 0, below=1)
         for name in ("prox_start", "target_step"):
-            _number(name, getattr(self, name), 0)
-            if isinstance(getattr(self, name), float) and getattr(self, name) > 1:
-                raise ValueError(
-                    f"{name}={getattr(self, name)!r}: a number of optimizer steps (int), or a share of the run (float "
-                    "in [0, 1]) is expected"
-                )
+            check_steps(name, getattr(self, name))
         if self.stage_spacing == "geometric" and self.stages > 1 and self.first_penalty * self.penalty == 0:
             raise ValueError(
                 f"stage_spacing='geometric' with first_penalty={self.first_penalty} and penalty={self.penalty}: both "

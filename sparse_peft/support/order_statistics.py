@@ -1,0 +1,50 @@
+"""Numbers of given ranks among very many that never lie in memory together."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+
+import torch
+from torch import Tensor
+
+# So many bits of the numbers are told apart in one pass.
+DIGIT = 16
+_INTEGERS = {torch.float32: torch.int32, torch.float64: torch.int64}
+
+
+def order_statistics(chunks: Callable[[], Iterable[Tensor]], ranks: Sequence[int]) -> list[Tensor]:
+    """The smallest number, the second smallest and so on: exactly, whatever the order and the sizes of the chunks.
+
+    Floats that are not negative are ordered as their bits are as integers, so the answer is found digit by digit, with
+    one pass over the numbers and one histogram for each digit of 16 bits. NaNs come last.
+
+    Args:
+        chunks: gives all numbers, in tensors of any shape; called once a pass, and must give the same ones each time.
+            float32 or float64, not negative.
+        ranks: wanted ranks, the smallest number's being 1; none above the number of numbers.
+
+    Returns:
+        One 0-d tensor for each rank, in the numbers' dtype.
+
+    Raises:
+        ValueError: a rank for which there are not enough numbers.
+    """
+    wanted = [(0, rank) for rank in ranks]  # the digits found so far, and the rank among the numbers that have them
+    dtype = next(iter(chunks())).dtype
+    integer = _INTEGERS[dtype]
+    for shift in range(integer.itemsize * 8 - DIGIT, -1, -DIGIT):
+        counts: dict[int, Tensor] = {}
+        for chunk in chunks():
+            bits = chunk.flatten().view(integer)
+            for prefix in {prefix for prefix, _ in wanted}:
+                inside = bits[bits >> (shift + DIGIT) == prefix] if shift + DIGIT < integer.itemsize * 8 else bits
+                found = torch.bincount((inside >> shift).bitwise_and_(2**DIGIT - 1), minlength=2**DIGIT)
+                counts[prefix] = counts[prefix] + found if prefix in counts else found
+        for index, (prefix, rank) in enumerate(wanted):
+            until = counts[prefix].cumsum(0)
+            if not 1 <= rank <= int(until[-1]):
+                raise ValueError(f"ranks={list(ranks)}: there are {int(until[-1])} numbers")
+            digit = int(torch.searchsorted(until, rank))
+            wanted[index] = prefix << DIGIT | digit, rank - int(until[digit] - counts[prefix][digit])
+    device = until.device
+    return [torch.tensor(prefix, dtype=_INTEGERS[dtype], device=device).view(dtype) for prefix, _ in wanted]

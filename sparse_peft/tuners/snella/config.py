@@ -1,0 +1,172 @@
+"""The config of SNELL and SNELLA."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+from ...ops import PIECES, THRESHOLDS
+from ...support import BudgetSchedule, steps_of
+from ..base_config import BaseSparseConfig, check_number, check_steps
+
+KERNELS = ("distance", "mixed")
+INITS = ("residual", "reference", "symmetric")
+# Of the layers' weights, without an allocator.
+DEFAULT_SPARSITY = 0.5
+
+
+@dataclass
+class SnellaConfig(BaseSparseConfig):
+    """SNELL (NeurIPS 2024) and SNELLA: a delta computed from distances, whose entries compete to be not zero.
+
+    As many parameters train as with LoRA of rank ``r``, the delta has full rank, and ``1 - sparsity`` of its entries
+    are not zero. With ``target_sparsity`` layers compete as well (SNELLA): training then needs
+    :class:`~sparse_peft.SparsityCallback` or a :class:`~sparse_peft.SparsityController`.
+
+    Args:
+        r: trained numbers for each input and output, half of them of each piece; even.
+        kernel: ``"distance"``: a difference of two distances (SNELL), or ``"mixed"``: with a softmax of it over the
+            outputs, a constant and three more trained numbers a layer (SNELLA).
+        sparsity: share of each layer's entries that are zero, in [0, 1]; by default 0.5, and 0 with a target.
+        threshold: what becomes of a value ``k`` whose absolute value is above the threshold ``tau``: ``"soft"``:
+            ``k (|k| - tau)``, the paper's equation 5; ``"reference"``: ``k |k|`` with a gradient that takes ``|k|`` as
+            a constant, the authors' code; ``"hard_ste"``: ``k``, with the gradient going through for all entries.
+        init: ``"residual"``: the delta that the first numbers give is subtracted from what is kept, so that training
+            starts at the base model; it is computed anew from ``seed`` and takes no room in a file. ``"symmetric"``:
+            both pieces start alike, which is zero without anything to subtract; with the distance kernel and
+            ``"hard_ste"`` only. ``"reference"``: as the authors do, with a small delta at the start.
+        seed: of the first numbers; every layer draws its own from (seed, layer name).
+        dropout: probability with which an input of the delta is left out in training. Without any the delta is added
+            to a float32 base's weight, and each pass multiplies once.
+        tau_interval: changes of the parameters from one computation of ``tau`` to the next.
+        cache: keep the delta while the model is in evaluation mode and no gradients are wanted: one weight's size a
+            layer for forward passes that compute no kernel.
+        target_sparsity: share of all layers' entries that are zero in the end, shared by the layers' sensitivity; None
+            for no sharing. At least ``sparsity``.
+        allocate_start: optimizer steps (int), or share of the run (float), before the first sharing.
+        allocate_stop: when the target is reached; from then on layers keep what they have.
+        allocate_every: optimizer steps from one sharing to the next.
+        beta1, beta2: decay of the averages of sensitivity and of its uncertainty.
+        at_least: entries that every layer keeps, if it has so many.
+        weigh_by_size: multiply a layer's score with its size, so that it is shared by sums and not by means.
+        weight_shapes: resolved ``[rows, cols]`` of the layers' stored weights. Not for setting by hand.
+
+    Raises:
+        ValueError, TypeError: a field that is out of range, or two that contradict each other.
+    """
+
+    method: ClassVar[str] = "SPARSE_PEFT_SNELLA"
+
+    r: int = field(default=8, metadata={"help": "Trained numbers for each input and output; even."})
+    kernel: str = field(default="distance", metadata={"help": f"One of {', '.join(KERNELS)}."})
+    sparsity: float | None = field(
+        default=None, metadata={"help": "Share of a layer's entries that are zero; 0.5, or 0 with target_sparsity."}
+    )
+    threshold: str = field(default="soft", metadata={"help": f"How entries compete: one of {', '.join(THRESHOLDS)}."})
+    init: str = field(default="residual", metadata={"help": f"How training starts: one of {', '.join(INITS)}."})
+    seed: int = field(default=0, metadata={"help": "Of the first numbers, together with the layer's name."})
+    dropout: float = field(default=0.0, metadata={"help": "Probability with which an input is left out in training."})
+    tau_interval: int = field(
+        default=1, metadata={"help": "Changes of the parameters from one computation of the threshold to the next."}
+    )
+    cache: bool = field(default=True, metadata={"help": "Keep the dense delta in evaluation mode without gradients."})
+    target_sparsity: float | None = field(
+        default=None,
+        metadata={"help": "Share of all layers' entries that are zero in the end."},
+    )
+    allocate_start: int | float = field(
+        default=0.1, metadata={"help": "Steps (int) or share of the run (float) before the first sharing."}
+    )
+    allocate_stop: int | float = field(
+        default=0.7, metadata={"help": "When the target is reached: steps (int) or a share of the run (float)."}
+    )
+    allocate_every: int = field(default=10, metadata={"help": "Optimizer steps from one sharing to the next."})
+    beta1: float = field(default=0.85, metadata={"help": "Decay of the average of sensitivity."})
+    beta2: float = field(default=0.85, metadata={"help": "Decay of the average of its uncertainty."})
+    at_least: int = field(default=1, metadata={"help": "Entries that every layer keeps."})
+    weigh_by_size: bool = field(default=False, metadata={"help": "Multiply a layer's score with its size."})
+    weight_shapes: dict[str, list[int]] | None = field(
+        default=None, metadata={"help": "Resolved [rows, cols] of the layers' weights; filled in, not set by hand."}
+    )
+
+    def __post_init__(self):
+        super().__post_init__()
+        for name, choices in (("kernel", KERNELS), ("threshold", THRESHOLDS), ("init", INITS)):
+            if getattr(self, name) not in choices:
+                raise ValueError(f"{name}={getattr(self, name)!r}: one of {', '.join(map(repr, choices))} is expected")
+        for name, least in (("r", PIECES), ("tau_interval", 1), ("allocate_every", 1), ("at_least", 0)):
+            check_number(name, getattr(self, name), least, integer=True)
+        if self.r % PIECES:
+            raise ValueError(f"r={self.r}: a multiple of {PIECES} is expected, the kernel's pieces have equal parts")
+        if isinstance(self.seed, bool) or not isinstance(self.seed, int):
+            raise TypeError(f"seed={self.seed!r}: an int is expected")
+        if not -(2**63) <= self.seed < 2**63:
+            raise ValueError(f"seed={self.seed}: an int of 64 bits is expected, it is saved with each layer")
+        check_number("dropout", self.dropout, 0, below=1)
+        if self.sparsity is None:
+            self.sparsity = DEFAULT_SPARSITY if self.target_sparsity is None else 0.0
+        for name in ("sparsity", "target_sparsity"):
+            if getattr(self, name) is not None:
+                check_number(name, getattr(self, name), 0)
+                if getattr(self, name) > 1:
+                    raise ValueError(f"{name}={getattr(self, name)!r}: a share in [0, 1] is expected")
+        for name in ("beta1", "beta2"):
+            check_number(name, getattr(self, name), 0, below=1)
+        for name in ("allocate_start", "allocate_stop"):
+            check_steps(name, getattr(self, name))
+        if self.target_sparsity is not None and self.target_sparsity < self.sparsity:
+            raise ValueError(
+                f"target_sparsity={self.target_sparsity} below sparsity={self.sparsity}: layers only lose entries in "
+                "the course of training; start with a lower sparsity"
+            )
+        if self.init == "symmetric" and (self.threshold != "hard_ste" or self.kernel != "distance"):
+            raise ValueError(
+                f"init='symmetric' with threshold={self.threshold!r} and kernel={self.kernel!r}: a kernel of zeros "
+                "trains with threshold='hard_ste' and kernel='distance' only; use init='residual'"
+            )
+
+    @classmethod
+    def paper(cls, **fields) -> SnellaConfig:
+        """What the authors' code of SNELLA computes, with its settings: for comparisons."""
+        return cls(
+            **{"r": 8, "kernel": "mixed", "threshold": "reference", "init": "reference", "dropout": 0.1, **fields}
+        )
+
+    def kept(self, numel: int) -> int:
+        """How many of a layer's entries are not zero at the start."""
+        return numel - _ceil(self.sparsity * numel)
+
+    @property
+    def changes_in_training(self) -> bool:
+        return self.target_sparsity is not None
+
+    @property
+    def attendance_needed_for(self) -> str:
+        return "shares the entries among the layers"
+
+    def budget_schedule(self, initial: int, numel: int, total_steps: int | None) -> BudgetSchedule:
+        """How many entries all layers together keep, in a run of this many optimizer steps.
+
+        Args:
+            initial: entries at the start.
+            numel: of all layers.
+            total_steps: of the run; needed where start or stop are shares of it.
+
+        Raises:
+            ValueError: shares of a run whose length is not known, or a stop before the start.
+        """
+        start = steps_of(self.allocate_start, total_steps, "allocate_start")
+        stop = steps_of(self.allocate_stop, total_steps, "allocate_stop")
+        if stop <= start:
+            raise ValueError(
+                f"allocate_start={self.allocate_start!r} is step {start}, and allocate_stop={self.allocate_stop!r} "
+                f"step {stop}: the stop must come later"
+            )
+        target = numel - _ceil(self.target_sparsity * numel)
+        return BudgetSchedule(min(initial, numel), min(target, initial), start, stop, self.allocate_every)
+
+
+def _ceil(number: float) -> int:
+    """Up to the next integer, unless it is one up to the rounding of a product."""
+    nearest = round(number)
+    return nearest if abs(number - nearest) <= 1e-12 * max(1.0, number) else int(number) + 1

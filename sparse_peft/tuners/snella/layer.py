@@ -1,0 +1,76 @@
+"""The layer of SNELL and SNELLA."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...ops import kernel_layer
+from ..tuner_layer import TunerLayer
+from .state import KernelState
+
+# A base of these is added to; in half precision most of what a delta says would be rounded away.
+ADDED_TO = (torch.float32, torch.float64)
+
+
+class SnellaLinear(TunerLayer):
+    """A layer with a kernelised delta; see :class:`~sparse_peft.tuners.tuner_layer.TunerLayer`."""
+
+    delta_container = "sparse_peft_snella_adapter"
+    adapter_layer_names = (delta_container,)
+
+    def forward(self, x: Tensor, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any) -> Tensor:
+        if adapter_names is None and not args and not kwargs and self.path(x) == "fused":
+            return self._fused_forward(x, self._active_names()[0])
+        return super().forward(x, *args, adapter_names=adapter_names, **kwargs)
+
+    def path(self, x: Tensor | None = None) -> str:
+        """How the forward pass of the active adapters is computed.
+
+        Args:
+            x: the input; one in the base's dtype if None.
+
+        Returns:
+            ``"fused"``: the delta is added to parts of the base weight, so that each pass multiplies once;
+            ``"additive"``: the base layer's own forward, and the delta's beside it.
+        """
+        names = self._active_names()
+        fuses = (
+            len(names) == 1
+            and not (self.disable_adapters or self.merged)
+            and self.quantization_backend is None
+            and not self._serves()
+            and not (self.training and self.deltas[names[0]].settings.dropout)
+            and not self._is_hooked()
+            and self._base_is_stock(x)
+            and self.base_parameter.dtype in ADDED_TO
+            and not self._is_sharded()
+        )
+        return "fused" if fuses else "additive"
+
+    def _serves(self) -> bool:
+        return not self.training and not torch.is_grad_enabled()
+
+    @torch.compiler.disable  # parts and thresholds are no business of a graph, which would keep the delta whole
+    def _fused_forward(self, x: Tensor, adapter_name: str) -> Tensor:
+        state: KernelState = self.deltas[adapter_name]
+        how, dtype, bias = state.competition(), self._compute_dtype(x), self.base_layer.bias
+        bias = None if bias is None else bias.to(dtype)
+        return kernel_layer(x.to(dtype), state(), state.tau.clone(), how, self.base_parameter.detach(), bias)
+
+    @torch.compiler.disable
+    def adapter_output(self, x: Tensor, adapter_name: str) -> Tensor:
+        state: KernelState = self.deltas[adapter_name]
+        state.sharded = self._is_sharded()
+        x = x.to(self._compute_dtype(x))
+        if self._serves() and state.settings.cache:
+            return self.product.leave(self.product.multiply(self.product.enter(x), state.kept_delta(x.dtype)), x)
+        how = state.competition()  # which may find another tau
+        return kernel_layer(state.dropout(x), state(), state.tau.clone(), how)
+
+    def get_delta_weight(self, adapter: str) -> Tensor:
+        """The adapter's delta as a dense tensor of the stored weight's shape, in the factors' dtype."""
+        delta = self.deltas[adapter].dense()
+        return (delta if self.product.in_dim == 1 else delta.t()).reshape(self.weight_shape)

@@ -1,0 +1,77 @@
+"""The tuner of SNELL and SNELLA."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from ...ops import ConvProduct, LinearProduct, Product, is_convolution
+from ..base_model import BaseSparseModel, base_of, in_dim_of, stored_shape
+from ..low_rank import check_groups, factor_sizes
+from .config import SnellaConfig
+from .layer import SnellaLinear
+from .state import KernelState
+
+
+@dataclass(frozen=True)
+class KernelPlan:
+    """What one layer's new adapter will be."""
+
+    sizes: tuple[int, int]
+    config: SnellaConfig
+    product: Product
+    kept: int | None
+
+    def make_delta(self, name: str) -> KernelState:
+        return KernelState(self.sizes, self.config, self.product, name, self.kept)
+
+
+class SnellaModel(BaseSparseModel):
+    """Creates a model with kernelised deltas beside the weights of its target layers.
+
+    Args:
+        model: the model to adapt.
+        config: a :class:`~sparse_peft.SnellaConfig`.
+        adapter_name: the adapter's name.
+    """
+
+    prefix = "sparse_peft_snella_"
+    tuner_layer_cls = SnellaLinear
+    layer_cls = SnellaLinear
+
+    @staticmethod
+    def layer_options(config: SnellaConfig) -> dict[str, Any]:
+        return {}
+
+    @classmethod
+    def check_targets(cls, model: nn.Module, targets: dict[str, nn.Module]) -> None:
+        super().check_targets(model, targets)
+        check_groups(targets)
+
+    def plan_layers(
+        self,
+        config: SnellaConfig,
+        targets: dict[str, nn.Module],
+        adapter_name: str,
+        file_entries: dict[str, int] | None,
+    ) -> dict[str, KernelPlan]:
+        shapes = {name: stored_shape(module) for name, module in targets.items()}
+        self._check_shapes(config, shapes)
+        config.weight_shapes = {name: list(shape) for name, shape in shapes.items()}
+        # TRL adds its reference adapter with the policy's own config object: it keeps as many entries as the policy
+        twin = next(
+            (name for name, other in self.peft_config.items() if other is config and name != adapter_name), None
+        )
+        plans = {}
+        for name, module in targets.items():
+            in_dim, base = in_dim_of(module), base_of(module)
+            known = module.deltas[twin] if isinstance(module, SnellaLinear) and twin in module.deltas else None
+            plans[name] = KernelPlan(
+                factor_sizes(shapes[name], in_dim),
+                config,
+                ConvProduct.of(base) if is_convolution(base) else LinearProduct(in_dim),
+                None if known is None else known.entries,
+            )
+        return plans

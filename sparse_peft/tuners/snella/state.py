@@ -1,0 +1,293 @@
+"""The trained state of one SNELL adapter in one layer."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.optim.optimizer import register_optimizer_step_post_hook
+
+from ...ops import (
+    MIX,
+    PIECES,
+    THRESHOLDS,
+    Competition,
+    Factors,
+    First,
+    Product,
+    find_threshold,
+    full_precision,
+    kernel_delta,
+    kernel_entries,
+)
+from ...support import uniform
+from ..residency import version
+from ..trained import TrainedState
+from .config import SnellaConfig
+
+NOT_FOUND = -1  # the age of a threshold that is still to be found
+
+# Optimizers may write to parameters in ways that leave no trace in torch's own count of writes.
+_steps = 0
+_hook = None
+
+
+def _count_steps() -> None:
+    global _hook
+    if _hook is None:
+        _hook = register_optimizer_step_post_hook(_note_step)
+
+
+def _note_step(*_: Any) -> None:
+    global _steps
+    _steps += 1
+
+
+class _Seen(NamedTuple):
+    """What the parameters were when they were last looked at."""
+
+    marks: tuple[tuple[Tensor, int, int], ...]
+    kept: int
+    steps: int
+
+
+class KernelState(TrainedState):
+    """Factors whose kernel, thresholded, is the delta of a weight seen as a map from inputs to outputs.
+
+    ``A`` is ``(2, inputs, r / 2)``, ``B`` ``(2, outputs, r / 2)``, and ``mix`` the three numbers of the mixed kernel.
+    All are float32, or float64 in a float64 model, whatever else the model is cast to. The buffers are the number of
+    entries kept (int64), the threshold ``tau``, and ``age``, the number of changes of the parameters since it was
+    found; where the first delta is subtracted also the ``seed`` it is drawn from, and its threshold ``first_tau``.
+
+    Args:
+        sizes: ``(inputs, outputs)`` of the layer; a convolution's inputs are its channels times its taps.
+        config: of the adapter.
+        product: the layer's.
+        name: the layer's name, for what is drawn and for error messages.
+        kept: number of entries that are not zero; what the config says if None.
+    """
+
+    value_name = "B"
+    full_precision = frozenset({"mix"})
+    position_names = ("kept", "tau", "age", "seed", "first_tau")
+
+    def __init__(
+        self, sizes: tuple[int, int], config: SnellaConfig, product: Product, name: str, kept: int | None = None
+    ):
+        super().__init__(name)
+        self.sizes, self.settings, self.product = sizes, config, product
+        kept = config.kept(math.prod(sizes)) if kept is None else kept
+        first = self._draw(config.seed)
+        self.A, self.B = nn.Parameter(first.inputs), nn.Parameter(first.outputs)
+        if first.mix is not None:
+            self.mix = nn.Parameter(first.mix)
+        self.dropout = nn.Dropout(config.dropout) if config.dropout > 0 else nn.Identity()
+        self.register_buffer("kept", torch.tensor(kept))
+        self.register_buffer("tau", torch.zeros(()))
+        if config.init == "residual":
+            self.register_buffer("seed", torch.tensor(config.seed))
+            self.register_buffer("first_tau", torch.tensor(math.nan))
+        self.register_buffer("age", torch.tensor(NOT_FOUND))
+        self._forget()
+        self.keep_dtype()
+        _count_steps()
+
+    def _draw(self, seed: int) -> Factors:
+        """The first factors: evenly over ``1 / sqrt(features r / 2)``, as the authors' initialisation has it."""
+        config, drawn = self.settings, []
+        for which, features in zip(("inputs", "outputs"), self.sizes):
+            shape = (PIECES, features, config.r // PIECES)
+            pieces = 1 if config.init == "symmetric" else PIECES
+            numbers = uniform(math.prod(shape[1:]) * pieces, seed=seed, name=f"{self.name}\0{which}")
+            numbers *= 1 / math.sqrt(math.prod(shape[1:]))
+            drawn.append(numbers.view(pieces, *shape[1:]).expand(shape).contiguous())
+        return Factors(*drawn, torch.tensor(list(MIX.values())) if config.kernel == "mixed" else None)
+
+    def randomise(self) -> None:
+        for parameter in (self.A, self.B):
+            nn.init.normal_(parameter)
+
+    def forward(self) -> Factors:
+        """The factors; called, not read, so that hooks of sharding wrappers run."""
+        mix = self._parameters.get("mix")
+        return Factors(*(None if p is None else p.to(self.dtype) for p in (self.A, self.B, mix)))
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What the kernel is computed in."""
+        return torch.promote_types(self.A.dtype, torch.float32)
+
+    @property
+    def numel(self) -> int:
+        """Entries of the layer's weight."""
+        return math.prod(self.sizes)
+
+    # ------------------------------------------------------------------ how many entries are kept
+
+    @property
+    def entries(self) -> int:
+        """Number of entries that are not zero, read from the buffer where that may have changed."""
+        return self._number("kept")
+
+    @property
+    def sparsity(self) -> float:
+        """Share of the entries that are zero."""
+        return 1 - self.entries / self.numel
+
+    def keep(self, entries: int) -> None:
+        """Let so many entries win from now on."""
+        self.kept.fill_(entries)
+        self.age.fill_(NOT_FOUND)
+
+    def _number(self, name: str) -> int:
+        buffer = self._buffers[name]
+        mark = (buffer, version(buffer))
+        known = self._numbers.get(name)
+        if known is None or known[0][0] is not buffer or known[0][1] != mark[1]:
+            known = self._numbers[name] = mark, int(buffer)
+        return known[1]
+
+    # ------------------------------------------------------------------ the threshold
+
+    def settle(self) -> None:
+        """Find the threshold anew if the parameters changed and it is due."""
+        parameters = tuple(self._parameters.values())
+        if any(p.is_meta or isinstance(p, DTensor) for p in parameters):
+            return  # nothing to compute from: the next forward pass has it
+        marks = tuple((p, version(p), 0 if self.sharded else p.data_ptr()) for p in parameters)
+        seen, age = self._seen, self._number("age")
+        if seen is not None and age != NOT_FOUND and seen.kept == self.entries and not self._changed(seen, marks):
+            return
+        with torch.inference_mode(False), torch.no_grad():
+            # a saved threshold was up to date when it was saved
+            grown = age if seen is None else age + 1
+            if age == NOT_FOUND or self.settings.tau_interval == 1 or grown >= self.settings.tau_interval:
+                self.tau, grown = self._find(self(), self.entries), 0
+            if grown != age:
+                self.age = torch.full_like(self.age, grown)
+        self._seen, self._reached = _Seen(marks, self.entries, _steps), False
+
+    def _changed(self, seen: _Seen, marks: tuple[tuple[Tensor, int, int], ...]) -> bool:
+        if self._reached and seen.steps != _steps:
+            return True
+        return any(new[0] is not old[0] or new[1:] != old[1:] for new, old in zip(marks, seen.marks))
+
+    def _find(self, factors: Factors, entries: int) -> Tensor:
+        with full_precision(factors.inputs.device):
+            return find_threshold(factors, entries, THRESHOLDS[self.settings.threshold])
+
+    def _note_backward(self) -> None:
+        self._reached = True
+
+    def competition(self) -> Competition:
+        """How the factors become a delta now."""
+        self.settle()
+        return Competition(self.product, THRESHOLDS[self.settings.threshold], self._subtracted(), self._note_backward)
+
+    def _subtracted(self) -> First | None:
+        if self.settings.init != "residual":
+            return None
+        seed = self._number("seed")  # not the config's: a checkpoint may have been started with another
+        if self._first is None or self._first_of != (seed, self.dtype):
+            with torch.inference_mode(False), torch.no_grad():
+                to = {"device": self.A.device, "dtype": self.dtype}
+                factors = Factors(*(None if t is None else t.to(**to) for t in self._draw(seed)))
+                if bool(self.first_tau.isnan()):
+                    self.first_tau = self._find(factors, self.settings.kept(self.numel))
+                self._first, self._first_of = First(factors, self.first_tau), (seed, self.dtype)
+        return self._first
+
+    # ------------------------------------------------------------------ the delta
+
+    def dense(self, dtype: torch.dtype | None = None) -> Tensor:
+        """The delta ``(outputs, inputs)``, in the factors' dtype if None."""
+        how = self.competition()
+        return kernel_delta(self(), self.tau, how, dtype or self.dtype)
+
+    def kept_delta(self, dtype: torch.dtype) -> Tensor:
+        """As :meth:`dense`; kept until a parameter changes or the layer trains again."""
+        self.settle()
+        if self._dense is None or self._dense[0] is not self._seen or self._dense[1].dtype != dtype:
+            with torch.inference_mode(False):
+                self._dense = self._seen, self.dense(dtype)
+        return self._dense[1]
+
+    def sparse(self) -> tuple[Tensor, Tensor]:
+        """``(entries,)`` positions in the flat ``(outputs, inputs)``, ascending, and values of what is kept."""
+        how = self.competition()
+        return kernel_entries(self(), self.tau, how)
+
+    # ------------------------------------------------------------------ torch's bookkeeping
+
+    sharded = False  # whether FSDP2 gathers the parameters, to another address each time
+
+    def _forget(self) -> None:
+        """Whatever was found out about parameters and buffers."""
+        self._seen: _Seen | None = None
+        self._reached = False
+        self._first: First | None = None
+        self._first_of: tuple[int, torch.dtype] | None = None
+        self._dense: tuple[_Seen | None, Tensor] | None = None
+        self._numbers: dict[str, Any] = {}
+
+    def train(self, mode: bool = True):
+        if mode:
+            self._dense = None
+        return super().train(mode)
+
+    def restore_dtype(self) -> None:
+        super().restore_dtype()
+        for parameter in self._parameters.values():
+            if parameter.dtype != self.trained_dtype:
+                parameter.data = parameter.data.to(self.trained_dtype)
+
+    def _apply(self, fn, *args, **kwargs):
+        before = {name: t.detach() for kind in (self._parameters, self._buffers) for name, t in kind.items()}
+        module = super()._apply(fn, *args, **kwargs)
+        for kind in (self._parameters, self._buffers):
+            for name, tensor in kind.items():
+                exact = before[name]
+                if tensor.is_floating_point() and tensor.dtype.itemsize < 4 and not exact.is_meta:
+                    tensor.data = exact.to(tensor.device, torch.promote_types(exact.dtype, torch.float32))
+        self._forget()
+        self.keep_dtype()
+        return module
+
+    def _save_to_state_dict(self, destination, prefix, keep_vars):
+        self.settle()
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+
+    def _load_from_state_dict(self, *args, **kwargs):
+        super()._load_from_state_dict(*args, **kwargs)
+        for parameter in self._parameters.values():  # which may be the file's tensors themselves
+            if parameter.dtype.itemsize < 4:
+                parameter.data = parameter.data.float()
+        self._forget()
+
+    def __getstate__(self):
+        return {**self.__dict__, "_seen": None, "_reached": False, "_first": None, "_dense": None, "_numbers": {}}
+
+    # ------------------------------------------------------------------ files
+
+    def file_tensors(self) -> dict[str, Tensor]:
+        if not isinstance(self.A, DTensor):
+            self.competition()  # finds the thresholds
+        return {name: self._buffers[name] for name in self.position_names if name in self._buffers}
+
+    def take_file(self, positions: dict[str, Tensor], parameters: dict[str, Tensor]) -> dict[str, Tensor]:
+        super().take_file(positions, parameters)
+        self._require(**{name: positions.get(name) for name in self.position_names if name in self._buffers})
+        kept = int(positions["kept"])
+        if not 0 <= kept <= self.numel:
+            raise ValueError(
+                f"layer {self.name}: kept={kept} in the adapter file, where the weight has {self.numel} entries; load "
+                "it on the base model it was made for"
+            )
+        return {name: positions[name].to(self._buffers[name].dtype) for name in self._buffers}
+
+    def extra_repr(self) -> str:
+        inputs, outputs = self.sizes
+        return f"r={self.settings.r}, inputs={inputs}, outputs={outputs}, kernel={self.settings.kernel}"
