@@ -2,5 +2,6 @@
 
 from .files import load_adapter, save_adapter
 from .lora import save_as_lora, save_lora_as_s2ft
+from .pool import AdapterPool, PoolStatistics
 
-__all__ = ["load_adapter", "save_adapter", "save_as_lora", "save_lora_as_s2ft"]
+__all__ = ["AdapterPool", "PoolStatistics", "load_adapter", "save_adapter", "save_as_lora", "save_lora_as_s2ft"]

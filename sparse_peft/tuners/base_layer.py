@@ -102,7 +102,7 @@ class SparseTunerLayer(TunerLayer):
         return delta
 
     def _join(self, names: tuple[str, ...]) -> ActiveDelta:
-        """The named adapters' common support; kept for each selection of adapters until one of their supports changes."""
+        """The named adapters' common support; kept for each selection of them until one's own support changes."""
         if self._joined is not None and self._joined[1].names == names:
             # a compiled graph is traced with what set_adapter and loading left here
             if torch.compiler.is_compiling() or self._is_current(self._joined):

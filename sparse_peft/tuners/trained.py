@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from abc import abstractmethod
+from collections.abc import Iterator
 from typing import ClassVar
 
 import torch
@@ -42,6 +43,11 @@ class TrainedState(nn.Module):
     @abstractmethod
     def randomise(self) -> None:
         """Draw random values in place of those that start as the base model, for tests."""
+
+    def kept_tensors(self) -> Iterator[Tensor]:
+        """All tensors that it keeps in memory while the adapter is served."""
+        yield from self.parameters()
+        yield from self.buffers()
 
     # ------------------------------------------------------------------ dtype
 
