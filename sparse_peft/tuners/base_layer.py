@@ -177,6 +177,8 @@ class SparseTunerLayer(TunerLayer):
 
     def pending_write(self) -> Write | None:
         """What makes the base weight hold the active adapters' entries; None if it does, or may not."""
+        if self._holds_current():
+            return None
         names = self._active_names()
         if not names or self.merged or self.disable_adapters or self.path() != "resident":
             return None
