@@ -104,7 +104,7 @@ def modules_beside_adapters(model: nn.Module) -> Iterator[nn.Module]:
         seen.add(id(module))
         yield module
         if isinstance(module, TunerLayer):
-            waiting.append(module._modules["base_layer"])
+            waiting.append(module._modules.get("base_layer"))
         else:
             waiting.extend(reversed(module._modules.values()))
 
