@@ -20,7 +20,7 @@ STAMP := $(VENV)/.installed-$(shell cat $(INSTALLED_FROM) | cksum | cut -d' ' -f
 # One thread each: the tests' tensors are tiny, and two workers with a pool each slow one another down.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
-.PHONY: help venv quickstart test test-slow lint bench clean
+.PHONY: help venv quickstart test test-slow lint bench docs clean
 .DEFAULT_GOAL := help
 
 help:
@@ -29,6 +29,7 @@ help:
 	@echo "make test-slow   the slow tests: whole examples, real models"
 	@echo "make lint        ruff: rules and format"
 	@echo "make bench       the benchmarks"
+	@echo "make docs        the documents as a site, in site/"
 	@echo "make clean       remove the virtual environment and the caches"
 
 venv: $(STAMP)
@@ -36,7 +37,7 @@ venv: $(STAMP)
 $(STAMP): $(INSTALLED_FROM)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	rm -f $(VENV)/.installed-*
-	$(BIN)/python -m pip install --quiet $(PIP_ARGS) -c constraints.txt -e ".[trl,bnb,plot,test,examples,bench]"
+	$(BIN)/python -m pip install --quiet $(PIP_ARGS) -c constraints.txt -e ".[trl,bnb,plot,test,examples,bench,docs]"
 	$(BIN)/python -m pip install --quiet $(PIP_ARGS) --no-deps -r examples/requirements.txt
 	touch $@
 
@@ -56,5 +57,8 @@ lint: $(STAMP)
 bench: $(STAMP)
 	$(BIN)/python -m benchmarks.step
 
+docs: $(STAMP)
+	$(BIN)/python -m mkdocs build --strict
+
 clean:
-	rm -rf $(VENV) .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) site .pytest_cache .ruff_cache .hypothesis

@@ -24,7 +24,6 @@ import torch
 import typer
 from datasets import Dataset
 from peft import PeftConfig, PeftModel
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from safetensors.torch import load_file, save_file
@@ -37,6 +36,7 @@ ROOT = Path(__file__).resolve().parents[1]
 if __name__ == "__main__" and not __package__:  # `python examples/quickstart.py` has examples/ on the path alone
     sys.path.insert(0, str(ROOT))
 
+from examples.results import console, report_checks  # noqa: E402
 from examples.smollm2 import MODEL_ID, held_out_loss, kjv_blocks, load_model, load_tokenizer  # noqa: E402
 from sparse_peft import (  # noqa: E402
     S2FTConfig,
@@ -95,7 +95,6 @@ def config_of(method: Method, share: float) -> PeftConfig:
 
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
-console = Console()
 
 
 class StepClock(TrainerCallback):
@@ -273,11 +272,8 @@ def quickstart(
         ),
         f"merged: the same logits, {how} (largest difference {fresh['merged_difference']:.1e})": merged,
     }
-    for check, passed in checks.items():
-        console.print(f"[green]passed[/green]  {check}" if passed else f"[red]FAILED[/red]  {check}", highlight=False)
     console.print(f"The adapter is in {output}", highlight=False)
-    if not all(checks.values()):
-        raise typer.Exit(1)
+    report_checks(checks)
 
 
 if __name__ == "__main__":

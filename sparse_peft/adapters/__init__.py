@@ -7,15 +7,18 @@ from .extract import EXTRACTION_CRITERIA, ExtractedLayer, Extraction, extract
 from .files import load_adapter, save_adapter
 from .lora import save_as_lora, save_lora_as_s2ft
 from .low_rank import LowRankExport, save_low_rank
+from .pool import AdapterPool, PoolStatistics
 from .results import add_results
 from .soup import Soup, greedy_soup, soup
 from .sparse import save_as_sparse, to_sparse
 
 __all__ = [
     "EXTRACTION_CRITERIA",
+    "AdapterPool",
     "ExtractedLayer",
     "Extraction",
     "LowRankExport",
+    "PoolStatistics",
     "Soup",
     "add_results",
     "compose",

@@ -17,11 +17,12 @@ from .dispatch import forced_backend, kernel_backend
 from .panels import panels
 
 
-def read_entries(weight: Tensor, indices: Tensor) -> Tensor:
-    """The weight's entries at flat row-major ``indices``, as a new tensor ``(entries,)`` of the weight's dtype."""
+def read_entries(weight: Tensor, indices: Tensor, out: Tensor | None = None) -> Tensor:
+    """The weight's entries at flat row-major ``indices``: ``(entries,)`` of its dtype, new or written to ``out``."""
     if weight.is_contiguous():
-        return weight.view(-1).index_select(0, indices)
-    return weight[torch.unravel_index(indices.long(), weight.shape)]
+        return torch.index_select(weight.view(-1), 0, indices, out=out)
+    entries = weight[torch.unravel_index(indices.long(), weight.shape)]
+    return entries if out is None else out.copy_(entries)
 
 
 def write_entries_(weight: Tensor, indices: Tensor, entries: Tensor) -> None:
@@ -105,7 +106,7 @@ def _write_many(
             together.setdefault((kernel, weight.dtype, index.dtype, weight.device), []).append(n)
         elif index.numel():
             if take:
-                originals[n].copy_(read_entries(weight.detach(), index))
+                read_entries(weight.detach(), index, out=originals[n])
             entries = originals[n] if value is None else effective_entries(originals[n], value)
             write_entries_(weight, index, entries)
     for (kernel, dtype, index_dtype, device), members in together.items():

@@ -35,6 +35,8 @@ from .residency import (
 )
 from .tuner_layer import TunerLayer
 
+# Unions of several adapters' supports that a layer keeps, so that switching back and forth does not make them anew.
+KEPT_UNIONS = 4
 WRITABLE_DTYPES = {torch.float16, torch.bfloat16, torch.float32, torch.float64}
 
 
@@ -47,6 +49,9 @@ def is_dense(weight: Tensor) -> bool:
 
 def _rejoin(layer: SparseTunerLayer, _incompatible_keys: Any) -> None:
     layer.rejoin()
+
+
+Joined = tuple[tuple[Support, ...], ActiveDelta]
 
 
 class SparseTunerLayer(TunerLayer):
@@ -66,7 +71,8 @@ class SparseTunerLayer(TunerLayer):
         super().__init__(base_layer, name, **kwargs)
         self.resident = resident
         self._residency = Residency(name)
-        self._joined: tuple[tuple[Support, ...], ActiveDelta] | None = None
+        self._joined: Joined | None = None
+        self._joins: dict[tuple[str, ...], Joined] = {}
         self._step_expected = False
         self._writable: tuple[Tensor, int, bool] | None = None
         self.observer_key = new_key()
@@ -93,17 +99,30 @@ class SparseTunerLayer(TunerLayer):
         return delta
 
     def _join(self, names: tuple[str, ...]) -> ActiveDelta:
-        """The named adapters' common support; kept until a support or the selection of adapters changes."""
+        """The named adapters' common support; kept for each selection of them until one's own support changes."""
         if self._joined is not None and self._joined[1].names == names:
             # a compiled graph is traced with what set_adapter and loading left here
-            if torch.compiler.is_compiling() or all(
-                old is self.deltas[name].known_support() for old, name in zip(self._joined[0], names)
-            ):
+            if torch.compiler.is_compiling() or self._is_current(self._joined):
                 return self._joined[1]
-        with torch.inference_mode(False):
-            supports = {name: self.settled(name).support for name in names}
-            self._joined = tuple(supports.values()), ActiveDelta.join(supports)
-        return self._joined[1]
+        known = self._joins.get(names)
+        if known is None or not self._is_current(known):
+            with torch.inference_mode(False):
+                supports = {name: self.settled(name).support for name in names}
+                known = tuple(supports.values()), ActiveDelta.join(supports)
+            unions = [other for other in self._joins if len(other) > 1 and other != names]
+            if len(names) > 1 and len(unions) >= KEPT_UNIONS:
+                del self._joins[unions[0]]
+            self._joins[names] = known
+        self._joined = known
+        return known[1]
+
+    def _is_current(self, joined: Joined) -> bool:
+        supports, delta = joined
+        return all(old is self.deltas[name].known_support() for old, name in zip(supports, delta.names))
+
+    def _forget_joins(self, adapter_name: str) -> None:
+        self._joined = None
+        self._joins = {names: joined for names, joined in self._joins.items() if adapter_name not in names}
 
     def rejoin(self) -> None:
         """Prepare the active adapters' common support where it is known, so that no traced forward has to."""
@@ -150,10 +169,13 @@ class SparseTunerLayer(TunerLayer):
 
     def release(self) -> None:
         """Give the base weight its own entries back; merged adapters stay merged."""
-        release_layers([self])
+        if self.held_weight() is not None:
+            release_layers([self])
 
     def pending_write(self) -> Write | None:
         """What makes the base weight hold the active adapters' entries; None if it does, or may not."""
+        if self._holds_current():
+            return None
         names = self._active_names()
         if not names or self.merged or self.disable_adapters or self.path() != "resident":
             return None
@@ -347,7 +369,7 @@ class SparseTunerLayer(TunerLayer):
 
     def delete_adapter(self, adapter_name: str) -> None:
         self.release()
-        self._joined = None
+        self._forget_joins(adapter_name)
         super().delete_adapter(adapter_name)
 
     def _apply(self, fn, *args, **kwargs):
@@ -368,7 +390,7 @@ class SparseTunerLayer(TunerLayer):
 
     def __getstate__(self):
         self.release()
-        return {**self.__dict__, "_writable": None}
+        return {**self.__dict__, "_writable": None, "_joins": {}}
 
     def __setstate__(self, state):
         super().__setstate__(state)

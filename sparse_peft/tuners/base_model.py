@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -95,6 +96,21 @@ def configs_of(model: nn.Module) -> dict[str, Any]:
         if isinstance(configs, dict):
             found.update(configs)
     return found
+
+
+def modules_beside_adapters(model: nn.Module) -> Iterator[nn.Module]:
+    """The model's modules in their order, without those of its adapters, of which there may be hundreds."""
+    seen, waiting = set(), [model]
+    while waiting:
+        module = waiting.pop()
+        if module is None or id(module) in seen:
+            continue
+        seen.add(id(module))
+        yield module
+        if isinstance(module, TunerLayer):
+            waiting.append(module._modules.get("base_layer"))
+        else:
+            waiting.extend(reversed(module._modules.values()))
 
 
 class BaseSparseModel(BaseTuner):
@@ -344,7 +360,31 @@ class BaseSparseModel(BaseTuner):
 
     @staticmethod
     def sparse_layers(model: nn.Module) -> Iterator[TunerLayer]:
-        return (module for module in model.modules() if isinstance(module, TunerLayer))
+        return (module for module in modules_beside_adapters(model) if isinstance(module, TunerLayer))
+
+    def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
+        """Activate these adapters, which add up, or none for an empty list.
+
+        Args:
+            adapter_name: one, several, or none.
+            inference_mode: leave them frozen.
+        """
+        self.release()
+        for module in modules_beside_adapters(self.model):
+            if isinstance(module, TunerLayer):
+                if module.merged:
+                    warnings.warn(
+                        f"layer {module.name}: adapters {module.merged_adapters} are merged; they are unmerged, and "
+                        f"{adapter_name!r} is activated beside the base weight",
+                        stacklevel=2,
+                    )
+                    module.unmerge()
+                module.set_adapter(adapter_name, inference_mode=inference_mode)
+            elif isinstance(module, AuxiliaryTrainingWrapper):
+                name = module.check_set_adapter(adapter_name) if adapter_name else None
+                known = name in module._adapters
+                module.set_adapter(name if known else [], inference_mode=inference_mode)
+        self.active_adapter = adapter_name
 
     # ------------------------------------------------------------------ mixed batches
 

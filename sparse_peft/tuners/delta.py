@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import ClassVar, Self
 
 import torch
 from torch import Tensor, nn
 
 from ..ops import ENTRY_COMBINATIONS, Combination, combine_on_supports
-from ..support import Support, index_dtype
+from ..support import ChannelSupport, Support, index_dtype
 from .checkpoint import check_loaded_entries
 from .positions import FLAT, NAMES, file_layout, pack, unpack
 from .selection import SupportRecipe
@@ -102,6 +102,14 @@ class Delta(TrainedState):
         """The positions; None if they are not known yet."""
         self._refresh()
         return self._support
+
+    def kept_tensors(self) -> Iterator[Tensor]:
+        self._refresh()  # positions that lie as in a file become flat
+        yield from super().kept_tensors()
+        # made with the first pass, if not before
+        support = self.known_support()
+        if support is not None and not isinstance(support, ChannelSupport):
+            yield from (support.row_ptr, support.cols)
 
     @property
     def is_set(self) -> bool:

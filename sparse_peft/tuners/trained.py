@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import ClassVar, Self
 
 import torch
@@ -59,6 +59,11 @@ class TrainedState(nn.Module):
             ValueError: the states have no such combination.
         """
         raise NotImplementedError(f"{cls.__name__} says that nothing combines it")
+
+    def kept_tensors(self) -> Iterator[Tensor]:
+        """All tensors that it keeps in memory while the adapter is served."""
+        yield from self.parameters()
+        yield from self.buffers()
 
     # ------------------------------------------------------------------ dtype
 

@@ -291,6 +291,21 @@ class TunerLayer(BaseTunerLayer, nn.Module):
 
     # ------------------------------------------------------------------ PEFT's and torch's bookkeeping
 
+    def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
+        """Make these adapters of the layer the active ones, and (unless ``inference_mode``) the only trainable ones.
+
+        Any that it does not have are none of its business. PEFT's own asks every module below every adapter, which
+        whoever serves many adapters would pay for in each switch.
+        """
+        names = [adapter_names] if isinstance(adapter_names, str) else adapter_names
+        for container in self.adapter_layer_names:
+            for name, state in getattr(self, container)._modules.items():
+                trains = name in names and not inference_mode
+                for parameter in state.parameters() if state._modules else state._parameters.values():
+                    if parameter.requires_grad != trains and parameter.is_leaf:
+                        parameter.requires_grad_(trains)
+        self._active_adapter = names
+
     def _apply(self, fn, *args, **kwargs):
         module = super()._apply(fn, *args, **kwargs)
         if self._unmerged is not None:
