@@ -1,6 +1,6 @@
 """How a sparse delta is computed: functional ops, each with the implementations that ``dispatch`` chooses from."""
 
-from .calibration import Crossover, cache_file
+from .calibration import Crossover, cache_file, known_crossover
 from .channel_batch import BatchOrder, add_channel_deltas_
 from .codes import code_gather, code_scatter_add, pack_codes, packed_width, unpack_codes
 from .conv import CONVOLUTIONS, ConvProduct, is_convolution
@@ -53,6 +53,7 @@ __all__ = [
     "gradient_panels",
     "is_convolution",
     "kernel_backend",
+    "known_crossover",
     "log_once",
     "masked_dw",
     "new_key",
