@@ -7,7 +7,7 @@ from dataclasses import MISSING, asdict, dataclass, field
 from typing import Any
 
 import torch
-from peft import get_peft_model
+from peft import PeftConfig, get_peft_model
 from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
 from transformers import PretrainedConfig, PreTrainedModel
 
@@ -274,7 +274,7 @@ def _changed_fields(config: BaseSparseConfig) -> dict[str, Any]:
     usual = type(config).__dataclass_fields__
     found = {}
     for name, value in config.to_dict().items():
-        if name not in usual or name in ("peft_type", *config.resolved_fields):
+        if name in PeftConfig.__dataclass_fields__ or name in config.resolved_fields:
             continue
         default = usual[name].default
         if default is MISSING:
