@@ -12,11 +12,15 @@ import tempfile
 from typing import Any
 
 from peft import PeftConfig, get_peft_model_state_dict, inject_adapter_in_model, set_peft_model_state_dict
-from peft.utils import SAFETENSORS_WEIGHTS_NAME
+from huggingface_hub import ModelCard, ModelCardData
+from peft import __version__ as peft_version
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from ..tuners.base_model import BaseSparseModel, configs_of
+from ..tuners.checkpoint import FRAMEWORK_HEADING, TAG
 
 # What PeftModel's state dicts begin with, and so every adapter file.
 PREFIX = "base_model.model."
@@ -41,14 +45,32 @@ def tensors_of(model: nn.Module, adapter_name: str) -> dict[str, Tensor]:
     return {name if name.startswith(PREFIX) else f"{PREFIX}{name}": tensor for name, tensor in state.items()}
 
 
-def write_adapter(folder: str | os.PathLike, config: PeftConfig, tensors: dict[str, Tensor]) -> None:
-    """Write an adapter's folder, whole or not at all."""
+def _card(config: PeftConfig, story: str) -> ModelCard:
+    """A card as PEFT's, that says where the adapter comes from; sparse configs add how to load it."""
+    data = ModelCardData(base_model=config.base_model_name_or_path, library_name="peft", tags=[TAG])
+    text = f"# Adapter\n\n{story}\n\n{FRAMEWORK_HEADING}\n\n- PEFT {peft_version}\n"
+    return ModelCard(f"---\n{data.to_yaml()}\n---\n\n{text}")
+
+
+def write_adapter(
+    folder: str | os.PathLike, config: PeftConfig, tensors: dict[str, Tensor], story: str | None = None
+) -> None:
+    """Write an adapter's folder, whole or not at all.
+
+    Args:
+        folder: made if need be.
+        config: the adapter's.
+        tensors: under the names that they have in a file.
+        story: a sentence on where it comes from; with it a model card is written as well.
+    """
     os.makedirs(folder, exist_ok=True)
     config = copy.copy(config)
     config.inference_mode = True
     with tempfile.TemporaryDirectory(dir=folder, prefix=".saving-") as staging:
         whole = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
         save_file(whole, os.path.join(staging, SAFETENSORS_WEIGHTS_NAME), metadata={"format": "pt"})
+        if story is not None:
+            _card(config, story).save(os.path.join(staging, "README.md"))
         config.save_pretrained(staging)
         for name in os.listdir(staging):
             os.replace(os.path.join(staging, name), os.path.join(folder, name))
@@ -60,11 +82,24 @@ def read_adapter(folder: str | os.PathLike) -> tuple[PeftConfig, dict[str, Tenso
     Raises:
         ValueError: there is no adapter in it, or it is damaged.
     """
+    if not os.path.isfile(os.path.join(folder, CONFIG_NAME)):
+        raise ValueError(f"{os.fspath(folder)}: no {CONFIG_NAME} in it; the folder of an adapter is expected")
     config = PeftConfig.from_pretrained(os.fspath(folder))
-    path = os.path.join(folder, SAFETENSORS_WEIGHTS_NAME)
+    return config, read_tensors(os.path.join(folder, SAFETENSORS_WEIGHTS_NAME))
+
+
+def read_tensors(path: str | os.PathLike) -> dict[str, Tensor]:
+    """The tensors of a safetensors file.
+
+    Raises:
+        ValueError: there is none, or it is damaged.
+    """
     if not os.path.isfile(path):
-        raise ValueError(f"{path}: no such file; an adapter's folder has {SAFETENSORS_WEIGHTS_NAME} in it")
-    return config, load_file(path)
+        raise ValueError(f"{os.fspath(path)}: no such file; an adapter's folder has {SAFETENSORS_WEIGHTS_NAME} in it")
+    try:
+        return load_file(path)
+    except SafetensorError as error:
+        raise ValueError(f"{os.fspath(path)}: no valid safetensors file ({error}); copy or download it again") from error
 
 
 def save_adapter(model: nn.Module, folder: str | os.PathLike, adapter_name: str = "default") -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -91,23 +92,38 @@ def _gated_factors(layer: SoRALinear, adapter_name: str) -> tuple[Tensor, Tensor
     return a[alive], b[:, alive] * gate[alive], state.scale
 
 
+def check_has_lora(layer: TunerLayer) -> None:
+    """Refuse layers that LoRA has no factors for.
+
+    Raises:
+        ValueError: a convolution of several groups.
+    """
+    if isinstance(layer.product, ConvProduct) and layer.product.groups > 1:
+        raise ValueError(f"layer {layer.name}: a convolution of {layer.product.groups} groups has no LoRA form")
+
+
 def lora_factors(layer: TunerLayer, adapter_name: str) -> LoraFactors | None:
     """One layer's delta as LoRA has it; None if it is zero everywhere.
 
     Raises:
         ValueError: it has no exact form of that kind.
     """
-    if isinstance(layer.product, ConvProduct) and layer.product.groups > 1:
-        raise ValueError(f"layer {layer.name}: a convolution of {layer.product.groups} groups has no LoRA form")
+    check_has_lora(layer)
     if isinstance(layer, SoRALinear):
         down, up, scale = _gated_factors(layer, adapter_name)
     elif isinstance(layer, LowRankLayer):
         raise ValueError(
             f"layer {layer.name}: adapter {adapter_name!r} is low rank plus a sparse delta of full rank, which is no "
-            "LoRA; merge it into the base instead (merge_and_unload)"
+            "LoRA; export it merged into the base instead, or as an approximation of low rank "
+            "(sparse_peft.adapters.export)"
         )
     else:
         down, up, scale = _channel_factors(layer, adapter_name)
+    return as_factors(layer, down, up, scale)
+
+
+def as_factors(layer: TunerLayer, down: Tensor, up: Tensor, scale: float) -> LoraFactors | None:
+    """``(rank, inputs)`` and ``(outputs, rank)`` in the form that LoRA has for this layer; None without ranks."""
     if down.shape[0] == 0:
         return None
     if isinstance(layer.product, ConvProduct):
@@ -122,7 +138,10 @@ def _per_layer(numbers: dict[str, float], usual: float) -> dict[str, float]:
 
 
 def to_lora(
-    model: nn.Module, adapter_name: str = "default", uniform: bool = False
+    model: nn.Module,
+    adapter_name: str = "default",
+    uniform: bool = False,
+    factors_of: Callable[[TunerLayer, str], LoraFactors | None] = lora_factors,
 ) -> tuple[LoraConfig, dict[str, Tensor]]:
     """An adapter as plain LoRA: its config, and its tensors under the names that they have in a file.
 
@@ -131,6 +150,7 @@ def to_lora(
         adapter_name: which.
         uniform: give all layers the largest layer's rank, filled up with zeros, for servers that know one rank only;
             otherwise every layer has its own, in ``rank_pattern`` and ``alpha_pattern``.
+        factors_of: gives a layer's delta as LoRA has it; exactly, or an approximation.
 
     Layers whose delta is zero are left out.
 
@@ -139,7 +159,7 @@ def to_lora(
     """
     config = config_of(model, adapter_name)
     layers = [layer for layer in BaseSparseModel.sparse_layers(model) if adapter_name in layer.deltas]
-    found = {layer.name: lora_factors(layer, adapter_name) for layer in layers}
+    found = {layer.name: factors_of(layer, adapter_name) for layer in layers}
     factors = {name: factor for name, factor in found.items() if factor is not None}
     if not factors:
         raise ValueError(f"adapter {adapter_name!r} has no layer with trained entries or ranks: nothing to save")
@@ -193,7 +213,7 @@ def save_as_lora(
         ValueError: see :func:`to_lora`.
     """
     config, tensors = to_lora(model, adapter_name, uniform)
-    write_adapter(folder, config, tensors)
+    write_adapter(folder, config, tensors, "Plain LoRA, made exactly of a sparse adapter with `sparse_peft`.")
     return config
 
 
@@ -260,5 +280,5 @@ def save_lora_as_s2ft(lora_folder: str | os.PathLike, folder: str | os.PathLike)
         task_type=lora.task_type,
         base_model_name_or_path=lora.base_model_name_or_path,
     )
-    write_adapter(folder, config, {**converted, **tensors})
+    write_adapter(folder, config, {**converted, **tensors}, "S2FT, made exactly of a LoRA adapter with `sparse_peft`.")
     return config

@@ -3,6 +3,15 @@
 from .calibration import Crossover, cache_file, known_crossover
 from .channel_batch import BatchOrder, add_channel_deltas_
 from .codes import code_gather, code_scatter_add, pack_codes, packed_width, unpack_codes
+from .combine import (
+    COMBINATIONS,
+    ENTRY_COMBINATIONS,
+    FACTOR_COMBINATIONS,
+    Combination,
+    check_weights,
+    combine_factors,
+    combine_on_supports,
+)
 from .conv import CONVOLUTIONS, ConvProduct, is_convolution
 from .delta_matmul import delta_matmul, spmm_add_
 from .dispatch import BACKENDS, Plan, kernel_backend, log_once, plan_support_grad, use_backend
@@ -29,9 +38,13 @@ from .support_grad import accumulation_dtype, gradient_panels, support_grad
 __all__ = [
     "BACKENDS",
     "BatchOrder",
+    "COMBINATIONS",
     "CONVOLUTIONS",
+    "ENTRY_COMBINATIONS",
+    "FACTOR_COMBINATIONS",
     "PANEL_BYTES_PER_WEIGHT",
     "UNOBSERVED",
+    "Combination",
     "ConvProduct",
     "Crossover",
     "GradientObserver",
@@ -46,6 +59,9 @@ __all__ = [
     "code_gather",
     "code_scatter_add",
     "cheaper_way",
+    "check_weights",
+    "combine_factors",
+    "combine_on_supports",
     "compose",
     "delta_matmul",
     "effective_entries",

@@ -1,10 +1,10 @@
 """Which entries of a weight train: sets of positions, budgets, and the criteria that choose."""
 
 from .blocks import Block, as_block, best_blocks, block_scores, expand_blocks, random_blocks, resolve_block_counts
-from .budget import ALLOCATIONS, Budget, apportion, matches_layer, resolve_counts
+from .budget import ALLOCATIONS, Budget, allocate, apportion, divide, matches_layer, resolve_counts
 from .channel_scores import CHANNEL_CRITERIA, Side, channel_squares, weight_squares
 from .channels import ChannelSupport
-from .criteria import CRITERIA, Criterion, Statistics, get_criterion, select
+from .criteria import CRITERIA, Criterion, Statistics, get_criterion, principal_factors, select
 from .layout import Layout, RowGroup, layout_of
 from .outer import topk_outer
 from .regrowth import RANDOM_SCORE, REGROWTHS, Candidates, Exchange, Regrowth, exchange, random_inactive
@@ -35,6 +35,7 @@ __all__ = [
     "Side",
     "Statistics",
     "Support",
+    "allocate",
     "apportion",
     "as_block",
     "best_blocks",
@@ -42,6 +43,7 @@ __all__ = [
     "channel_squares",
     "check_indices",
     "collect_supports",
+    "divide",
     "exchange",
     "expand_blocks",
     "get_criterion",
@@ -49,6 +51,7 @@ __all__ = [
     "index_dtype",
     "layout_of",
     "matches_layer",
+    "principal_factors",
     "random_blocks",
     "random_inactive",
     "resolve_block_counts",

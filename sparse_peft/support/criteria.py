@@ -106,25 +106,52 @@ def _score_wanda(weight: Tensor, stats: Statistics, *, in_dim: int = 1) -> Tenso
     return _magnitude(weight).mul_(norms[:, None] if in_dim == 0 else norms)
 
 
-def _approximation(weight: Tensor, r: int, seed: int) -> Tensor:
-    """The best rank-``r`` approximation, float32, by subspace iteration (Halko, Martinsson and Tropp 2011, 4.4).
+def principal_factors(
+    multiply: Callable[[Tensor], Tensor],
+    multiply_transposed: Callable[[Tensor], Tensor],
+    shape: tuple[int, int],
+    rank: int,
+    *,
+    seed: int = 0,
+    like: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """The best approximation of a matrix of a rank, by subspace iteration (Halko, Martinsson and Tropp 2011, 4.4).
 
     The random test matrix has its own generator on the CPU: the same on every device, and no global state changes.
+
+    Args:
+        multiply: the matrix times ``(cols, columns)``.
+        multiply_transposed: its transpose times ``(rows, columns)``.
+        shape: its ``(rows, cols)``.
+        rank: of the approximation.
+        seed: of the test matrix.
+        like: a tensor of the dtype and on the device to compute in.
+
+    Returns:
+        ``(rows, rank)`` and ``(rank, cols)``, whose product is the approximation; fewer ranks if there are no more.
     """
+    oversampled = min(2 * rank, *shape)
+    generator = torch.Generator().manual_seed(seed)
+    test = torch.randn(shape[1], oversampled, generator=generator).to(like)
+    basis = torch.linalg.qr(multiply(test)).Q
+    for _ in range(4):
+        basis = torch.linalg.qr(multiply_transposed(basis)).Q
+        basis = torch.linalg.qr(multiply(basis)).Q
+    u, s, vh = torch.linalg.svd(multiply_transposed(basis).t(), full_matrices=False)
+    return basis @ (u[:, :rank] * s[:rank]), vh[:rank]
+
+
+def _approximation(weight: Tensor, r: int, seed: int) -> Tensor:
+    """The best rank-``r`` approximation, float32."""
     if isinstance(r, bool) or not isinstance(r, int) or r < 1:
         raise ValueError(f"r={r!r}: a rank of at least 1 is expected")
     if not weight.is_floating_point():
         raise TypeError(f"a weight of dtype {weight.dtype} cannot be scored; dequantise it to floats first")
     weight = weight.detach().to(torch.float32)
-    oversampled = min(2 * r, *weight.shape)
-    generator = torch.Generator().manual_seed(seed)
-    test = torch.randn(weight.shape[1], oversampled, generator=generator).to(weight.device)
-    basis = torch.linalg.qr(weight @ test).Q
-    for _ in range(4):
-        basis = torch.linalg.qr(weight.t() @ basis).Q
-        basis = torch.linalg.qr(weight @ basis).Q
-    u, s, vh = torch.linalg.svd(basis.t() @ weight, full_matrices=False)
-    return torch.mm(basis @ (u[:, :r] * s[:r]), vh[:r])
+    left, right = principal_factors(
+        lambda x: weight @ x, lambda x: weight.t() @ x, tuple(weight.shape), r, seed=seed, like=weight
+    )
+    return torch.mm(left, right)
 
 
 def _score_principal(weight: Tensor, stats: Statistics | None = None, *, r: int = 32, seed: int = 0) -> Tensor:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
@@ -19,7 +19,7 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from ..ops import is_convolution, kernel_backend
+from ..ops import Combination, is_convolution, kernel_backend
 from ..support import Support
 from .base_layer import SparseTunerLayer
 from .checkpoint import TAG, check_values
@@ -29,6 +29,7 @@ from .selection import SupportRecipe
 from .trained import TrainedState
 from .tuner_layer import BASE_ADAPTER, TunerLayer
 from .watch import expect_attendance
+from .weighted import Tensors, add_weighted_adapter
 
 
 class Plan(Protocol):
@@ -431,11 +432,64 @@ class BaseSparseModel(BaseTuner):
         self.release()
         return super()._unload_and_optionally_merge(*args, **kwargs)
 
-    def add_weighted_adapter(self, *args: Any, **kwargs: Any) -> None:
-        raise NotImplementedError(
-            f"{type(self).__name__} has no add_weighted_adapter; activate several adapters at once with "
-            "`model.base_model.set_adapter([...])`, which adds them, and `merge_and_unload()` to keep the sum."
+    def add_weighted_adapter(
+        self,
+        adapters: list[str],
+        weights: list[float],
+        adapter_name: str,
+        combination_type: str = "linear",
+        *,
+        svd_rank: int | None = None,
+        density: float | None = None,
+        majority_sign_method: str = "total",
+        seed: int = 0,
+    ) -> None:
+        """Add an adapter that is made of others, as LoRA's method of this name does, on the union of their supports.
+
+        The new adapter is one like the others: it can be activated, trained, saved and combined again. It is not
+        made active.
+
+        Args:
+            adapters: names of adapters of the model.
+            weights: one number for each, also negative.
+            adapter_name: the new one's.
+            combination_type, svd_rank, density, majority_sign_method, seed: see
+                :class:`~sparse_peft.ops.Combination`. Sparse deltas have ``"linear"``, ``"ties"``, ``"dare_linear"``,
+                ``"dare_ties"`` and ``"magnitude_prune"``; what has low-rank factors has ``"linear"`` (which is
+                ``"cat"``) and ``"svd"``.
+
+        Raises:
+            ValueError: names, weights or a combination that do not fit; nothing is added then.
+        """
+        how = Combination(combination_type, density, majority_sign_method, seed, svd_rank)
+        add_weighted_adapter(self, adapters, weights, adapter_name, how)
+
+    @classmethod
+    def combined_config(cls, configs: Sequence[Any], tensors: Tensors) -> Any:
+        """The config of an adapter made of others.
+
+        Args:
+            configs: the others', the first of which gives what is not resolved anew.
+            tensors: what each layer has become, ``{layer: {name: tensor}}``; it may be filled up to fit the config.
+        """
+        shapes = {name: shape for config in configs for name, shape in (config.weight_shapes or {}).items()}
+        resolved = cls.combined_fields(configs, tensors)
+        return replace(
+            configs[0],
+            target_modules=set(tensors),
+            exclude_modules=None,
+            layers_to_transform=None,
+            layers_pattern=None,
+            init_weights=True,
+            save_dtype="float32",
+            weight_shapes={name: list(shapes[name]) for name in tensors},
+            **resolved,
         )
+
+    @classmethod
+    def combined_fields(cls, configs: Sequence[Any], tensors: Tensors) -> dict[str, Any]:
+        """The method's own fields of :meth:`combined_config`; the arguments are its."""
+        raise NotImplementedError(f"{cls.__name__} has states that can be combined but does not say their config")
 
     # ------------------------------------------------------------------ checkpoints
 

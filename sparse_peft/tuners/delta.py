@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import ClassVar, Self
 
 import torch
 from torch import Tensor, nn
 
+from ..ops import ENTRY_COMBINATIONS, Combination, combine_on_supports
 from ..support import Support, index_dtype
 from .checkpoint import check_loaded_entries
 from .positions import FLAT, NAMES, file_layout, pack, unpack
@@ -30,6 +32,8 @@ class Delta(TrainedState):
         draw: ``draw(weight, shape)`` chooses the support if no file brings it; ``weight()`` gives the base's.
     """
 
+    combinations: ClassVar[tuple[str, ...]] = ENTRY_COMBINATIONS
+
     def __init__(
         self,
         shape: tuple[int, int],
@@ -51,6 +55,14 @@ class Delta(TrainedState):
 
     def randomise(self) -> None:
         nn.init.normal_(self.values)
+
+    @classmethod
+    def combine(cls, states: Sequence[Self], weights: Sequence[float], how: Combination) -> dict[str, Tensor]:
+        first = states[0]
+        support, values = combine_on_supports(
+            [state.support for state in states], [state.values for state in states], weights, how, first.name
+        )
+        return {"values": values, **first.file_positions(support)}
 
     # ------------------------------------------------------------------ positions
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -9,6 +12,7 @@ from ..support import Support, resolve_block_counts, resolve_counts
 from .base_model import BaseSparseModel, LayerPlan, base_of, dense_weight, stored_shape
 from .entry_config import EntryConfig
 from .selection import SupportRecipe
+from .weighted import Tensors
 
 
 class EntryModel(BaseSparseModel):
@@ -105,3 +109,11 @@ class EntryModel(BaseSparseModel):
                     f"num_entries: {counts[name]} entries for layer {name} of {rows} x {cols} weights; "
                     f"between {least} and {rows * cols} are possible"
                 )
+
+    @classmethod
+    def combined_fields(cls, configs: Sequence[EntryConfig], tensors: Tensors) -> dict[str, Any]:
+        counts = {name: found["values"].numel() for name, found in tensors.items()}
+        budget = {"density": None, "num_params": sum(counts.values()), "density_pattern": {}, "allocation": "numel"}
+        if "r" in configs[0].budget_fields:
+            budget["r"] = None
+        return {**budget, "threshold": None, "num_entries": counts}

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from ..ops import is_convolution
+from ..ops import FACTOR_COMBINATIONS, is_convolution
 from .base_model import base_of
 from .trained import TrainedState
 from .tuner_layer import TunerLayer
@@ -20,6 +21,7 @@ class LowRankState(TrainedState):
     starts as zeros.
     """
 
+    combinations: ClassVar[tuple[str, ...]] = FACTOR_COMBINATIONS
     A: nn.Parameter
     B: nn.Parameter
     scale: float

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import warnings
 from abc import abstractmethod
-from typing import ClassVar
+from collections.abc import Sequence
+from typing import ClassVar, Self
 
 import torch
 from torch import Tensor, nn
 
+from ..ops import Combination
 from .checkpoint import check_values
 
 
@@ -28,6 +30,7 @@ class TrainedState(nn.Module):
     value_name: ClassVar[str] = "values"
     full_precision: ClassVar[frozenset[str]] = frozenset()  # tensors that ``save_dtype`` does not round
     position_names: tuple[str, ...] = ()  # of all buffers that positions may lie in, in memory and in a file
+    combinations: ClassVar[tuple[str, ...]] = ()  # how several adapters can become one; none: they cannot
     trained_dtype: torch.dtype
 
     def __init__(self, name: str):
@@ -42,6 +45,20 @@ class TrainedState(nn.Module):
     @abstractmethod
     def randomise(self) -> None:
         """Draw random values in place of those that start as the base model, for tests."""
+
+    @classmethod
+    def combine(cls, states: Sequence[Self], weights: Sequence[float], how: Combination) -> dict[str, Tensor]:
+        """The states of several adapters in one layer made into one: its tensors as they lie in a file, float32.
+
+        Args:
+            states: of the adapters that have the layer, with their positions known.
+            weights: one number for each.
+            how: one of :attr:`combinations`.
+
+        Raises:
+            ValueError: the states have no such combination.
+        """
+        raise NotImplementedError(f"{cls.__name__} says that nothing combines it")
 
     # ------------------------------------------------------------------ dtype
 

@@ -345,10 +345,6 @@ def test_dtype_of_values_follows_autocast_adapter_dtype():
         assert {d.values.dtype for _, d in _deltas(model)} == {dtype}
 
 
-def test_weighted_adapters_say_what_to_use_instead():
-    model, _ = adapted()
-    with pytest.raises(NotImplementedError, match="set_adapter"):
-        model.add_weighted_adapter(["default"], [1.0], "sum")
 
 
 def test_layers_as_small_as_twenty_by_two():

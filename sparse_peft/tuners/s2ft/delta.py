@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Self
 
 import torch
 from torch import Tensor
 
+from ...ops import Combination
 from ...support import ChannelSupport, Support
 from ..checkpoint import check_values
 from ..delta import UNSET, Delta
@@ -45,6 +47,16 @@ class ChannelDelta(Delta):
             self._keep({BUFFERS[dim]: torch.full((count,), UNSET, dtype=torch.int32)})
         else:
             self._keep_support(support)
+
+    @classmethod
+    def combine(cls, states: Sequence[Self], weights: Sequence[float], how: Combination) -> dict[str, Tensor]:
+        kinds = {BUFFERS[state.dim] for state in states}
+        if len(kinds) > 1:
+            raise ValueError(
+                f"layer {states[0].name}: one adapter trains its rows and another its columns, and no S2FT adapter "
+                "has both; sparse_peft.adapters.compose makes a sparse delta of their saved folders"
+            )
+        return super().combine(states, weights, how)
 
     def _position_buffer(self) -> Tensor:
         return self._buffers[BUFFERS[self.dim]]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -14,9 +14,10 @@ from ...ops import is_convolution, panel_bytes
 from ...support import ChannelSupport, Side, Support, channel_squares, given_gradients, weight_squares
 from ..base_layer import SparseTunerLayer
 from ..base_model import BaseSparseModel, base_of, dense_weight, in_dim_of, stored_shape
+from ..weighted import Tensors
 from .budget import choose_units
 from .config import S2FTConfig
-from .delta import ChannelDelta
+from .delta import BUFFERS, ChannelDelta
 from .layer import S2FTLinear
 from .roles import DEFAULT_TARGETS
 from .structures import Heads, Structure, build, side_of
@@ -98,6 +99,16 @@ class S2FTModel(BaseSparseModel):
         return {
             name: ChannelPlan(side, counts[name], supports.get(name), config.selection) for name, side in sides.items()
         }
+
+    @classmethod
+    def combined_fields(cls, configs: Sequence[S2FTConfig], tensors: Tensors) -> dict[str, Any]:
+        counts = {name: next(found[b].numel() for b in BUFFERS if b in found) for name, found in tensors.items()}
+        sides = {name: side for config in configs for name, side in (config.sides or {}).items()}
+        entries = sum(found["values"].numel() for found in tensors.values())
+        budget = {"ratio": None, "k": None, "r": None, "num_params": entries, "ratio_pattern": {}}
+        # further channels would not be chosen as these were
+        choice = {"selection": "random", "largest": None, "avoid": None, "coupled": False, "granularity": "channel"}
+        return {**budget, **choice, "num_channels": counts, "sides": {name: sides[name] for name in tensors}}
 
     def _may_choose(self, config: S2FTConfig) -> bool:
         """Whether channels can be chosen now; a saved adapter's may need data, or adapters that are not here."""

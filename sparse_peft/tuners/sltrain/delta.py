@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Self
 
 import torch
 from torch import Tensor, nn
 
+from ...ops import Combination, combine_factors
 from ...support import Support
 from ..delta import SparseDelta
 from ..low_rank import LowRankState
@@ -49,6 +53,14 @@ class SLTrainDelta(LowRankState, SparseDelta):
     def factors(self) -> tuple[Tensor, Tensor]:
         scale = self.theta.tanh().to(self.B.dtype) if "theta" in self._parameters else self.scale
         return self.A, self.B * scale
+
+    @classmethod
+    def combine(cls, states: Sequence[Self], weights: Sequence[float], how: Combination) -> dict[str, Tensor]:
+        down, up = combine_factors([state.factors() for state in states], weights, how, states[0].name)
+        entries = SparseDelta.combine.__func__(
+            cls, states, weights, replace(how, combination_type="linear", svd_rank=None)
+        )
+        return {"A": down, "B": up, **entries}
 
     def take_file(self, positions: dict[str, Tensor], parameters: dict[str, Tensor]) -> dict[str, Tensor]:
         taken = SparseDelta.take_file(self, positions, parameters)

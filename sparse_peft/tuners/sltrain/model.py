@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
+from torch.nn.functional import pad
 
 from ..base_model import LayerPlan, base_of, in_dim_of
 from ..low_rank import check_groups, factor_sizes
 from ..sparse.model import SparseModel
+from ..weighted import Tensors
 from .config import SLTrainConfig
 from .delta import SLTrainDelta
 from .layer import SLTrainLinear
@@ -77,6 +80,16 @@ class SLTrainModel(SparseModel):
         plans = super().plan_layers(config, targets, adapter_name, file_entries)
         sizes = {name: factor_sizes(plans[name].shape, in_dim_of(module)) for name, module in targets.items()}
         return {name: SLTrainPlan(plans[name], sizes[name], config) for name in targets}
+
+    @classmethod
+    def combined_fields(cls, configs: Sequence[SLTrainConfig], tensors: Tensors) -> dict[str, Any]:
+        # the scales are in B now; one rank holds for all layers, so those with fewer are filled up
+        rank = max(found["A"].shape[0] for found in tensors.values())
+        for found in tensors.values():
+            more = rank - found["A"].shape[0]
+            found["A"], found["B"] = pad(found["A"], (0, 0, 0, more)), pad(found["B"], (0, more))
+        fields = super().combined_fields(configs, tensors)
+        return {**fields, "r": rank, "alpha": rank, "trainable_scale": False}
 
     # ------------------------------------------------------------------ pretraining
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 from ...support import matches_layer
 from ..base_model import BaseSparseModel, in_dim_of, stored_shape
 from ..low_rank import check_groups, factor_sizes
+from ..weighted import Tensors
 from .config import SoRAConfig
 from .layer import SoRALinear
 from .state import GatedLowRank
@@ -91,6 +93,13 @@ class SoRAModel(BaseSparseModel):
     @staticmethod
     def _rank(config: SoRAConfig, name: str) -> int:
         return next((r for pattern, r in config.rank_pattern.items() if matches_layer(pattern, name)), config.r)
+
+    @classmethod
+    def combined_fields(cls, configs: Sequence[SoRAConfig], tensors: Tensors) -> dict[str, Any]:
+        ranks = {name: found["gate"].numel() for name, found in tensors.items()}
+        most = max(1, *ranks.values())
+        # the scales are in B now
+        return {"r": most, "alpha": most, "rank_pattern": {}, "target_rank": None, "ranks": ranks}
 
     @classmethod
     def _fit(cls, config: SoRAConfig, delta: GatedLowRank, parameters: dict[str, Tensor]) -> None:

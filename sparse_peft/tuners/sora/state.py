@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Self
+
 import torch
 from torch import Tensor, nn
 
+from ...ops import Combination, combine_factors
 from ..low_rank import LowRankState
 
 GATES = ("ones", "normal")
@@ -47,6 +51,19 @@ class GatedLowRank(LowRankState):
     def alive(self) -> int:
         """Number of ranks that the gate lets through."""
         return int((self.gate.detach() != 0).sum())
+
+    @classmethod
+    def combine(cls, states: Sequence[Self], weights: Sequence[float], how: Combination) -> dict[str, Tensor]:
+        factors, gates = [], []
+        for state in states:
+            alive = state.gate.detach().nonzero().squeeze(1)
+            gates.append(state.gate.detach()[alive].cpu())
+            factors.append((state.A[alive], state.B[:, alive] * state.scale))
+        if how.combination_type == "svd":  # the approximation's ranks are other ones than those that were gated
+            factors = [(down, up * gate.to(up)) for (down, up), gate in zip(factors, gates)]
+        down, up = combine_factors(factors, weights, how, states[0].name)
+        gate = torch.ones(len(down)) if how.combination_type == "svd" else torch.cat(gates).float()
+        return {"A": down, "B": up, "gate": gate}
 
     def resize(self, rank: int) -> None:
         """Make room for another number of ranks; all values are to be set afterwards."""

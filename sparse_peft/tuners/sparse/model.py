@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -12,6 +12,7 @@ from ...support import Support, collect_supports, supports_from_gradients
 from ..base_model import dense_weight, in_dim_of
 from ..delta import SparseDelta
 from ..entry_model import EntryModel
+from ..weighted import Tensors
 from .config import SparseConfig
 from .layer import SparseLinear
 
@@ -44,6 +45,13 @@ class SparseModel(EntryModel):
         if 0 < values.numel() <= delta.shape[0] * delta.shape[1]:
             delta.resize(values.numel())
             config.num_entries = {**(config.num_entries or {}), delta.name: values.numel()}
+
+    @classmethod
+    def combined_fields(cls, configs: Sequence[SparseConfig], tensors: Tensors) -> dict[str, Any]:
+        # how positions change goes on holding; how they were chosen does not, nor that they are whole blocks
+        first = configs[0]
+        selection = first.selection if first.changes_in_training else "random"
+        return {**super().combined_fields(configs, tensors), "selection": selection, "granularity": "entry"}
 
     @classmethod
     def choose_from_data(

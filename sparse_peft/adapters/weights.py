@@ -1,0 +1,179 @@
+"""A model's weights one tensor at a time, out of a folder's safetensors or of a loaded model; and what it is made of.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from abc import ABC, abstractmethod
+from pathlib import Path
+
+import torch
+import transformers
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+from transformers import AutoConfig
+
+INDEX_SUFFIX = ".safetensors.index.json"
+
+
+class Weights(ABC):
+    """The tensors of a model by name; each is read when it is asked for and kept by nobody.
+
+    Attributes:
+        source: for error messages.
+    """
+
+    source: str
+
+    @abstractmethod
+    def names(self) -> set[str]:
+        """Of all tensors."""
+
+    @abstractmethod
+    def shape(self, name: str) -> tuple[int, ...]:
+        """A tensor's shape; nothing is read."""
+
+    @abstractmethod
+    def read(self, name: str) -> Tensor:
+        """A tensor, on the CPU."""
+
+
+class ModelWeights(Weights):
+    """Those of a loaded model without adapters; what several names share is there once, as in a file."""
+
+    def __init__(self, model: nn.Module):
+        self.source = f"the given {type(model).__name__}"
+        self._tensors: dict[str, Tensor] = {}
+        seen: set[int] = set()
+        for name, tensor in model.state_dict(keep_vars=True).items():
+            if id(tensor) not in seen:
+                seen.add(id(tensor))
+                self._tensors[name] = tensor
+
+    def names(self) -> set[str]:
+        return set(self._tensors)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return tuple(self._tensors[name].shape)
+
+    def read(self, name: str) -> Tensor:
+        return self._tensors[name].detach().cpu()
+
+
+class FolderWeights(Weights):
+    """Those of a folder that ``save_pretrained`` wrote, in one file or in shards.
+
+    Args:
+        folder: local.
+        known: the model's names. A file of its body alone has them without the prefix that models with a head put
+            before (``base_model_prefix``), and the reverse; both are read under the model's names.
+        prefix: that prefix.
+
+    Raises:
+        ValueError: no safetensors in the folder, or an index that is damaged or names files outside of it.
+    """
+
+    def __init__(self, folder: str | os.PathLike, known: set[str], prefix: str = ""):
+        self.source = os.fspath(folder)
+        self._places: dict[str, tuple[Path, str]] = {}  # the model's name: where, under which name
+        self._handles: dict[Path, safe_open] = {}
+        for path in _files_of(Path(folder)):
+            for stored in self._open(path).keys():
+                other = stored.removeprefix(f"{prefix}.") if stored.startswith(f"{prefix}.") else f"{prefix}.{stored}"
+                name = other if prefix and stored not in known and other in known else stored
+                if name in self._places:
+                    raise ValueError(f"{self.source}: {name} is in {self._places[name][0].name} and in {path.name}")
+                self._places[name] = path, stored
+
+    def _open(self, path: Path) -> safe_open:
+        if path not in self._handles:
+            try:
+                self._handles[path] = safe_open(path, framework="pt")
+            except (SafetensorError, OSError) as error:
+                raise ValueError(f"{path}: no valid safetensors file ({error}); copy or download it again") from error
+        return self._handles[path]
+
+    def names(self) -> set[str]:
+        return set(self._places)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        path, stored = self._places[name]
+        return tuple(self._open(path).get_slice(stored).get_shape())
+
+    def read(self, name: str) -> Tensor:
+        path, stored = self._places[name]
+        return self._open(path).get_tensor(stored)
+
+
+def _files_of(folder: Path) -> list[Path]:
+    """The safetensors files that a model's folder consists of."""
+    if not folder.is_dir():
+        raise ValueError(f"{folder}: no such folder; a local one is expected, or a loaded model")
+    indexes = sorted(folder.glob(f"*{INDEX_SUFFIX}"))
+    if len(indexes) == 1:
+        return _shards(indexes[0])
+    files = sorted(folder.glob("*.safetensors"))
+    if len(files) == 1 and not indexes:
+        return files
+    found = ", ".join(path.name for path in [*indexes, *files]) or "none"
+    raise ValueError(
+        f"{folder}: one safetensors file, or one index of shards, is expected; found {found}. Other formats are "
+        "pickles, which are not read here: load the model and save_pretrained() it, which writes safetensors"
+    )
+
+
+def _shards(index: Path) -> list[Path]:
+    try:
+        files = set(json.loads(index.read_text())["weight_map"].values())
+    except (ValueError, KeyError, AttributeError, TypeError) as error:
+        raise ValueError(f"{index}: no valid index of shards ({error}); copy or download it again") from error
+    paths = []
+    for file in sorted(files, key=str):
+        if not isinstance(file, str) or Path(file).name != file or not file.endswith(".safetensors"):
+            raise ValueError(f"{index}: names the file {file!r}; shards are safetensors files in the same folder")
+        if not (index.parent / file).is_file():
+            raise ValueError(f"{index}: names the file {file!r}, which is not there; copy or download it")
+        paths.append(index.parent / file)
+    return paths
+
+
+def structure_of(base: str | os.PathLike | nn.Module) -> nn.Module:
+    """The model whose weights these are, without memory if it is a folder.
+
+    Raises:
+        ValueError: a folder that does not say which model of transformers it holds.
+    """
+    if isinstance(base, nn.Module):
+        return base
+    folder = Path(base)
+    if not (folder / "config.json").is_file():
+        raise ValueError(f"{folder}: no config.json that says which model this is; pass the loaded model instead")
+    config = AutoConfig.from_pretrained(folder)
+    kind = (getattr(config, "architectures", None) or [None])[0]
+    if not hasattr(transformers, str(kind)):
+        raise ValueError(
+            f"{folder}: config.json has the architecture {kind!r}, which transformers has no class for; pass the "
+            "loaded model instead"
+        )
+    with torch.device("meta"):
+        return getattr(transformers, kind)(config)
+
+
+def weights_of(source: str | os.PathLike | nn.Module, structure: nn.Module) -> Weights:
+    """The weights of a folder or of a loaded model.
+
+    Args:
+        source: either.
+        structure: the model that they belong to.
+    """
+    if isinstance(source, nn.Module):
+        return ModelWeights(source)
+    return FolderWeights(source, set(structure.state_dict()), getattr(structure, "base_model_prefix", ""))
+
+
+def name_of(source: str | os.PathLike | nn.Module) -> str | None:
+    """What an adapter's config calls its base model."""
+    if isinstance(source, nn.Module):
+        return getattr(source, "name_or_path", None) or None
+    return os.fspath(source)
