@@ -19,7 +19,7 @@ from peft import PeftType, get_peft_model
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from torch import nn
 
-from .ops import BACKENDS, cache_file, cuda_kernels, kernel_backend, known_crossover, triton_kernels
+from .ops import BACKENDS, cache_file, kernel_backend, known_crossover
 from .registry import METHODS
 from .tuners.sparse import SparseConfig
 
@@ -186,10 +186,15 @@ def _files() -> list[Check]:
     path = cache_file()
     folder = path.parent
     existing = next(parent for parent in (folder, *folder.parents) if parent.exists())
-    note = "" if os.access(existing, os.W_OK) else f"{existing} cannot be written: crossovers are measured anew each time"
+    note = (
+        "" if os.access(existing, os.W_OK) else f"{existing} cannot be written: crossovers are measured anew each time"
+    )
     checks = [Check("files", "cache folder", BROKEN if note else OK, str(folder), note)]
     if not path.is_file():
-        return [*checks, Check("files", "calibration", ABSENT, "nothing measured yet", "measured when it first matters")]
+        return [
+            *checks,
+            Check("files", "calibration", ABSENT, "nothing measured yet", "measured when it first matters"),
+        ]
     try:
         import json
 

@@ -7,22 +7,33 @@ from .files import load_adapter, save_adapter
 from .lora import save_as_lora, save_lora_as_s2ft
 from .low_rank import LowRankExport, save_low_rank
 from .soup import Soup, greedy_soup, soup
+from .stored import StoredAdapter, read_stored
+from .summary import AdapterSummary, Comparison, LayerComparison, LayerSummary, compare, summarise, supports_of
 
 __all__ = [
     "EXTRACTION_CRITERIA",
+    "AdapterSummary",
+    "Comparison",
     "ExtractedLayer",
     "Extraction",
+    "LayerComparison",
+    "LayerSummary",
     "LowRankExport",
     "Soup",
+    "StoredAdapter",
+    "compare",
     "compose",
     "export",
     "extract",
     "greedy_soup",
     "load_adapter",
+    "read_stored",
     "save_adapter",
     "save_as_lora",
     "save_lora_as_s2ft",
     "save_low_rank",
     "save_merged",
     "soup",
+    "summarise",
+    "supports_of",
 ]

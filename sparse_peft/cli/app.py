@@ -7,7 +7,9 @@ from typing import Annotated
 import typer
 
 from .. import __version__
+from .compare import compare
 from .doctor import doctor
+from .inspect import inspect
 from .plan import plan
 
 app = typer.Typer(
@@ -33,5 +35,5 @@ def _options(
     pass
 
 
-for command in (plan, doctor):
+for command in (plan, inspect, compare, doctor):
     app.command()(command)

@@ -69,7 +69,9 @@ def answering(command: str, as_json: bool) -> Iterator[Answer]:
             answer.code, problem = PROBLEM, error
     if problem is not None:
         message = " ".join(str(problem).split()) or type(problem).__name__
-        Console(stderr=True, soft_wrap=True).print(f"[red]sparse-peft {command}:[/] {escape(message)}", highlight=False)
+        Console(stderr=True, soft_wrap=True).print(
+            f"[red]sparse-peft {command}:[/] {escape(message)}", highlight=False
+        )
         if as_json:
             kind = "usage" if answer.code == USAGE else "problem"
             _print_json({"command": command, "error": {"kind": kind, "message": message}})
@@ -93,12 +95,34 @@ def progress(items: Sequence[Item], what: str) -> Iterable[Item]:
 
 def table(columns: Sequence[str], rows: Iterable[Sequence[str]], title: str | None = None, gap: int = 2) -> Table:
     """A plain table: words in its first column, numbers in the others, ``gap`` spaces between them."""
-    made = Table(title=title, title_justify="left", title_style="bold", box=None, pad_edge=False, padding=(0, gap, 0, 0))
+    made = Table(
+        title=title, title_justify="left", title_style="bold", box=None, pad_edge=False, padding=(0, gap, 0, 0)
+    )
     for number, column in enumerate(columns):
         made.add_column(column, justify="right" if number else "left", no_wrap=True, header_style="dim")
     for row in rows:
         made.add_row(*(escape(cell) for cell in row))
     return made
+
+
+def value_text(value: Any) -> str:
+    """A config field's value, as ``--set`` takes it."""
+    if isinstance(value, (list, tuple)):
+        return ",".join(map(str, value))
+    return "none" if value is None else str(value)
+
+
+def fields_text(fields: dict[str, Any]) -> str:
+    return ", ".join(f"{name}={value_text(value)}" for name, value in fields.items()) or "defaults"
+
+
+def short_names(names: Sequence[str]) -> list[str]:
+    """The names without the words that all of them begin with, one word being left."""
+    parts = [name.split(".") for name in names]
+    same = 0
+    while parts and all(len(p) > same + 1 and p[same] == parts[0][same] for p in parts):
+        same += 1
+    return [".".join(p[same:]) for p in parts]
 
 
 def bytes_text(count: float | None) -> str:

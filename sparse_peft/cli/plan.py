@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 
 from ..planning import FORMATS, OPTIMIZERS, PlanOptions, TrainingPlan, plan_training, read_model_config
 from ..registry import METHODS, method_named
@@ -17,6 +18,7 @@ from .output import (
     asked,
     bytes_text,
     count_text,
+    fields_text,
     seconds_text,
     share_text,
     table,
@@ -33,7 +35,8 @@ def plan(
     num_params: Annotated[int | None, typer.Option(help="Number of trained parameters.")] = None,
     target_modules: Annotated[str | None, typer.Option(help="Names with commas, a pattern, or all-linear.")] = None,
     settings: Annotated[
-        list[str] | None, typer.Option("--set", help="Any other field of the config; repeat it.", metavar="FIELD=VALUE")
+        list[str] | None,
+        typer.Option("--set", help="Any other field of the config; repeat it.", metavar="FIELD=VALUE"),
     ] = None,
     base: Annotated[str | None, typer.Option(help=f"Frozen weights: {', '.join(FORMATS)}.")] = None,
     optimizer: Annotated[str, typer.Option(help=f"One of {', '.join(OPTIMIZERS)}.")] = "adamw",
@@ -61,9 +64,8 @@ def plan(
 
 def show(console: Console, plan: TrainingPlan) -> None:
     """A plan for people."""
-    given = ", ".join(f"{name}={value}" for name, value in plan.config.items()) or "defaults"
     console.print(f"[bold]{plan.architecture}[/], {count_text(plan.parameters)} parameters, {plan.base} weights")
-    console.print(f"[bold]{plan.method}[/]: {given}", soft_wrap=True, markup=True)
+    console.print(f"[bold]{plan.method}[/]: {escape(fields_text(plan.config))}")
     console.print()
     console.print(table(*kind_table(plan), "What trains", gap=1))
     if plan.beside:
@@ -113,7 +115,10 @@ ROWS = (
     ("optimizer state", lambda need: bytes_text(need.optimizer_bytes)),
     ("activations", lambda need: bytes_text(need.activation_bytes)),
     ("largest temporary", lambda need: bytes_text(need.temporary_bytes)),
-    ("peak (estimate)", lambda need: bytes_text(need.peak_bytes) + ("" if need.activation_bytes is not None else " +")),
+    (
+        "peak (estimate)",
+        lambda need: bytes_text(need.peak_bytes) + ("" if need.activation_bytes is not None else " +"),
+    ),
     ("floating-point operations", lambda need: count_text(need.flops)),
     ("time (estimate)", lambda need: seconds_text(need.seconds)),
     ("on disk", lambda need: bytes_text(need.file_bytes)),

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import copy
-from dataclasses import MISSING, asdict, dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
-from peft import PeftConfig, get_peft_model
+from peft import get_peft_model
 from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
 from transformers import PretrainedConfig, PreTrainedModel
 
 from ..ops import Crossover, known_crossover, panel_bytes
 from ..registry import METHODS
-from ..tuners.base_config import BaseSparseConfig
+from ..tuners.base_config import BaseSparseConfig, changed_fields
 from .meta import build_on_meta
 from .sizes import (
     FORMATS,
@@ -190,7 +190,7 @@ def plan_training(
     """
     options = options or PlanOptions()
     form = base_format(model_config, options.base)
-    changed = _changed_fields(config)
+    changed = changed_fields(config)
     config, notes = countable(config)
     model = build_on_meta(model_config, form.dtype).requires_grad_(False)
     weights = [parameter.numel() for parameter in model.parameters()]
@@ -268,20 +268,6 @@ def plan_training(
         needs=needs,
         assumptions=[*notes, *step_notes, *_assumptions(options, form, crossover, sizes)],
     )
-
-
-def _changed_fields(config: BaseSparseConfig) -> dict[str, Any]:
-    usual = type(config).__dataclass_fields__
-    found = {}
-    for name, value in config.to_dict().items():
-        if name in PeftConfig.__dataclass_fields__ or name in config.resolved_fields:
-            continue
-        default = usual[name].default
-        if default is MISSING:
-            default = None if usual[name].default_factory is MISSING else usual[name].default_factory()
-        if value != default:
-            found[name] = value
-    return found
 
 
 def _step_of(model: PreTrainedModel, options: PlanOptions, form: BaseFormat) -> tuple[Step, list[str]]:
