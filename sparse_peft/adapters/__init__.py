@@ -1,6 +1,7 @@
 """What becomes of an adapter after training: files of models without PEFT's wrapper, and other adapters' forms."""
 
 from .compose import compose
+from .convert import convert
 from .export import export, save_merged
 from .extract import EXTRACTION_CRITERIA, ExtractedLayer, Extraction, extract
 from .files import load_adapter, save_adapter
@@ -23,6 +24,7 @@ __all__ = [
     "StoredAdapter",
     "compare",
     "compose",
+    "convert",
     "export",
     "extract",
     "greedy_soup",

@@ -158,7 +158,7 @@ def write_combined(
     config.bias = next(iter(biases), "none")
     tokens = [c.trainable_token_indices for c in configs if c.trainable_token_indices]
     if any(t != tokens[0] for t in tokens):
-        raise ValueError("trainable_token_indices: the adapters train different tokens, whose embeddings do not add up")
+        raise ValueError("trainable_token_indices: the adapters train different tokens, which do not add up")
     config.trainable_token_indices = tokens[0] if tokens else None
     write_adapter(output, config, {**named_tensors(adapters[0].tuner, tensors), **rest}, story)
     return config

@@ -46,7 +46,7 @@ class DeltaMatrix:
     def _sparse(self) -> Tensor:
         where = torch.stack([self.support.rows, self.support.cols]).long()
         where = where if self.in_dim == 1 else where.flip(0)
-        return torch.sparse_coo_tensor(where, self.values, self.shape, check_invariants=False).coalesce()
+        return torch.sparse_coo_tensor(where, self.values, self.shape, check_invariants=True).coalesce()
 
     def times(self, x: Tensor) -> Tensor:
         """``(outputs, n)`` of ``(inputs, n)``."""

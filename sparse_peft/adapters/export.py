@@ -83,11 +83,11 @@ def _with_adapter(folder: str | os.PathLike, base: nn.Module | str | os.PathLike
     adapter = read_stored(folder)  # refuses what is no sparse adapter before a model is loaded for it
     base = adapter.config.base_model_name_or_path if base is None else base
     if base is None:
-        raise ValueError(f"{os.fspath(folder)}: its config names no base model; pass base=, a loaded model or a folder")
+        raise ValueError(f"{adapter.folder}: its config names no base model; pass base=, a loaded model or a folder")
     loaded = isinstance(base, nn.Module)
     if not loaded:
         if not Path(base).is_dir():
-            raise ValueError(f"base={os.fspath(base)!r}: no such folder; pass the loaded model, or a local folder of it")
+            raise ValueError(f"base={os.fspath(base)!r}: no such folder; pass the loaded model, or its local folder")
         structure = structure_of(base)
         base = getattr(transformers, type(structure).__name__).from_pretrained(base, dtype="auto")
     model = PeftModel.from_pretrained(base, os.fspath(folder))

@@ -19,13 +19,11 @@ from ..support import Budget, Support, allocate, divide, get_criterion, topk_ind
 from ..tuners.base_model import stored_shape
 from ..tuners.checkpoint import check_values
 from ..tuners.delta import SparseDelta
-from ..tuners.selection import SupportRecipe
 from ..tuners.sparse import SparseConfig, SparseModel
-from .files import PREFIX, write_adapter
-from .stored import named_tensors
+from .files import write_adapter
+from .stored import named_tensors, sparse_state
 from .weights import Weights, name_of, structure_of, weights_of
-
-OTHERS = ("leave_out", "save", "refuse")
+from .whole import OTHERS, save_whole
 
 
 def _relative(difference: Tensor, base: Tensor) -> Tensor:
@@ -167,8 +165,8 @@ def extract(
             states[name] = state
     if not states:
         raise ValueError(
-            f"{pair.after.source}: none of the {len(shapes)} target layers differs from {pair.before.source}; is it the "
-            "fine-tuned model?"
+            f"{pair.after.source}: none of the {len(shapes)} target layers differs from {pair.before.source}; is it "
+            "the fine-tuned model?"
         )
     changed = pair.others({f"{name}.weight" for name in shapes})
     rest, modules, bias = _rest(structure, pair.after, states, changed, others)
@@ -221,9 +219,8 @@ def _extract_layer(
     inexact = int((reached != after.reshape(-1)[chosen].to(before.dtype)).sum())
     kept = float(values.square().sum(dtype=torch.float64)) / energy if energy else 1.0
     support = Support(tuple(before.shape), chosen, validate=False, name=name)
-    state = SparseDelta(support.shape, support.nnz, name, SupportRecipe("random", support.nnz, 0, name), support)
-    state.values.data = values
-    return ExtractedLayer(name, support.nnz, changed, flat.numel(), energy, kept, inexact), state
+    layer = ExtractedLayer(name, support.nnz, changed, flat.numel(), energy, kept, inexact)
+    return layer, sparse_state(support, values)
 
 
 class _Pair:
@@ -244,8 +241,8 @@ class _Pair:
             size = torch.Size(side.shape(name)).numel()
             if side.shape(name)[0] != shape[0] or size != shape[0] * shape[1]:
                 raise ValueError(
-                    f"{side.source}: {name} has the shape {side.shape(name)}, where the base model's is {shape}; these "
-                    "are different models"
+                    f"{side.source}: {name} has the shape {side.shape(name)}, where the base model's is {shape}; "
+                    "these are different models"
                 )
             weight = side.read(name)
             if not weight.is_floating_point() or weight.element_size() < 2:
@@ -277,8 +274,8 @@ def _rest(
         if changed:
             names = ", ".join(list(changed)[:3])
             warnings.warn(
-                f"{len(changed)} tensors differ and are no target weights, such as {names}: they are left out, and the "
-                "adapter does not reproduce their part of the fine-tuning. others='save' stores them whole",
+                f"{len(changed)} tensors differ and are no target weights, such as {names}: they are left out, and "
+                "the adapter does not reproduce their part of the fine-tuning. others='save' stores them whole",
                 stacklevel=3,
             )
         return {}, [], "none"
@@ -288,63 +285,3 @@ def _rest(
             f"{', '.join(list(changed)[:3])}"
         )
     return save_whole(structure, changed, adapted, after.read, {name: after.shape(name) for name in changed})
-
-
-def save_whole(
-    structure: nn.Module,
-    names: dict[str, float] | set[str],
-    adapted: dict[str, SparseDelta],
-    read: Callable[[str], Tensor],
-    shapes: dict[str, tuple[int, ...]],
-) -> tuple[dict[str, Tensor], list[str], str]:
-    """Tensors that are stored whole: ``({name in the file: tensor}, modules_to_save, bias)``.
-
-    Args:
-        structure: the model.
-        names: the tensors that must be among them; whatever shares or surrounds them comes along.
-        adapted: the layers with deltas, whose biases are stored by PEFT's ``bias`` and not as modules.
-        read: gives a tensor of the model by name.
-        shapes: of the tensors ``names``.
-
-    Raises:
-        ValueError: tensors of another shape than the model's, or of a module with others inside.
-    """
-    own = structure.state_dict()
-    for name in names:
-        if name not in own or tuple(own[name].shape) != tuple(shapes[name]):
-            shape = tuple(own[name].shape) if name in own else "no such tensor"
-            raise ValueError(
-                f"{name}: of shape {tuple(shapes[name])}, and the base model has {shape}; what was added or resized "
-                "cannot be stored with an adapter: prepare the base model in the same way first"
-            )
-    twins: dict[int, list[str]] = {}
-    for name, parameter in structure.named_parameters(remove_duplicate=False):
-        twins.setdefault(id(parameter), []).append(name)
-    tied = {name: group for group in twins.values() for name in group}
-    wanted = {twin for name in names for twin in tied.get(name, [name])}
-    modules, rest, bias = [], {}, "none"
-    for module in dict.fromkeys(name.rpartition(".")[0] for name in sorted(wanted)):
-        if module in adapted:
-            bias = "sparse_peft_delta_only"
-            continue
-        found = structure.get_submodule(module)
-        if any(True for _ in found.children()):
-            raise ValueError(f"{module}: it has other layers inside and cannot be stored whole beside their deltas")
-        modules.append(module)
-        for leaf in found.state_dict():
-            rest[f"{PREFIX}{module}.{leaf}"] = _read_tied(f"{module}.{leaf}", tied, read)
-    if bias != "none":
-        for layer in adapted:
-            if f"{layer}.bias" in own:
-                rest[f"{PREFIX}{layer}.base_layer.bias"] = read(f"{layer}.bias")
-    return rest, modules, bias
-
-
-def _read_tied(name: str, tied: dict[str, list[str]], read: Callable[[str], Tensor]) -> Tensor:
-    """A tensor, by whichever of the names that share it the file has."""
-    for candidate in (name, *tied.get(name, [])):
-        try:
-            return read(candidate).clone()
-        except KeyError:
-            continue
-    raise ValueError(f"{name}: the fine-tuned model's file has no such tensor")

@@ -99,7 +99,7 @@ def read_tensors(path: str | os.PathLike) -> dict[str, Tensor]:
     try:
         return load_file(path)
     except SafetensorError as error:
-        raise ValueError(f"{os.fspath(path)}: no valid safetensors file ({error}); copy or download it again") from error
+        raise ValueError(f"{path}: no valid safetensors file ({error}); copy or download it again") from error
 
 
 def save_adapter(model: nn.Module, folder: str | os.PathLike, adapter_name: str = "default") -> None:

@@ -68,8 +68,8 @@ def save_low_rank(
     missing, square = (sum(parts) for parts in zip(*lost.values()))
     error = (missing / square) ** 0.5
     story = (
-        f"Plain LoRA of rank {rank} that approximates a sparse adapter, made with `sparse_peft`. Relative error of its "
-        f"deltas (Frobenius norm): {error:.3g} over all layers, at most {max(errors.values()):.3g} in one."
+        f"Plain LoRA of rank {rank} that approximates a sparse adapter, made with `sparse_peft`. Relative error of "
+        f"its deltas (Frobenius norm): {error:.3g} over all layers, at most {max(errors.values()):.3g} in one."
     )
     write_adapter(folder, config, tensors, story)
     return LowRankExport(config, errors, error)

@@ -84,8 +84,8 @@ def soup(
     odd = _mismatch(adapters)
     if odd is not None and on_mismatch == "error":
         raise ValueError(
-            f"layer {odd}: the adapters train different entries. Average adapters that were trained on one support, or "
-            "pass on_mismatch='union' (exact, with more entries) or 'intersection'"
+            f"layer {odd}: the adapters train different entries. Average adapters that were trained on one support, "
+            "or pass on_mismatch='union' (exact, with more entries) or 'intersection'"
         )
     if odd is not None and on_mismatch == "intersection":
         adapters = _intersected([entrywise(adapter) for adapter in adapters])
@@ -196,8 +196,8 @@ def _averages(adapters: Sequence[StoredAdapter], weights: Sequence[float]) -> di
         missing = sorted(set(adapters[0].rest) ^ set(adapter.rest))
         if missing:
             raise ValueError(
-                f"{missing[0].removeprefix(PREFIX)}: {adapters[0].folder} and {adapter.folder} do not both have it; an "
-                "average is of adapters that trained the same modules"
+                f"{missing[0].removeprefix(PREFIX)}: {adapters[0].folder} and {adapter.folder} do not both have it; "
+                "an average is of adapters that trained the same modules"
             )
     averages = {}
     for name, first in adapters[0].rest.items():

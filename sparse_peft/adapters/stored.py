@@ -6,7 +6,6 @@ and no memory. So what is loaded is checked as it is for a real model, and no se
 
 from __future__ import annotations
 
-import copy
 import os
 from dataclasses import dataclass, replace
 from numbers import Integral
@@ -55,10 +54,6 @@ class StoredAdapter:
     def is_sparse(self) -> bool:
         """Whether its deltas are sparse, and nothing else is added to the weights."""
         return all(isinstance(state, Delta) and not hasattr(state, "factors") for state in self.states.values())
-
-    def file_tensors(self, tensors: dict[str, dict[str, Tensor]]) -> dict[str, Tensor]:
-        """``{layer: {name: tensor}}`` of this adapter's method under the names that they have in a file."""
-        return named_tensors(self.tuner, tensors)
 
 
 def named_tensors(tuner: type[BaseSparseModel], tensors: dict[str, dict[str, Tensor]]) -> dict[str, Tensor]:
@@ -194,9 +189,9 @@ def _load(
 ) -> dict[str, TrainedState]:
     own = {"exclude_modules": None, "layers_to_transform": None, "layers_pattern": None, "bias": "none"}
     beside = {"modules_to_save": None, "trainable_token_indices": None}
-    config = replace(copy.copy(config), target_modules=set(layers), inference_mode=True, **own, **beside)
+    config = replace(config, target_modules=set(layers), inference_mode=True, **own, **beside)
     model = _skeleton(layers)
-    state_dict = {f"{layer}{marker}{part}": tensor for layer, found in states.items() for part, tensor in found.items()}
+    state_dict = {f"{layer}{marker}{part}": t for layer, found in states.items() for part, t in found.items()}
     inject_adapter_in_model(config, model, state_dict=state_dict)
     result = set_peft_model_state_dict(model, dict(state_dict))
     if result.unexpected_keys:
@@ -220,10 +215,16 @@ def entrywise(adapter: StoredAdapter) -> StoredAdapter:
     states = {}
     for name, state in adapter.states.items():
         support = Support(state.shape, state.support.indices, validate=False, name=name)
-        recipe = SupportRecipe("random", support.nnz, 0, name, {}, None)
-        states[name] = SparseDelta(state.shape, support.nnz, name, recipe, support)
-        states[name].values.data = state.values.detach().float()
+        states[name] = sparse_state(support, state.values.detach().float())
     return replace(adapter, config=sparse_config(adapter.config, states), states=states)
+
+
+def sparse_state(support: Support, values: Tensor) -> SparseDelta:
+    """A sparse delta with these values, outside of any model."""
+    recipe = SupportRecipe("random", support.nnz, 0, support.name)
+    state = SparseDelta(support.shape, support.nnz, support.name, recipe, support)
+    state.values.data = values
+    return state
 
 
 def sparse_config(like: Any, states: dict[str, SparseDelta]) -> SparseConfig:

@@ -1,5 +1,4 @@
-"""A model's weights one tensor at a time, out of a folder's safetensors or of a loaded model; and what it is made of.
-"""
+"""A model's weights one tensor at a time, out of safetensors or of a loaded model; and what it is made of."""
 
 from __future__ import annotations
 
@@ -12,7 +11,7 @@ import torch
 import transformers
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
-from transformers import AutoConfig
+from transformers import AutoConfig, PreTrainedModel
 
 INDEX_SUFFIX = ".safetensors.index.json"
 
@@ -61,6 +60,14 @@ class ModelWeights(Weights):
         return self._tensors[name].detach().cpu()
 
 
+def known_name(stored: str, known: set[str], prefix: str) -> str:
+    """A tensor's name in the model; a file of the model's body alone has it without the prefix, or the reverse."""
+    if not prefix or stored in known:
+        return stored
+    other = stored.removeprefix(f"{prefix}.") if stored.startswith(f"{prefix}.") else f"{prefix}.{stored}"
+    return other if other in known else stored
+
+
 class FolderWeights(Weights):
     """Those of a folder that ``save_pretrained`` wrote, in one file or in shards.
 
@@ -80,8 +87,7 @@ class FolderWeights(Weights):
         self._handles: dict[Path, safe_open] = {}
         for path in _files_of(Path(folder)):
             for stored in self._open(path).keys():
-                other = stored.removeprefix(f"{prefix}.") if stored.startswith(f"{prefix}.") else f"{prefix}.{stored}"
-                name = other if prefix and stored not in known and other in known else stored
+                name = known_name(stored, known, prefix)
                 if name in self._places:
                     raise ValueError(f"{self.source}: {name} is in {self._places[name][0].name} and in {path.name}")
                 self._places[name] = path, stored
@@ -151,13 +157,14 @@ def structure_of(base: str | os.PathLike | nn.Module) -> nn.Module:
         raise ValueError(f"{folder}: no config.json that says which model this is; pass the loaded model instead")
     config = AutoConfig.from_pretrained(folder)
     kind = (getattr(config, "architectures", None) or [None])[0]
-    if not hasattr(transformers, str(kind)):
+    model = getattr(transformers, str(kind), None)
+    if not (isinstance(model, type) and issubclass(model, PreTrainedModel)):
         raise ValueError(
             f"{folder}: config.json has the architecture {kind!r}, which transformers has no class for; pass the "
             "loaded model instead"
         )
     with torch.device("meta"):
-        return getattr(transformers, kind)(config)
+        return model(config)
 
 
 def weights_of(source: str | os.PathLike | nn.Module, structure: nn.Module) -> Weights:

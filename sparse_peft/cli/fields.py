@@ -15,6 +15,7 @@ from peft import PeftConfig
 from ..tuners.base_config import BaseSparseConfig
 
 WORDS = {bool: "true or false", int: "an int", float: "a number", str: "a word", type(None): "none"}
+BUDGETS = ("density", "ratio", "k", "num_params", "r")
 TRUTHS = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
 
 
@@ -40,7 +41,8 @@ def parse_fields(config_class: type[BaseSparseConfig], settings: Iterable[str]) 
         name = name.strip().replace("-", "_")
         if not equals:
             raise ValueError(f"{setting!r}: field=value is expected, such as {known[0]}=...")
-        found[check_field(config_class, name)] = parse_value(name, text.strip(), hints[name])
+        check_field(config_class, name)
+        found[name] = parse_value(name, text.strip(), hints[name])
     return found
 
 
@@ -51,11 +53,16 @@ def check_field(config_class: type[BaseSparseConfig], name: str) -> str:
         ValueError: it has not; the closest one is named.
     """
     known = settable_fields(config_class)
-    if name not in known:
-        close = get_close_matches(name, known, n=1, cutoff=0.6)
-        hint = f"did you mean {close[0]!r}? " if close else ""
-        raise ValueError(f"{config_class.__name__} has no field {name!r}: {hint}It has {', '.join(known)}")
-    return name
+    if name in known:
+        return name
+    close = get_close_matches(name, known, n=1, cutoff=0.6)
+    if close:
+        hint = f"did you mean {close[0]!r}?"
+    elif name in BUDGETS:
+        hint = f"how much trains is said by {', '.join(budget for budget in BUDGETS if budget in known)}"
+    else:
+        hint = f"it has {', '.join(known)}"
+    raise ValueError(f"{config_class.__name__} has no field {name!r}: {hint}")
 
 
 def parse_value(name: str, text: str, hint: Any) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
@@ -15,6 +16,7 @@ from rich.progress import track
 from rich.table import Table
 
 OK, PROBLEM, USAGE = 0, 1, 2
+WIDTH_OF_PIPES = 160
 
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
 ForceOption = Annotated[bool, typer.Option("--force", help="Replace what is there.")]
@@ -78,9 +80,17 @@ def answering(command: str, as_json: bool) -> Iterator[Answer]:
     elif as_json:
         _print_json({"command": command, **answer.content})
     else:
-        answer.show(Console(highlight=False))
+        answer.show(console_for_people())
     if answer.code != OK:
         raise typer.Exit(answer.code)
+
+
+def console_for_people() -> Console:
+    """stdout; where that is a pipe or a file, no line is cut to the width of a terminal that is not there."""
+    console = Console(highlight=False)
+    if not console.is_terminal and "COLUMNS" not in os.environ:
+        console.width = WIDTH_OF_PIPES
+    return console
 
 
 def _print_json(content: dict[str, Any]) -> None:

@@ -92,7 +92,7 @@ def kind_table(plan: TrainingPlan) -> tuple[list[str], list[list[str]]]:
         [
             kind.kind,
             str(kind.layers),
-            f"{kind.shape[0]} x {kind.shape[1]}",
+            f"{kind.shape[0]}x{kind.shape[1]}",
             count_text(kind.trained),
             share_text(kind.density),
             *(str(numbers[i]) for _, numbers in parts),

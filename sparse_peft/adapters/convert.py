@@ -1,0 +1,210 @@
+"""Sparse deltas out of other programs' adapters, and into those that PEFT has of its own: SHiRA, Super-Tuning."""
+
+from __future__ import annotations
+
+import math
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftConfig, ShiraConfig, SupertuningConfig
+from torch import Tensor, nn
+
+from ..tuners.base_model import stored_shape
+from ..tuners.delta import SparseDelta
+from ..tuners.sparse import SparseModel
+from .files import PREFIX, write_adapter
+from .foreign import ForeignAdapter, read_config, read_lt_sft, read_shira, read_spiel, read_supertuning, source_format
+from .stored import entrywise, named_tensors, read_stored, sparse_config, sparse_state
+from .weights import name_of, structure_of, weights_of
+from .whole import OTHERS, save_whole
+
+TARGETS = ("sparse", "shira", "supertuning")
+READERS = {"SHIRA": read_shira, "SUPERTUNING": read_supertuning, "SFT": read_spiel}
+
+
+def convert(
+    source: str | os.PathLike,
+    output: str | os.PathLike,
+    to: str = "sparse",
+    *,
+    base: nn.Module | str | os.PathLike | None = None,
+    others: str = "refuse",
+) -> PeftConfig:
+    """Write an adapter in another program's form; it makes the same of every input.
+
+    What can be read: adapters of this package whose deltas are sparse, PEFT's SHiRA and Super-Tuning, SpIEL's
+    (``AlanAnsell/peft``) and LT-SFT's (``pytorch_diff.bin``). SHiRA and Super-Tuning have one budget for all layers:
+    layers with less are filled up with entries of zero, which a conversion back keeps.
+
+    Args:
+        source: folder of the adapter; for LT-SFT also the file.
+        output: folder; made if need be.
+        to: ``"sparse"`` (:class:`~sparse_peft.SparseConfig`), ``"shira"`` or ``"supertuning"``.
+        base: for other programs' adapters the base model, loaded or its folder: their files do not say how large the
+            weights are. By default the folder that the adapter's config names. An LT-SFT file that changes more than
+            linear layers also needs its weights.
+        others: of an LT-SFT file's changes of embeddings, norms and biases, and its heads: ``"refuse"``,
+            ``"leave_out"``, or ``"save"`` them whole through ``modules_to_save`` and ``bias``.
+
+    Returns:
+        The new adapter's config.
+
+    Raises:
+        ValueError: an adapter that has no such form, is for another base, or is damaged; nothing is written then.
+    """
+    if to not in TARGETS:
+        raise ValueError(f"to={to!r}: one of {', '.join(TARGETS)} is expected")
+    if others not in OTHERS:
+        raise ValueError(f"others={others!r}: one of {', '.join(OTHERS)} is expected")
+    form = source_format(source)
+    if form in READERS or form == "lt_sft":
+        like, states, rest = _read_foreign(Path(source), form, base, others)
+    else:
+        stored = entrywise(read_stored(source))
+        like, states, rest = stored.config, stored.states, stored.rest
+    if to == "sparse":
+        config = sparse_config(like, states)
+        tensors = named_tensors(
+            SparseModel, {n: {"values": s.values.detach(), **s.file_tensors()} for n, s in states.items()}
+        )
+    else:
+        _check_only_deltas(like, to)
+        _check_linear(base, states, to)
+        config, tensors = (_to_shira if to == "shira" else _to_supertuning)(like, states)
+    write_adapter(output, config, {**tensors, **rest}, f"Converted with `sparse_peft.adapters.convert` from {form}.")
+    return config
+
+
+# ---------------------------------------------------------------------------------------------------- in
+
+
+def _read_foreign(
+    source: Path, form: str, base: nn.Module | str | os.PathLike | None, others: str
+) -> tuple[Any, dict[str, SparseDelta], dict[str, Tensor]]:
+    base = _base(source, form, base)
+    structure = structure_of(base)
+    shapes = {name: stored_shape(m) for name, m in structure.named_modules() if isinstance(m, nn.Linear)}
+    if form == "lt_sft":
+        known = {name: tuple(tensor.shape) for name, tensor in structure.state_dict().items()}
+        adapter = read_lt_sft(source, shapes, known, getattr(structure, "base_model_prefix", ""))
+    else:
+        adapter = READERS[form](source, shapes)
+    states = {name: sparse_state(support, values) for name, (support, values) in adapter.deltas.items()}
+    like, rest = adapter.like, dict(adapter.rest)
+    like.base_model_name_or_path = like.base_model_name_or_path or name_of(base)
+    if adapter.others or adapter.whole:
+        if others == "refuse":
+            names = ", ".join([*adapter.others, *adapter.whole][:3])
+            raise ValueError(
+                f"{source}: it changes more than linear layers, such as {names}; pass others='save' to store these "
+                "whole with the adapter, or others='leave_out'"
+            )
+        if others == "save":
+            whole, like.modules_to_save, like.bias = _whole(adapter, structure, base, states)
+            rest.update(whole)
+    return like, states, rest
+
+
+def _base(source: Path, form: str, base: nn.Module | str | os.PathLike | None) -> nn.Module | str | os.PathLike:
+    if base is not None:
+        return base
+    named = None if form == "lt_sft" else read_config(source).get("base_model_name_or_path")
+    if named is None or not Path(named).is_dir():
+        raise ValueError(
+            f"base: the file of a {form} adapter does not say how large the weights are; pass base=, the loaded base "
+            f"model or a local folder of it{f' (its config names {named!r})' if named else ''}"
+        )
+    return named
+
+
+def _whole(
+    adapter: ForeignAdapter, structure: nn.Module, base: nn.Module | str | os.PathLike, states: dict[str, SparseDelta]
+) -> tuple[dict[str, Tensor], list[str], str]:
+    weights = weights_of(base, structure)
+
+    def read(name: str) -> Tensor:
+        if name in adapter.whole:
+            return adapter.whole[name]
+        tensor = weights.read(name)
+        if name in adapter.others:
+            flat, values = adapter.others[name]
+            wide = tensor.reshape(-1).float().index_add(0, flat, values)
+            tensor = wide.to(tensor.dtype).view(tensor.shape)
+        return tensor
+
+    own = structure.state_dict()
+    names = {*adapter.others, *adapter.whole}
+    return save_whole(structure, names, states, read, {name: tuple(own[name].shape) for name in names})
+
+
+# ---------------------------------------------------------------------------------------------------- out
+
+
+def _check_only_deltas(like: Any, to: str) -> None:
+    beside = ["tokens of the embedding"] if getattr(like, "trainable_token_indices", None) else []
+    if getattr(like, "bias", "none") != "none":
+        beside.append("biases")
+    if beside:
+        raise ValueError(f"to={to!r}: the adapter trains {' and '.join(beside)} too, which {to} adapters cannot hold")
+
+
+def _check_linear(base: nn.Module | str | os.PathLike | None, states: dict[str, SparseDelta], to: str) -> None:
+    """Refuse layers that PEFT's methods do not adapt, if there is a base model to look at."""
+    structure = None if base is None else structure_of(base)
+    for name in states if structure is not None else ():
+        kind = type(structure.get_submodule(name))
+        if not issubclass(kind, nn.Linear):
+            raise ValueError(f"layer {name}: a {kind.__name__}; {to} adapters are for torch.nn.Linear alone")
+
+
+def _filled_up(state: SparseDelta, entries: int) -> tuple[Tensor, Tensor]:
+    """Flat positions and values, with zeros at the first free positions so that there are so many."""
+    support, values = state.support, state.values.detach().float()
+    first = torch.arange(entries)
+    free = first[~support.contains(first)][: entries - support.nnz]
+    return torch.cat([support.indices.long(), free]), torch.cat([values, values.new_zeros(free.numel())])
+
+
+def _shared(like: Any, states: dict[str, SparseDelta], to: str) -> dict[str, Any]:
+    for name, state in states.items():
+        if math.prod(state.shape) >= 2**31:
+            raise ValueError(f"layer {name}: a weight of {state.shape} has positions beyond {to}'s int32")
+    return {
+        "target_modules": sorted(states),
+        "modules_to_save": like.modules_to_save,
+        "task_type": like.task_type,
+        "base_model_name_or_path": like.base_model_name_or_path,
+        "revision": like.revision,
+    }
+
+
+def _to_shira(like: Any, states: dict[str, SparseDelta]) -> tuple[ShiraConfig, dict[str, Tensor]]:
+    rank = max(-(-state.support.nnz // sum(state.shape)) for state in states.values())
+    tensors = {}
+    for name, state in states.items():
+        rows, cols = state.shape
+        if rank * (rows + cols) > rows * cols:
+            raise ValueError(
+                f"layer {name}: SHiRA has r * (rows + cols) entries in every layer, and the layer with the most takes "
+                f"r={rank}: {rank * (rows + cols)} of the {rows * cols} that this one has. Use to='supertuning'"
+            )
+        flat, values = _filled_up(state, rank * (rows + cols))
+        tensors[f"{PREFIX}{name}.shira_weight"] = values
+        tensors[f"{PREFIX}{name}.shira_indices"] = torch.stack([flat // cols, flat % cols]).int()
+    return ShiraConfig(r=rank, **_shared(like, states, "SHiRA")), tensors
+
+
+def _to_supertuning(like: Any, states: dict[str, SparseDelta]) -> tuple[SupertuningConfig, dict[str, Tensor]]:
+    sizes = {name: math.prod(state.shape) for name, state in states.items()}
+    sparsity = 1 - max(state.support.nnz / sizes[name] for name, state in states.items())
+    # PEFT counts int(size * (1 - sparsity)), which rounding may take one entry from
+    while any(int(sizes[name] * (1 - sparsity)) < state.support.nnz for name, state in states.items()):
+        sparsity = max(0.0, math.nextafter(sparsity, 0) - 1e-15)
+    tensors = {}
+    for name, state in states.items():
+        flat, values = _filled_up(state, int(sizes[name] * (1 - sparsity)))
+        tensors[f"{PREFIX}{name}.supertuning_values"] = values
+        tensors[f"{PREFIX}{name}.supertuning_indices"] = flat.int()
+    return SupertuningConfig(sparsity=sparsity, **_shared(like, states, "Super-Tuning")), tensors
