@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import platform
 import re
@@ -186,18 +187,12 @@ def _files() -> list[Check]:
     path = cache_file()
     folder = path.parent
     existing = next(parent for parent in (folder, *folder.parents) if parent.exists())
-    note = (
-        "" if os.access(existing, os.W_OK) else f"{existing} cannot be written: crossovers are measured anew each time"
-    )
-    checks = [Check("files", "cache folder", BROKEN if note else OK, str(folder), note)]
+    writable = os.access(existing, os.W_OK)
+    note = "" if writable else f"{existing} cannot be written: crossovers are measured anew in every process"
+    checks = [Check("files", "cache folder", OK if writable else BROKEN, str(folder), note)]
     if not path.is_file():
-        return [
-            *checks,
-            Check("files", "calibration", ABSENT, "nothing measured yet", "measured when it first matters"),
-        ]
+        return [*checks, Check("files", "calibration", ABSENT, "nothing yet", "it is measured when it first matters")]
     try:
-        import json
-
         entries = json.loads(path.read_text(encoding="utf-8"))
         words = f"{len(entries)} measured" if isinstance(entries, dict) else "no JSON object"
         status = OK if isinstance(entries, dict) else BROKEN

@@ -175,7 +175,7 @@ def supports_of(adapter: StoredAdapter) -> dict[str, Support]:
     supports = {layer: support for layer, support in found.items() if support is not None and support.nnz}
     if not supports:
         raise ValueError(
-            f"{adapter.folder}: {type(adapter.config).__name__} trains low-rank factors, which have no positions to draw"
+            f"{adapter.folder}: {type(adapter.config).__name__} trains low-rank factors, which have no positions"
         )
     return supports
 

@@ -8,8 +8,13 @@ import typer
 
 from .. import __version__
 from .compare import compare
+from .compose import compose
+from .convert import convert
 from .doctor import doctor
+from .export import export
+from .extract import extract
 from .inspect import inspect
+from .merge import merge
 from .plan import plan
 
 app = typer.Typer(
@@ -35,5 +40,5 @@ def _options(
     pass
 
 
-for command in (plan, inspect, compare, doctor):
+for command in (plan, inspect, compare, merge, export, extract, compose, convert, doctor):
     app.command()(command)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -32,10 +33,35 @@ def adapter_folder(path: Path) -> Path:
     if not (path / "adapter_model.safetensors").is_file():
         if (path / "adapter_model.bin").is_file():
             raise UsageError(
-                f"{path}: its weights are in adapter_model.bin, a pickle, which can run any code when it is loaded and "
-                "is not read here; ask for the adapter as safetensors"
+                f"{path}: its weights are in adapter_model.bin, a pickle, which can run any code when it is loaded "
+                "and is not read here; ask for the adapter as safetensors"
             )
         raise UsageError(f"{path}: not a whole adapter, it has no adapter_model.safetensors")
+    return path
+
+
+def model_folder(path: Path) -> Path:
+    """The path, if it is the folder of a model whose weights can be read.
+
+    Raises:
+        UsageError: it is not; says what it is instead.
+    """
+    if not path.is_dir():
+        what = "a file" if path.exists() else "no such folder"
+        raise UsageError(
+            f"{path}: {what}; the folder of a model is expected. One of the hub is fetched with `hf download {path} "
+            "--local-dir FOLDER`"
+        )
+    if not (path / "config.json").is_file():
+        what = "an adapter" if (path / "adapter_config.json").is_file() else "not a model, it has no config.json"
+        raise UsageError(f"{path}: {what}; the folder of a model is expected")
+    if not any(path.glob("*.safetensors")):
+        if any(path.glob("*.bin")):
+            raise UsageError(
+                f"{path}: its weights are pickles (.bin), which can run any code when they are loaded and are not "
+                "read here; ask for the model as safetensors"
+            )
+        raise UsageError(f"{path}: not a whole model, it has no safetensors file")
     return path
 
 
@@ -84,8 +110,6 @@ def new_folder(path: Path, force: bool) -> Iterator[Path]:
 
 
 def _umask() -> int:
-    import os
-
     mask = os.umask(0)
     os.umask(mask)
     return mask

@@ -103,6 +103,17 @@ def progress(items: Sequence[Item], what: str) -> Iterable[Item]:
     return track(items, what, console=console, transient=True, disable=not console.is_terminal)
 
 
+@contextmanager
+def working(what: str) -> Iterator[None]:
+    """A sign of life on stderr, where that is a terminal, for work that does not come in steps."""
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        yield
+        return
+    with console.status(what):
+        yield
+
+
 def table(columns: Sequence[str], rows: Iterable[Sequence[str]], title: str | None = None, gap: int = 2) -> Table:
     """A plain table: words in its first column, numbers in the others, ``gap`` spaces between them."""
     made = Table(

@@ -39,9 +39,7 @@ def read_model_config(path: str | os.PathLike) -> PretrainedConfig:
     kind = content.get("model_type") if isinstance(content, dict) else None
     if kind is None:
         what = "an adapter's config" if isinstance(content, dict) and "peft_type" in content else "no model's config"
-        raise ValueError(
-            f"{file} has no model_type: it is {what}; the config.json of a transformers model is expected"
-        )
+        raise ValueError(f"{file} has no model_type: it is {what}; one of a transformers model is expected")
     try:
         return AutoConfig.from_pretrained(file, trust_remote_code=False, local_files_only=True)
     except (ValueError, KeyError, TypeError, AttributeError) as error:

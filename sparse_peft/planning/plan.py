@@ -128,8 +128,8 @@ def countable(config: BaseSparseConfig) -> tuple[BaseSparseConfig, list[str]]:
     config, notes = copy.copy(config), []
     if getattr(config, "threshold", None) is not None:
         raise ValueError(
-            f"threshold={config.threshold}: how many entries lie below it is decided by the weights, which a plan does "
-            "not load; plan with the density that it comes to"
+            f"threshold={config.threshold}: how many entries lie below it is decided by the weights, which a plan "
+            "does not load; plan with the density that it comes to"
         )
     if getattr(config, "avoid", None):
         config.avoid = None
