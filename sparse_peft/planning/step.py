@@ -76,7 +76,7 @@ class Step:
 
     @property
     def products(self) -> list[str]:
-        """Names of the linear layers and convolutions that run."""
+        """Names of the linear layers, convolutions and norms that run."""
         return [] if self.trace is None else list(self.trace.products)
 
     def _works(self, work: Callable[[LayerSize, Product], Work], sizes: Iterable[LayerSize]) -> dict[str, Work]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from contextlib import ExitStack
+from collections.abc import Hashable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, masking_utils
 from transformers.pytorch_utils import Conv1D
 
 from ..ops import is_convolution
@@ -38,7 +39,7 @@ class Kept:
 
 @dataclass(frozen=True)
 class Product:
-    """One linear layer's part in a forward pass.
+    """One linear layer's part in a forward pass, or a norm's, which has no product.
 
     Attributes:
         source: which tensor is its input; layers of one input have the same.
@@ -48,7 +49,7 @@ class Product:
         flops: of its product.
     """
 
-    source: int
+    source: Hashable
     input: Kept
     input_itemsize: int
     tokens: int
@@ -61,7 +62,7 @@ class Trace:
 
     Attributes:
         kept: ``{tensor: its memory}``: what norms, attention, activation functions and the loss keep for backward.
-        products: ``{layer name: its part}`` of linear layers and convolutions.
+        products: ``{layer name: its part}`` of linear layers, convolutions and norms.
         flops: of the whole pass, two for each multiplication and addition.
         block_inputs: bytes of the blocks' inputs, which gradient checkpointing keeps.
     """
@@ -119,12 +120,26 @@ class _Recorder:
 
         return hook
 
+    def see_norm(self, name: str):
+        def hook(module: nn.Module, args: tuple, output: Tensor) -> None:
+            # what is normalised is kept for the scale's gradient alone
+            kept = Kept(output.numel() * output.element_size(), self.block)
+            self.trace.products[name] = Product(name, kept, output.element_size(), 0, 0)
+
+        return hook
+
 
 def outputs_of(module: nn.Module) -> int:
     """Output features or channels of a linear layer or convolution."""
     if is_convolution(module):
         return module.out_channels
     return module.nf if isinstance(module, Conv1D) else module.out_features
+
+
+def is_norm(module: nn.Module) -> bool:
+    """Whether it scales what it has normalised; ``nn.LayerNorm`` keeps its input in any case."""
+    weight = module._parameters.get("weight")
+    return weight is not None and weight.ndim == 1 and not isinstance(module, nn.LayerNorm)
 
 
 def is_product(module: nn.Module) -> bool:
@@ -152,6 +167,8 @@ def _hooks(model: PreTrainedModel, recorder: _Recorder) -> list[Any]:
     for name, module in model.named_modules():
         if is_product(module):
             handles.append(module.register_forward_hook(recorder.see_product(name)))
+        elif is_norm(module):
+            handles.append(module.register_forward_hook(recorder.see_norm(name)))
     return handles
 
 
@@ -163,6 +180,23 @@ def _inputs(model: PreTrainedModel, batch: int, length: int) -> dict[str, Any]:
     if type(model).__name__.endswith(("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")):
         inputs |= {"labels": ids, "use_cache": False}
     return inputs
+
+
+@contextmanager
+def _rows_without_padding() -> Iterator[None]:
+    """A traced model makes attention masks, as it cannot look whether a row is padded; here none is, and none is made.
+
+    With masks attention keeps them, and repeats keys and values where heads share them, which training does not.
+    """
+    wanted = {"is_tracing": lambda *_: False, "find_packed_sequence_indices": lambda *_, **__: None}
+    real = {name: getattr(masking_utils, name) for name in wanted if hasattr(masking_utils, name)}
+    for name in real:
+        setattr(masking_utils, name, wanted[name])
+    try:
+        yield
+    finally:
+        for name, function in real.items():
+            setattr(masking_utils, name, function)
 
 
 def trace_forward(model: PreTrainedModel, batch: int, length: int) -> Trace:
@@ -179,6 +213,7 @@ def trace_forward(model: PreTrainedModel, batch: int, length: int) -> Trace:
     with ExitStack() as stack:
         # on the meta device attention would be taken apart; as fake tensors of a CPU it is the fused one
         stack.enter_context(FakeTensorMode())
+        stack.enter_context(_rows_without_padding())
         fakes = {name: torch.empty(tensor.shape, dtype=tensor.dtype) for name, tensor in tensors.items()}
         recorder = _Recorder(list(fakes.values()))
         for handle in _hooks(model, recorder):
