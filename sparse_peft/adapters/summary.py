@@ -98,6 +98,15 @@ class AdapterSummary:
         return asdict(self)
 
 
+def _in_order(layers: Iterable[str]) -> list[str]:
+    """Names with their numbers in order: a file has block 10 before block 2."""
+
+    def key(name: str) -> list[tuple[bool, int | str]]:
+        return [(True, int(part)) if part.isdigit() else (False, part) for part in name.split(".")]
+
+    return sorted(layers, key=key)
+
+
 def _fullest_share(lines: Tensor, size: int) -> float:
     """Share of the entries, by their row or column, in the fullest tenth of ``size`` rows or columns."""
     counts = torch.bincount(lines.long(), minlength=size).sort(descending=True).values
@@ -147,7 +156,7 @@ def summarise(folder: str | os.PathLike, progress: Progress = iter) -> AdapterSu
         ValueError: no adapter of this package, or a damaged one.
     """
     adapter = read_stored(folder)
-    layers = [_summary_of(layer, state) for layer, state in progress(list(adapter.states.items()))]
+    layers = [_summary_of(layer, adapter.states[layer]) for layer in progress(_in_order(adapter.states))]
     config = adapter.config
     return AdapterSummary(
         folder=adapter.folder,
@@ -220,7 +229,7 @@ class Comparison:
         norm_a, norm_b: of all layers of each.
         difference: Frobenius norm of the difference over all layers, one that an adapter lacks being zero.
         identical: whether they have the same layers, all identical, and the same tensors beside them.
-        layers: the common ones, in the order of ``a``.
+        layers: the common ones.
     """
 
     a: str
@@ -267,7 +276,7 @@ def compare(a: str | os.PathLike, b: str | os.PathLike, progress: Progress = ite
         ValueError: no adapters of this package, damaged ones, or ones for weights of different shapes.
     """
     first, second = read_stored(a), read_stored(b)
-    common = [layer for layer in first.states if layer in second.states]
+    common = _in_order(first.states.keys() & second.states.keys())
     layers: list[LayerComparison] = []
     inners = union = shared = 0.0
     squares = {"a": 0.0, "b": 0.0}
@@ -294,8 +303,10 @@ def compare(a: str | os.PathLike, b: str | os.PathLike, progress: Progress = ite
                 identical=_identical(first.states[layer], second.states[layer]),
             )
         )
-    only = {"a": [n for n in first.states if n not in second.states], "b": []}
-    only["b"] = [n for n in second.states if n not in first.states]
+    only = {
+        "a": _in_order(first.states.keys() - second.states.keys()),
+        "b": _in_order(second.states.keys() - first.states.keys()),
+    }
     for side, adapter in (("a", first), ("b", second)):
         squares[side] += sum(DeltaMatrix(adapter.states[layer]).square() for layer in only[side])
     rest = first.rest.keys() == second.rest.keys() and all(

@@ -17,6 +17,7 @@ from rich.table import Table
 
 OK, PROBLEM, USAGE = 0, 1, 2
 WIDTH_OF_PIPES = 160
+LISTED = 8  # items of a field's value that are shown to people
 
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
 ForceOption = Annotated[bool, typer.Option("--force", help="Replace what is there.")]
@@ -127,9 +128,10 @@ def table(columns: Sequence[str], rows: Iterable[Sequence[str]], title: str | No
 
 
 def value_text(value: Any) -> str:
-    """A config field's value, as ``--set`` takes it."""
+    """A config field's value, as ``--set`` takes it; long lists are cut."""
     if isinstance(value, (list, tuple)):
-        return ",".join(map(str, value))
+        more = f",... ({len(value)})" if len(value) > LISTED else ""
+        return ",".join(map(str, value[:LISTED] if not more else value[:2])) + more
     return "none" if value is None else str(value)
 
 
