@@ -37,7 +37,7 @@ venv: $(STAMP)
 $(STAMP): $(INSTALLED_FROM)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	rm -f $(VENV)/.installed-*
-	$(BIN)/python -m pip install --quiet $(PIP_ARGS) -c constraints.txt -e ".[trl,bnb,plot,test,examples,bench,docs]"
+	$(BIN)/python -m pip install --quiet $(PIP_ARGS) -c constraints.txt -e ".[cli,trl,bnb,plot,test,examples,bench,docs]"
 	$(BIN)/python -m pip install --quiet $(PIP_ARGS) --no-deps -r examples/requirements.txt
 	touch $@
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from difflib import get_close_matches
 from importlib import import_module
 
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING
@@ -32,6 +33,15 @@ class Method:
     @property
     def prefix(self) -> str:
         return f"{self.name}_"
+
+    @property
+    def short_name(self) -> str:
+        """What the method is called on a command line: its folder's name."""
+        return self.module.rpartition(".")[2]
+
+    @property
+    def config_class(self) -> type:
+        return getattr(import_module(self.module), self.config)
 
 
 METHODS = (
@@ -118,10 +128,26 @@ def register(method: Method) -> None:
     module = import_module(method.module)
     register_peft_method(
         name=method.name,
-        config_cls=getattr(module, method.config),
+        config_cls=method.config_class,
         model_cls=getattr(module, method.model),
         prefix=method.prefix,
     )
+
+
+def method_named(name: str) -> Method:
+    """The method of this name: its folder's, its PEFT type's or its config's.
+
+    Raises:
+        ValueError: there is none; the closest one is named.
+    """
+    wanted = name.lower()
+    for method in METHODS:
+        if wanted in (method.short_name, method.name, method.config.lower()):
+            return method
+    known = [method.short_name for method in METHODS]
+    close = get_close_matches(wanted, known, n=1, cutoff=0.5)
+    hint = f"did you mean {close[0]!r}? " if close else ""
+    raise ValueError(f"method={name!r}: {hint}The methods are {', '.join(known)}")
 
 
 def register_all() -> None:

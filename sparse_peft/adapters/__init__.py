@@ -11,22 +11,31 @@ from .pool import AdapterPool, PoolStatistics
 from .results import add_results
 from .soup import Soup, greedy_soup, soup
 from .sparse import save_as_sparse, to_sparse
+from .stored import StoredAdapter, read_stored
+from .summary import AdapterSummary, Comparison, LayerComparison, LayerSummary, compare, summarise, supports_of
 
 __all__ = [
     "EXTRACTION_CRITERIA",
     "AdapterPool",
+    "AdapterSummary",
+    "Comparison",
     "ExtractedLayer",
     "Extraction",
+    "LayerComparison",
+    "LayerSummary",
     "LowRankExport",
     "PoolStatistics",
     "Soup",
+    "StoredAdapter",
     "add_results",
+    "compare",
     "compose",
     "convert",
     "export",
     "extract",
     "greedy_soup",
     "load_adapter",
+    "read_stored",
     "save_adapter",
     "save_as_lora",
     "save_as_sparse",
@@ -34,5 +43,7 @@ __all__ = [
     "save_low_rank",
     "save_merged",
     "soup",
+    "summarise",
+    "supports_of",
     "to_sparse",
 ]

@@ -7,67 +7,13 @@ from dataclasses import dataclass
 
 import torch
 from peft import LoraConfig
-from torch import Tensor, nn
+from torch import nn
 
 from ..support import principal_factors
-from ..tuners.delta import Delta
-from ..tuners.low_rank import LowRankState
 from ..tuners.tuner_layer import TunerLayer
+from .delta_matrix import DeltaMatrix
 from .files import write_adapter
 from .lora import LoraFactors, as_factors, check_has_lora, to_lora
-
-
-class _DeltaMatrix:
-    """A layer's delta as a map from inputs to outputs, float64 on the CPU, sparse and low-rank parts never formed.
-
-    Attributes:
-        shape: ``(outputs, inputs)``.
-    """
-
-    def __init__(self, layer: TunerLayer, adapter_name: str):
-        state = layer.settled(adapter_name)
-        rows, cols = layer.stored_shape
-        self.shape = (rows, cols) if layer.product.in_dim == 1 else (cols, rows)
-        self._sparse = self._factors = None
-        if isinstance(state, Delta):
-            support = state.support.to("cpu")
-            where = torch.stack([support.rows, support.cols]).long()
-            where = where if layer.product.in_dim == 1 else where.flip(0)
-            values = state.values.detach().cpu().double()
-            self._sparse = torch.sparse_coo_tensor(where, values, self.shape, check_invariants=True).coalesce()
-        if isinstance(state, LowRankState):
-            self._factors = tuple(factor.detach().cpu().double() for factor in state.factors())
-
-    def times(self, x: Tensor) -> Tensor:
-        parts = [] if self._sparse is None else [torch.sparse.mm(self._sparse, x)]
-        if self._factors is not None:
-            down, up = self._factors
-            parts.append(up @ (down @ x))
-        return sum(parts)
-
-    def transposed_times(self, x: Tensor) -> Tensor:
-        parts = [] if self._sparse is None else [torch.sparse.mm(self._sparse.t(), x)]
-        if self._factors is not None:
-            down, up = self._factors
-            parts.append(down.t() @ (up.t() @ x))
-        return sum(parts)
-
-    def square(self) -> float:
-        """Sum of squares of its entries."""
-        total = 0.0 if self._sparse is None else float(self._sparse.values().square().sum())
-        if self._factors is not None:
-            down, up = self._factors
-            total += float(((up.t() @ up) * (down @ down.t())).sum())
-            if self._sparse is not None:
-                total += 2 * float((up * torch.sparse.mm(self._sparse, down.t())).sum())
-        return total
-
-    def squared_error(self, down: Tensor, up: Tensor) -> float:
-        """Sum of squares of what ``up @ down`` lacks, without forming it."""
-        down, up = down.double(), up.double()
-        cross = float((up * self.times(down.t())).sum())
-        own = float(((up.t() @ up) * (down @ down.t())).sum())
-        return max(0.0, self.square() - 2 * cross + own)
 
 
 @dataclass(frozen=True)
@@ -107,7 +53,7 @@ def save_low_rank(
 
     def approximate(layer: TunerLayer, name: str) -> LoraFactors | None:
         check_has_lora(layer)
-        delta = _DeltaMatrix(layer, name)
+        delta = DeltaMatrix(layer.settled(name), layer.product.in_dim)
         square = delta.square()
         if square == 0:
             return None

@@ -1,6 +1,6 @@
 """How a sparse delta is computed: functional ops, each with the implementations that ``dispatch`` chooses from."""
 
-from .calibration import Crossover, cache_file
+from .calibration import Crossover, cache_file, known_crossover
 from .channel_batch import BatchOrder, add_channel_deltas_
 from .codes import code_gather, code_scatter_add, pack_codes, packed_width, unpack_codes
 from .combine import (
@@ -83,6 +83,7 @@ __all__ = [
     "kernel_delta",
     "kernel_entries",
     "kernel_layer",
+    "known_crossover",
     "log_once",
     "masked_dw",
     "new_key",

@@ -201,6 +201,14 @@ def _stored(key: str) -> Crossover | None:
         return None
 
 
+def known_crossover(device: torch.device, dtype: torch.dtype) -> Crossover:
+    """What was measured on this device, here or in an earlier process, or else the default; nothing is measured."""
+    found = _known.get((device, dtype, torch.get_num_threads()))
+    if found is None and device.type == "cuda" and not torch.cuda.is_available():
+        return Crossover("triton", BENCHES["cuda"].default, "default", {})  # of a GPU that is elsewhere
+    return found or _stored(_key(device, dtype)) or _default(device, dtype)
+
+
 def crossover(device: torch.device, dtype: torch.dtype, density: float) -> Crossover:
     """The crossover of a device, measured when it first matters: where ``density`` is within the measured range.
 

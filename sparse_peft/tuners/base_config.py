@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 import os
 import tempfile
-from dataclasses import dataclass, field
-from typing import ClassVar
+from dataclasses import MISSING, dataclass, field, fields
+from typing import Any, ClassVar
 
 from peft.config import PeftConfig
 from peft.utils import PeftType
@@ -187,3 +187,19 @@ class BaseSparseConfig(PeftConfig):
         content = read_config_file(path_json_file)
         check_field_types(cls, content, os.fspath(path_json_file))
         return super().from_json_file(path_json_file, **kwargs)
+
+
+def changed_fields(config: BaseSparseConfig, everything: bool = False) -> dict[str, Any]:
+    """The fields of a method's own that are set by hand and are not the defaults; with ``everything`` those too.
+
+    What was resolved from them when the adapter was made is left out.
+    """
+    found = {}
+    for field_ in fields(config):
+        if field_.name in PeftConfig.__dataclass_fields__ or field_.name in config.resolved_fields:
+            continue
+        value = getattr(config, field_.name)
+        usual = field_.default if field_.default_factory is MISSING else field_.default_factory()
+        if everything or value != usual:
+            found[field_.name] = sorted(value) if isinstance(value, set) else value
+    return found

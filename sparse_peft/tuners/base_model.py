@@ -136,6 +136,14 @@ class BaseSparseModel(BaseTuner):
             file_entries: ``{layer name: entries}`` of the adapter file the layers are made for, if that is known.
         """
 
+    @classmethod
+    def resolve_sizes(cls, config, model: nn.Module) -> None:
+        """Record in the config how much each layer trains, where that is long before what it trains is known.
+
+        An adapter made from it then waits for its positions, as one whose file is still to come: for plans on models
+        without weights. Methods that choose whole structures have nothing to gain from it.
+        """
+
     def _cloned_supports(self, config, targets: dict[str, nn.Module], adapter_name: str) -> dict[str, Support]:
         """TRL adds its reference adapter with the policy's own config object: it trains the policy's positions."""
         twins = [name for name, other in self.peft_config.items() if other is config and name != adapter_name]
@@ -201,15 +209,7 @@ class BaseSparseModel(BaseTuner):
             )
         if (data is None) == (gradients is None):
             raise ValueError("select_support needs either data (batches) or gradients={name: tensor}, and not both")
-        if config.target_modules is None:
-            model_type = BaseTuner.get_model_config(model).get("model_type")
-            config.target_modules = cls.target_module_mapping.get(model_type)
-            if config.target_modules is None:
-                raise ValueError(f"target_modules: none given, and none is known for model type {model_type!r}")
-        targets = cls.find_targets(config, model)
-        if not targets:
-            raise ValueError(f"target_modules={config.target_modules!r} match no layer of {type(model).__name__}")
-        cls.check_targets(model, targets)
+        targets = cls.checked_targets(config, model)
         for name, module in targets.items():
             if is_convolution(base_of(module)):
                 raise TypeError(
@@ -246,6 +246,24 @@ class BaseSparseModel(BaseTuner):
         self.release()
         if targets:
             self._plans = self.plan_layers(peft_config, targets, adapter_name, self._file_entries(state_dict))
+
+    @classmethod
+    def checked_targets(cls, config, model: nn.Module) -> dict[str, nn.Module]:
+        """The layers that PEFT will adapt for this config, whose default target modules are filled in.
+
+        Raises:
+            TypeError, ValueError: there are none, or some that cannot be.
+        """
+        if config.target_modules is None:
+            model_type = BaseTuner.get_model_config(model).get("model_type")
+            config.target_modules = cls.target_module_mapping.get(model_type)
+            if config.target_modules is None:
+                raise ValueError(f"target_modules: none given, and none is known for model type {model_type!r}")
+        targets = cls.find_targets(config, model)
+        if not targets:
+            raise ValueError(f"target_modules={config.target_modules!r} match no layer of {type(model).__name__}")
+        cls.check_targets(model, targets)
+        return targets
 
     @classmethod
     def find_targets(

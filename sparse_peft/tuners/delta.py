@@ -173,11 +173,11 @@ class SparseDelta(Delta):
 
     def _await_file(self) -> None:
         """Buffers as a file has them, for loaders that put a file's tensors in place by their names."""
-        self._keep({name: torch.zeros(size, dtype=kind) for name, (size, kind) in self._file_layout().items()})
+        self._keep({name: torch.zeros(size, dtype=kind) for name, (size, kind) in self.position_layout().items()})
         if FLAT in self._buffers:
             self.indices.fill_(UNSET)
 
-    def _file_layout(self) -> dict[str, tuple[int, torch.dtype]]:
+    def position_layout(self) -> dict[str, tuple[int, torch.dtype]]:
         return file_layout(self.shape, self.values.numel())
 
     def _keep_flat(self, indices: Tensor) -> None:
@@ -190,7 +190,7 @@ class SparseDelta(Delta):
         # states have positions as they are in memory, files of transformers' adapters as they are on disk
         if f"{prefix}{FLAT}" in state_dict and FLAT not in self._buffers:
             self._keep_flat(torch.full((self.values.numel(),), UNSET, dtype=index_dtype(self.shape)))
-        elif f"{prefix}cols" in state_dict and FLAT in self._buffers and FLAT not in self._file_layout():
+        elif f"{prefix}cols" in state_dict and FLAT in self._buffers and FLAT not in self.position_layout():
             self._await_file()
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 

@@ -52,28 +52,40 @@ class EntryModel(BaseSparseModel):
         return SupportRecipe(criterion, entries, config.seed, name, config.criterion_options, config.block)
 
     @classmethod
+    def resolve_sizes(cls, config: EntryConfig, model: nn.Module) -> None:
+        targets = cls.checked_targets(config, model)
+        shapes = {name: stored_shape(module) for name, module in targets.items()}
+        config.num_entries = cls._count(config, targets, shapes)
+
+    @classmethod
+    def _count(
+        cls, config: EntryConfig, targets: dict[str, nn.Module], shapes: dict[str, tuple[int, int]]
+    ) -> dict[str, int]:
+        """Share the budget between the layers."""
+        criterion = config.criterion
+        recipes = {name: cls._recipe(config, name, 0) for name in targets}
+        if criterion.count is not None:
+            return {
+                name: criterion.count(dense_weight(module), **recipes[name].options)
+                for name, module in targets.items()
+            }
+        scores = None
+        if criterion.needs == "weight":
+
+            def scores(name: str) -> Tensor:
+                return criterion.score(dense_weight(targets[name]), None, **recipes[name].options)
+
+        if config.block is None:
+            return resolve_counts(shapes, config.budget(), scores, criterion.largest)
+        return resolve_block_counts(shapes, config.budget(), config.block, scores, criterion.largest)
+
+    @classmethod
     def _resolve(
         cls, config: EntryConfig, targets: dict[str, nn.Module], shapes: dict[str, tuple[int, int]]
     ) -> tuple[dict[str, int], dict[str, Support]]:
         """Share the budget between the layers and choose their positions, from the weights alone."""
         criterion = config.criterion
-        recipes = {name: cls._recipe(config, name, 0) for name in targets}
-        if criterion.count is not None:
-            counts = {
-                name: criterion.count(dense_weight(module), **recipes[name].options)
-                for name, module in targets.items()
-            }
-        else:
-            scores = None
-            if criterion.needs == "weight":
-
-                def scores(name: str) -> Tensor:
-                    return criterion.score(dense_weight(targets[name]), None, **recipes[name].options)
-
-            if config.block is None:
-                counts = resolve_counts(shapes, config.budget(), scores, criterion.largest)
-            else:
-                counts = resolve_block_counts(shapes, config.budget(), config.block, scores, criterion.largest)
+        counts = cls._count(config, targets, shapes)
         supports = {}
         for name, module in targets.items():
             if criterion.needs == "none" or base_of(module).weight.device.type != "meta":

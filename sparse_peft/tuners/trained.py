@@ -99,6 +99,10 @@ class TrainedState(nn.Module):
 
     # ------------------------------------------------------------------ files
 
+    def position_layout(self) -> dict[str, tuple[int, torch.dtype]]:
+        """``{tensor name: (length, dtype)}`` of what :meth:`file_tensors` will have, known before positions are."""
+        return {}
+
     def file_tensors(self) -> dict[str, Tensor]:
         """What takes the place of the buffers of :attr:`position_names` in a file."""
         return {}

@@ -67,6 +67,9 @@ class ChannelDelta(Delta):
     def _keep_support(self, support: ChannelSupport) -> None:
         self._keep({BUFFERS[self.dim]: support.channels.to(self.values.device).clone()})
 
+    def position_layout(self) -> dict[str, tuple[int, torch.dtype]]:
+        return {BUFFERS[self.dim]: (self.count, torch.int32)}
+
     def file_positions(self, support: ChannelSupport) -> dict[str, Tensor]:
         return {BUFFERS[self.dim]: support.channels}
 

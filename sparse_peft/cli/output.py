@@ -1,0 +1,186 @@
+"""What commands share: one answer on stdout for people or for programs, everything else on stderr, exit codes."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, redirect_stdout
+from typing import Annotated, Any, TypeVar
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import track
+from rich.table import Table
+
+OK, PROBLEM, USAGE = 0, 1, 2
+WIDTH_OF_PIPES = 160
+LISTED = 8  # items of a field's value that are shown to people
+
+JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
+ForceOption = Annotated[bool, typer.Option("--force", help="Replace what is there.")]
+
+Item = TypeVar("Item")
+
+
+class UsageError(Exception):
+    """What was asked for cannot be meant: a path, a name or a value of an option."""
+
+
+@contextmanager
+def asked() -> Iterator[None]:
+    """Errors inside come from what was asked for, not from what was found."""
+    try:
+        yield
+    except (ValueError, TypeError, OSError) as error:
+        raise UsageError(str(error)) from error
+
+
+class Answer:
+    """What a command has to say.
+
+    Attributes:
+        content: for programs; its keys stay the same from version to version.
+        show: prints it for people.
+        code: the exit code.
+    """
+
+    def __init__(self) -> None:
+        self.content: dict[str, Any] = {}
+        self.show: Callable[[Console], None] = lambda console: None
+        self.code = OK
+
+
+@contextmanager
+def answering(command: str, as_json: bool) -> Iterator[Answer]:
+    """A command's work is done inside; stdout gets the answer alone, at the end.
+
+    Raises:
+        typer.Exit: with 1 for a problem that was found, with 2 for what cannot be meant.
+    """
+    answer = Answer()
+    problem: Exception | None = None
+    # libraries print what they like, and programs read stdout
+    with redirect_stdout(sys.stderr):
+        try:
+            yield answer
+        except UsageError as error:
+            answer.code, problem = USAGE, error
+        except (ValueError, TypeError, RuntimeError, OSError, ImportError, NotImplementedError) as error:
+            answer.code, problem = PROBLEM, error
+    if problem is not None:
+        message = " ".join(str(problem).split()) or type(problem).__name__
+        Console(stderr=True, soft_wrap=True).print(
+            f"[red]sparse-peft {command}:[/] {escape(message)}", highlight=False
+        )
+        if as_json:
+            kind = "usage" if answer.code == USAGE else "problem"
+            _print_json({"command": command, "error": {"kind": kind, "message": message}})
+    elif as_json:
+        _print_json({"command": command, **answer.content})
+    else:
+        answer.show(console_for_people())
+    if answer.code != OK:
+        raise typer.Exit(answer.code)
+
+
+def console_for_people() -> Console:
+    """stdout; where that is a pipe or a file, no line is cut to the width of a terminal that is not there."""
+    console = Console(highlight=False)
+    if not console.is_terminal and "COLUMNS" not in os.environ:
+        console.width = WIDTH_OF_PIPES
+    return console
+
+
+def _print_json(content: dict[str, Any]) -> None:
+    sys.stdout.write(json.dumps(content, indent=1, allow_nan=False) + "\n")
+
+
+def progress(items: Sequence[Item], what: str) -> Iterable[Item]:
+    """The items, with a bar on stderr where that is a terminal."""
+    console = Console(stderr=True)
+    return track(items, what, console=console, transient=True, disable=not console.is_terminal)
+
+
+@contextmanager
+def working(what: str) -> Iterator[None]:
+    """A sign of life on stderr, where that is a terminal, for work that does not come in steps."""
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        yield
+        return
+    with console.status(what):
+        yield
+
+
+def table(columns: Sequence[str], rows: Iterable[Sequence[str]], title: str | None = None, gap: int = 2) -> Table:
+    """A plain table: words in its first column, numbers in the others, ``gap`` spaces between them."""
+    made = Table(
+        title=title, title_justify="left", title_style="bold", box=None, pad_edge=False, padding=(0, gap, 0, 0)
+    )
+    for number, column in enumerate(columns):
+        made.add_column(column, justify="right" if number else "left", no_wrap=True, header_style="dim")
+    for row in rows:
+        made.add_row(*(escape(cell) for cell in row))
+    return made
+
+
+def value_text(value: Any) -> str:
+    """A config field's value, as ``--set`` takes it; long lists are cut."""
+    if isinstance(value, (list, tuple)):
+        more = f",... ({len(value)})" if len(value) > LISTED else ""
+        return ",".join(map(str, value[:LISTED] if not more else value[:2])) + more
+    return "none" if value is None else str(value)
+
+
+def fields_text(fields: dict[str, Any]) -> str:
+    return ", ".join(f"{name}={value_text(value)}" for name, value in fields.items()) or "defaults"
+
+
+def short_names(names: Sequence[str]) -> list[str]:
+    """The names without the words that all of them begin with, one word being left."""
+    parts = [name.split(".") for name in names]
+    same = 0
+    while parts and all(len(p) > same + 1 and p[same] == parts[0][same] for p in parts):
+        same += 1
+    return [".".join(p[same:]) for p in parts]
+
+
+def bytes_text(count: float | None) -> str:
+    """``1.5 GiB``."""
+    if count is None:
+        return "?"
+    for unit in ("B", "KiB", "MiB"):
+        if count < 1024:
+            return f"{count:.0f} {unit}" if unit == "B" or count >= 100 else f"{count:.3g} {unit}"
+        count /= 1024
+    return f"{count:,.0f} GiB" if count >= 100 else f"{count:.3g} GiB"
+
+
+def count_text(count: float | None) -> str:
+    """``65.2 M``; exact below a million."""
+    if count is None:
+        return "?"
+    if count < 1e6:
+        return f"{count:,.0f}"
+    count /= 1e6
+    for unit in ("M", "G", "T"):
+        if count < 1000 or unit == "T":
+            break
+        count /= 1000
+    return f"{count:,.0f} {unit}" if count >= 100 else f"{count:.3g} {unit}"
+
+
+def share_text(share: float) -> str:
+    """``0.96 %``."""
+    return f"{100 * share:.3g} %"
+
+
+def seconds_text(seconds: float | None) -> str:
+    if seconds is None:
+        return "?"
+    if seconds < 1:
+        return f"{1000 * seconds:.3g} ms"
+    return f"{seconds:.3g} s" if seconds < 120 else f"{seconds / 60:.3g} min"

@@ -1,0 +1,276 @@
+"""Whether this installation works: versions, compilers, devices, kernels, and a small adapter trained and merged."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import re
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+
+import torch
+from packaging.requirements import Requirement
+from peft import PeftType, get_peft_model
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+from torch import nn
+
+from .ops import BACKENDS, cache_file, kernel_backend, known_crossover
+from .registry import METHODS
+from .tuners.sparse import SparseConfig
+
+OK, ABSENT, BROKEN = "ok", "absent", "broken"
+DISTRIBUTION = "sparse-peft"
+SHOWN_EXTRAS = ("trl", "bnb", "plot", "cli")
+VARIABLES = (
+    "SPARSE_PEFT_BACKEND",
+    "SPARSE_PEFT_CACHE",
+    "SPARSE_PEFT_CALIBRATE",
+    "TRITON_INTERPRET",
+    "XDG_CACHE_HOME",
+    "HF_HOME",
+    "HF_HUB_OFFLINE",
+    "OMP_NUM_THREADS",
+    "CUDA_VISIBLE_DEVICES",
+)
+OPS = ("sddmm", "scatter_add", "write_entries", "groups", "masked_dw", "spmm", "codes")
+
+
+@dataclass(frozen=True)
+class Check:
+    """One thing that was looked at.
+
+    Attributes:
+        group: ``"packages"``, ``"compilers"``, ``"devices"``, ``"kernels"``, ``"files"``, ``"environment"`` or
+            ``"methods"``.
+        name: of the thing.
+        status: ``"ok"``, ``"absent"`` (nothing needs it here) or ``"broken"``.
+        found: what is there, in words.
+        note: what it is for, or what to do.
+    """
+
+    group: str
+    name: str
+    status: str
+    found: str
+    note: str = ""
+
+
+def examine() -> list[Check]:
+    """Look at everything; nothing is raised, what fails is ``"broken"``."""
+    checks: list[Check] = []
+    for group, look in GROUPS.items():
+        try:
+            checks += look()
+        except Exception as error:  # an examination that fails is a finding
+            checks.append(Check(group, look.__name__.strip("_"), BROKEN, f"{type(error).__name__}: {error}"))
+    return checks
+
+
+# ------------------------------------------------------------------------------------------------------------ packages
+
+
+def _requirements() -> Iterator[tuple[Requirement, str | None]]:
+    """What the package needs, and the extra it is needed for; once each."""
+    seen = set()
+    for line in metadata.requires(DISTRIBUTION) or []:
+        requirement = Requirement(line)
+        extra = None
+        if requirement.marker is not None:
+            found = re.search(r"extra\s*==\s*['\"]([\w-]+)['\"]", str(requirement.marker))
+            extra = found[1] if found else None
+            if not requirement.marker.evaluate({"extra": extra or ""}):
+                continue
+        shown = extra is None or extra in SHOWN_EXTRAS or requirement.name == "triton"
+        if shown and requirement.name not in seen and requirement.name != DISTRIBUTION:
+            seen.add(requirement.name)
+            yield requirement, extra
+
+
+def _packages() -> list[Check]:
+    checks = [Check("packages", "python", OK, platform.python_version())]
+    try:
+        checks.append(Check("packages", DISTRIBUTION, OK, metadata.version(DISTRIBUTION)))
+        wanted = list(_requirements())
+    except metadata.PackageNotFoundError:
+        note = "its version bounds are not known: pip install it, from a checkout with `pip install -e .`"
+        return [*checks, Check("packages", DISTRIBUTION, BROKEN, "not installed", note)]
+    for requirement, extra in wanted:
+        checks.append(_package(requirement, extra))
+    return checks
+
+
+def _package(requirement: Requirement, extra: str | None) -> Check:
+    name, bounds = requirement.name, str(requirement.specifier)
+    install = f'pip install "{name}{bounds}"'
+    try:
+        version = metadata.version(name)
+    except metadata.PackageNotFoundError:
+        if extra is None:
+            return Check("packages", name, BROKEN, "not installed", f"needed: {install}")
+        return Check("packages", name, ABSENT, "not installed", f"for [{extra}]: {install}")
+    if not requirement.specifier.contains(version, prereleases=True):
+        return Check("packages", name, BROKEN, version, f"{bounds} is needed: {install}")
+    return Check("packages", name, OK, version, bounds)
+
+
+# ------------------------------------------------------------------------------------------------- compilers, devices
+
+
+def _compilers() -> list[Check]:
+    checks = []
+    compiler = next((path for name in ("cc", "gcc", "clang") if (path := shutil.which(name))), None)
+    note = "torch.compile and Triton need one"
+    checks.append(Check("compilers", "C compiler", OK if compiler else ABSENT, compiler or "none in PATH", note))
+    nvcc = shutil.which("nvcc")
+    note = "not needed: the CUDA kernels are compiled by the NVRTC of CUDA builds of torch"
+    checks.append(Check("compilers", "nvcc", OK if nvcc else ABSENT, _nvcc_version(nvcc) if nvcc else "none", note))
+    if torch.version.cuda is None:
+        checks.append(Check("compilers", "NVRTC", ABSENT, f"torch {torch.__version__} is no CUDA build"))
+        return checks
+    try:
+        from torch.cuda._utils import _get_nvrtc_library
+
+        checks.append(Check("compilers", "NVRTC", OK, str(_get_nvrtc_library()._name)))
+    except Exception as error:  # whatever loading a library, or a private function of torch, may raise
+        status = BROKEN if torch.cuda.is_available() else ABSENT
+        checks.append(Check("compilers", "NVRTC", status, str(error), "without it Triton's kernels are used"))
+    return checks
+
+
+def _nvcc_version(nvcc: str) -> str:
+    done = subprocess.run([nvcc, "--version"], capture_output=True, text=True, timeout=20)
+    found = re.search(r"release ([\d.]+)", done.stdout)
+    return f"{nvcc} {found[1]}" if found else nvcc
+
+
+def _devices() -> list[Check]:
+    capability = torch.backends.cpu.get_cpu_capability()
+    cpu = f"{platform.machine()} {capability}, {torch.get_num_threads()} threads of {os.cpu_count()}"
+    checks = [Check("devices", "cpu", OK, cpu)]
+    if not torch.cuda.is_available():
+        built = f"torch was built for CUDA {torch.version.cuda}" if torch.version.cuda else "a CPU build of torch"
+        return [*checks, Check("devices", "cuda", ABSENT, f"no GPU; {built}")]
+    for number in range(torch.cuda.device_count()):
+        found = torch.cuda.get_device_properties(number)
+        words = f"{found.name}, sm_{found.major}{found.minor}, {found.total_memory / 2**30:.0f} GiB"
+        checks.append(Check("devices", f"cuda:{number}", OK, words))
+    return checks
+
+
+def _kernels() -> list[Check]:
+    checks = []
+    devices = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
+    for device in map(torch.device, devices):
+        for dtype in (torch.float32, torch.bfloat16):
+            name = f"{device.type} {str(dtype).removeprefix('torch.')}"
+            chosen: dict[str, list[str]] = {}
+            for op in OPS:
+                chosen.setdefault(kernel_backend(op, dtype, device) or "torch", []).append(op)
+            words = "; ".join(f"{backend}: {', '.join(ops)}" for backend, ops in chosen.items())
+            checks.append(Check("kernels", f"{name} ops", OK, words))
+            found = known_crossover(device, dtype)
+            words = f"{found.path} up to density {found.density:.3g}, dense panels above"
+            checks.append(Check("kernels", f"{name} gradients", OK, words, found.source))
+    return checks
+
+
+# ------------------------------------------------------------------------------------------------- files, environment
+
+
+def _files() -> list[Check]:
+    path = cache_file()
+    folder = path.parent
+    existing = next(parent for parent in (folder, *folder.parents) if parent.exists())
+    writable = os.access(existing, os.W_OK)
+    note = "" if writable else f"{existing} cannot be written: crossovers are measured anew in every process"
+    checks = [Check("files", "cache folder", OK if writable else BROKEN, str(folder), note)]
+    if not path.is_file():
+        return [*checks, Check("files", "calibration", ABSENT, "nothing yet", "it is measured when it first matters")]
+    try:
+        entries = json.loads(path.read_text(encoding="utf-8"))
+        words = f"{len(entries)} measured" if isinstance(entries, dict) else "no JSON object"
+        status = OK if isinstance(entries, dict) else BROKEN
+    except (OSError, ValueError) as error:
+        words, status = str(error), BROKEN
+    note = "" if status == OK else f"delete {path}; it is measured again"
+    return [*checks, Check("files", "calibration", status, words, note)]
+
+
+def _environment() -> list[Check]:
+    checks = []
+    for name in VARIABLES:
+        value = os.environ.get(name)
+        if value is None:
+            continue
+        status, note = OK, ""
+        if name == "SPARSE_PEFT_BACKEND" and value not in BACKENDS:
+            status, note = BROKEN, f"one of {', '.join(BACKENDS)} is expected"
+        if name == "SPARSE_PEFT_CALIBRATE" and value not in ("0", "1"):
+            status, note = BROKEN, "0 or 1 is expected"
+        if name == "TRITON_INTERPRET" and value == "1":
+            note = "for tests: Triton's kernels run in Python, very slowly"
+        checks.append(Check("environment", name, status, value, note))
+    return checks
+
+
+# ------------------------------------------------------------------------------------------------------------- methods
+
+
+def _methods() -> list[Check]:
+    checks = []
+    for method in METHODS:
+        config = PEFT_TYPE_TO_CONFIG_MAPPING.get(PeftType.__members__.get(method.peft_type))
+        status = OK if config is method.config_class else BROKEN
+        checks.append(Check("methods", method.short_name, status, f"{method.config} as {method.peft_type}"))
+    return [*checks, _trial()]
+
+
+def _trial() -> Check:
+    """A small adapter is trained one step and compared with dense arithmetic, merged, saved and unloaded."""
+    generator = torch.Generator().manual_seed(0)
+    base = nn.Sequential(nn.Linear(48, 40))
+    model = get_peft_model(base, SparseConfig(density=0.2, target_modules=["0"]))
+    layer = model.base_model.model[0]
+    before = layer.base_parameter.detach().clone()
+    x = torch.randn(16, 48, generator=generator)
+    target = torch.randn(16, 40, generator=generator)
+    (model(x) * target).sum().backward()
+    state = layer.deltas["default"]
+    expected = (target.t() @ x).reshape(-1)[state.support.indices.long()]
+    faults = []
+    if not torch.allclose(state.values.grad, expected, rtol=1e-4, atol=1e-4):
+        faults.append("the gradient is not the dense one's entries")
+    with torch.no_grad():
+        state.values.add_(state.values.grad, alpha=-0.01)
+    with torch.no_grad():
+        trained = model(x).clone()
+    with tempfile.TemporaryDirectory() as folder:
+        model.save_pretrained(folder)
+        if not (Path(folder) / "adapter_model.safetensors").is_file():
+            faults.append("the adapter was not saved")
+    model.merge_adapter()
+    with torch.no_grad():
+        if not torch.equal(model(x), trained):
+            faults.append("the merged model computes something else")
+    model.unmerge_adapter()
+    if not torch.equal(model.unload()[0].weight.detach(), before):
+        faults.append("the base weight did not come back")
+    words = "; ".join(faults) or "gradient, save, merge and unmerge as they should be"
+    return Check("methods", "trial", BROKEN if faults else OK, words)
+
+
+GROUPS: dict[str, Callable[[], list[Check]]] = {
+    "packages": _packages,
+    "compilers": _compilers,
+    "devices": _devices,
+    "kernels": _kernels,
+    "files": _files,
+    "environment": _environment,
+    "methods": _methods,
+}

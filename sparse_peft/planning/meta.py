@@ -1,0 +1,72 @@
+"""Models without weights, out of their configs."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+from pathlib import Path
+
+import torch
+import transformers
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+
+
+def read_model_config(path: str | os.PathLike) -> PretrainedConfig:
+    """A model's config from its folder or its ``config.json``; nothing is downloaded and no code of it is run.
+
+    Raises:
+        FileNotFoundError: there is no such file or folder.
+        ValueError: it is no transformers config, or one of an adapter.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise FileNotFoundError(
+            f"{path}: no such file or folder; a model's folder or its config.json is expected. A model of the hub is "
+            f"fetched with `hf download {path} config.json --local-dir FOLDER`"
+        )
+    file = path / "config.json" if path.is_dir() else path
+    if not file.is_file():
+        is_adapter = (path / "adapter_config.json").is_file()
+        raise ValueError(
+            f"{path}: no config.json in it; "
+            + ("this is an adapter: give the folder of its base model" if is_adapter else "a model's is expected")
+        )
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{file} is not valid JSON ({error})") from error
+    kind = content.get("model_type") if isinstance(content, dict) else None
+    if kind is None:
+        what = "an adapter's config" if isinstance(content, dict) and "peft_type" in content else "no model's config"
+        raise ValueError(f"{file} has no model_type: it is {what}; one of a transformers model is expected")
+    try:
+        return AutoConfig.from_pretrained(file, trust_remote_code=False, local_files_only=True)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"{file}: transformers {transformers.__version__} cannot use it ({reason})") from error
+
+
+def model_class(config: PretrainedConfig) -> type:
+    """The class that the config names, or else the auto class that can make a model of it."""
+    for name in config.architectures or []:
+        found = getattr(transformers, name, None)
+        if isinstance(found, type) and issubclass(found, PreTrainedModel):
+            return found
+    return AutoModelForCausalLM if type(config) in AutoModelForCausalLM._model_mapping else AutoModel
+
+
+def build_on_meta(config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
+    """The model on the meta device: its layers and shapes, without memory for a single weight.
+
+    Args:
+        config: the model's; a quantisation in it is left out.
+        dtype: of its parameters.
+    """
+    config = copy.deepcopy(config)
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    cls = model_class(config)
+    make = cls.from_config if hasattr(cls, "from_config") else cls._from_config
+    with torch.device("meta"):
+        return make(config, dtype=dtype)

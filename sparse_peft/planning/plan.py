@@ -1,0 +1,311 @@
+"""A plan: what would train, and what a step takes beside LoRA and full fine-tuning."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+from peft import get_peft_model
+from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
+from transformers import PretrainedConfig, PreTrainedModel
+
+from ..ops import Crossover, known_crossover, panel_bytes
+from ..registry import METHODS
+from ..tuners.base_config import BaseSparseConfig, changed_fields
+from .meta import build_on_meta
+from .sizes import (
+    FORMATS,
+    OPTIMIZERS,
+    BaseFormat,
+    LayerKind,
+    LayerSize,
+    frozen_bytes,
+    kinds_of,
+    layer_sizes,
+    optimizer_bytes,
+)
+from .step import MEASURED_SIZE, Need, Step, Work, measure_flops
+from .trace import trace_forward
+
+ADAPTER = "default"
+LORA_RANK = 16
+
+
+@dataclass(frozen=True)
+class PlanOptions:
+    """How the training would be run.
+
+    Args:
+        base: how the frozen weights lie in memory, one of :data:`~sparse_peft.planning.sizes.FORMATS`; as the model's
+            config says if None.
+        optimizer: one of :data:`~sparse_peft.planning.OPTIMIZERS`.
+        batch: rows of a step.
+        length: tokens of a row.
+        checkpointing: whether activations are recomputed, block by block.
+        flops: operations a second of the machine; measured if None.
+        device: whose crossover of sparse gradients counts, and whose speed is measured.
+
+    Raises:
+        ValueError: a value that does not exist or is out of range.
+    """
+
+    base: str | None = None
+    optimizer: str = "adamw"
+    batch: int = 1
+    length: int = 1024
+    checkpointing: bool = False
+    flops: float | None = None
+    device: str = "cpu"
+
+    def __post_init__(self):
+        if self.base is not None and self.base not in FORMATS:
+            raise ValueError(f"base={self.base!r}: one of {', '.join(FORMATS)} is expected")
+        if self.optimizer not in OPTIMIZERS:
+            raise ValueError(f"optimizer={self.optimizer!r}: one of {', '.join(OPTIMIZERS)} is expected")
+        for name in ("batch", "length"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)}: at least 1 is expected")
+        if self.flops is not None and not self.flops > 0:
+            raise ValueError(f"flops={self.flops}: a positive number of operations a second is expected")
+        try:
+            device = torch.device(self.device)
+        except RuntimeError as error:
+            raise ValueError(f"device={self.device!r}: 'cpu' or 'cuda' is expected") from error
+        if device.type not in ("cpu", "cuda"):
+            raise ValueError(f"device={self.device!r}: 'cpu' or 'cuda' is expected")
+        if device.type == "cuda" and not torch.cuda.is_available() and self.flops is None:
+            raise ValueError(f"device={self.device!r}: there is no GPU here to measure; give its flops")
+
+
+@dataclass(frozen=True)
+class TrainingPlan:
+    """What a training would take; see :class:`~sparse_peft.planning.Need` and ``LayerKind``.
+
+    Attributes:
+        architecture: the model's class.
+        parameters: of the model.
+        method: the method's short name.
+        config: the config's fields that are not the defaults.
+        base: format of the frozen weights.
+        optimizer, batch, length, checkpointing, device: as in the options.
+        flops_per_second: that times are reckoned with.
+        kinds: what trains in which layers.
+        beside: trained parameters outside of the adapted layers.
+        needs: of the method, of LoRA and of full fine-tuning.
+        assumptions: what the figures rest on, in sentences.
+    """
+
+    architecture: str
+    parameters: int
+    method: str
+    config: dict[str, Any]
+    base: str
+    optimizer: str
+    batch: int
+    length: int
+    checkpointing: bool
+    device: str
+    flops_per_second: float | None
+    kinds: list[LayerKind]
+    beside: int
+    needs: list[Need]
+    assumptions: list[str] = field(default_factory=list)
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON; every need has its ``peak_bytes``."""
+        needs = [{**asdict(need), "peak_bytes": need.peak_bytes} for need in self.needs]
+        return {**asdict(self), "needs": needs}
+
+
+def countable(config: BaseSparseConfig) -> tuple[BaseSparseConfig, list[str]]:
+    """A copy that says how much trains without weights or data, and in sentences what that leaves open.
+
+    Raises:
+        ValueError: how much trains is decided by the weights.
+    """
+    config, notes = copy.copy(config), []
+    if getattr(config, "threshold", None) is not None:
+        raise ValueError(
+            f"threshold={config.threshold}: how many entries lie below it is decided by the weights, which a plan "
+            "does not load; plan with the density that it comes to"
+        )
+    if getattr(config, "avoid", None):
+        config.avoid = None
+        notes.append("avoid=: that channels are taken by other adapters is left out; it changes no number")
+    if getattr(config, "allocation", None) == "global":
+        config.allocation = type(config).__dataclass_fields__["allocation"].default
+        notes.append(
+            f"allocation='global' is decided by the weights: layers are shown with allocation={config.allocation!r}; "
+            "the total is the same"
+        )
+    if config.selection_needs != "none":
+        source = "the weights" if config.selection_needs == "weight" else "data"
+        notes.append(
+            f"selection={config.selection!r} chooses positions from {source}: the plan counts them, and training has "
+            "to choose them"
+        )
+        if "selection" in type(config).__dataclass_fields__:
+            config.selection = "random"
+            if hasattr(config, "largest"):
+                config.largest = None
+    return config, notes
+
+
+def base_format(config: PretrainedConfig, wanted: str | None) -> BaseFormat:
+    """The format asked for, or the one that the model's config says."""
+    if wanted is not None:
+        return FORMATS[wanted]
+    quantised = getattr(config, "quantization_config", None)
+    if quantised is not None:
+        found = quantised if isinstance(quantised, dict) else quantised.to_dict()
+        if found.get("load_in_8bit"):
+            return FORMATS["int8"]
+        if found.get("load_in_4bit"):
+            return FORMATS["nf4-double" if found.get("bnb_4bit_use_double_quant") else "nf4"]
+        raise ValueError(
+            f"quantization_config: the plan does not know how much {found.get('quant_method')!r} weights take; give "
+            f"base=, one of {', '.join(FORMATS)}"
+        )
+    dtype = getattr(config, "dtype", None) or torch.float32
+    name = str(dtype).removeprefix("torch.")
+    return FORMATS.get(name, FORMATS["float32"])
+
+
+def plan_training(
+    model_config: PretrainedConfig, config: BaseSparseConfig, options: PlanOptions | None = None
+) -> TrainingPlan:
+    """What training a model with an adapter of ``config`` would take. No weight is loaded or allocated.
+
+    The adapter is made by ``get_peft_model`` on a model of the meta device, so its numbers are those of the training.
+
+    Args:
+        model_config: the model's, from :func:`read_model_config`.
+        config: of one of this package's methods.
+        options: how the training would be run.
+
+    Raises:
+        TypeError, ValueError: a config that does not fit the model, or of which nothing can be said without weights.
+    """
+    options = options or PlanOptions()
+    form = base_format(model_config, options.base)
+    changed = changed_fields(config)
+    config, notes = countable(config)
+    model = build_on_meta(model_config, form.dtype).requires_grad_(False)
+    weights = [parameter.numel() for parameter in model.parameters()]
+    whole = frozen_bytes(model, form)
+    crossover = known_crossover(torch.device(options.device), form.dtype)
+    step, step_notes = _step_of(model, options, form)
+
+    tuner = PEFT_TYPE_TO_TUNER_MAPPING[config.peft_type]
+    tuner.resolve_sizes(config, model)
+    get_peft_model(model, config, adapter_name=ADAPTER)
+    sizes = layer_sizes(model, config, ADAPTER, form)
+    trained = {name: tensor for name, tensor in model.named_parameters() if tensor.requires_grad}
+    beside = {name: tensor for name, tensor in trained.items() if f".{tuner.prefix}" not in name}
+    dense = {name.split(".modules_to_save.")[0].removesuffix(".weight") for name in beside}
+
+    def need(name: str, counts: list[int], works: dict[str, Work], base: int, temporary: int, **rest: int) -> Need:
+        flops = step.flops(works)
+        return Need(
+            name=name,
+            trained=sum(counts),
+            share=sum(counts) / sum(weights),
+            base_bytes=base,
+            trained_bytes=4 * sum(counts),
+            gradient_bytes=4 * sum(counts),
+            optimizer_bytes=optimizer_bytes(options.optimizer, counts),
+            activation_bytes=step.activations(works),
+            temporary_bytes=temporary,
+            flops=flops,
+            seconds=step.seconds(flops),
+            **rest,
+        )
+
+    method = next(method.short_name for method in METHODS if method.peft_type == config.method)
+    largest = max(size.weights for size in sizes)
+    # a quantised weight is unpacked for its product, by every method
+    unpacked = largest * form.dtype.itemsize if form.is_quantised else 0
+    panel = min(panel_bytes(), 4 * largest) if any(size.entries and not size.channels for size in sizes) else 0
+    counts = [n for size in sizes for n in size.parameters] + [tensor.numel() for tensor in beside.values()]
+    lora = [LORA_RANK * side for size in sizes for side in size.shape]
+    needs = [
+        need(
+            method,
+            counts,
+            {**step.dense(dense), **step.sparse(sizes, crossover.density)},
+            frozen_bytes(model, form),
+            unpacked + panel,
+            position_bytes=sum(size.position_bytes for size in sizes),
+            file_bytes=sum(s.file_bytes for s in sizes) + sum(t.numel() * t.element_size() for t in beside.values()),
+        ),
+        need(
+            f"LoRA r={LORA_RANK}",
+            lora,
+            step.lora(sizes, LORA_RANK),
+            whole,
+            unpacked,
+            position_bytes=0,
+            file_bytes=4 * sum(lora),
+        ),
+        need("full", weights, step.dense(step.products), 0, 0, position_bytes=0, file_bytes=4 * sum(weights)),
+    ]
+    return TrainingPlan(
+        architecture=type(model).__name__,
+        parameters=sum(weights),
+        method=method,
+        config=changed,
+        base=form.name,
+        optimizer=options.optimizer,
+        batch=options.batch,
+        length=options.length,
+        checkpointing=options.checkpointing,
+        device=options.device,
+        flops_per_second=step.speed,
+        kinds=kinds_of(sizes, options.optimizer),
+        beside=sum(tensor.numel() for tensor in beside.values()),
+        needs=needs,
+        assumptions=[*notes, *step_notes, *_assumptions(options, form, crossover, sizes)],
+    )
+
+
+def _step_of(model: PreTrainedModel, options: PlanOptions, form: BaseFormat) -> tuple[Step, list[str]]:
+    """The model's step; a model that cannot be run without tensors has none, which is said."""
+    try:
+        trace = trace_forward(model, options.batch, options.length)
+    except RuntimeError as error:
+        return Step(None, form.dtype.itemsize, options.checkpointing, None), [f"No activations and no time: {error}"]
+    speed = options.flops or measure_flops(torch.device(options.device), form.dtype)
+    return Step(trace, form.dtype.itemsize, options.checkpointing, speed), []
+
+
+def _assumptions(options: PlanOptions, form: BaseFormat, crossover: Crossover, sizes: list[LayerSize]) -> list[str]:
+    dtype = str(form.dtype).removeprefix("torch.")
+    sentences = [
+        f"Layers compute in {dtype}; trained parameters, gradients and optimizer states are float32"
+        + (
+            ""
+            if options.optimizer != "adamw8bit"
+            else " (adamw8bit: two bytes a parameter in tensors of 4,096 or more)"
+        )
+        + "; full fine-tuning trains float32 weights under autocast.",
+        "Peak: everything in the table at once, as at the start of a backward pass with gradients of earlier ones; "
+        "fragmentation, the CUDA context and libraries' workspaces come on top.",
+        "Activations: what one forward pass keeps for backward, with fused attention"
+        + (", every block recomputed from its input." if options.checkpointing else ", nothing recomputed."),
+    ]
+    if any(size.entries and not size.channels for size in sizes):
+        sentences.append(
+            f"Gradients at single entries take as long as dense ones from a density of {crossover.density:.2g} "
+            f"({crossover.source}, {options.device}), below it in proportion."
+        )
+    unknown = next((size.name for size in sizes if not size.is_known), None)
+    if unknown is not None:
+        sentences.append(f"Layers such as {unknown} are taken to keep their input and to form a dense gradient.")
+    speed = "as given" if options.flops else f"as measured here in products of {MEASURED_SIZE} x {MEASURED_SIZE}"
+    sentences.append(
+        f"Time: operations at the machine's speed in {dtype} matrix products ({speed}); a real step adds norms, "
+        "activation functions, the optimizer and launches. An estimate for comparing, not a measurement."
+    )
+    return sentences

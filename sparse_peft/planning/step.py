@@ -1,0 +1,201 @@
+"""What one training step takes: memory that is alive at its peak, and floating-point operations."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Hashable, Iterable, Mapping
+from dataclasses import dataclass
+
+import torch
+
+from .sizes import LayerSize
+from .trace import Kept, Product, Trace
+
+MEASURED_SIZE = 768  # of the matrices that a machine's speed is measured with
+
+
+@dataclass(frozen=True)
+class Work:
+    """What one trained layer adds to a step of the frozen model.
+
+    Attributes:
+        keeps_input: whether its input lives until backward.
+        own_copy: whether that is a copy of its own, not one that layers of the same input share.
+        extra_bytes: what else it keeps.
+        flops: in the time of a dense product's operations.
+    """
+
+    keeps_input: bool
+    own_copy: bool
+    extra_bytes: int
+    flops: float
+
+
+def low_rank_work(rank: int, sides: int, tokens: int, itemsize: int) -> Work:
+    """Three products with two thin factors; a cast of the input, where computing is not in float32."""
+    return Work(True, itemsize < 4, tokens * rank * itemsize, 6.0 * tokens * rank * sides)
+
+
+def sparse_work(size: LayerSize, product: Product, itemsize: int, crossover: float) -> Work:
+    """What a layer of one of this package's methods adds."""
+    tokens = product.tokens
+    keeps, own, extra, flops = False, False, 0, 0.0
+    if size.channels is not None:
+        dim, _ = size.channels
+        if dim == size.in_dim:
+            extra += tokens * (size.entries // size.shape[1 - dim]) * itemsize
+        else:
+            keeps = True
+        flops += 2.0 * tokens * size.entries
+    elif size.entries:
+        keeps = True
+        flops += product.flops * min(1.0, size.entries / size.weights / crossover if crossover else 1.0)
+    if size.rank:
+        low = low_rank_work(size.rank, sum(size.shape), tokens, itemsize)
+        # a sparse part beside it keeps the input itself as well
+        copy = tokens * size.shape[size.in_dim] * itemsize if keeps and low.own_copy else 0
+        extra, own = extra + low.extra_bytes + copy, low.own_copy and not keeps
+        keeps, flops = True, flops + low.flops
+    if not size.is_known:
+        keeps, flops = True, float(product.flops)
+    return Work(keeps, own, extra, flops)
+
+
+class Step:
+    """A step of a model, of which any layers may train.
+
+    Args:
+        trace: of the frozen model; None where it could not be run.
+        itemsize: bytes of a number that layers compute with.
+        checkpointing: whether activations are recomputed, block by block.
+        speed: operations a second; None if it is not known.
+    """
+
+    def __init__(self, trace: Trace | None, itemsize: int, checkpointing: bool, speed: float | None):
+        self.trace, self.itemsize, self.checkpointing, self.speed = trace, itemsize, checkpointing, speed
+
+    @property
+    def products(self) -> list[str]:
+        """Names of the linear layers, convolutions and norms that run."""
+        return [] if self.trace is None else list(self.trace.products)
+
+    def _works(self, work: Callable[[LayerSize, Product], Work], sizes: Iterable[LayerSize]) -> dict[str, Work]:
+        if self.trace is None:
+            return {}
+        products = self.trace.products
+        return {size.name: work(size, products[size.name]) for size in sizes if size.name in products}
+
+    def sparse(self, sizes: Iterable[LayerSize], crossover: float) -> dict[str, Work]:
+        """Of an adapter of this package."""
+        return self._works(lambda size, product: sparse_work(size, product, self.itemsize, crossover), sizes)
+
+    def lora(self, sizes: Iterable[LayerSize], rank: int) -> dict[str, Work]:
+        """Of LoRA on the same layers."""
+        return self._works(
+            lambda size, product: low_rank_work(rank, sum(size.shape), product.tokens, self.itemsize), sizes
+        )
+
+    def dense(self, names: Iterable[str]) -> dict[str, Work]:
+        """Of layers whose whole weights train."""
+        if self.trace is None:
+            return {}
+        products = self.trace.products
+        return {name: Work(True, False, 0, products[name].flops) for name in names if name in products}
+
+    def activations(self, works: Mapping[str, Work]) -> int | None:
+        """Bytes that are kept for backward, by the frozen model and by the trained layers.
+
+        With checkpointing: every block's input, and all of the one block that keeps most.
+        """
+        if self.trace is None:
+            return None
+        kept: dict[Hashable, Kept] = dict(self.trace.kept)
+        for name, part in works.items():
+            product = self.trace.products[name]
+            if part.keeps_input and part.own_copy:
+                size = product.input.bytes // product.input_itemsize * self.itemsize
+                kept[name, "copy"] = Kept(size, product.input.block)
+            elif part.keeps_input:
+                kept.setdefault(product.source, product.input)
+            if part.extra_bytes:
+                kept[name, "extra"] = Kept(part.extra_bytes, product.input.block)
+        blocks: dict[int | None, int] = {}
+        for memory in kept.values():
+            blocks[memory.block] = blocks.get(memory.block, 0) + memory.bytes
+        outside = blocks.pop(None, 0)
+        if not self.checkpointing or not blocks:
+            return outside + sum(blocks.values())
+        return outside + self.trace.block_inputs + max(blocks.values())
+
+    def flops(self, works: Mapping[str, Work]) -> float | None:
+        """Of forward and backward: the inputs' gradients, attention's two, and the trained layers' own."""
+        if self.trace is None:
+            return None
+        trace = self.trace
+        forward = trace.flops * (2 if self.checkpointing else 1)
+        backward = trace.product_flops + 2 * (trace.flops - trace.product_flops)
+        return forward + backward + sum(part.flops for part in works.values())
+
+    def seconds(self, flops: float | None) -> float | None:
+        return None if flops is None or self.speed is None else flops / self.speed
+
+
+def measure_flops(device: torch.device, dtype: torch.dtype) -> float:
+    """Operations a second of this machine in a square matrix product, the best of three."""
+    left = torch.randn(MEASURED_SIZE, MEASURED_SIZE, device=device).to(dtype)
+
+    def seconds() -> float:
+        _wait(device)
+        start = time.perf_counter()
+        left @ left
+        _wait(device)
+        return time.perf_counter() - start
+
+    seconds()
+    return 2 * MEASURED_SIZE**3 / min(seconds() for _ in range(3))
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+@dataclass(frozen=True)
+class Need:
+    """What a way of training takes. Bytes; None where it is not known.
+
+    Attributes:
+        name: of the way.
+        trained: trained parameters.
+        share: of the model's parameters that is.
+        base_bytes: frozen weights.
+        trained_bytes: trained parameters in float32.
+        position_bytes: positions, and the base's own entries kept beside the values.
+        gradient_bytes: gradients.
+        optimizer_bytes: the optimizer's state.
+        activation_bytes: what forward keeps for backward.
+        temporary_bytes: the largest temporary of a step.
+        file_bytes: the saved adapter's tensors.
+        flops: of a step.
+        seconds: of a step, at the machine's speed in dense products.
+    """
+
+    name: str
+    trained: int
+    share: float
+    base_bytes: int
+    trained_bytes: int
+    position_bytes: int
+    gradient_bytes: int
+    optimizer_bytes: int
+    activation_bytes: int | None
+    temporary_bytes: int
+    file_bytes: int
+    flops: float | None
+    seconds: float | None
+
+    @property
+    def peak_bytes(self) -> int:
+        """All of it together; without activations where these are not known."""
+        resting = self.base_bytes + self.trained_bytes + self.position_bytes + self.optimizer_bytes
+        return resting + self.gradient_bytes + (self.activation_bytes or 0) + self.temporary_bytes
