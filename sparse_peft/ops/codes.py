@@ -11,6 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..support.codebooks import column_groups
 from . import triton_kernels
 from .dispatch import kernel_backend
 from .panels import panels
@@ -75,10 +76,6 @@ def unpack_codes(packed: Tensor, bits: int, cols: int) -> Tensor:
     return codes.to(torch.uint8)
 
 
-def _groups(cols: int, groups: int, device: torch.device) -> Tensor:
-    return torch.arange(cols, device=device) * groups // cols
-
-
 def _check_tables(codebook_shape: torch.Size, codes: Tensor, bits: int, cols: int) -> None:
     _check_bits(bits)
     rows, groups, entries = codebook_shape
@@ -112,7 +109,7 @@ def code_gather(codebook: Tensor, codes: Tensor, bits: int, cols: int, dtype: to
     if kernel_backend("code_gather", codebook.dtype, codebook.device) == "triton" and dtype != torch.float64:
         triton_kernels.kernels("codes").gather_(out, codebook.contiguous(), codes.contiguous(), bits)
         return out
-    offset = _groups(cols, groups, codes.device) * entries
+    offset = column_groups(cols, groups, codes.device) * entries
     for start, stop in panels(rows, cols * torch.int64.itemsize):
         places = unpack_codes(codes[start:stop], bits, cols).long() + offset
         out[start:stop] = codebook[start:stop].flatten(1).gather(1, places)
@@ -142,7 +139,7 @@ def code_scatter_add(grad: Tensor, codes: Tensor, bits: int, groups: int) -> Ten
     if kernel_backend("code_scatter_add", grad.dtype, grad.device) == "triton":
         triton_kernels.kernels("codes").scatter_add_(out, grad.contiguous(), codes.contiguous(), bits)
         return out
-    group = _groups(cols, groups, codes.device)
+    group = column_groups(cols, groups, codes.device)
     ends = torch.searchsorted(group, torch.arange(groups + 1, device=codes.device)).tolist()
     for start, stop in panels(rows, cols * torch.int64.itemsize):
         places = unpack_codes(codes[start:stop], bits, cols)

@@ -4,6 +4,9 @@ from .blocks import Block, as_block, best_blocks, block_scores, expand_blocks, r
 from .budget import ALLOCATIONS, Budget, apportion, matches_layer, resolve_counts
 from .channel_scores import CHANNEL_CRITERIA, Side, channel_squares, weight_squares
 from .channels import ChannelSupport
+from .codebooks import METHODS as CODEBOOK_METHODS
+from .codebooks import Sketch, assign_codes, codes_checksum, column_groups, fit_codebooks
+from .compensation import compensated_sketch, output_error, refit_codebooks
 from .criteria import CRITERIA, Criterion, Statistics, get_criterion, select
 from .layout import Layout, RowGroup, layout_of
 from .outer import topk_outer
@@ -17,6 +20,7 @@ from .topk import RunningTopK, topk_indices
 __all__ = [
     "ALLOCATIONS",
     "CHANNEL_CRITERIA",
+    "CODEBOOK_METHODS",
     "CRITERIA",
     "DECAYS",
     "RANDOM_SCORE",
@@ -33,24 +37,32 @@ __all__ = [
     "RowGroup",
     "RunningTopK",
     "Side",
+    "Sketch",
     "Statistics",
     "Support",
     "apportion",
     "as_block",
+    "assign_codes",
     "best_blocks",
     "block_scores",
     "channel_squares",
     "check_indices",
+    "codes_checksum",
     "collect_supports",
+    "column_groups",
+    "compensated_sketch",
     "exchange",
     "expand_blocks",
+    "fit_codebooks",
     "get_criterion",
     "given_gradients",
     "index_dtype",
     "layout_of",
     "matches_layer",
+    "output_error",
     "random_blocks",
     "random_inactive",
+    "refit_codebooks",
     "resolve_block_counts",
     "resolve_counts",
     "sample_without_replacement",
