@@ -64,6 +64,7 @@ METHODS = (
         dynamics="sparse_peft.training.reselection.ReselectionDynamics",
     ),
     Method("SPARSE_PEFT_S2FT", "sparse_peft.tuners.s2ft", "S2FTConfig", "S2FTModel"),
+    Method("SPARSE_PEFT_SKETCH", "sparse_peft.tuners.sketch", "SketchConfig", "SketchModel"),
 )
 
 

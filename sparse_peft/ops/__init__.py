@@ -2,6 +2,7 @@
 
 from .calibration import Crossover, cache_file
 from .channel_batch import BatchOrder, add_channel_deltas_
+from .codebook_linear import CodedWeight, Codes, codebook_linear
 from .codes import code_gather, code_scatter_add, pack_codes, packed_width, unpack_codes
 from .conv import CONVOLUTIONS, ConvProduct, is_convolution
 from .delta_matmul import delta_matmul, spmm_add_
@@ -30,6 +31,8 @@ __all__ = [
     "BACKENDS",
     "BatchOrder",
     "CONVOLUTIONS",
+    "CodedWeight",
+    "Codes",
     "PANEL_BYTES_PER_WEIGHT",
     "UNOBSERVED",
     "ConvProduct",
@@ -45,6 +48,7 @@ __all__ = [
     "cache_file",
     "code_gather",
     "code_scatter_add",
+    "codebook_linear",
     "cheaper_way",
     "compose",
     "delta_matmul",

@@ -6,10 +6,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 
 from ..ops import (
-    CONVOLUTIONS,
     UNOBSERVED,
     LinearProduct,
     add_to_support_,
@@ -37,7 +35,6 @@ from .residency import (
 )
 from .tuner_layer import TunerLayer
 
-STOCK_FORWARDS = {nn.Linear.forward, Conv1D.forward, *(kind.forward for kind in CONVOLUTIONS)}
 WRITABLE_DTYPES = {torch.float16, torch.bfloat16, torch.float32, torch.float64}
 
 
@@ -170,16 +167,6 @@ class SparseTunerLayer(TunerLayer):
         """After a backward pass the values may be stepped by means that leave no trace, as ``param.data`` does."""
         self._step_expected = True
 
-    def _base_is_stock(self, x: Tensor | None = None) -> bool:
-        """Whether the base layer's forward (on ``x``) is a plain product with a frozen, ordinary weight."""
-        base = self.base_layer
-        return (
-            type(base).forward in STOCK_FORWARDS
-            and type(base.weight) in (nn.Parameter, Tensor)
-            and not (base.weight.requires_grad and torch.is_grad_enabled())
-            and (x is None or x.dtype == base.weight.dtype or torch.is_autocast_enabled(x.device.type))
-        )
-
     def _is_sharded(self) -> bool:
         """Whether FSDP2 shards the weight: what is gathered for a pass is a copy that comes and goes."""
         return getattr(self.base_layer, "_is_fsdp_managed_module", False)
@@ -268,13 +255,6 @@ class SparseTunerLayer(TunerLayer):
             and isinstance(held.stamp, Stamp)
             and held.stamp.is_current()
         )
-
-    def _compute_dtype(self, x: Tensor) -> torch.dtype:
-        """The dtype a plain linear layer would multiply in: autocast's where it is on."""
-        kind = x.device.type
-        if torch.is_autocast_enabled(kind) and x.is_floating_point() and x.dtype != torch.float64:
-            return torch.get_autocast_dtype(kind)
-        return x.dtype
 
     def _product(self, x: Tensor, delta: ActiveDelta | None, source) -> Tensor:
         dtype = self._compute_dtype(x)

@@ -11,10 +11,11 @@ from peft.utils import quantization_extra_repr, resolve_quantization_backend
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from ..ops import ConvProduct, LinearProduct, is_convolution
+from ..ops import CONVOLUTIONS, ConvProduct, LinearProduct, is_convolution
 from .packed import PackedWeight, keep_packing
 from .trained import TrainedState
 
+STOCK_FORWARDS = {nn.Linear.forward, Conv1D.forward, *(kind.forward for kind in CONVOLUTIONS)}
 BASE_ADAPTER = "__base__"  # PEFT's name for "no adapter" in a mixed batch
 
 
@@ -109,6 +110,23 @@ class TunerLayer(BaseTunerLayer, nn.Module):
             or base._backward_pre_hooks
             or isinstance(base, BaseTunerLayer)
         )
+
+    def _base_is_stock(self, x: Tensor | None = None) -> bool:
+        """Whether the base layer's forward (on ``x``) is a plain product with a frozen, ordinary weight."""
+        base = self.base_layer
+        return (
+            type(base).forward in STOCK_FORWARDS
+            and type(base.weight) in (nn.Parameter, Tensor)
+            and not (base.weight.requires_grad and torch.is_grad_enabled())
+            and (x is None or x.dtype == base.weight.dtype or torch.is_autocast_enabled(x.device.type))
+        )
+
+    def _compute_dtype(self, x: Tensor) -> torch.dtype:
+        """The dtype a plain linear layer would multiply in: autocast's where it is on."""
+        kind = x.device.type
+        if torch.is_autocast_enabled(kind) and x.is_floating_point() and x.dtype != torch.float64:
+            return torch.get_autocast_dtype(kind)
+        return x.dtype
 
     def dense_base_weight(self) -> Tensor:
         """The base weight in floats as a matrix in its stored layout, for criteria to look at."""

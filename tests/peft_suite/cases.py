@@ -59,6 +59,7 @@ METHODS = (
         {"r": 2, "density": 0.1},
         groups=False,
     ),
+    Method("sketch", "sparse_peft:SketchConfig", {"bits": 2}, {"bits": 3}, convolutions=False, groups=False),
     Method(
         "shira",
         "peft:ShiraConfig",
