@@ -60,7 +60,9 @@ class CodedWeight:
             part = code_gather(table[start:stop], codes.packed[start:stop], codes.bits, cols, wide)
             total = part if total is None else total.add_(part)
         if self.base is not None:
-            total.add_(self.base(start, stop))
+            base = self.base(start, stop)
+            # in the layout of a base that is stored transposed, whose product's bits depend on it
+            total = total.add_(base) if base.is_contiguous() else torch.add(base, total)
         if self.scale_ is not None:
             self.scale_(total, start)
         return total.to(dtype)

@@ -4,7 +4,7 @@ import torch
 from datasets import Dataset
 from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification, PreTrainedTokenizerFast
 
-from sparse_peft import S2FTConfig, SaRAConfig, SLTrainConfig, SoRAConfig, SparseConfig
+from sparse_peft import S2FTConfig, SaRAConfig, SketchConfig, SLTrainConfig, SoRAConfig, SparseConfig
 
 WORDS = "the quick brown fox jumps over a lazy dog and runs away from it".split()
 
@@ -49,6 +49,7 @@ METHODS = {
     ),
     "sora": (SoRAConfig, {"r": 4, "target_modules": "all-linear", "penalty": 1.0, "report_every": 2}),
     "sltrain": (SLTrainConfig, {"r": 4, "density": 0.1, "target_modules": "all-linear"}),
+    "sketch": (SketchConfig, {"bits": 3, "target_modules": "all-linear"}),
 }
 
 

@@ -111,7 +111,8 @@ class SketchState(TrainedState):
         )
 
     def _print_now(self) -> tuple[int, ...]:
-        return *self.checksum.tolist(), codes_checksum(self.initial.reshape(1, -1).view(torch.uint8))
+        tables = codes_checksum(self.initial.reshape(1, -1).view(torch.uint8)) if self.has_tables else 0
+        return *self.checksum.tolist(), tables
 
     @property
     def is_settled(self) -> bool:
@@ -250,6 +251,12 @@ class SketchState(TrainedState):
             expected["initial"] = tuple(self.codebook.shape), self.initial.dtype
         if self.storage == "embed":
             expected["codes"] = self._packed_shape, torch.uint8
+        if self.storage != "sidecar" and self.has_tables != ("initial" in positions):
+            kinds = "bitsandbytes' 4-bit codes", "codes of its own"
+            raise ValueError(
+                f"layer {self.name}: the adapter was made for {kinds['initial' in positions]}, and this model's base "
+                f"gives it {kinds[self.has_tables]}; load the base model quantised as it was then"
+            )
         self._require(**{name: positions.get(name) for name in expected})
         for name, tensor in positions.items():
             shape, dtype = expected.get(name, ((), None))
