@@ -290,16 +290,16 @@ def test_autocast_and_checkpointing(mode):
     assert all(p.grad.dtype == torch.float32 for p in model.parameters() if p.grad is not None)
 
 
-def test_a_hooked_base_layer_keeps_its_hooks():
-    for mode in MODES:
-        model = sketched(mode=mode)
-        x = torch.randn(3, 17)
-        before, called = model(x), []
-        layer = layers(model)["first"]
-        layer.base_layer.register_forward_hook(lambda *_: called.append(1))
-        assert layer.path(x) == "additive"
-        torch.testing.assert_close(model(x), before, rtol=1e-4, atol=1e-5)
-        assert called
+@pytest.mark.parametrize("mode", MODES)
+def test_a_hooked_base_layer_keeps_its_hooks(mode):
+    model = sketched(mode=mode)
+    x = torch.randn(3, 17)
+    before, called = model(x), []
+    layer = layers(model)["first"]
+    layer.base_layer.register_forward_hook(lambda *_: called.append(1))
+    assert layer.path(x) == "additive"
+    torch.testing.assert_close(model(x), before, rtol=1e-4, atol=1e-5)
+    assert called
 
 
 # ---------------------------------------------------------------------------------------------------- several adapters
@@ -478,19 +478,17 @@ def test_oracle_9_one_ulp_over_a_midpoint_is_refused(mode, tmp_path):
     row = wrong.second.weight.data[0]
     middle = (table[0, 0, :-1] + table[0, 0, 1:]) / 2
     inside, which = (row[:16].float()[:, None] - middle).abs().min(1)
-    column = int(inside.argmin())  # the weight that is nearest to a midpoint, moved to its other side
+    column = int(inside.argmin())  # the weight that is nearest to a midpoint, moved towards it bit by bit
     bits, step = row.view(torch.int16), 1 if (row[column] < middle[which[column]]) == (row[column] > 0) else -1
-    start = bits[column].item()
     for _ in range(2000):
         bits[column] += step
         if assign_codes(wrong.second.weight.data.float(), table)[0, column] != codes[0, column]:
             break
     else:
         pytest.fail("the weight never crossed the midpoint")
-    bits[column] -= step  # the last value on this side is the same adapter's ...
-    if bits[column].item() != start or True:
-        PeftModel.from_pretrained(copy.deepcopy(wrong), tmp_path)
-    bits[column] += step  # ... and one unit in the last place further is not
+    bits[column] -= step  # the last value on this side of it has the adapter's codes ...
+    PeftModel.from_pretrained(copy.deepcopy(wrong), tmp_path)
+    bits[column] += step  # ... and one unit in the last place further has others
     with pytest.raises(ValueError, match="layer second.*checksums differ"):
         PeftModel.from_pretrained(wrong, tmp_path)
 
@@ -525,7 +523,7 @@ def test_a_side_file_is_shared_checked_and_never_overwritten(tmp_path):
     base = TwoLayers()
     path = tmp_path / "shared.safetensors"
     x = torch.randn(2, 17)
-    outputs = {}
+    outputs, written = {}, []
     for name in ("one", "two"):
         config = SketchConfig(target_modules=NAMES, bits=3, groups=2, init_weights=False, sketch=str(path))
         if name == "one":
@@ -534,8 +532,8 @@ def test_a_side_file_is_shared_checked_and_never_overwritten(tmp_path):
         model.save_pretrained(tmp_path / name)
         outputs[name] = model(x)
         assert not (tmp_path / name / "sketch.safetensors").exists()
-        written = path.stat().st_mtime_ns if name == "one" else written
-    assert path.stat().st_mtime_ns == written
+        written.append(path.stat().st_mtime_ns)
+    assert written[0] == written[1]
     for name, want in outputs.items():
         assert torch.equal(PeftModel.from_pretrained(copy.deepcopy(base), tmp_path / name)(x), want)
     with open(path, "r+b") as file:
@@ -561,7 +559,7 @@ def test_damaged_files_name_the_layer(tmp_path):
     with pytest.raises(ValueError, match="layer first.*4-bit codes"):
         PeftModel.from_pretrained(copy.deepcopy(base), tmp_path)
     save_file({**tensors, key: tensors[key][:, :1].contiguous()}, path, {"format": "pt"})
-    with pytest.raises(ValueError, match="layer first: initial is torch.int16 of shape"):
+    with pytest.raises(ValueError, match="layer first: initial is torch.uint8 of shape"):
         PeftModel.from_pretrained(copy.deepcopy(base), tmp_path)
 
 

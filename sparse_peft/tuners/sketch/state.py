@@ -15,7 +15,6 @@ from .config import SketchConfig
 
 # In place of a checksum: no codes are known yet, a file may bring them.
 UNSET = -1
-_PATTERN = {torch.float32: torch.int32, torch.bfloat16: torch.int16, torch.float16: torch.int16}
 
 
 def nearest_codes(rows: Callable[[int, int], Tensor], initial: Tensor, bits: int, cols: int) -> Tensor:
@@ -38,7 +37,7 @@ class SketchState(TrainedState):
     """A trained table for each part of each row, with the codes that say which entry is which weight's.
 
     ``codebook`` ``(rows, groups, 2**bits)`` trains: what is added to the base's weights, from zero, or what takes
-    their place. The buffer ``initial`` has the first tables as a bit pattern, which no cast of the model rounds: codes
+    their place. The buffer ``initial`` has the first tables as bytes, which no cast of the model rounds: codes
     are found again from the very same numbers. ``checksum`` ``(2,)`` is that of the packed codes, and of those that
     are nearest to the base's weights.
 
@@ -79,7 +78,7 @@ class SketchState(TrainedState):
         self.has_tables, self.is_fresh = has_tables, is_fresh
         tables = (shape[0], groups, 1 << self.bits)
         self.codebook = nn.Parameter(torch.zeros(tables))
-        initial = torch.zeros(tables if has_tables else 0, dtype=_PATTERN[self.initial_dtype])
+        initial = self._pattern(torch.zeros(tables if has_tables else 0))
         self.register_buffer("initial", initial, persistent=has_tables and self.storage != "sidecar")
         self.register_buffer("checksum", torch.tensor([UNSET, UNSET]))
         if not is_fresh and self.storage == "embed":
@@ -111,7 +110,7 @@ class SketchState(TrainedState):
         )
 
     def _print_now(self) -> tuple[int, ...]:
-        tables = codes_checksum(self.initial.reshape(1, -1).view(torch.uint8)) if self.has_tables else 0
+        tables = codes_checksum(self.initial.reshape(1, -1)) if self.has_tables else 0
         return *self.checksum.tolist(), tables
 
     @property
@@ -206,7 +205,8 @@ class SketchState(TrainedState):
         return packed
 
     def _pattern(self, tables: Tensor) -> Tensor:
-        return tables.to(self.initial_dtype).view(_PATTERN[self.initial_dtype])
+        """Bytes: no cast of a model changes them, and every distributed backend takes them."""
+        return tables.to(self.initial_dtype).contiguous().view(torch.uint8)
 
     def hand_over(self) -> Sketch:
         """Codes and first tables, for the base layer to have instead."""
@@ -248,7 +248,7 @@ class SketchState(TrainedState):
         super().take_file(positions, parameters)
         expected = {"checksum": ((2,), torch.int64)}
         if self.has_tables and self.storage != "sidecar":
-            expected["initial"] = tuple(self.codebook.shape), self.initial.dtype
+            expected["initial"] = tuple(self.initial.shape), torch.uint8
         if self.storage == "embed":
             expected["codes"] = self._packed_shape, torch.uint8
         if self.storage != "sidecar" and self.has_tables != ("initial" in positions):
