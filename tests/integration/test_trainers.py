@@ -136,6 +136,35 @@ def test_dpo_with_a_trained_adapter_as_reference(tokenizer, tmp_path, method):
     assert len(compared) == len(started)
 
 
+def test_tables_in_the_place_of_the_weights(tokenizer, tmp_path):
+    """The reference model of DPO is the first sketch, so its margins begin at zero."""
+    rows = [{"prompt": "the quick", "chosen": "brown fox jumps", "rejected": "lazy dog runs"}] * 8
+    args = trl.DPOConfig(
+        output_dir=tmp_path, max_steps=4, per_device_train_batch_size=2, learning_rate=0.01, report_to=[],
+        logging_steps=1, save_steps=4, use_cpu=True, disable_tqdm=True, bf16=False, max_length=16,
+    )  # fmt: skip
+    trainer = trl.DPOTrainer(
+        model=llama(),
+        args=args,
+        train_dataset=Dataset.from_list(rows),
+        processing_class=tokenizer,
+        peft_config=config("sketch", mode="replace", bits=4),
+    )
+    first = {m.name: m.base_layer.codebook.clone() for m in trainer.model.modules() if isinstance(m, TunerLayer)}
+    trainer.train()
+    log = [row for row in trainer.state.log_history if "rewards/margins" in row]
+    assert log[0]["rewards/margins"] == pytest.approx(0, abs=1e-6)
+    assert log[-1]["rewards/margins"] > 0.001
+    trained = {m.name: m for m in trainer.model.modules() if isinstance(m, TunerLayer)}
+    for name, layer in trained.items():
+        assert torch.equal(layer.base_layer.codebook, first[name])
+        assert not torch.equal(layer.deltas["default"].codebook, first[name])
+    again = PeftModel.from_pretrained(llama(), tmp_path / "checkpoint-4").eval()
+    ids = torch.randint(0, 20, (2, 5))
+    with torch.no_grad():
+        assert torch.equal(again(ids).logits, trainer.model.eval()(ids).logits)
+
+
 def test_accelerate_state_and_compiled_training(tmp_path, tokenizer):
     data = text().map(lambda row: tokenizer(row["text"]), remove_columns=["text"])
     collator = DataCollatorForLanguageModeling(tokenizer, mlm=False)
