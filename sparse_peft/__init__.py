@@ -15,7 +15,7 @@ from .training.controller import SparsityController  # noqa: E402
 from .training.sm3 import SM3  # noqa: E402
 from .tuners.s2ft import S2FTConfig, S2FTLinear, S2FTModel  # noqa: E402
 from .tuners.sara import SaRAConfig, SaRALinear, SaRAModel, sara_learning_rate  # noqa: E402
-from .tuners.sketch import SketchConfig, SketchLinear, SketchModel  # noqa: E402
+from .tuners.sketch import SketchConfig, SketchLinear, SketchModel, sketch_model  # noqa: E402
 from .tuners.sltrain import SLTrainConfig, SLTrainLinear, SLTrainModel, build_for_pretraining  # noqa: E402
 from .tuners.sora import SoRAConfig, SoRALinear, SoRAModel, rewarmed_schedule  # noqa: E402
 from .tuners.sparse import SparseConfig, SparseLinear, SparseModel  # noqa: E402  (their PEFT type exists from here on)
@@ -52,5 +52,6 @@ __all__ = [
     "rewarmed_schedule",
     "sara_learning_rate",
     "select_support",
+    "sketch_model",
     "use_backend",
 ]

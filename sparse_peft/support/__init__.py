@@ -5,7 +5,7 @@ from .budget import ALLOCATIONS, Budget, apportion, matches_layer, resolve_count
 from .channel_scores import CHANNEL_CRITERIA, Side, channel_squares, weight_squares
 from .channels import ChannelSupport
 from .codebooks import METHODS as CODEBOOK_METHODS
-from .codebooks import Sketch, assign_codes, codes_checksum, column_groups, fit_codebooks
+from .codebooks import Sketch, ascending, assign_codes, codes_checksum, column_groups, fit_codebooks
 from .compensation import compensated_sketch, output_error, refit_codebooks
 from .criteria import CRITERIA, Criterion, Statistics, get_criterion, select
 from .layout import Layout, RowGroup, layout_of
@@ -42,6 +42,7 @@ __all__ = [
     "Support",
     "apportion",
     "as_block",
+    "ascending",
     "assign_codes",
     "best_blocks",
     "block_scores",

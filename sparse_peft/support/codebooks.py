@@ -16,7 +16,7 @@ from .passes import tiles
 
 METHODS = ("dp", "lloyd", "quantile", "uniform", "nf4")
 DEFAULT_PANEL_BYTES = 64 * 2**20
-DEFAULT_BINS = 128
+DEFAULT_BINS = 64
 # What sorting a row of weights and its running sums take, in bytes a weight.
 _SORTED_BYTES = 80
 
@@ -260,6 +260,17 @@ def assign_codes(weight: Tensor, codebooks: Tensor, *, panel_bytes: int = DEFAUL
         borders = midpoints(codebooks[start:stop]).flatten(0, 1).contiguous()
         codes[start:stop] = parts.join(torch.searchsorted(borders, panel, out_int32=True).to(torch.uint8))
     return codes
+
+
+def ascending(codebooks: Tensor, codes: Tensor, *, panel_bytes: int = DEFAULT_PANEL_BYTES) -> tuple[Tensor, Tensor]:
+    """The same weights by tables that ascend: entries sorted, codes ``(rows, cols)`` renamed."""
+    tables, order = codebooks.sort(dim=2, stable=True)
+    places = order.argsort(dim=2).to(torch.uint8)
+    offset = column_groups(codes.shape[1], codebooks.shape[1], codes.device) * codebooks.shape[2]
+    renamed = torch.empty_like(codes)
+    for start, stop in tiles(codes.shape[0], codes.shape[1] * torch.int64.itemsize, panel_bytes):
+        renamed[start:stop] = places[start:stop].flatten(1).gather(1, codes[start:stop].long() + offset)
+    return tables, renamed
 
 
 def _mixed(numbers: Tensor) -> Tensor:

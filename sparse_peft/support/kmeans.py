@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .passes import tiles
 
-# Bytes of the table of all intervals' errors that the dynamic programme works on; larger ones leave the cache.
+# Bytes of the table of all intervals that the dynamic programme works on; larger ones leave the cache.
 _COST_BYTES = 2**21
 MAX_ITERATIONS = 100
 
@@ -27,10 +27,10 @@ class SortedRows:
     def __init__(self, values: Tensor, weights: Tensor):
         self.values, order = values.sort(1)
         self.weights = weights.double().gather(1, order)
-        exact = self.values.double()
+        self._exact = self.values.double()
         self._mass = _running(self.weights)
-        self._first = _running(self.weights * exact)
-        self._second = _running(self.weights * exact.square())
+        self._first = _running(self.weights * self._exact)
+        self._second = _running(self.weights * self._exact.square())
         self.rank = torch.zeros_like(order)
         self.rank[:, 1:] = (self.values[:, 1:] != self.values[:, :-1]).cumsum(1)
 
@@ -57,7 +57,7 @@ class SortedRows:
         Entries are densest where the values are: as the cube root of their density (Panter and Dite, 1951), which
         is one over the gap between neighbours.
         """
-        gaps = self.values.double().diff(dim=1)
+        gaps = self._exact.diff(dim=1)
         weights = (self.weights[:, 1:] + self.weights[:, :-1]) / 2
         way = _running((gaps.square() * weights).pow_(1 / 3))
         return way / way[:, -1:].clamp(min=torch.finfo(torch.float64).tiny)
@@ -68,14 +68,14 @@ class SortedRows:
         found = self._first.gather(1, edges).diff(dim=1) / mass
         # rounding must not move the mean of equal values away from them
         last = self.values.shape[1] - 1
-        low = self.values.gather(1, edges[:, :-1].clamp(max=last)).double()
-        high = self.values.gather(1, (edges[:, 1:] - 1).clamp(min=0)).double()
+        low = self._exact.gather(1, edges[:, :-1].clamp(max=last))
+        high = self._exact.gather(1, (edges[:, 1:] - 1).clamp(min=0))
         return torch.where(mass > 0, torch.minimum(torch.maximum(found, low), high), otherwise)
 
     def edges(self, centers: Tensor) -> Tensor:
         """``(rows, k + 1)`` where the values nearest to each of ``(rows, k)`` ascending centers begin and end."""
         middle = ((centers[:, 1:] + centers[:, :-1]) / 2).contiguous()
-        inner = torch.searchsorted(self.values.double(), middle, right=True)
+        inner = torch.searchsorted(self._exact, middle, right=True)
         return torch.nn.functional.pad(torch.nn.functional.pad(inner, (1, 0)), (0, 1), value=self.values.shape[1])
 
     def error(self, centers: Tensor) -> Tensor:
@@ -84,18 +84,18 @@ class SortedRows:
         mass, first, second = (sums.gather(1, edges).diff(dim=1) for sums in (self._mass, self._first, self._second))
         return (second - 2 * centers * first + centers.square() * mass).sum(1)
 
-    def interval_errors(self, edges: Tensor) -> Tensor:
-        """``(rows, e, e)``: at ``[:, i, j]`` the squared error around its mean of what edges ``j`` and ``i`` enclose.
+    def gains(self, edges: Tensor) -> Tensor:
+        """``(rows, e, e)``: at ``[:, i, j]`` what an entry for all from edge ``j`` to ``i`` takes off the squares.
 
-        Intervals that end before they begin have an infinite one.
+        An entry at the mean leaves the sum of squares less ``(sum of values)**2 / mass``. Intervals that end before
+        they begin have ``-inf``.
         """
-        mass, first, second = (sums.gather(1, edges) for sums in (self._mass, self._first, self._second))
-        mass = mass[:, :, None] - mass[:, None, :]
-        first = first[:, :, None] - first[:, None, :]
-        errors = (second[:, :, None] - second[:, None, :]).sub_(first.square_().div_(mass)).clamp_(min=0)
-        errors.masked_fill_(mass <= 0, 0.0)
+        mass, first = (sums.gather(1, edges) for sums in (self._mass, self._first))
+        # what has no mass has no sum either
+        mass = (mass[:, :, None] - mass[:, None, :]).add_(torch.finfo(torch.float64).tiny)
+        gains = (first[:, :, None] - first[:, None, :]).square_().div_(mass)
         above = torch.ones(edges.shape[1], edges.shape[1], dtype=torch.bool, device=edges.device).triu_(1)
-        return errors.masked_fill_(above, torch.inf)
+        return gains.masked_fill_(above, -torch.inf)
 
     def part(self, start: int, stop: int) -> SortedRows:
         """Some of the rows."""
@@ -174,16 +174,16 @@ def _optimal(rows: SortedRows, entries: int, bins: int) -> Tensor:
     bin_of = torch.where(few, rows.rank, (rows.companded() * bins).long().clamp_(max=bins - 1))
     numbers = torch.arange(bins + 1, device=bin_of.device).expand(bin_of.shape[0], -1).contiguous()
     edges = torch.searchsorted(bin_of, numbers)
-    errors = rows.interval_errors(edges)
-    # least[t][:, i]: the least error of the bins before edge i in t + 1 intervals
-    least = [errors[:, :, 0]]
-    for _ in range(entries - 1):
-        least.append((least[-1][:, None, :] + errors).amin(2))
+    gains = rows.gains(edges)
+    # most[t][:, i]: the most that t + 1 entries gain for the bins before edge i
+    most = [gains[:, :, 0].contiguous()]
+    for _ in range(entries - 2):
+        most.append((most[-1][:, None, :] + gains).amax(2))
     cut = torch.full_like(edges[:, :1], bins)
     cuts = [cut]
-    for before in reversed(least[:-1]):
-        ending = errors.gather(1, cut[:, :, None].expand(-1, -1, bins + 1)).squeeze(1)
-        cut = (before + ending).argmin(1, keepdim=True)
+    for before in reversed(most[: entries - 1]):
+        ending = gains.gather(1, cut[:, :, None].expand(-1, -1, bins + 1)).squeeze(1)
+        cut = (before + ending).argmax(1, keepdim=True)
         cuts.append(cut)
     cuts.append(torch.zeros_like(cut))
     ends = edges.gather(1, torch.cat(cuts[::-1], 1))

@@ -181,15 +181,7 @@ class BaseSparseModel(BaseTuner):
             )
         if (data is None) == (gradients is None):
             raise ValueError("select_support needs either data (batches) or gradients={name: tensor}, and not both")
-        if config.target_modules is None:
-            model_type = BaseTuner.get_model_config(model).get("model_type")
-            config.target_modules = cls.target_module_mapping.get(model_type)
-            if config.target_modules is None:
-                raise ValueError(f"target_modules: none given, and none is known for model type {model_type!r}")
-        targets = cls.find_targets(config, model)
-        if not targets:
-            raise ValueError(f"target_modules={config.target_modules!r} match no layer of {type(model).__name__}")
-        cls.check_targets(model, targets)
+        targets = cls.outside_targets(model, config)
         for name, module in targets.items():
             if is_convolution(base_of(module)):
                 raise TypeError(
@@ -200,6 +192,24 @@ class BaseSparseModel(BaseTuner):
         # not a field: positions are saved with the adapter's values, not in its config
         config.supports = cls.choose_from_data(model, config, targets, data, gradients, **options)
         return config
+
+    @classmethod
+    def outside_targets(cls, model: nn.Module, config) -> dict[str, nn.Module]:
+        """The layers that an adapter with this config will have, before there is one; defaults are written into it.
+
+        Raises:
+            TypeError, ValueError: no ``target_modules`` are known, none match, or one cannot be adapted.
+        """
+        if config.target_modules is None:
+            model_type = BaseTuner.get_model_config(model).get("model_type")
+            config.target_modules = cls.target_module_mapping.get(model_type)
+            if config.target_modules is None:
+                raise ValueError(f"target_modules: none given, and none is known for model type {model_type!r}")
+        targets = cls.find_targets(config, model)
+        if not targets:
+            raise ValueError(f"target_modules={config.target_modules!r} match no layer of {type(model).__name__}")
+        cls.check_targets(model, targets)
+        return targets
 
     # ------------------------------------------------------------------ injection
 
