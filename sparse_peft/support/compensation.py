@@ -135,18 +135,19 @@ def _sweep(left: Tensor, codebooks: Tensor, factor: Tensor, group_of: list[int],
     """The codes ``(rows, cols)`` of weights, which are written to; see GPTQ, algorithm 1."""
     cols = left.shape[1]
     codes = torch.empty(left.shape, dtype=torch.uint8, device=left.device)
-    borders = midpoints(codebooks)
+    # a column's numbers side by side
+    tables = codebooks.permute(1, 2, 0).contiguous()
+    borders = midpoints(codebooks).permute(1, 2, 0).contiguous()
     for first, last in tiles(cols, 1, block):
-        errors = torch.empty(left.shape[0], last - first, device=left.device)
-        for column in range(first, last):
-            group, weights = group_of[column], left[:, column]
-            code = (weights[:, None] > borders[:, group]).sum(1)
+        columns = left[:, first:last].t().contiguous()
+        errors = torch.empty_like(columns)
+        for at, column in enumerate(range(first, last)):
+            group = group_of[column]
+            code = (columns[at] > borders[group]).sum(0)
             codes[:, column] = code
-            chosen = codebooks[:, group].gather(1, code[:, None]).squeeze(1)
-            error = (weights - chosen).div_(factor[column, column])
-            errors[:, column - first] = error
-            left[:, column + 1 : last].addr_(error, factor[column, column + 1 : last], alpha=-1)
-        left[:, last:].addmm_(errors, factor[first:last, last:], alpha=-1)
+            errors[at] = (columns[at] - tables[group].gather(0, code[None]).squeeze(0)).div_(factor[column, column])
+            columns[at + 1 :].addr_(factor[column, column + 1 : last], errors[at], alpha=-1)
+        left[:, last:].addmm_(errors.t(), factor[first:last, last:], alpha=-1)
     return codes
 
 
