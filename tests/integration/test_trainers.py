@@ -88,12 +88,16 @@ def test_trainer_resume_equals_the_uninterrupted_run(tokenizer, tmp_path, method
         assert torch.equal(a, b), name
 
 
+def dpo_arguments(folder, **fields):
+    return trl.DPOConfig(
+        output_dir=folder, per_device_train_batch_size=2, report_to=[], logging_steps=1, use_cpu=True,
+        disable_tqdm=True, bf16=False, max_length=16, **{"learning_rate": 0.05, **fields},
+    )  # fmt: skip
+
+
 def test_dpo_with_the_base_as_reference(tokenizer, tmp_path):
     rows = [{"prompt": "the quick", "chosen": "brown fox jumps", "rejected": "lazy dog runs"}] * 8
-    args = trl.DPOConfig(
-        output_dir=tmp_path, max_steps=4, per_device_train_batch_size=2, learning_rate=0.05, report_to=[],
-        logging_steps=1, use_cpu=True, disable_tqdm=True, bf16=False, max_length=16,
-    )  # fmt: skip
+    args = dpo_arguments(tmp_path, max_steps=4)
     trainer = trl.DPOTrainer(
         model=llama(),
         args=args,
@@ -114,10 +118,7 @@ def test_dpo_with_a_trained_adapter_as_reference(tokenizer, tmp_path, method):
     rows = [{"prompt": "the quick", "chosen": "brown fox jumps", "rejected": "lazy dog runs"}] * 8
     policy = get_peft_model(llama(), config(method, init_weights=False))
     started = values(policy)
-    args = trl.DPOConfig(
-        output_dir=tmp_path, max_steps=2, per_device_train_batch_size=2, learning_rate=0.05, report_to=[],
-        logging_steps=1, use_cpu=True, disable_tqdm=True, bf16=False, max_length=16,
-    )  # fmt: skip
+    args = dpo_arguments(tmp_path, max_steps=2)
     trainer = trl.DPOTrainer(
         model=policy,
         args=args,
@@ -139,10 +140,7 @@ def test_dpo_with_a_trained_adapter_as_reference(tokenizer, tmp_path, method):
 def test_tables_in_the_place_of_the_weights(tokenizer, tmp_path):
     """The reference model of DPO is the first sketch, so its margins begin at zero."""
     rows = [{"prompt": "the quick", "chosen": "brown fox jumps", "rejected": "lazy dog runs"}] * 8
-    args = trl.DPOConfig(
-        output_dir=tmp_path, max_steps=4, per_device_train_batch_size=2, learning_rate=0.01, report_to=[],
-        logging_steps=1, save_steps=4, use_cpu=True, disable_tqdm=True, bf16=False, max_length=16,
-    )  # fmt: skip
+    args = dpo_arguments(tmp_path, max_steps=4, learning_rate=0.01, save_steps=4)
     trainer = trl.DPOTrainer(
         model=llama(),
         args=args,

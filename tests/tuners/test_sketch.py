@@ -291,6 +291,20 @@ def test_autocast_and_checkpointing(mode):
 
 
 @pytest.mark.parametrize("mode", MODES)
+def test_compiled_models_compute_the_same(mode):
+    model = sketched(mode=mode)
+    x = torch.randn(3, 17)
+    results = []
+    for called in (model, torch.compile(model, backend="eager")):
+        out = called(x)
+        model.zero_grad()
+        out.square().sum().backward()
+        results.append([out.detach(), *(p.grad.clone() for p in model.parameters() if p.grad is not None)])
+    torch._dynamo.reset()
+    assert all(torch.equal(a, b) for a, b in zip(*results))
+
+
+@pytest.mark.parametrize("mode", MODES)
 def test_a_hooked_base_layer_keeps_its_hooks(mode):
     model = sketched(mode=mode)
     x = torch.randn(3, 17)

@@ -177,7 +177,7 @@ class SketchModel(BaseSparseModel):
         config.__dict__.pop("sketches")
         for layer in layers.values():
             state, parts = layer.settled(adapter_name), [layer.settled(name).codebook for name in adapters]
-            origin = state.first_tables() if state.replaces else torch.zeros_like(parts[0])
+            origin = state.first_tables().to(parts[0]) if state.replaces else torch.zeros_like(parts[0])
             total = origin + sum(weight * (part - origin) for weight, part in zip(weights, parts))
             state.codebook.copy_(total)
 

@@ -154,14 +154,16 @@ class SketchState(TrainedState):
         sketch = shared or self._sketch
         if sketch is not None:
             self._check_sizes(sketch)
-            initial, packed = sketch.codebooks.to(self.initial.device), sketch.codes.to(self.initial.device)
+            initial, packed = sketch.codebooks, sketch.codes
         else:
             initial, packed = self._own_tables(rows, is_new), self._brought_codes(is_new)
         if self.has_tables:
             initial = self._pattern(initial)
         if shared is None:
-            found = nearest_codes(rows, initial.view(self.initial_dtype).float(), self.bits, self.shape[1])
-            packed = found if packed is None else packed
+            device = rows(0, 1).device  # the state itself follows the base there only afterwards
+            tables = initial.to(device).view(self.initial_dtype).float()
+            found = nearest_codes(rows, tables, self.bits, self.shape[1])
+            packed = found if packed is None else packed.to(device)
             nearest = codes_checksum(found)
         found = [codes_checksum(packed), nearest]
         if not is_new and wanted != found:
@@ -173,7 +175,7 @@ class SketchState(TrainedState):
                 "another initial_dtype"
             )
         if self.has_tables:
-            self.initial = initial
+            self.initial = initial.to(self.initial.device)
         if is_new:
             self.checksum = torch.tensor(found, device=self.checksum.device)
             if self.replaces and self.codebook.device.type != "meta":
@@ -211,7 +213,8 @@ class SketchState(TrainedState):
     def hand_over(self) -> Sketch:
         """Codes and first tables, for the base layer to have instead."""
         packed, self._packed = self._packed, None
-        return Sketch(self.first_tables(), packed, bits=self.bits, groups=self.groups, cols=self.shape[1])
+        tables = self.first_tables().to(packed.device)
+        return Sketch(tables, packed, bits=self.bits, groups=self.groups, cols=self.shape[1])
 
     def _check_sizes(self, sketch: Sketch) -> None:
         have = sketch.codes.shape[0], sketch.cols, sketch.bits, sketch.groups
