@@ -13,7 +13,7 @@ import torch
 from peft import LoraConfig, PeftConfig, ShiraConfig, get_peft_model
 from torch import Tensor, nn
 
-from sparse_peft import S2FTConfig, SaRAConfig, SLTrainConfig, SnellaConfig, SoRAConfig, SparseConfig
+from sparse_peft import S2FTConfig, SaRAConfig, SketchConfig, SLTrainConfig, SnellaConfig, SoRAConfig, SparseConfig
 
 from .workloads import Workload
 
@@ -95,6 +95,10 @@ def methods(rank: int, densities: Sequence[float]) -> list[Method]:
     def sltrain(seed: int, **shared) -> PeftConfig:
         return SLTrainConfig(r=rank // 2, alpha=rank, density=LEAST_DENSE_DENSITY, seed=seed, **shared)
 
+    def sketch(mode: str) -> Callable[..., PeftConfig]:
+        # codes of a grid: how the first tables are made decides nothing of what is measured
+        return lambda seed, **shared: SketchConfig(mode=mode, clustering="uniform", **shared)
+
     return [
         Method(FROZEN),
         Method(FULL, trains_base=True, takes_quantised=False),
@@ -115,6 +119,9 @@ def methods(rank: int, densities: Sequence[float]) -> list[Method]:
         Method(f"sora-r{rank}", sora, is_sparse=True),
         Method(f"snell-r{rank}", snell, is_sparse=True),
         Method(f"sltrain-r{rank // 2}-{100 * LEAST_DENSE_DENSITY:g}%", sltrain, is_sparse=True),
+        # no sparse deltas: the goals do not speak of them
+        Method("sketch-delta-4bit", sketch("delta"), fuses=True),
+        Method("sketch-replace-4bit", sketch("replace"), fuses=True, takes_quantised=False),
         *(
             Method(
                 f"blocks-{100 * density:g}%",

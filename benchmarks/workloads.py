@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 
 import torch
@@ -60,14 +60,22 @@ class LinearStack(nn.Module):
         return x
 
 
-def quantise_nf4(base: LinearStack, dtype: torch.dtype) -> LinearStack:
-    """The same stack with its layers in bitsandbytes' NF4, computing in ``dtype``."""
+def quantise_nf4(base: nn.Module, dtype: torch.dtype, names: Collection[str] | None = None) -> nn.Module:
+    """The same model with its linear layers, or those of these names, in bitsandbytes' NF4, computing in ``dtype``."""
     from bitsandbytes.nn import Linear4bit, Params4bit
 
-    for name, layer in base.layers.items():
-        packed = Linear4bit(layer.in_features, layer.out_features, bias=False, compute_dtype=dtype, quant_type="nf4")
+    layers = [(name, module) for name, module in base.named_modules() if type(module) is nn.Linear]
+    for name, layer in layers:
+        if names is not None and name.rpartition(".")[2] not in names:
+            continue
+        has_bias = layer.bias is not None
+        packed = Linear4bit(
+            layer.in_features, layer.out_features, bias=has_bias, compute_dtype=dtype, quant_type="nf4"
+        )
         packed.weight = Params4bit(layer.weight.data, requires_grad=False, quant_type="nf4", compress_statistics=True)
-        base.layers[name] = packed.to(layer.weight.device)
+        if has_bias:
+            packed.bias = layer.bias
+        base.set_submodule(name, packed.to(layer.weight.device))
     return base
 
 

@@ -17,6 +17,7 @@ from .training.controller import SparsityController  # noqa: E402
 from .training.sm3 import SM3  # noqa: E402
 from .tuners.s2ft import S2FTConfig, S2FTLinear, S2FTModel  # noqa: E402
 from .tuners.sara import SaRAConfig, SaRALinear, SaRAModel, sara_learning_rate  # noqa: E402
+from .tuners.sketch import SketchConfig, SketchLinear, SketchModel, sketch_model  # noqa: E402
 from .tuners.sltrain import SLTrainConfig, SLTrainLinear, SLTrainModel, build_for_pretraining  # noqa: E402
 from .tuners.snella import SnellaConfig, SnellaLinear, SnellaModel  # noqa: E402
 from .tuners.sora import SoRAConfig, SoRALinear, SoRAModel, rewarmed_schedule  # noqa: E402
@@ -35,6 +36,9 @@ __all__ = [
     "SaRAConfig",
     "SaRALinear",
     "SaRAModel",
+    "SketchConfig",
+    "SketchLinear",
+    "SketchModel",
     "SnellaConfig",
     "SnellaLinear",
     "SnellaModel",
@@ -54,5 +58,6 @@ __all__ = [
     "rewarmed_schedule",
     "sara_learning_rate",
     "select_support",
+    "sketch_model",
     "use_backend",
 ]

@@ -81,6 +81,7 @@ METHODS = (
         dynamics="sparse_peft.training.allocation.AllocationDynamics",
     ),
     Method("SPARSE_PEFT_S2FT", "sparse_peft.tuners.s2ft", "S2FTConfig", "S2FTModel"),
+    Method("SPARSE_PEFT_SKETCH", "sparse_peft.tuners.sketch", "SketchConfig", "SketchModel"),
 )
 
 

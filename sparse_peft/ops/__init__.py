@@ -2,6 +2,7 @@
 
 from .calibration import Crossover, cache_file, known_crossover
 from .channel_batch import BatchOrder, add_channel_deltas_
+from .codebook_linear import CodedWeight, Codes, codebook_linear
 from .codes import code_gather, code_scatter_add, pack_codes, packed_width, unpack_codes
 from .combine import (
     COMBINATIONS,
@@ -42,6 +43,8 @@ __all__ = [
     "BatchOrder",
     "COMBINATIONS",
     "CONVOLUTIONS",
+    "CodedWeight",
+    "Codes",
     "ENTRY_COMBINATIONS",
     "FACTOR_COMBINATIONS",
     "PANEL_BYTES_PER_WEIGHT",
@@ -66,6 +69,7 @@ __all__ = [
     "cache_file",
     "code_gather",
     "code_scatter_add",
+    "codebook_linear",
     "cheaper_way",
     "check_weights",
     "combine_factors",

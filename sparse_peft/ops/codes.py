@@ -11,11 +11,17 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..support.codebooks import column_groups
 from . import triton_kernels
 from .dispatch import kernel_backend
 from .panels import panels
 
 BITS = (2, 3, 4, 8)
+
+# Larger blocks fall out of a CPU's cache, and their temporaries come from fresh pages each time: 1 MiB took a third of
+# the time of a whole 1,536 x 1,536 weight.
+CPU_TILE_BYTES = 2**20
+_WIDE = {2: torch.int16, 4: torch.int32, 8: torch.int64, 16: torch.complex128}
 
 
 def _check_bits(bits: int) -> None:
@@ -63,20 +69,19 @@ def unpack_codes(packed: Tensor, bits: int, cols: int) -> Tensor:
     if 8 % bits == 0:  # no code lies in two bytes
         places = torch.arange(8 - bits, -1, -bits, dtype=torch.uint8, device=packed.device)
         return (packed[..., None] >> places & ((1 << bits) - 1)).flatten(1)[:, :cols]
-    bit = torch.arange(cols, device=packed.device) * bits
-    byte, shift = bit // 8, 16 - bits - bit % 8
-    padded = torch.nn.functional.pad(packed, (0, 1)).to(torch.int16)
-    # 15 bits suffice: of the first byte's bits, those above the code are cut off before the two are joined
-    high = padded.index_select(1, byte) & (0xFF >> (bit % 8)).to(torch.int16)
-    low = padded.index_select(1, byte + 1)
-    over = (shift - 8).clamp(min=0).to(torch.int16)  # the code ends within the first byte
-    under = (8 - shift).clamp(min=0).to(torch.int16)
-    codes = torch.where(shift >= 8, high >> over, (high << under) | (low >> shift.clamp(max=8).to(torch.int16)))
-    return codes.to(torch.uint8)
+    # eight codes of three bits lie in three bytes
+    triples = torch.nn.functional.pad(packed, (0, -packed.shape[1] % 3)).view(packed.shape[0], -1, 3).int()
+    words = triples[..., 0] << 16 | triples[..., 1] << 8 | triples[..., 2]
+    codes = torch.empty(*words.shape, 8, dtype=torch.uint8, device=packed.device)
+    for place in range(8):
+        codes[..., place] = words >> (21 - 3 * place) & 7
+    return codes.flatten(1)[:, :cols]
 
 
-def _groups(cols: int, groups: int, device: torch.device) -> Tensor:
-    return torch.arange(cols, device=device) * groups // cols
+def _tiles(rows: int, cols: int, device: torch.device) -> list[tuple[int, int]]:
+    """Blocks of rows that are unpacked at a time."""
+    bytes_per_row = cols * torch.int64.itemsize
+    return panels(rows, bytes_per_row, max(1, CPU_TILE_BYTES // bytes_per_row) if device.type == "cpu" else None)
 
 
 def _check_tables(codebook_shape: torch.Size, codes: Tensor, bits: int, cols: int) -> None:
@@ -112,11 +117,39 @@ def code_gather(codebook: Tensor, codes: Tensor, bits: int, cols: int, dtype: to
     if kernel_backend("code_gather", codebook.dtype, codebook.device) == "triton" and dtype != torch.float64:
         triton_kernels.kernels("codes").gather_(out, codebook.contiguous(), codes.contiguous(), bits)
         return out
-    offset = _groups(cols, groups, codes.device) * entries
-    for start, stop in panels(rows, cols * torch.int64.itemsize):
-        places = unpack_codes(codes[start:stop], bits, cols).long() + offset
+    if _bytes_are_indices(cols, groups, bits, dtype):
+        _gather_bytes_(out.view(rows * groups, -1), codebook.reshape(rows * groups, entries), codes, bits)
+        return out
+    offset = column_groups(cols, groups, codes.device) * entries
+    for start, stop in _tiles(rows, cols, codes.device):
+        places = unpack_codes(codes[start:stop], bits, cols).long()
+        places = places if groups == 1 else places.add_(offset)
         out[start:stop] = codebook[start:stop].flatten(1).gather(1, places)
     return out
+
+
+def _bytes_are_indices(cols: int, groups: int, bits: int, dtype: torch.dtype) -> bool:
+    """Whether looking up all codes of a byte at once is possible, and cheaper than to unpack them."""
+    if 8 % bits or bits == 8 or 8 // bits * dtype.itemsize not in _WIDE:
+        return False
+    codes_per_byte = 8 // bits
+    whole = groups == 1 or cols % (groups * codes_per_byte) == 0
+    return whole and cols >= 256 * codes_per_byte * groups
+
+
+def _gather_bytes_(out: Tensor, tables: Tensor, codes: Tensor, bits: int) -> None:
+    """``out`` ``(tables, cols)`` from ``tables`` ``(tables, 2**bits)``, with a table of all 256 bytes for each."""
+    (rows, cols), entries, count = out.shape, 1 << bits, 8 // bits
+    codes, tables = codes.reshape(rows, -1), tables.to(out.dtype)
+    wide = _WIDE[count * out.dtype.itemsize]
+    for start, stop in _tiles(rows, cols, codes.device):
+        of_bytes = torch.empty(stop - start, *(entries,) * count, count, dtype=out.dtype, device=out.device)
+        for place in range(count):
+            ones = [1] * count
+            ones[place] = entries
+            of_bytes[..., place] = tables[start:stop].view(-1, *ones)
+        found = of_bytes.flatten(1).view(wide).gather(1, codes[start:stop].long())
+        out[start:stop] = found.view(out.dtype)[:, :cols]
 
 
 def code_scatter_add(grad: Tensor, codes: Tensor, bits: int, groups: int) -> Tensor:
@@ -142,14 +175,15 @@ def code_scatter_add(grad: Tensor, codes: Tensor, bits: int, groups: int) -> Ten
     if kernel_backend("code_scatter_add", grad.dtype, grad.device) == "triton":
         triton_kernels.kernels("codes").scatter_add_(out, grad.contiguous(), codes.contiguous(), bits)
         return out
-    group = _groups(cols, groups, codes.device)
+    group = column_groups(cols, groups, codes.device)
     ends = torch.searchsorted(group, torch.arange(groups + 1, device=codes.device)).tolist()
-    for start, stop in panels(rows, cols * torch.int64.itemsize):
+    for start, stop in _tiles(rows, cols, codes.device):
         places = unpack_codes(codes[start:stop], bits, cols)
         part = grad[start:stop].to(dtype)
         if grad.device.type == "cpu":
-            offset = group * (1 << bits)
-            out[start:stop].flatten(1).scatter_add_(1, places.long() + offset, part)
+            places = places.long()
+            places = places if groups == 1 else places.add_(group * (1 << bits))
+            out[start:stop].flatten(1).scatter_add_(1, places, part)
             continue
         # scatter_add is not deterministic on a GPU: a masked sum for each table entry is
         for code in range(1 << bits):

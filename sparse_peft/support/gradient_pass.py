@@ -15,7 +15,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .passes import each_batch, flatten_tokens, frozen, layer_input, model_loss, tiles
+from .passes import (
+    each_batch,
+    flatten_tokens,
+    frozen,
+    layer_input,
+    model_loss,
+    tiles,
+    transposed_product,
+)
 
 Pair = tuple[Tensor, Tensor]
 
@@ -46,20 +54,9 @@ def gradient_panels(
     for start, stop in tiles(rows, cols * torch.int64.itemsize, limit):
         panel = None
         for left, right in sides:
-            product = _product(left[:, start:stop], right, limit)
+            product = transposed_product(left[:, start:stop], right, limit)
             panel = product if panel is None else panel.add_(product)
         yield start, stop, panel.to(torch.float32)
-
-
-def _product(left: Tensor, right: Tensor, limit: int) -> Tensor:
-    """``left.T @ right`` in at least float32; other types are cast a tile of tokens at a time."""
-    dtype = torch.promote_types(torch.promote_types(left.dtype, right.dtype), torch.float32)
-    if left.dtype == right.dtype == dtype:
-        return left.t() @ right
-    product = torch.zeros(left.shape[1], right.shape[1], dtype=dtype, device=left.device)
-    for start, stop in tiles(left.shape[0], max(left.shape[1], right.shape[1]) * dtype.itemsize, limit):
-        product.addmm_(left[start:stop].to(dtype).t(), right[start:stop].to(dtype))
-    return product
 
 
 @dataclass(frozen=True)

@@ -102,7 +102,7 @@ def each_batch(model: nn.Module, batches: Iterable, use: Callable[[Any, bool], s
             warnings.warn(f"batch {total} is skipped: {fault}", RuntimeWarning, stacklevel=4)
         total += 1
     if total == 0:
-        raise ValueError("no batches to choose the positions from; the data is empty, or an iterator already used up")
+        raise ValueError("no batches to look at; the data is empty, or an iterator already used up")
     if used == 0:
         raise ValueError(
             f"all {total} batches were skipped because of NaN or infinite numbers; check the data, and try float32 or "
@@ -124,3 +124,20 @@ def tiles(length: int, bytes_per_item: int, limit: int) -> Iterator[tuple[int, i
     """Half-open ranges of ``range(length)`` whose items take at most ``limit`` bytes; each holds at least one."""
     step = max(1, limit // max(1, bytes_per_item))
     return ((start, min(start + step, length)) for start in range(0, length, step))
+
+
+def transposed_product(left: Tensor, right: Tensor, limit: int) -> Tensor:
+    """``left.T @ right`` in at least float32; other types are cast a tile of tokens, of ``limit`` bytes, at a time."""
+    dtype = torch.promote_types(torch.promote_types(left.dtype, right.dtype), torch.float32)
+    if left.dtype == right.dtype == dtype:
+        return left.t() @ right
+    product = torch.zeros(left.shape[1], right.shape[1], dtype=dtype, device=left.device)
+    for start, stop in tiles(left.shape[0], max(left.shape[1], right.shape[1]) * dtype.itemsize, limit):
+        product.addmm_(left[start:stop].to(dtype).t(), right[start:stop].to(dtype))
+    return product
+
+
+def token_mask(batch: Any) -> Tensor | None:
+    """``(batch, seq)`` which tokens of a batch count, as booleans; None where it does not say so for each token."""
+    given = batch.get("attention_mask") if isinstance(batch, Mapping) else None
+    return given.bool() if isinstance(given, Tensor) and given.ndim == 2 else None

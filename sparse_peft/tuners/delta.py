@@ -33,6 +33,9 @@ class Delta(TrainedState):
     """
 
     combinations: ClassVar[tuple[str, ...]] = ENTRY_COMBINATIONS
+    why_these_combinations = (
+        "a sparse delta is no product of factors; 'linear' is the exact sum on the union of the supports"
+    )
 
     def __init__(
         self,

@@ -24,6 +24,10 @@ class LowRankState(TrainedState):
     """
 
     combinations: ClassVar[tuple[str, ...]] = FACTOR_COMBINATIONS
+    why_these_combinations = (
+        "its delta is given by low-rank factors, which have no single entries to prune or to elect signs of; 'linear' "
+        "is exact, 'svd' the best approximation of a rank"
+    )
     A: nn.Parameter
     B: nn.Parameter
     scale: float

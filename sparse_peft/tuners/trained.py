@@ -29,8 +29,10 @@ class TrainedState(nn.Module):
 
     value_name: ClassVar[str] = "values"
     full_precision: ClassVar[frozenset[str]] = frozenset()  # tensors that ``save_dtype`` does not round
+    always_float32: ClassVar[frozenset[str]] = frozenset()  # parameters that no cast of the model makes narrower
     position_names: tuple[str, ...] = ()  # of all buffers that positions may lie in, in memory and in a file
     combinations: ClassVar[tuple[str, ...]] = ()  # how several adapters can become one; none: they cannot
+    why_these_combinations: ClassVar[str] = ""  # for whoever asks for another
     trained_dtype: torch.dtype
 
     def __init__(self, name: str):
@@ -93,7 +95,12 @@ class TrainedState(nn.Module):
             values.data = values.data.to(self.trained_dtype)
 
     def _apply(self, fn, *args, **kwargs):
+        before = {name: self._parameters[name].data for name in self.always_float32}
         module = super()._apply(fn, *args, **kwargs)
+        for name, data in before.items():
+            parameter = self._parameters[name]
+            if parameter.dtype in (torch.float16, torch.bfloat16) and data.device.type != "meta":
+                parameter.data = data.to(parameter.device, torch.float32)
         self.keep_dtype()
         return module
 

@@ -34,14 +34,9 @@ def check_combination(kind: type[TrainedState], method: str, how: Combination) -
             f"combination_type={how.combination_type!r}: the deltas of {method} adapters do not add up; merge one "
             "with merge_and_unload(), and train or load the next on the merged model"
         )
-    reason = (
-        "its delta is given by low-rank factors, which have no single entries to prune or to elect signs of; 'linear' "
-        "is exact, 'svd' the best approximation of a rank"
-        if "svd" in kind.combinations
-        else "a sparse delta is no product of factors; 'linear' is the exact sum on the union of the supports"
-    )
     raise ValueError(
-        f"combination_type={how.combination_type!r}: {method} has {', '.join(kind.combinations)}: {reason}"
+        f"combination_type={how.combination_type!r}: {method} has {', '.join(kind.combinations)}: "
+        f"{kind.why_these_combinations}"
     )
 
 
@@ -76,7 +71,7 @@ def add_weighted_adapter(
     tuner: BaseSparseModel, adapters: Sequence[str], weights: Sequence[float], adapter_name: str, how: Combination
 ) -> None:
     """Give a tuner's model a new adapter made of several that it has; see ``BaseSparseModel.add_weighted_adapter``."""
-    configs = _configs(tuner, adapters, adapter_name)
+    configs = combinable_configs(tuner, adapters, adapter_name)
     states: list[dict[str, TrainedState]] = [{} for _ in adapters]
     for layer in tuner.sparse_layers(tuner.model):
         for found, name in zip(states, adapters):
@@ -97,7 +92,12 @@ def add_weighted_adapter(
         raise
 
 
-def _configs(tuner: BaseSparseModel, adapters: Sequence[str], adapter_name: str) -> list[Any]:
+def combinable_configs(tuner: BaseSparseModel, adapters: Sequence[str], adapter_name: str) -> list[Any]:
+    """The configs of adapters that are to become a new one.
+
+    Raises:
+        ValueError: names that do not fit, or adapters that train more than their layers' deltas.
+    """
     known = ", ".join(map(repr, tuner.peft_config))
     if isinstance(adapters, str) or not adapters:
         raise ValueError(f"adapters={adapters!r}: a list of names of adapters is expected; the model has {known}")

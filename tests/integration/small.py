@@ -5,7 +5,7 @@ import torch
 from datasets import Dataset
 from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification, PreTrainedTokenizerFast
 
-from sparse_peft import S2FTConfig, SaRAConfig, SLTrainConfig, SnellaConfig, SoRAConfig, SparseConfig
+from sparse_peft import S2FTConfig, SaRAConfig, SketchConfig, SLTrainConfig, SnellaConfig, SoRAConfig, SparseConfig
 
 WORDS = "the quick brown fox jumps over a lazy dog and runs away from it".split()
 
@@ -62,6 +62,7 @@ METHODS = {
         },
     ),
     "sltrain": (SLTrainConfig, {"r": 4, "density": 0.1, "target_modules": "all-linear"}),
+    "sketch": (SketchConfig, {"bits": 3, "target_modules": "all-linear"}),
 }
 
 # What of a method changes during training besides its values, soon and often; the others change nothing.

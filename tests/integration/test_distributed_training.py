@@ -4,6 +4,7 @@ import copy
 import os
 import traceback
 import warnings
+from functools import partial
 
 import pytest
 import torch
@@ -24,6 +25,7 @@ from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from sparse_peft import (
     S2FTConfig,
     SaRAConfig,
+    SketchConfig,
     SLTrainConfig,
     SnellaConfig,
     SoRAConfig,
@@ -37,7 +39,17 @@ from sparse_peft.tuners.trained import TrainedState
 
 STEPS, TOTAL = 11, 12
 OPTIMIZERS = {"adamw": torch.optim.AdamW, "by age": SparseAdamW}
-OTHERS = {"s2ft": S2FTConfig, "sara": SaRAConfig, "sora": SoRAConfig, "sltrain": SLTrainConfig, "snella": SnellaConfig}
+OTHERS = {
+    "s2ft": S2FTConfig,
+    "sara": SaRAConfig,
+    "sora": SoRAConfig,
+    "sltrain": SLTrainConfig,
+    "snella": SnellaConfig,
+    "sketch": SketchConfig,
+    "sketch in place": partial(SketchConfig, mode="replace"),
+}
+# nothing of them changes in training but the values
+STATIC = ("s2ft", "sltrain", "sketch", "sketch in place")
 
 
 class Block(nn.Module):
@@ -65,7 +77,7 @@ class Net(nn.Module):
 
 def adapted(selection, seed=0, **fields):
     if selection in OTHERS:
-        own = {} if selection == "sora" else {"seed": seed}
+        own = {"seed": seed} if selection in ("s2ft", "sara", "sltrain") else {}
         return get_peft_model(Net(), OTHERS[selection](target_modules=["up", "down"], **own, **fields))
     window = {"set": 0, "rigl": 1}.get(selection, 3)
     fields = {"density": 0.1, "reselect_every": 4, "accumulate": window, "candidates": 1e9, **fields}
@@ -169,9 +181,7 @@ def with_fsdp2(rank, selection, kind, fields, folder):
         warnings.simplefilter("error", UserWarning)
         set_optimizer_state_dict(resumed, other, saved if rank == 0 else {}, options=whole)
     going_on = SparsityController(resumed, other, TOTAL)
-    assert going_on.completed_steps == (
-        0 if selection in ("s2ft", "sltrain") else 6
-    )  # nothing of them changes but the values
+    assert going_on.completed_steps == (0 if selection in STATIC else 6)
     rest = train(model, model, optimizer, controller, range(6, STEPS), half(rank))
     again = train(resumed, resumed, other, going_on, range(6, STEPS), half(rank))
     assert rest == again, "a resumed run is the uninterrupted one"
@@ -240,6 +250,8 @@ CASES = [
         "adamw",
         {"r": 4, "target_sparsity": 0.6, "allocate_start": 0, "allocate_stop": 9, "allocate_every": 3},
     ),
+    ("sketch", "adamw", {"bits": 2}),
+    ("sketch in place", "adamw", {"bits": 3}),
 ]
 
 

@@ -66,7 +66,7 @@ def test_trainer_resume_equals_the_uninterrupted_run(tokenizer, tmp_path, method
             output_dir=folder, max_steps=steps, per_device_train_batch_size=4, learning_rate=0.02, report_to=[],
             save_steps=3, use_cpu=True, disable_tqdm=True, lr_scheduler_type="constant",
         )  # fmt: skip
-        own = {"sara": {"progressive": 3, "seed": seed}, "sora": {}}.get(method, {"seed": seed})
+        own = {"sara": {"progressive": 3, "seed": seed}, "sora": {}, "sketch": {}}.get(method, {"seed": seed})
         model = llama()
         torch.manual_seed(seed)
         model = get_peft_model(model, config(method, **own))

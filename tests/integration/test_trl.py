@@ -4,6 +4,7 @@ The reference of DPO, KTO and GRPO is the policy as it was at the start, to the 
 starts with a new one, and in TRL's copy of it, the adapter "ref", where it goes on with one.
 """
 
+import copy
 import warnings
 
 import pytest
@@ -147,6 +148,20 @@ def test_the_reference_of_a_new_adapter_is_the_base(tokenizer, tmp_path, loop, m
         assert log[0]["kl"] == pytest.approx(0, abs=1e-6) and log[-1]["kl"] > 0
         rewards = [row["reward"] for row in log]
         assert max(rewards) > 0 and len(set(rewards)) > 1, "the function judged different completions"
+
+
+def test_tables_in_the_place_of_the_weights(tokenizer, tmp_path):
+    """Without its adapter such a model is the first sketch, and that is DPO's reference."""
+    sketched = config("sketch", mode="replace", bits=4)
+    first = logits(get_peft_model(llama(), copy.copy(sketched)))
+    trainer, _ = trained("dpo", llama(), tmp_path, tokenizer, peft_config=sketched)
+    policy, log = trainer.model, log_of(trainer)
+    assert log[0]["rewards/margins"] == pytest.approx(0, abs=1e-6) and log[-1]["rewards/margins"] > 0
+    assert not torch.equal(logits(policy), first)
+    with policy.disable_adapter():
+        assert torch.equal(logits(policy), first)
+    policy.save_pretrained(tmp_path / "saved")
+    assert torch.equal(logits(PeftModel.from_pretrained(llama(), tmp_path / "saved")), logits(policy))
 
 
 @pytest.mark.parametrize("method", ONE_OF_EACH_FAMILY)

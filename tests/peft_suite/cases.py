@@ -70,6 +70,7 @@ METHODS = (
         low_rank=True,
     ),
     Method("snella", "sparse_peft:SnellaConfig", {"r": 4, "sparsity": 0.2}, {"r": 2, "sparsity": 0.5}, groups=False),
+    Method("sketch", "sparse_peft:SketchConfig", {"bits": 2}, {"bits": 3}, convolutions=False, groups=False),
     Method(
         "shira",
         "peft:ShiraConfig",

@@ -31,6 +31,7 @@ class GatedLowRank(LowRankState):
 
     value_name = "gate"
     full_precision = frozenset({"gate"})
+    always_float32 = frozenset({"gate"})
 
     def __init__(self, sizes: tuple[int, int], rank: int, scale: float, dropout: float, gate: str, name: str):
         super().__init__(name)
@@ -73,14 +74,6 @@ class GatedLowRank(LowRankState):
         for name, size in sizes.items():
             old = self._parameters[name]
             setattr(self, name, nn.Parameter(old.new_zeros(size), requires_grad=old.requires_grad))
-
-    def _apply(self, fn, *args, **kwargs):
-        before = self.gate.data
-        module = super()._apply(fn, *args, **kwargs)
-        if self.gate.dtype != torch.float32 and before.device.type != "meta":
-            self.gate.data = before.to(self.gate.device, torch.float32)
-            self.keep_dtype()
-        return module
 
     def extra_repr(self) -> str:
         return f"rank={self.rank}, inputs={self.A.shape[1]}, outputs={self.B.shape[0]}, scale={self.scale:g}"

@@ -1,0 +1,271 @@
+"""Sketches of a model's layers from data, before the adapter is made."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, distributed, nn
+from torch.nn import functional as F
+from transformers.utils import logging
+
+from ...ops import code_gather, pack_codes, panel_bytes
+from ...support import assign_codes, compensated_sketch, fit_codebooks, refit_codebooks
+from ...support.chains import Chain, chains_of
+from ...support.codebooks import Sketch, ascending
+from ...support.features import FeatureSums, second_moments
+from ...support.passes import each_batch, run_model, token_mask
+from ..base_model import base_of, dense_weight, in_dim_of
+from .config import SketchConfig
+from .model import SketchModel
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How one layer's sketch is made of its weight and its inputs' second moment; see :func:`sketch_model`."""
+
+    config: SketchConfig
+    compensate: bool
+    refit: bool
+    damping: float
+    act_order: bool
+    block: int
+
+    def sketch(self, name: str, weight: Tensor, moment: Tensor) -> Sketch:
+        """A sketch of a weight ``(outputs, inputs)``."""
+        bits, groups = self.config.bits, SketchModel.groups_of(self.config, name)
+        size = {"name": name, "panel_bytes": panel_bytes()}
+        tables = fit_codebooks(weight, bits, groups, method=self.config.clustering, **size)
+        # what stands in a file is rounded; the codes are chosen for that
+        tables = tables.to(getattr(torch, self.config.initial_dtype)).float()
+        if self.compensate:
+            tables, codes = compensated_sketch(
+                weight,
+                moment,
+                bits,
+                groups,
+                codebooks=tables,
+                damping=self.damping,
+                act_order=self.act_order,
+                block=self.block,
+                **size,
+            )
+        else:
+            codes = assign_codes(weight, tables, panel_bytes=panel_bytes())
+        if self.refit:
+            tables = refit_codebooks(weight, codes, moment, tables, **size)
+            tables, codes = ascending(tables.to(getattr(torch, self.config.initial_dtype)).float(), codes)
+        return Sketch(tables, pack_codes(codes, bits), bits, groups, weight.shape[1])
+
+
+def sketch_model(
+    model: nn.Module,
+    config: SketchConfig,
+    data: Iterable,
+    *,
+    loss_fn: Callable[[nn.Module, Any], Any] | None = None,
+    sequential: bool | None = None,
+    compensate: bool = True,
+    refit: bool = True,
+    damping: float = 0.01,
+    act_order: bool = True,
+    block: int = 128,
+    progress: bool = True,
+) -> SketchConfig:
+    """Make the sketches of every target layer from calibration data, before the adapter is made.
+
+    The codes of a layer are chosen column by column, later columns making good what earlier ones have lost in the
+    layer's output (GPTQ, LeanQuant), and its tables are then refitted by least squares. Both need the second moment of
+    the layer's inputs, which the model's passes over the data collect. Where its blocks can be run one by one, each is
+    given what the sketched blocks before it return, so that it makes good their errors too, and the moments of one
+    block are alive at a time, beside the hidden states of all of the data. Otherwise all inputs are those of the dense
+    model, and the moments of all layers are alive together.
+
+    Nothing of the model changes, also after an exception, and it runs in the mode (training or evaluation) it is in.
+    In a distributed run all processes call it, and all get what process 0 made from its data.
+
+    Args:
+        model: the base model, without adapters.
+        config: the adapter's.
+        data: batches, each passed to the model as ``model(**batch)``, or to ``loss_fn``; tokens that an
+            ``attention_mask`` leaves out do not count. A few ten thousand tokens of text like the model's own are
+            usual; with fewer tokens than a layer has inputs, damping makes up for the rest.
+        loss_fn: ``loss_fn(model, batch)`` runs the model; what it returns is not used.
+        sequential: True runs blocks one by one, or says why it cannot; False takes the dense model's inputs; None
+            does the first where it can.
+        compensate: choose codes by the compensated sweep; otherwise they are the nearest entries.
+        refit: refit the tables to the codes.
+        damping, act_order, block: of :func:`~sparse_peft.support.compensated_sketch`.
+        progress: show a bar that counts layers.
+
+    Returns:
+        A copy of ``config`` that carries the sketches; pass it to ``get_peft_model`` or a trainer's ``peft_config``.
+
+    Warns:
+        RuntimeWarning: a batch with inputs that are not finite is skipped; a layer saw fewer tokens than it has
+            inputs.
+
+    Raises:
+        TypeError: batches that are no mappings, without ``loss_fn``.
+        ValueError: no usable batch, a layer that no token reached, weights that are not finite, blocks that cannot
+            be run one by one though ``sequential=True``, or neither ``compensate`` nor ``refit``.
+    """
+    if not (compensate or refit):
+        raise ValueError(
+            "compensate=False, refit=False: then nothing looks at the data; pass the config to get_peft_model as it is"
+        )
+    config = copy.copy(config)
+    targets = SketchModel.checked_targets(config, model)
+    recipe = Recipe(config, compensate, refit, damping, act_order, block)
+    with logging.tqdm(total=len(targets), desc="sketching", unit="layer", disable=not progress) as bar:
+        sketches = _Calibration(model, targets, recipe, bar.update).run(list(data), loss_fn, sequential)
+    if distributed.is_available() and distributed.is_initialized():
+        sketches = _same_everywhere(sketches)
+    # not a field: codes are saved in a file of their own, or with the adapter's tables
+    config.sketches = {name: sketches[name] for name in targets}
+    return config
+
+
+def _same_everywhere(sketches: dict[str, Sketch]) -> dict[str, Sketch]:
+    for name, mine in sketches.items():
+        parts: list[Any] = [(mine.codebooks.cpu(), mine.codes.cpu())]
+        distributed.broadcast_object_list(parts, src=0)
+        tables, codes = (tensor.to(mine.codes.device) for tensor in parts[0])
+        sketches[name] = Sketch(tables, codes, mine.bits, mine.groups, mine.cols)
+    return sketches
+
+
+def _rows(module: nn.Module) -> Tensor:
+    """A target's weight, an output in each row."""
+    weight = dense_weight(module)
+    return weight if in_dim_of(module) == 1 else weight.t()
+
+
+class _Calibration:
+    """One run of :func:`sketch_model`."""
+
+    def __init__(
+        self, model: nn.Module, targets: dict[str, nn.Module], recipe: Recipe, done: Callable[[], Any]
+    ) -> None:
+        self.model, self.targets, self.recipe, self.done = model, targets, recipe, done
+        self.sketches: dict[str, Sketch] = {}
+        self._scarce: dict[str, int] = {}
+
+    @torch.no_grad()
+    def run(
+        self, batches: list, loss_fn: Callable[[nn.Module, Any], Any] | None, sequential: bool | None
+    ) -> dict[str, Sketch]:
+        chains = [] if sequential is False else chains_of(self.model, list(self.targets))
+        if sequential and not chains:
+            raise ValueError(
+                f"sequential=True: no layer of {type(self.model).__name__} that the config targets is in an "
+                "nn.ModuleList of blocks; use sequential=False"
+            )
+        masks = self._record(chains, batches, loss_fn) if chains else []
+        faults = [chain.fault for chain in chains if chain.fault is not None]
+        if sequential and faults:
+            raise ValueError(f"sequential=True: {faults[0]}; use sequential=False")
+        chains = [chain for chain in chains if chain.fault is None]
+        in_chains = {name for chain in chains for name in chain.places}
+        alone = {name: module for name, module in self.targets.items() if name not in in_chains}
+        if alone:
+            moments = second_moments(alone, panel_bytes())
+            moments.run(self.model, batches, loss_fn)
+            self._sketch(moments)
+        for chain in chains:
+            self._follow(chain, masks)
+        self._warn_if_scarce()
+        return self.sketches
+
+    def _record(
+        self, chains: list[Chain], batches: list, loss_fn: Callable[[nn.Module, Any], Any] | None
+    ) -> list[Tensor | None]:
+        """Run the dense model; returns the masks of the batches that are usable."""
+        masks = []
+
+        def use(batch: Any, is_last: bool) -> str | None:
+            for chain in chains:
+                chain.begin()
+            (loss_fn or run_model)(self.model, batch)
+            faults = [fault for chain in chains if (fault := chain.end()) is not None]
+            if faults:
+                for chain in chains:
+                    chain.drop()
+                return faults[0]
+            masks.append(token_mask(batch))
+            return None
+
+        with ExitStack() as stack:
+            for chain in chains:
+                stack.enter_context(chain.recording())
+            each_batch(self.model, batches, use)
+        return masks
+
+    def _follow(self, chain: Chain, masks: list[Tensor | None]) -> None:
+        """Sketch the blocks of a chain in order, each on what the sketched ones before it return."""
+        last = max(chain.places.values())
+        for index in range(last + 1):
+            inside = {name: self.targets[name] for name, place in chain.places.items() if place == index}
+            if inside:
+                moments = second_moments(inside, panel_bytes())
+                with moments.watching():
+                    for number, mask in enumerate(masks):
+                        fault = moments.add(partial(chain.run_block, index, number), mask)
+                        if fault is not None:
+                            raise ValueError(
+                                f"behind sketched blocks, {fault}; try more bits, or float32 or bfloat16 where the "
+                                "model runs in float16"
+                            )
+                self._sketch(moments)
+            if index < last:
+                with _computing_with({module: self.sketches[name] for name, module in inside.items()}):
+                    chain.advance(index)
+
+    def _sketch(self, moments: FeatureSums) -> None:
+        moments.check_reached()
+        for name, module in moments.targets.items():
+            weight, tokens = _rows(module), moments.tokens[name]
+            if tokens < weight.shape[1]:
+                self._scarce[name] = tokens
+            moment = moments.sums.pop(name).div_(tokens)
+            self.sketches[name] = self.recipe.sketch(name, weight, moment)
+            self.done()
+
+    def _warn_if_scarce(self) -> None:
+        if self._scarce:
+            name, tokens = min(self._scarce.items(), key=lambda item: item[1])
+            warnings.warn(
+                f"{len(self._scarce)} layers saw fewer tokens of the data than they have inputs, layer {name} "
+                f"{tokens}; what they compensate is as much chance as the text's nature: give more data",
+                RuntimeWarning,
+                stacklevel=3,
+            )
+
+
+@contextmanager
+def _computing_with(sketches: dict[nn.Module, Sketch]) -> Iterator[None]:
+    """Inside the block linear layers compute with decoded weights; their own are not touched."""
+    before = {module: module.__dict__.get("forward") for module in sketches}
+    try:
+        for module, sketch in sketches.items():
+            module.forward = _forward(sketch, getattr(base_of(module), "bias", None))
+        yield
+    finally:
+        for module, forward in before.items():
+            module.__dict__.pop("forward", None)
+            if forward is not None:
+                module.forward = forward
+
+
+def _forward(sketch: Sketch, bias: Tensor | None) -> Callable[[Tensor], Tensor]:
+    def forward(x: Tensor) -> Tensor:
+        weight = code_gather(sketch.codebooks, sketch.codes, sketch.bits, sketch.cols, x.dtype)
+        return F.linear(x, weight, None if bias is None else bias.to(x.dtype))
+
+    return forward

@@ -1,0 +1,171 @@
+"""The config of SketchTune."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from ...support.codebooks import METHODS
+from ..base_config import BaseSparseConfig
+from .sidecar import SIDECAR, write_sketches
+
+if TYPE_CHECKING:
+    from ...support.codebooks import Sketch
+
+MODES = ("delta", "replace")
+BITS = (2, 3, 4)
+STORAGES = ("recompute", "sidecar", "embed")
+DTYPES = ("float32", "bfloat16", "float16")
+KEEPS = ("drop", "cpu")
+
+
+@dataclass
+class SketchConfig(BaseSparseConfig):
+    """SketchTune: weights of a row that share a code share one trained number.
+
+    Each row of a weight (each of its ``groups`` parts) has a table of ``2**bits`` entries, and a fixed code for each
+    weight says which entry is its. ``mode="delta"`` adds the entry to the base weight and starts at zero;
+    ``mode="replace"``, the paper's, drops the weight: what is left is the codes and the table, which trains.
+
+    Args:
+        mode: ``"delta"`` beside the base weight, or ``"replace"`` in its place.
+        bits: of a code: 2, 3 or 4.
+        groups: tables in a row, which is cut into as many parts of consecutive inputs (the paper's GPR).
+        groups_pattern: ``{layer name or regular expression: groups}`` for layers with a number of their own.
+        clustering: how the first tables are made, see :func:`~sparse_peft.support.fit_codebooks`: ``"dp"``,
+            ``"lloyd"``, ``"quantile"``, ``"uniform"`` or ``"nf4"``. Codes are the nearest entries. Tables and codes
+            that look at data come from :func:`~sparse_peft.sketch_model` instead.
+        initial_dtype: dtype that the first tables are rounded to, before codes are assigned, and saved in; by default
+            bfloat16 for ``"delta"``, which needs them only to find the codes again, float32 for ``"replace"``.
+        index_storage: where the codes are in a saved adapter. ``"recompute"``: nowhere, they are found again from the
+            base weight and the first tables, and compared with a checksum; ``"sidecar"``: in a file of their own,
+            which adapters can share; ``"embed"``: in the adapter's file. By default ``"recompute"``, or ``"sidecar"``
+            for codes that were made from data, which cannot be found again without it.
+        sketch: with ``"sidecar"``: the file's path; by default ``sketch.safetensors`` beside each saved adapter. A
+            file that is there already is read and checked, never written.
+        keep_base: with ``mode="replace"``: ``"drop"`` the dense weights, or keep them on the ``"cpu"``, for
+            ``unload()``.
+        weight_shapes: resolved ``[rows, cols]`` of the layers' stored weights; recorded, not to be set.
+        base_dtype: the weights' dtype when codes were assigned; likewise.
+        sketch_sha256: hash of the side file; likewise.
+
+    Raises:
+        ValueError, TypeError: a field that is out of range, or two that contradict each other.
+    """
+
+    method: ClassVar[str] = "SPARSE_PEFT_SKETCH"
+    deciding_fields: ClassVar[frozenset[str]] = frozenset({"mode", "bits", "groups", "groups_pattern", "clustering"})
+    resolved_fields: ClassVar[tuple[str, ...]] = ("weight_shapes", "base_dtype", "sketch_sha256")
+
+    mode: str = field(default="delta", metadata={"help": "'delta' beside the weights, 'replace' in their place."})
+    bits: int = field(default=4, metadata={"help": "Of a code: 2, 3 or 4."})
+    groups: int = field(default=1, metadata={"help": "Tables in a row, each of a part of it."})
+    groups_pattern: dict[str, int] = field(
+        default_factory=dict, metadata={"help": "{layer name or regular expression: groups}."}
+    )
+    clustering: str = field(
+        default="dp", metadata={"help": f"How tables are first made: one of {', '.join(METHODS)}."}
+    )
+    initial_dtype: str | None = field(
+        default=None, metadata={"help": "dtype of the first tables: bfloat16 for 'delta', float32 for 'replace'."}
+    )
+    index_storage: str | None = field(
+        default=None, metadata={"help": f"Where a saved adapter has its codes: one of {', '.join(STORAGES)}."}
+    )
+    sketch: str | None = field(default=None, metadata={"help": "Path of the file that codes are in."})
+    keep_base: str = field(default="drop", metadata={"help": "Dense weights of 'replace': 'drop' or keep on 'cpu'."})
+    weight_shapes: dict[str, list[int]] | None = field(
+        default=None, metadata={"help": "Resolved shapes of the layers' weights; recorded, not to be set."}
+    )
+    base_dtype: str | None = field(
+        default=None, metadata={"help": "dtype of the weights that were sketched; recorded, not to be set."}
+    )
+    sketch_sha256: str | None = field(
+        default=None, metadata={"help": "Hash of the side file; recorded, not to be set."}
+    )
+
+    def __post_init__(self):
+        super().__post_init__()
+        for name, choices in (("mode", MODES), ("clustering", METHODS), ("keep_base", KEEPS)):
+            self._check_choice(name, choices)
+        for name, choices in (("index_storage", STORAGES), ("initial_dtype", DTYPES)):
+            if getattr(self, name) is not None:
+                self._check_choice(name, choices)
+        if self.bits not in BITS or isinstance(self.bits, bool):
+            raise ValueError(f"bits={self.bits!r}: 2, 3 or 4 is expected")
+        for name, groups in {"groups": self.groups, **self.groups_pattern}.items():
+            where = name if name == "groups" else f"groups_pattern[{name!r}]"
+            if isinstance(groups, bool) or not isinstance(groups, int):
+                raise TypeError(f"{where}={groups!r}: an int is expected, the number of tables in a row")
+            if groups < 1:
+                raise ValueError(f"{where}={groups}: at least 1 is expected")
+        if self.sketch is not None and self.index_storage not in (None, "sidecar"):
+            raise ValueError(
+                f"sketch={self.sketch!r} with index_storage={self.index_storage!r}: only 'sidecar' has such a file"
+            )
+        if self.keep_base != "drop" and self.mode != "replace":
+            raise ValueError(
+                f"keep_base={self.keep_base!r} with mode={self.mode!r}: the base is only dropped by 'replace'"
+            )
+        if self.initial_dtype is None:
+            self.initial_dtype = "bfloat16" if self.mode == "delta" else "float32"
+
+    def _check_choice(self, name: str, choices: tuple[str, ...]) -> None:
+        value = getattr(self, name)
+        if value not in choices:
+            raise ValueError(f"{name}={value!r}: one of {', '.join(map(repr, choices))} is expected")
+
+    @property
+    def is_resolved(self) -> bool:
+        """Whether an adapter was made with this config: a file may bring its tables, so none are made anew."""
+        return self.weight_shapes is not None
+
+    # ------------------------------------------------------------------ the side file
+
+    def sidecar_path(self) -> str:
+        """Where the side file of this adapter lies.
+
+        Raises:
+            ValueError: it lies beside the adapter's config, which was not read from a folder.
+        """
+        if self.sketch is not None:
+            return self.sketch
+        folder = self.__dict__.get("folder")
+        if folder is None:
+            raise ValueError(
+                f"index_storage='sidecar': the codes are in the adapter's {SIDECAR}, whose folder is not known; load "
+                "the adapter with PeftModel.from_pretrained, or set the config's `sketch` to the file's path"
+            )
+        return os.path.join(folder, SIDECAR)
+
+    def give_codes_to_save(self, sketches: dict[str, Sketch]) -> None:
+        """Note the layers' codes for :meth:`save_pretrained`, which PEFT calls after it took the adapter's tensors."""
+        self.__dict__["_codes_to_save"] = sketches
+
+    def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
+        """As PEFT's, whole or not at all, with the side file where codes have one."""
+        sketches = self.__dict__.pop("_codes_to_save", None)
+        if sketches is not None:
+            path = self.sketch or os.path.join(save_directory, SIDECAR)
+            if self.sketch is None or not os.path.exists(path):
+                os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
+                self.sketch_sha256 = write_sketches(path, sketches)
+        super().save_pretrained(save_directory, **kwargs)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any):
+        """As PEFT's; the config knows the folder that its side file is in, fetched from the Hub if need be."""
+        config = super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
+        if config.index_storage == "sidecar" and config.sketch is None:
+            config.folder = cls._folder_of_sidecar(pretrained_model_name_or_path, subfolder, kwargs)
+        return config
+
+    @classmethod
+    def _folder_of_sidecar(cls, where: str, subfolder: str | None, kwargs: dict[str, Any]) -> str:
+        if os.path.isdir(where):
+            return os.path.join(where, subfolder or "")
+        from huggingface_hub import hf_hub_download
+
+        hub, _, _ = cls._split_kwargs(kwargs)
+        return os.path.dirname(hf_hub_download(where, SIDECAR, subfolder=subfolder, **hub))

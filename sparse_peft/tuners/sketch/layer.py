@@ -1,0 +1,229 @@
+"""The layer of SketchTune."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ...ops import CodedWeight, Codes, codebook_linear
+from ...support.codebooks import Sketch
+from ..tuner_layer import TunerLayer
+from .four_bit import FourBit
+from .sketched import SketchedLinear
+from .state import SketchState
+
+
+class SketchLinear(TunerLayer):
+    """A layer with trained tables beside its weight, or codes and trained tables in the place of it.
+
+    Rows are always outputs and columns inputs, also of GPT-2's ``Conv1D``, which stores its weight as ``(in, out)``.
+
+    Args:
+        base_layer, name: as in :class:`~sparse_peft.tuners.tuner_layer.TunerLayer`.
+        keep_base: of a weight that is replaced, ``"drop"`` it or keep it on the ``"cpu"``.
+    """
+
+    delta_container = "sparse_peft_sketch_adapter"
+    adapter_layer_names = (delta_container,)
+
+    def __init__(self, base_layer: nn.Module, name: str, keep_base: str = "drop", **kwargs: Any) -> None:
+        super().__init__(base_layer, name, **kwargs)
+        self.keep_base = keep_base
+
+    @property
+    def replaced(self) -> SketchedLinear | None:
+        """What stands in the place of the weight, also while a merged one stands in the place of that."""
+        found = self._modules.get("sketched", self.base_layer)
+        return found if isinstance(found, SketchedLinear) else None
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """``(outputs, inputs)``."""
+        return self.out_features, self.in_features
+
+    def _as_stored(self, weight: Tensor) -> Tensor:
+        return weight if self.product.in_dim == 1 else weight.t()
+
+    # ------------------------------------------------------------------ adapters and their codes
+
+    def add_delta(self, adapter_name: str, delta: SketchState, *, init_weights: bool, inference_mode: bool) -> None:
+        if delta.is_fresh and self.has_weight:
+            self._settle(delta)
+        super().add_delta(adapter_name, delta, init_weights=init_weights, inference_mode=inference_mode)
+
+    @property
+    def has_weight(self) -> bool:
+        """Whether there is something to find codes of: a base that is still to be loaded has none."""
+        base = self.get_base_layer()
+        return self.replaced is not None or base.weight.device.type != "meta"
+
+    def settled(self, adapter_name: str) -> SketchState:
+        state: SketchState = self.deltas[adapter_name]
+        if not state.is_settled:
+            self._settle(state)
+        return state
+
+    def receive(self, adapter_name: str) -> None:
+        """Take the codes that a file brought for an adapter; nothing is different after an exception."""
+        state: SketchState = self.deltas[adapter_name]
+        with state.receiving():
+            self.settled(adapter_name)
+
+    @torch.no_grad()
+    def _settle(self, state: SketchState) -> None:
+        if self.merged:
+            raise RuntimeError(
+                f"layer {self.name}: adapters are merged, so the base's own weights, whose codes a new adapter needs, "
+                "are not there; call unmerge_adapter() first"
+            )
+        if not self.has_weight:
+            raise RuntimeError(
+                f"layer {self.name}: the base weight is not in memory (it is offloaded, or was never loaded), so the "
+                "codes of its values cannot be found; load the base model without offloading"
+            )
+        replaced, shared, nearest = self.replaced, None, None
+        if not state.has_tables:
+            shared, nearest = self._four_bit_sketch(), 0
+        elif replaced is not None:
+            shared, nearest = replaced.sketch, replaced.nearest_checksum
+        with torch.inference_mode(False):
+            base = "codes" if shared is not None else str(self.get_base_layer().weight.dtype).partition(".")[2]
+            state.settle(None if shared is not None else self._rows_of_base(), shared, nearest, base)
+            if state.replaces and replaced is None:
+                nearest = int(state.checksum[1])
+                keep = self.keep_base == "cpu"
+                self.base_layer = SketchedLinear(self.base_layer, state.hand_over(), nearest, keep)
+
+    def _rows_of_base(self) -> Callable[[int, int], Tensor]:
+        weight = self._as_stored(self.dense_base_weight())
+        return lambda start, stop: weight[start:stop]
+
+    def _four_bit(self) -> FourBit:
+        found = FourBit.of(self.get_base_layer())
+        if found is None:
+            raise ValueError(
+                f"layer {self.name}: its base had 4-bit weights when the adapter was made, and now has none"
+            )
+        return found
+
+    def _four_bit_sketch(self) -> Sketch:
+        base = self._four_bit()
+        tables = base.table.expand(base.codes.shape[0], 1, 16)
+        return Sketch(tables, base.codes, bits=4, groups=1, cols=base.cols)
+
+    def sketch(self, adapter_name: str) -> Sketch:
+        """An adapter's codes and first tables."""
+        state = self.settled(adapter_name)
+        if not state.has_tables:
+            return self._four_bit_sketch()
+        codes = self.replaced.codes.data if self.replaced else state.packed
+        return Sketch(state.first_tables(), codes, bits=state.bits, groups=state.groups, cols=self.in_features)
+
+    # ------------------------------------------------------------------ the weight
+
+    def _coded(self, names: tuple[str, ...], with_base: bool) -> tuple[list[Tensor], CodedWeight]:
+        """Tables and what to decode them with: the effective weight, or what the adapters add to the base's."""
+        states = {name: self.settled(name) for name in names}
+        tables = [state() for state in states.values()]
+        if self.replaced is not None:
+            initial = self.replaced.codebook
+            if with_base and len(tables) == 1:
+                return tables, self.replaced.coded
+            total = sum(table - initial for table in tables)
+            return [initial + total if with_base else total], self.replaced.coded
+        codes, scale_, base = [], None, None
+        four_bit = None if all(state.has_tables for state in states.values()) else self._four_bit()
+        for state in states.values():
+            codes.append(Codes(state.packed if state.has_tables else four_bit.codes, state.bits))
+        if four_bit is not None:
+            scale_ = four_bit.scale_
+            if with_base:
+                tables[0] = tables[0] + four_bit.table
+        elif with_base:
+            weight = self._as_stored(self.base_parameter.detach())
+            base = lambda start, stop: weight[start:stop]  # noqa: E731
+        return tables, CodedWeight(self.shape, tuple(codes), base, scale_)
+
+    def get_delta_weight(self, adapter: str) -> Tensor:
+        return self._delta_weight((adapter,))
+
+    @torch.no_grad()
+    def _delta_weight(self, names: tuple[str, ...]) -> Tensor:
+        tables, coded = self._coded(names, with_base=False)
+        dense = coded.rows(tables, 0, self.out_features, tables[0].dtype)
+        return self._as_stored(dense)
+
+    # ------------------------------------------------------------------ forward
+
+    def path(self, x: Tensor | None = None) -> str:
+        """How the forward pass of the active adapters is computed.
+
+        Returns:
+            ``"decoded"``: the effective weight is put together a panel at a time, ``"additive"``: the base layer's own
+            forward, with the adapters' part added to its result.
+        """
+        if self._is_hooked():
+            return "additive"
+        if self.replaced is not None:
+            return "decoded"
+        if self.quantization_backend is None:
+            return "decoded" if self._base_is_stock(x) else "additive"
+        names = self._active_names()
+        return "decoded" if names and all(not self.deltas[name].has_tables for name in names) else "additive"
+
+    def forward(self, x: Tensor, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any) -> Tensor:
+        names = self._active_names()
+        plain = self.disable_adapters or adapter_names is not None or self.merged or not names or args or kwargs
+        if plain or self.path(x) == "additive":
+            return super().forward(x, *args, adapter_names=adapter_names, **kwargs)
+        if self.quantization_backend is not None:
+            self._restore_dtypes(names)
+        return self._decoded_forward(x, names)
+
+    @torch.compiler.disable  # panels are no business of a graph, which would keep the weight whole
+    def _decoded_forward(self, x: Tensor, names: tuple[str, ...]) -> Tensor:
+        dtype = self._compute_dtype(x)
+        if self.quantization_backend is not None:
+            dtype = getattr(self.base_layer, "compute_dtype", None) or dtype
+        tables, coded = self._coded(names, with_base=True)
+        bias = self.base_layer.bias
+        out = codebook_linear(x.to(dtype), tables, None if bias is None else bias.to(dtype), coded)
+        return out if self.quantization_backend is None else out.to(x.dtype)
+
+    @torch.compiler.disable
+    def adapter_output(self, x: Tensor, adapter_name: str) -> Tensor:
+        tables, coded = self._coded((adapter_name,), with_base=False)
+        return codebook_linear(x.to(self._compute_dtype(x)), tables, None, coded)
+
+    # ------------------------------------------------------------------ merging
+
+    def _merge(self, names: tuple[str, ...], safe_merge: bool) -> None:
+        replaced = self.replaced
+        if replaced is None:
+            return super()._merge(names, safe_merge)
+        (table,), _ = self._coded((*self.merged_adapters, *names), with_base=True)
+        if safe_merge:
+            self._check_merged(table, names)
+        self._modules["sketched"] = replaced
+        self.base_layer = replaced.with_weight(replaced.decode(table, replaced.dtype))
+
+    @torch.no_grad()
+    def unmerge(self) -> None:
+        """As the base class's; codes and tables come back to where the merged weight was."""
+        if self.merged and "sketched" in self._modules:
+            self.base_layer = self._modules.pop("sketched")
+        super().unmerge()
+
+    def unload_and_optionally_merge_module(
+        self, merge: bool, safe_merge: bool = False, adapter_names: list[str] | None = None
+    ) -> nn.Module:
+        """What PEFT puts in the layer's place when adapters are unloaded: an ordinary layer with a dense weight."""
+        if merge:
+            self.merge(safe_merge=safe_merge, adapter_names=adapter_names)
+        replaced = self.replaced
+        if replaced is None or (merge and self.merged):
+            return self.get_base_layer()
+        return replaced.with_weight(replaced.weight) if merge else replaced.original()

@@ -1,0 +1,236 @@
+"""The tuner of SketchTune."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from ...ops import Combination, check_weights, is_convolution
+from ...support import matches_layer
+from ...support.codebooks import Sketch
+from ..base_model import BaseSparseModel, base_of, in_dim_of, stored_shape
+from ..low_rank import factor_sizes
+from ..weighted import check_combination, combinable_configs
+from .config import SketchConfig
+from .four_bit import FourBit
+from .layer import SketchLinear
+from .sidecar import read_sketches
+from .sketched import SketchedLinear
+from .state import SketchState
+
+
+@dataclass(frozen=True)
+class SketchPlan:
+    """What one layer's new adapter will be: arguments of :class:`~sparse_peft.tuners.sketch.state.SketchState`."""
+
+    shape: tuple[int, int]
+    groups: int
+    config: SketchConfig
+    sketch: Sketch | None
+    has_tables: bool
+    is_fresh: bool
+
+    def make_delta(self, name: str) -> SketchState:
+        return SketchState(
+            self.shape, self.groups, name, self.config, self.sketch, self.has_tables, is_fresh=self.is_fresh
+        )
+
+
+class SketchModel(BaseSparseModel):
+    """Creates a model whose target layers have trained tables beside their weights, or in the place of them.
+
+    Args:
+        model: the model to adapt; of mode ``"replace"`` the target layers lose their weights.
+        config: a :class:`~sparse_peft.SketchConfig`.
+        adapter_name: the adapter's name.
+    """
+
+    prefix = "sparse_peft_sketch_"
+    tuner_layer_cls = SketchLinear
+    layer_cls = SketchLinear
+
+    @staticmethod
+    def layer_options(config: SketchConfig) -> dict[str, Any]:
+        return {"keep_base": config.keep_base}
+
+    def _prepare_model(self, peft_config: SketchConfig, model: nn.Module) -> None:
+        modes = {config.mode for config in self.peft_config.values()}
+        if len(modes) > 1:
+            raise ValueError(
+                f"mode={peft_config.mode!r}: the model has adapters of the other mode; 'replace' takes the weights "
+                "away that 'delta' is added to, so one model has adapters of one mode"
+            )
+        super()._prepare_model(peft_config, model)
+
+    @classmethod
+    def check_targets(cls, model: nn.Module, targets: dict[str, nn.Module]) -> None:
+        super().check_targets(model, {n: m for n, m in targets.items() if not isinstance(base_of(m), SketchedLinear)})
+        for name, module in targets.items():
+            if is_convolution(base_of(module)):
+                raise TypeError(
+                    f"Target module {name} of type {type(base_of(module)).__name__}: a sketch has tables for the rows "
+                    "of linear layers only; leave convolutions out with exclude_modules"
+                )
+
+    def plan_layers(
+        self,
+        config: SketchConfig,
+        targets: dict[str, nn.Module],
+        adapter_name: str,
+        file_entries: dict[str, int] | None,
+    ) -> dict[str, SketchPlan]:
+        if config.mode == "replace":
+            self._check_replaceable(targets)
+        shapes = {name: stored_shape(module) for name, module in targets.items()}
+        self._check_shapes(config, shapes)
+        sketches = self._twins_sketches(config, targets, adapter_name) or config.__dict__.get("sketches") or {}
+        is_fresh = bool(sketches) or not config.is_resolved
+        if config.index_storage is None:
+            config.index_storage = "sidecar" if sketches or config.sketch is not None else "recompute"
+        if config.index_storage == "sidecar" and not sketches:
+            sketches = read_sketches(config.sidecar_path(), config.sketch_sha256)
+        if sketches:
+            self._check_names(config, set(sketches), set(targets), "the given sketches are for")
+        plans = {}
+        for name, module in targets.items():
+            sides = factor_sizes(shapes[name], in_dim_of(module))[::-1]
+            groups = self.groups_of(config, name)
+            if groups > sides[1]:
+                raise ValueError(f"groups={groups}: layer {name} has {sides[1]} inputs, which are a row's weights")
+            shares = config.bits == 4 and not sketches and FourBit.of(base_of(module)) is not None
+            plans[name] = SketchPlan(sides, groups, config, sketches.get(name), not shares, is_fresh)
+        config.weight_shapes = {name: list(shape) for name, shape in shapes.items()}
+        if config.base_dtype is None:
+            config.base_dtype = next((str(base_of(m).weight.dtype).partition(".")[2] for m in targets.values()), None)
+        return plans
+
+    @staticmethod
+    def groups_of(config: SketchConfig, name: str) -> int:
+        return next((g for pattern, g in config.groups_pattern.items() if matches_layer(pattern, name)), config.groups)
+
+    @staticmethod
+    def _check_replaceable(targets: dict[str, nn.Module]) -> None:
+        for name, module in targets.items():
+            base = base_of(module)
+            if type(base) not in (nn.Linear, Conv1D, SketchedLinear):
+                raise TypeError(
+                    f"Target module {name} of type {type(base).__name__}: mode='replace' puts codes in the place of "
+                    "plain `torch.nn.Linear` and transformers' `Conv1D`; use mode='delta', which on a base in "
+                    "bitsandbytes' 4 bits trains tables for the codes that are there"
+                )
+
+    def _twins_sketches(self, config, targets: dict[str, nn.Module], adapter_name: str) -> dict[str, Sketch]:
+        """TRL adds its reference adapter with the policy's own config object: its codes are the policy's."""
+        twins = [name for name, other in self.peft_config.items() if other is config and name != adapter_name]
+        layers = {name: m for name, m in targets.items() if isinstance(m, SketchLinear)}
+        if not twins or len(layers) < len(targets) or not all(twins[0] in m.deltas for m in layers.values()):
+            return {}
+        return self._sketches(layers, twins[0])
+
+    @staticmethod
+    def _sketches(layers: dict[str, SketchLinear], adapter_name: str) -> dict[str, Sketch]:
+        """The layers' codes; none of layers whose base has them."""
+        return {
+            name: layer.sketch(adapter_name) for name, layer in layers.items() if layer.deltas[adapter_name].has_tables
+        }
+
+    # ------------------------------------------------------------------ several adapters
+
+    @torch.no_grad()
+    def add_weighted_adapter(
+        self,
+        adapters: Sequence[str],
+        weights: Sequence[float],
+        adapter_name: str,
+        combination_type: str = "linear",
+        **options: Any,
+    ) -> None:
+        """Add an adapter that is a weighted sum of others, exact because tables of the same codes add up.
+
+        What is summed is what each adapter changes: of mode ``"replace"``, ``c0 + sum of w_i (c_i - c0)``.
+
+        Args:
+            adapters: names of adapters that have the same codes in the same layers.
+            weights: one number for each.
+            adapter_name: the new adapter's name.
+            combination_type: ``"linear"``, the only one.
+            options: the other combinations', for an error that says so.
+
+        Raises:
+            ValueError: names or weights that do not fit, another combination, or adapters whose layers or codes
+                differ.
+        """
+        configs = combinable_configs(self, adapters, adapter_name)
+        check_weights(weights, len(adapters))
+        check_combination(SketchState, type(self).__name__, Combination(combination_type, **options))
+        layers = {m.name: m for m in self.sparse_layers(self.model) if any(name in m.deltas for name in adapters)}
+        for layer in layers.values():
+            self._check_same_codes(layer, adapters)
+        config = copy.copy(configs[0])
+        config.sketches = self._sketches(layers, adapters[0])
+        self.peft_config[adapter_name] = config
+        self.inject_adapter(self.model, adapter_name)
+        config.__dict__.pop("sketches")
+        for layer in layers.values():
+            state, parts = layer.settled(adapter_name), [layer.settled(name).codebook for name in adapters]
+            origin = state.first_tables().to(parts[0]) if state.replaces else torch.zeros_like(parts[0])
+            total = origin + sum(weight * (part - origin) for weight, part in zip(weights, parts))
+            state.codebook.copy_(total)
+
+    @staticmethod
+    def _check_same_codes(layer: SketchLinear, adapters: Sequence[str]) -> None:
+        for name in adapters:
+            first, other = (layer.deltas[n] if n in layer.deltas else None for n in (adapters[0], name))
+            if first is None or other is None:
+                raise ValueError(
+                    f"layer {layer.name}: only some of the adapters {', '.join(adapters)} have tables for it; a "
+                    "weighted sum needs adapters of the same layers"
+                )
+            first, other = layer.settled(adapters[0]), layer.settled(name)
+            if first.codebook.shape != other.codebook.shape or not torch.equal(first.checksum, other.checksum):
+                raise ValueError(
+                    f"layer {layer.name}: the adapters {adapters[0]!r} and {name!r} have other codes, so their tables "
+                    "do not add up; activate both with `model.base_model.set_adapter([...])`, which adds what they do"
+                )
+
+    # ------------------------------------------------------------------ after training
+
+    def unload(self) -> nn.Module:
+        """As PEFT's; dense weights that were dropped cannot come back."""
+        for layer in self.sparse_layers(self.model):
+            if layer.replaced is not None and not layer.replaced.keeps_original:
+                raise RuntimeError(
+                    f"layer {layer.name}: its dense weight was dropped, so unload() cannot give it back; "
+                    "merge_and_unload() gives the trained one, keep_base='cpu' in the config keeps it"
+                )
+        return super().unload()
+
+    # ------------------------------------------------------------------ checkpoints
+
+    @classmethod
+    def _get_adapter_state_dict(cls, model, config, adapter_name, state_dict, unwanted_adapter_names):
+        entries = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
+        sketches = {}
+        for key, layer, state in cls._named_deltas(model, adapter_name):
+            if state.has_tables and config.index_storage == "embed":
+                entries[f"{key}codes"] = layer.sketch(adapter_name).codes
+            elif state.has_tables and config.index_storage == "sidecar":
+                sketches[layer.name] = layer.sketch(adapter_name)
+        if sketches:
+            config.give_codes_to_save(sketches)
+        return entries
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(
+        cls, model, config, adapter_name, state_dict: dict[str, Tensor]
+    ) -> dict[str, Tensor]:
+        entries = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
+        for _, layer, _ in cls._named_deltas(model, adapter_name):
+            layer.receive(adapter_name)
+        return entries

@@ -1,0 +1,93 @@
+"""What stands in the place of a layer whose weight is codes and tables."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from ...ops import CodedWeight, Codes, code_gather, codebook_linear
+from ...support.codebooks import Sketch
+
+
+class SketchedLinear(nn.Module):
+    """A linear layer with codes and a frozen table in the place of its weight; the bias is kept.
+
+    Args:
+        base: the ``nn.Linear`` or transformers' ``Conv1D`` whose place it takes.
+        sketch: of its weight, ``(outputs, inputs)``.
+        nearest_checksum: of the codes that were nearest to the weight.
+        keep: keep the dense weight on the CPU, for :meth:`original`.
+    """
+
+    def __init__(self, base: nn.Module, sketch: Sketch, nearest_checksum: int, keep: bool = False):
+        super().__init__()
+        self.out_features, self.in_features = sketch.codes.shape[0], sketch.cols
+        self.is_conv1d = isinstance(base, Conv1D)
+        self.bits, self.groups = sketch.bits, sketch.groups
+        self.nearest_checksum = nearest_checksum
+        # set directly: while PEFT loads with low_cpu_mem_usage, parameters that are registered go to the meta device
+        self._parameters["bias"] = base.bias
+        # a parameter, as bitsandbytes' packed weights are: distributed wrappers copy buffers in every pass
+        self._parameters["codes"] = nn.Parameter(sketch.codes, requires_grad=False)
+        self.register_buffer("codebook", sketch.codebooks)
+        # follows .to() and .half() as a weight would
+        self.register_buffer("like", torch.empty(0, dtype=base.weight.dtype), persistent=False)
+        self._dense = base.weight.detach().cpu() if keep else None
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.like.dtype
+
+    @property
+    def coded(self) -> CodedWeight:
+        """The weight without its table."""
+        return CodedWeight((self.out_features, self.in_features), (Codes(self.codes, self.bits),))
+
+    @property
+    def sketch(self) -> Sketch:
+        return Sketch(self.codebook, self.codes.data, bits=self.bits, groups=self.groups, cols=self.in_features)
+
+    def decode(self, table: Tensor, dtype: torch.dtype) -> Tensor:
+        """The weight with this table, as the layer that was replaced stored it."""
+        weight = code_gather(table.detach(), self.codes, self.bits, self.in_features, dtype)
+        return weight.t().contiguous() if self.is_conv1d else weight
+
+    @property
+    def weight(self) -> Tensor:
+        """The dense weight that the frozen table gives, decoded anew each time it is read."""
+        return self.decode(self.codebook, self.dtype)
+
+    def with_weight(self, weight: Tensor) -> nn.Module:
+        """An ordinary layer with this weight, as the layer that was replaced stored it, and the same bias."""
+        if self.is_conv1d:
+            dense = Conv1D(0, 0)
+            dense.nf, dense.nx = self.out_features, self.in_features
+        else:
+            dense = nn.Linear(self.in_features, self.out_features, bias=False, device="meta")
+        dense.weight = nn.Parameter(weight.to(self.dtype), requires_grad=False)
+        dense.bias = self.bias
+        return dense.train(self.training)
+
+    @property
+    def keeps_original(self) -> bool:
+        return self._dense is not None
+
+    def original(self) -> nn.Module:
+        """The layer that was replaced, whose weight was kept."""
+        return self.with_weight(self._dense.to(self.codes.device))
+
+    def forward(self, x: Tensor) -> Tensor:
+        bias = None if self.bias is None else self.bias.to(x.dtype)
+        return codebook_linear(x, (self.codebook,), bias, self.coded)
+
+    def _apply(self, fn, *args, **kwargs):
+        before = self.codebook
+        module = super()._apply(fn, *args, **kwargs)
+        if self.codebook.dtype != before.dtype and before.device.type != "meta":
+            self.codebook = before.to(self.codebook.device)  # codes and trained tables refer to these very numbers
+        return module
+
+    def extra_repr(self) -> str:
+        sizes = f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
+        return f"{sizes}, bits={self.bits}, groups={self.groups}"
