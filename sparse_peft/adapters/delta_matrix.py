@@ -10,7 +10,9 @@ from torch import Tensor
 from ..support import Support
 from ..tuners.delta import Delta
 from ..tuners.low_rank import LowRankState
+from ..tuners.snella.state import KernelState
 from ..tuners.trained import TrainedState
+from .sparse import stored_entries
 
 
 class DeltaMatrix:
@@ -38,6 +40,10 @@ class DeltaMatrix:
             if in_dim is None and isinstance(state, Delta):
                 in_dim = 1 if state.shape == self.shape else 0
         self.in_dim = 1 if in_dim is None else in_dim
+        if isinstance(state, KernelState):
+            self.in_dim = state.product.in_dim
+            self.support, values = stored_entries(state)
+            self.values, self.shape = values.double(), state.sizes[::-1]
         if isinstance(state, Delta):
             self.support, self.values = state.support.to("cpu"), state.values.detach().cpu().double()
             self.shape = state.shape if self.in_dim == 1 else state.shape[::-1]

@@ -16,11 +16,11 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ..tuners.base_model import BaseSparseModel
-from ..tuners.tuner_layer import TunerLayer
+from ..tuners.tuner_layer import SET_ASIDE, TunerLayer
 from .files import config_of
 from .lora import save_as_lora
 from .low_rank import LowRankExport, save_low_rank
-from .stored import read_stored
+from .stored import read_sparse
 from .weights import structure_of
 
 FORMS = ("merged", "lora", "low_rank")
@@ -80,17 +80,19 @@ def _export(model: nn.Module, output, form: str, adapter_name: str, rank: int | 
 @contextmanager
 def _with_adapter(folder: str | os.PathLike, base: nn.Module | str | os.PathLike | None) -> Iterator[nn.Module]:
     """A model that has the folder's adapter; a loaded base gets its layers back."""
-    adapter = read_stored(folder)  # refuses what is no sparse adapter before a model is loaded for it
-    base = adapter.config.base_model_name_or_path if base is None else base
+    config, _ = read_sparse(folder)  # refuses what is no sparse adapter before a model is loaded for it
+    base = config.base_model_name_or_path if base is None else base
     if base is None:
-        raise ValueError(f"{adapter.folder}: its config names no base model; pass base=, a loaded model or a folder")
+        raise ValueError(
+            f"{os.fspath(folder)}: its config names no base model; pass base=, a loaded model or a folder"
+        )
     loaded = isinstance(base, nn.Module)
     if not loaded:
         if not Path(base).is_dir():
             raise ValueError(f"base={os.fspath(base)!r}: no such folder; pass the loaded model, or its local folder")
         structure = structure_of(base)
         base = getattr(transformers, type(structure).__name__).from_pretrained(base, dtype="auto")
-    model = PeftModel.from_pretrained(base, os.fspath(folder))
+    model = PeftModel.from_pretrained(base, os.fspath(folder), config=config.for_a_visit())
     try:
         yield model
     finally:
@@ -135,7 +137,7 @@ def _plain_state(model: nn.Module, adapter_name: str) -> dict[str, Tensor]:
     for name, module in model.named_modules():
         prefix = f"{name}." if name else ""
         if isinstance(module, TunerLayer):
-            hidden += [f"{prefix}{module.delta_container}.", f"{prefix}weightless."]
+            hidden += [f"{prefix}{module.delta_container}.", f"{prefix}{SET_ASIDE}."]
             renamed[f"{prefix}base_layer."] = prefix
         elif isinstance(module, AuxiliaryTrainingWrapper):
             chosen = getattr(module, "modules_to_save", {})

@@ -9,21 +9,22 @@ from torch import Tensor, nn
 from ..support import Support, index_dtype
 from ..tuners.base_model import BaseSparseModel
 from ..tuners.snella import SnellaConfig, SnellaLinear
+from ..tuners.snella.state import KernelState
 from ..tuners.sparse import SparseConfig
 from .files import config_of, tensors_of, write_adapter
 from .stored import sparse_config, sparse_state, sparse_tensors
 
 
-def entries_of(layer: SnellaLinear, adapter_name: str) -> tuple[Support, Tensor]:
+def stored_entries(state: KernelState) -> tuple[Support, Tensor]:
     """One layer's entries that are kept: where they are in the stored weight, and ``(entries,)`` their values."""
-    positions, values = layer.deltas[adapter_name].sparse()
-    if layer.product.in_dim == 0:  # stored the other way round
-        outputs, inputs = layer.stored_shape[1], layer.stored_shape[0]
-        positions = positions % inputs * outputs + positions // inputs
-        positions, order = positions.sort()
+    positions, values = state.sparse()
+    inputs, outputs = state.sizes
+    shape = (outputs, inputs)
+    if state.product.in_dim == 0:  # stored the other way round
+        shape = (inputs, outputs)
+        positions, order = (positions % inputs * outputs + positions // inputs).sort()
         values = values[order]
-    support = Support(layer.stored_shape, positions.to(index_dtype(layer.stored_shape)), name=layer.name)
-    return support, values.float()
+    return Support(shape, positions.to(index_dtype(shape)), name=state.name), values.float()
 
 
 def to_sparse(model: nn.Module, adapter_name: str = "default") -> tuple[SparseConfig, dict[str, Tensor]]:
@@ -47,7 +48,7 @@ def to_sparse(model: nn.Module, adapter_name: str = "default") -> tuple[SparseCo
         if SnellaLinear.delta_container not in name
     }
     entries = {
-        layer.name: entries_of(layer, adapter_name)
+        layer.name: stored_entries(layer.deltas[adapter_name])
         for layer in BaseSparseModel.sparse_layers(model)
         if adapter_name in layer.deltas
     }

@@ -81,12 +81,12 @@ def check_shape(shape: Any, layer: str, source: str) -> tuple[int, int]:
     return rows, cols
 
 
-def read_stored(folder: str | os.PathLike) -> StoredAdapter:
-    """Read a sparse adapter's folder.
+def read_sparse(folder: str | os.PathLike) -> tuple[BaseSparseConfig, dict[str, Tensor]]:
+    """The config and tensors of a sparse adapter's folder, that its base model can be given.
 
     Raises:
         ValueError: no adapter of this package, one that takes its base's place (SLTrain's ``mode="pretrain"``), or a
-            damaged one; names the layer.
+            damaged one.
     """
     folder = os.fspath(folder)
     config, tensors = read_adapter(folder)
@@ -111,7 +111,23 @@ def read_stored(folder: str | os.PathLike) -> StoredAdapter:
             f"{folder}: an adapter of mode='pretrain' is the weights themselves, not a change of a base model's; load "
             "it and merge_and_unload()"
         )
+    return config, tensors
+
+
+def read_stored(folder: str | os.PathLike) -> StoredAdapter:
+    """Read a sparse adapter's folder.
+
+    Raises:
+        ValueError: as :func:`read_sparse`, or a method that is nothing without its base's weights; names the layer.
+    """
+    folder = os.fspath(folder)
+    config, tensors = read_sparse(folder)
     tuner = PEFT_TYPE_TO_TUNER_MAPPING[config.peft_type]
+    if tuner.needs_base_weights:
+        raise ValueError(
+            f"{folder}: what an adapter of {type(config).__name__} adds is known on its base model only; load it "
+            "there with PeftModel.from_pretrained, or write the merged model with sparse_peft.adapters.export"
+        )
     marker = f".{tuner.layer_cls.delta_container}."
     states, rest = {}, {}
     for name, tensor in tensors.items():
@@ -149,8 +165,9 @@ def _stand_in(
         # nothing is made of a size that the file does not have
         down, up = tensors["A"], tensors["B"]
         rank = tensors["gate"].numel() if "gate" in tensors else config.r
-        in_dim = 1 if tuple(down.shape[1:]) == (cols,) else 0
-        if tuple(down.shape) != (rank, shape[in_dim]) or tuple(up.shape) != (shape[1 - in_dim], rank):
+        sides = (down.shape[-2], up.shape[-2]) if down.ndim == 3 == up.ndim else (down.shape[-1], up.shape[0])
+        in_dim = 1 if sides[0] == cols else 0
+        if sides != (shape[in_dim], shape[1 - in_dim]) or (down.numel(), up.numel()) != tuple(rank * n for n in sides):
             raise ValueError(
                 f"layer {layer}: factors of shapes {tuple(down.shape)} and {tuple(up.shape)} for a weight of "
                 f"{rows} x {cols} and rank {rank}; the adapter's file is damaged: save or download it again"

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import os
 import tempfile
 from dataclasses import MISSING, dataclass, field, fields
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 from peft.config import PeftConfig
 from peft.utils import PeftType
@@ -147,6 +148,10 @@ class BaseSparseConfig(PeftConfig):
     def selection_needs(self) -> str:
         """What positions are chosen from: ``"none"``, ``"weight"``, ``"activation"`` or ``"gradient"``."""
         return "none"
+
+    def for_a_visit(self) -> Self:
+        """A copy to load an adapter with whose base is to be had back by ``unload()``."""
+        return copy.copy(self)
 
     def to_dict(self) -> dict:
         """As PEFT's, with sets sorted, so that saving twice gives the same file."""

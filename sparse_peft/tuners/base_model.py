@@ -121,6 +121,8 @@ class BaseSparseModel(BaseTuner):
     """
 
     layer_cls: type[TunerLayer]
+    counted_tensor = "values"  # which of a layer's tensors in a file says by its size what the layer trains
+    needs_base_weights = False  # whether what an adapter adds is a function of its base's weights as well
     target_module_mapping = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 
     @abstractmethod
@@ -290,7 +292,7 @@ class BaseSparseModel(BaseTuner):
         return {
             key.rsplit(f".{cls.prefix}", 1)[0].removeprefix("_orig_mod."): value.numel()
             for key, value in state_dict.items()
-            if key.endswith(".values") and f".{cls.prefix}" in key
+            if key.endswith(f".{cls.counted_tensor}") and f".{cls.prefix}" in key
         }
 
     @classmethod

@@ -16,6 +16,7 @@ from .packed import PackedWeight, keep_packing
 from .trained import TrainedState
 
 STOCK_FORWARDS = {nn.Linear.forward, Conv1D.forward, *(kind.forward for kind in CONVOLUTIONS)}
+SET_ASIDE = "set_aside"  # the module that what stands in a weight's place is kept as, while a merged weight does
 BASE_ADAPTER = "__base__"  # PEFT's name for "no adapter" in a mixed batch
 
 

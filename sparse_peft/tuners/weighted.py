@@ -32,7 +32,7 @@ def check_combination(kind: type[TrainedState], method: str, how: Combination) -
     if not kind.combinations:
         raise ValueError(
             f"combination_type={how.combination_type!r}: the deltas of {method} adapters do not add up; merge one "
-            "with merge_and_unload(), and train or load the next on the merged model"
+            f"with merge_and_unload(), and train or load the next on the merged model{kind.why_these_combinations}"
         )
     raise ValueError(
         f"combination_type={how.combination_type!r}: {method} has {', '.join(kind.combinations)}: "

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from ...support.codebooks import METHODS
 from ..base_config import BaseSparseConfig
@@ -115,6 +115,11 @@ class SketchConfig(BaseSparseConfig):
         value = getattr(self, name)
         if value not in choices:
             raise ValueError(f"{name}={value!r}: one of {', '.join(map(repr, choices))} is expected")
+
+    def for_a_visit(self) -> Self:
+        config = super().for_a_visit()
+        config.keep_base = "cpu" if self.mode == "replace" else self.keep_base
+        return config
 
     @property
     def is_resolved(self) -> bool:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ...ops import CodedWeight, Codes, codebook_linear
 from ...support.codebooks import Sketch
-from ..tuner_layer import TunerLayer
+from ..tuner_layer import SET_ASIDE, TunerLayer
 from .four_bit import FourBit
 from .sketched import SketchedLinear
 from .state import SketchState
@@ -36,7 +36,7 @@ class SketchLinear(TunerLayer):
     @property
     def replaced(self) -> SketchedLinear | None:
         """What stands in the place of the weight, also while a merged one stands in the place of that."""
-        found = self._modules.get("sketched", self.base_layer)
+        found = self._modules.get(SET_ASIDE, self.base_layer)
         return found if isinstance(found, SketchedLinear) else None
 
     @property
@@ -207,14 +207,14 @@ class SketchLinear(TunerLayer):
         (table,), _ = self._coded((*self.merged_adapters, *names), with_base=True)
         if safe_merge:
             self._check_merged(table, names)
-        self._modules["sketched"] = replaced
+        self._modules[SET_ASIDE] = replaced
         self.base_layer = replaced.with_weight(replaced.decode(table, replaced.dtype))
 
     @torch.no_grad()
     def unmerge(self) -> None:
         """As the base class's; codes and tables come back to where the merged weight was."""
-        if self.merged and "sketched" in self._modules:
-            self.base_layer = self._modules.pop("sketched")
+        if self.merged and SET_ASIDE in self._modules:
+            self.base_layer = self._modules.pop(SET_ASIDE)
         super().unmerge()
 
     def unload_and_optionally_merge_module(

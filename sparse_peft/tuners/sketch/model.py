@@ -54,6 +54,8 @@ class SketchModel(BaseSparseModel):
     prefix = "sparse_peft_sketch_"
     tuner_layer_cls = SketchLinear
     layer_cls = SketchLinear
+    counted_tensor = "codebook"
+    needs_base_weights = True
 
     @staticmethod
     def layer_options(config: SketchConfig) -> dict[str, Any]:

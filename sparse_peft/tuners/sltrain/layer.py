@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from ...ops import cheaper_way, compose, sparse_low_rank_linear
 from ..base_layer import SparseTunerLayer
 from ..low_rank import LowRankLayer
-from ..tuner_layer import TunerLayer
+from ..tuner_layer import SET_ASIDE, TunerLayer
 from .delta import SLTrainDelta
 from .weightless import WeightlessLinear
 
@@ -108,7 +108,7 @@ class SLTrainLinear(LowRankLayer, SparseTunerLayer):
         weight = compose(up, down, delta.values.detach(), support)
         if safe_merge:
             self._check_merged(weight, names)
-        self._modules["weightless"] = self.base_layer
+        self._modules[SET_ASIDE] = self.base_layer
         self.base_layer = self.base_layer.with_weight(weight)
 
     def _add_deltas_(self, weight: Tensor, names: tuple[str, ...]) -> None:
@@ -117,12 +117,12 @@ class SLTrainLinear(LowRankLayer, SparseTunerLayer):
     @torch.no_grad()
     def unmerge(self) -> None:
         """As the base class's; a layer that had no weight loses the merged one again."""
-        if self.merged and "weightless" in self._modules:
-            self.base_layer = self._modules.pop("weightless")
+        if self.merged and SET_ASIDE in self._modules:
+            self.base_layer = self._modules.pop(SET_ASIDE)
         super().unmerge()
 
     def enable_adapters(self, enabled: bool) -> None:
-        if not enabled and (self.is_weightless or "weightless" in self._modules):
+        if not enabled and (self.is_weightless or SET_ASIDE in self._modules):
             raise RuntimeError(
                 f"layer {self.name}: an adapter of mode='pretrain' cannot be disabled: the layer has no weight "
                 "besides it. There is no base model to compare with; keep a copy of the model instead"

@@ -40,6 +40,7 @@ class SnellaModel(BaseSparseModel):
     prefix = "sparse_peft_snella_"
     tuner_layer_cls = SnellaLinear
     layer_cls = SnellaLinear
+    counted_tensor = "B"
 
     @staticmethod
     def layer_options(config: SnellaConfig) -> dict[str, Any]:

@@ -72,6 +72,7 @@ class KernelState(TrainedState):
 
     value_name = "B"
     full_precision = frozenset({"mix"})
+    why_these_combinations = "; sparse_peft.adapters.save_as_sparse writes one as a sparse delta, and those do"
     position_names = ("kept", "tau", "age", "seed", "first_tau")
 
     def __init__(

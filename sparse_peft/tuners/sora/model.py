@@ -42,6 +42,7 @@ class SoRAModel(BaseSparseModel):
     prefix = "sparse_peft_sora_"
     tuner_layer_cls = SoRALinear
     layer_cls = SoRALinear
+    counted_tensor = "gate"
 
     @staticmethod
     def layer_options(config: SoRAConfig) -> dict[str, Any]:
@@ -51,16 +52,6 @@ class SoRAModel(BaseSparseModel):
     def check_targets(cls, model: nn.Module, targets: dict[str, nn.Module]) -> None:
         super().check_targets(model, targets)
         check_groups(targets)
-
-    @classmethod
-    def _file_entries(cls, state_dict: dict[str, Tensor] | None) -> dict[str, int] | None:
-        if state_dict is None:
-            return None
-        return {
-            key.rsplit(f".{cls.prefix}", 1)[0].removeprefix("_orig_mod."): gate.numel()
-            for key, gate in state_dict.items()
-            if key.endswith(".gate") and f".{cls.prefix}" in key
-        }
 
     def plan_layers(
         self,
