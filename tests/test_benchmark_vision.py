@@ -63,7 +63,7 @@ def test_learning_helps_and_the_rate_is_searched(command, tmp_path):
     )
     assert outcome.exit_code == 0, outcome.output
     runs = {run["method"]: run for run in json.loads(path.read_text())["runs"]}
-    assert runs["lora"]["accuracy"] > 0.5 and runs["lora"]["learning_rate"] in vision.ADAPTER_RATES
+    assert runs["lora"]["accuracy"] > 0.5 and runs["lora"]["learning_rate"] in vision.RATES["lora"]
     assert runs["full"]["learning_rate"] in vision.RATES["full"]
 
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .distance_kernel import Factors, Kernel, Threshold, full_precision, kernel, kernel_grads_
+from .distance_kernel import Factors, Threshold, full_precision, kernel, kernel_grads_
 from .products import Product
 from .support_grad import accumulation_dtype
 
@@ -161,7 +161,7 @@ def kernel_entries(factors: Factors, tau: Tensor, how: Competition) -> tuple[Ten
     _, inputs = factors.shape
     with full_precision(factors.inputs.device):
         for start, stop in factors.parts(how.product.taps):
-            part: Kernel = kernel(factors, start, stop)
+            part = kernel(factors, start, stop)
             rows, cols = (part.value.abs() > tau).nonzero(as_tuple=True)
             values = how.delta(part.value, tau, start, stop)[rows, cols]
             found.append((rows * inputs + cols + start, values))

@@ -404,6 +404,18 @@ def test_export_as_a_plain_sparse_delta(tmp_path, settings, conv1d):
     torch.testing.assert_close(loaded(x), model(x), rtol=1e-5, atol=1e-5)
 
 
+def test_export_takes_along_what_trains_whole(tmp_path):
+    base = nn.Sequential(TwoLayers(), nn.Linear(5, 3))
+    model = snella(copy.deepcopy(base), target_modules=["first"], modules_to_save=["1"]).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "modules_to_save" in name:
+                parameter.add_(1)
+    save_as_sparse(model, tmp_path)
+    x = torch.randn(2, 17)
+    torch.testing.assert_close(PeftModel.from_pretrained(base, str(tmp_path))(x), model(x), rtol=1e-5, atol=1e-5)
+
+
 def test_export_of_a_convolution_and_of_nothing(tmp_path):
     base = nn.Sequential(nn.Conv2d(3, 6, 3, padding=1), nn.ReLU(), nn.Conv2d(6, 4, 1))
     model = snella(copy.deepcopy(base), target_modules=["0", "2"]).eval()

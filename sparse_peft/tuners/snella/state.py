@@ -269,7 +269,8 @@ class KernelState(TrainedState):
         self._forget()
 
     def __getstate__(self):
-        return {**self.__dict__, "_seen": None, "_reached": False, "_first": None, "_dense": None, "_numbers": {}}
+        nothing = dict.fromkeys(("_seen", "_first", "_first_of", "_dense"))
+        return {**self.__dict__, **nothing, "_reached": False, "_numbers": {}}
 
     # ------------------------------------------------------------------ files
 
