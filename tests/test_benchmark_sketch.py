@@ -12,7 +12,7 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 from typer.testing import CliRunner
 
-from benchmarks import sketch, sketch_tuning
+from benchmarks import sketch, sketch_layers, sketch_tuning
 from sparse_peft.ops import code_gather
 
 
@@ -40,7 +40,7 @@ def blocks(tokenizer, length, split="train", limit=None):
 
 @pytest.fixture
 def tiny_model(monkeypatch):
-    for module in (sketch, sketch_tuning):
+    for module in (sketch, sketch_layers, sketch_tuning):
         monkeypatch.setattr(module, "load_model", tiny)
         monkeypatch.setattr(module, "load_tokenizer", lambda: None)
         monkeypatch.setattr(module, "kjv_blocks", blocks)
@@ -144,3 +144,22 @@ def test_tuning_runs_all_methods(tmp_path, tiny_model, monkeypatch):
     assert memory[sketch_tuning.QLORA]["base"] >= weights // 2 + rest
     assert memory[sketch_tuning.IN_PLACE]["base"] >= weights // 2 + rest
     assert memory[sketch_tuning.QLORA]["base"] < weights + rest
+
+
+def test_output_errors_of_a_blocks_layers(tmp_path, tiny_model):
+    path = tmp_path / "layers.json"
+
+    run(
+        sketch_layers, "--block", "1", "--rows", "24", "--calibration", "40", "--held-out", "8", "--length", "32",
+        "--out", str(path),
+    )  # fmt: skip
+
+    rows = {(row["way"], row["bits"]): row for row in json.loads(path.read_text())["rows"]}
+    assert set(rows) == {(way, bits) for way in sketch_layers.WAYS for bits in (4, 3, 2)}
+    for row in rows.values():
+        assert list(row["held_out"]) == sketch_layers.KINDS and all(0 < e < 2 for e in row["held_out"].values())
+        assert row["mean"] == pytest.approx(math.prod(row["held_out"].values()) ** 0.25)
+    for layer in sketch_layers.KINDS:  # what is guaranteed where the sketch was made
+        errors = {way: rows[way, 3]["calibration"][layer] for way in sketch_layers.WAYS}
+        assert errors["k-means, refit"] < errors["k-means"]
+        assert errors["compensated, weighted, refit"] < errors["compensated, weighted"] < errors["k-means"]

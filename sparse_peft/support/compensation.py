@@ -69,7 +69,7 @@ def compensated_sketch(
     *,
     codebooks: Tensor | None = None,
     method: str = "dp",
-    damping: float = 0.01,
+    damping: float = 0.1,
     act_order: bool = True,
     block: int = 128,
     name: str = "",

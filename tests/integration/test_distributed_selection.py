@@ -1,10 +1,10 @@
-"""Two processes with different data choose the same positions."""
+"""Two processes with different data choose the same positions, and make the same sketches."""
 
 import torch
 import torch.multiprocessing as mp
 from torch import distributed, nn
 
-from sparse_peft import SparseConfig, select_support
+from sparse_peft import SketchConfig, SparseConfig, select_support, sketch_model
 
 
 def choose(rank, address, results):
@@ -23,3 +23,24 @@ def test_all_processes_get_what_the_first_chose(tmp_path):
         results = manager.dict()
         mp.spawn(choose, (tmp_path / "rendezvous", results), nprocs=2)
         assert results[0] == results[1] and len(results[0]) == round(0.2 * 63)
+
+
+def sketch(rank, address, results):
+    distributed.init_process_group("gloo", init_method=f"file://{address}", rank=rank, world_size=2)
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(24, 7))
+    torch.manual_seed(rank)
+    config = SketchConfig(mode="replace", bits=2, target_modules=["0"])
+    data = [torch.randn(40, 24)]
+    sketched = sketch_model(model, config, data, loss_fn=lambda m, b: m(b), progress=False).sketches["0"]
+    distributed.destroy_process_group()
+    alone = sketch_model(model, config, data, loss_fn=lambda m, b: m(b), progress=False).sketches["0"]
+    results[rank] = [(s.codebooks.tolist(), s.codes.tolist()) for s in (sketched, alone)]
+
+
+def test_all_processes_get_the_sketches_of_the_first(tmp_path):
+    with mp.Manager() as manager:
+        results = manager.dict()
+        mp.spawn(sketch, (tmp_path / "rendezvous", results), nprocs=2)
+        (first, first_alone), (second, second_alone) = results[0], results[1]
+        assert first == second == first_alone != second_alone

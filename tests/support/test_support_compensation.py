@@ -5,8 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
+from benchmarks.measure import LargestTensor
 from sparse_peft.support import (
+    ascending,
     assign_codes,
+    codes_checksum,
     column_groups,
     compensated_sketch,
     fit_codebooks,
@@ -208,3 +211,19 @@ def test_wrong_moments_are_refused_by_name():
         compensated_sketch(weight, torch.eye(6), 3, codebooks=torch.zeros(4, 1, 4), name="a.b")
     with pytest.raises(ValueError, match="ridge=0"):
         refit_codebooks(weight, torch.zeros(4, 6, dtype=torch.uint8), torch.eye(6), torch.zeros(4, 1, 4), ridge=0)
+
+
+def test_no_temporary_is_larger_than_a_panel():
+    """Codes, a byte a weight, are the largest thing that is made."""
+    rows, cols, panel = 4096, 64, 2**17
+    weight, moment = torch.randn(rows, cols), correlated(cols)
+
+    with LargestTensor() as seen:
+        codebooks = fit_codebooks(weight, 2, 2, method="quantile", panel_bytes=panel)
+        nearest = assign_codes(weight, codebooks, panel_bytes=panel)
+        codes_checksum(nearest, panel_bytes=panel)
+        _, codes = compensated_sketch(weight, moment, 2, 2, codebooks=codebooks, panel_bytes=panel)
+        refitted = refit_codebooks(weight, codes, moment, codebooks, panel_bytes=panel)
+        ascending(refitted, codes, panel_bytes=panel)
+
+    assert panel // 4 < seen.nbytes <= rows * cols < weight.nbytes

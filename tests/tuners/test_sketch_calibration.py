@@ -6,7 +6,7 @@ import copy
 
 import pytest
 import torch
-from peft import get_peft_model
+from peft import PeftModel, get_peft_model
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 from transformers.pytorch_utils import Conv1D
@@ -86,7 +86,8 @@ def plainly(model, names, data, bits=3, groups=2, sequential=True):
         moments = dense or moments_of(model, inside, data)
         for name in inside:
             weight = rows_of(model.get_submodule(name))
-            tables, codes = compensated_sketch(weight, moments[name], bits, groups)
+            tables = fit_codebooks(weight, bits, groups, weights=moments[name].diagonal().sqrt())
+            _, codes = compensated_sketch(weight, moments[name], bits, groups, codebooks=tables)
             tables = refit_codebooks(weight, codes, moments[name], tables)
             group = torch.arange(weight.shape[1]) * groups // weight.shape[1]
             found[name] = tables[torch.arange(len(weight))[:, None], group, codes.long()], moments[name]
@@ -169,7 +170,8 @@ def test_layers_outside_of_blocks_see_the_dense_models_inputs():
 
     weight = model.lm_head.weight.detach()
     moment = moments_of(model, ["lm_head"], data)["lm_head"]
-    tables, codes = compensated_sketch(weight, moment, 3, 2)
+    tables = fit_codebooks(weight, 3, 2, weights=moment.diagonal().sqrt())
+    _, codes = compensated_sketch(weight, moment, 3, 2, codebooks=tables)
     expected = refit_codebooks(weight, codes, moment, tables)
     group = torch.arange(24) * 2 // 24
     decoded = expected[torch.arange(61)[:, None], group, codes.long()]
@@ -204,9 +206,29 @@ def test_each_step_lowers_the_error_of_the_output():
         tables = fit_codebooks(weight, 3)
         codes = assign_codes(weight, tables)
         nearest += output_error(weight, tables[torch.arange(len(weight))[:, None], 0, codes.long()], moments[name])
+    weighted = error(compensate=False, refit=False)
     refitted, swept, both = error(compensate=False), error(refit=False), error()
-    assert both < swept < nearest
-    assert both < refitted < nearest
+    assert both < swept < weighted < nearest
+    assert both < refitted < weighted
+
+
+def test_weighted_tables_alone_are_found_again(tmp_path):
+    model, data = llama(layers=2), batches()
+    config = config_of(mode="delta", index_storage="recompute")
+    config = sketch_model(model, config, data, compensate=False, refit=False, progress=False)
+
+    adapted = get_peft_model(model, config)
+    adapted.save_pretrained(tmp_path)
+
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "README.md",
+        "adapter_config.json",
+        "adapter_model.safetensors",
+    ]
+    again = PeftModel.from_pretrained(llama(layers=2), tmp_path)
+    for name, sketch in config.sketches.items():
+        layer = again.base_model.model.get_submodule(name)
+        assert torch.equal(layer.sketch("default").codes, sketch.codes)
 
 
 @pytest.mark.parametrize("mode", ["replace", "delta"])
@@ -348,8 +370,10 @@ def test_a_batch_that_is_not_finite_is_skipped(sequential):
 
 def test_bad_input_is_named():
     model = llama(layers=1)
-    with pytest.raises(ValueError, match="compensate=False, refit=False"):
-        sketch_model(model, config_of(), batches(), compensate=False, refit=False)
+    with pytest.raises(ValueError, match="compensate=False, refit=False, importance=0"):
+        sketch_model(model, config_of(), batches(), compensate=False, refit=False, importance=0)
+    with pytest.raises(ValueError, match="importance=-1"):
+        sketch_model(model, config_of(), batches(), importance=-1)
     with pytest.raises(ValueError, match="no batches"):
         sketch_model(model, config_of(), [], progress=False)
     with pytest.raises(TypeError, match="a batch of type Tensor"):

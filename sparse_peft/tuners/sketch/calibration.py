@@ -33,6 +33,7 @@ class Recipe:
     config: SketchConfig
     compensate: bool
     refit: bool
+    importance: float
     damping: float
     act_order: bool
     block: int
@@ -41,7 +42,8 @@ class Recipe:
         """A sketch of a weight ``(outputs, inputs)``."""
         bits, groups = self.config.bits, SketchModel.groups_of(self.config, name)
         size = {"name": name, "panel_bytes": panel_bytes()}
-        tables = fit_codebooks(weight, bits, groups, method=self.config.clustering, **size)
+        counts = moment.diagonal().pow(self.importance)
+        tables = fit_codebooks(weight, bits, groups, weights=counts, method=self.config.clustering, **size)
         # what stands in a file is rounded; the codes are chosen for that
         tables = tables.to(getattr(torch, self.config.initial_dtype)).float()
         if self.compensate:
@@ -73,16 +75,18 @@ def sketch_model(
     sequential: bool | None = None,
     compensate: bool = True,
     refit: bool = True,
-    damping: float = 0.01,
+    importance: float | None = None,
+    damping: float = 0.1,
     act_order: bool = True,
     block: int = 128,
     progress: bool = True,
 ) -> SketchConfig:
     """Make the sketches of every target layer from calibration data, before the adapter is made.
 
-    The codes of a layer are chosen column by column, later columns making good what earlier ones have lost in the
-    layer's output (GPTQ, LeanQuant), and its tables are then refitted by least squares. Both need the second moment of
-    the layer's inputs, which the model's passes over the data collect. Where its blocks can be run one by one, each is
+    A layer's tables are made of its weights, those of large inputs counting more. Its codes are chosen column by
+    column, later columns making good what earlier ones have lost in the layer's output (GPTQ, LeanQuant), and the
+    tables are then refitted by least squares. All three need the second moment of the layer's inputs, which the
+    model's passes over the data collect. Where its blocks can be run one by one, each is
     given what the sketched blocks before it return, so that it makes good their errors too, and the moments of one
     block are alive at a time, beside the hidden states of all of the data. Otherwise all inputs are those of the dense
     model, and the moments of all layers are alive together.
@@ -101,6 +105,9 @@ def sketch_model(
             does the first where it can.
         compensate: choose codes by the compensated sweep; otherwise they are the nearest entries.
         refit: refit the tables to the codes.
+        importance: power of an input's mean square by which its weights count in the tables; 0 for all alike. By
+            default 1, or 1/2 for codes that are compensated. Without both other steps the codes are nearest entries
+            of the tables, which ``index_storage="recompute"`` can find again.
         damping, act_order, block: of :func:`~sparse_peft.support.compensated_sketch`.
         progress: show a bar that counts layers.
 
@@ -114,15 +121,20 @@ def sketch_model(
     Raises:
         TypeError: batches that are no mappings, without ``loss_fn``.
         ValueError: no usable batch, a layer that no token reached, weights that are not finite, blocks that cannot
-            be run one by one though ``sequential=True``, or neither ``compensate`` nor ``refit``.
+            be run one by one though ``sequential=True``, or steps none of which looks at the data.
     """
-    if not (compensate or refit):
+    if importance is None:
+        importance = 0.5 if compensate else 1.0
+    if not 0 <= importance < float("inf"):
+        raise ValueError(f"importance={importance}: a power of at least 0 is expected")
+    if not (compensate or refit or importance):
         raise ValueError(
-            "compensate=False, refit=False: then nothing looks at the data; pass the config to get_peft_model as it is"
+            "compensate=False, refit=False, importance=0: then nothing looks at the data; pass the config to "
+            "get_peft_model as it is"
         )
     config = copy.copy(config)
     targets = SketchModel.checked_targets(config, model)
-    recipe = Recipe(config, compensate, refit, damping, act_order, block)
+    recipe = Recipe(config, compensate, refit, importance, damping, act_order, block)
     with logging.tqdm(total=len(targets), desc="sketching", unit="layer", disable=not progress) as bar:
         sketches = _Calibration(model, targets, recipe, bar.update).run(list(data), loss_fn, sequential)
     if distributed.is_available() and distributed.is_initialized():
