@@ -53,7 +53,7 @@ class Errors:
         return geometric_mean(self.held_out.values())
 
 
-def _nearest(
+def coded(
     weight: Tensor,
     moment: Tensor,
     bits: int,
@@ -61,46 +61,37 @@ def _nearest(
     groups: int = 1,
     block: int | None = None,
     importance: float = 0.0,
+    sweep: dict[str, float] | None = None,
     refit: bool = False,
 ) -> Coded:
+    """Tables and codes; ``sweep`` has options of the compensated sweep, None takes the nearest entries."""
     groups = groups if block is None else max(1, weight.shape[1] // block)
     tables = fit_codebooks(weight, bits, groups, method=method, weights=moment.diagonal().pow(importance))
-    codes = assign_codes(weight, tables)
+    if sweep is None:
+        codes = assign_codes(weight, tables)
+    else:
+        _, codes = compensated_sketch(weight, moment, bits, groups, codebooks=tables, **sweep)
     return refit_codebooks(weight, codes, moment, tables) if refit else tables, codes
 
 
-def _swept(
-    weight: Tensor,
-    moment: Tensor,
-    bits: int,
-    method: str = "dp",
-    groups: int = 1,
-    importance: float = 0.0,
-    refit: bool = False,
-    **options: float,
-) -> Coded:
-    tables = fit_codebooks(weight, bits, groups, method=method, weights=moment.diagonal().pow(importance))
-    _, codes = compensated_sketch(weight, moment, bits, groups, codebooks=tables, **options)
-    return refit_codebooks(weight, codes, moment, tables) if refit else tables, codes
-
-
+nearest, swept = coded, partial(coded, sweep={})
 WAYS: dict[str, Callable[[Tensor, Tensor, int], Coded]] = {
-    "round to nearest": partial(_nearest, method="uniform"),
-    "round to nearest, blocks of 64": partial(_nearest, method="uniform", block=BLOCK),
-    "NF4, blocks of 64": partial(_nearest, method="nf4", block=BLOCK),
-    "k-means, Lloyd": partial(_nearest, method="lloyd"),
-    "k-means": _nearest,
-    "k-means, 2 groups": partial(_nearest, groups=2),
-    "k-means, weighted": partial(_nearest, importance=1.0),
-    "k-means, refit": partial(_nearest, refit=True),
-    "k-means, weighted, refit": partial(_nearest, importance=1.0, refit=True),
-    "round to nearest, compensated": partial(_swept, method="uniform"),
-    "compensated": _swept,
-    "compensated, columns as they come": partial(_swept, act_order=False),
-    "compensated, damping 0.01": partial(_swept, damping=0.01),
-    "compensated, weighted": partial(_swept, importance=0.5),
-    "compensated, weighted, refit": partial(_swept, importance=0.5, refit=True),
-    "compensated, weighted, refit, 2 groups": partial(_swept, importance=0.5, refit=True, groups=2),
+    "round to nearest": partial(nearest, method="uniform"),
+    "round to nearest, blocks of 64": partial(nearest, method="uniform", block=BLOCK),
+    "NF4, blocks of 64": partial(nearest, method="nf4", block=BLOCK),
+    "k-means, Lloyd": partial(nearest, method="lloyd"),
+    "k-means": nearest,
+    "k-means, 2 groups": partial(nearest, groups=2),
+    "k-means, weighted": partial(nearest, importance=1.0),
+    "k-means, refit": partial(nearest, refit=True),
+    "k-means, weighted, refit": partial(nearest, importance=1.0, refit=True),
+    "round to nearest, compensated": partial(swept, method="uniform"),
+    "compensated": swept,
+    "compensated, columns as they come": partial(coded, sweep={"act_order": False}),
+    "compensated, damping 0.01": partial(coded, sweep={"damping": 0.01}),
+    "compensated, weighted": partial(swept, importance=0.5),
+    "compensated, weighted, refit": partial(swept, importance=0.5, refit=True),
+    "compensated, weighted, refit, 2 groups": partial(swept, importance=0.5, refit=True, groups=2),
 }
 
 
@@ -114,10 +105,10 @@ def measure(
     name: str, bits: int, weights: dict[str, Tensor], seen: dict[str, Tensor], unseen: dict[str, Tensor]
 ) -> Errors:
     began = time.process_time()
-    coded = {layer: WAYS[name](weight, seen[layer], bits) for layer, weight in weights.items()}
+    made = {layer: WAYS[name](weight, seen[layer], bits) for layer, weight in weights.items()}
     seconds = time.process_time() - began
     errors: dict[str, list[float]] = {}
-    for layer, (tables, codes) in coded.items():
+    for layer, (tables, codes) in made.items():
         weight = weights[layer]
         decoded = code_gather(tables, pack_codes(codes, bits), bits, weight.shape[1], weight.dtype)
         errors[layer] = [output_error(weight, decoded, moment[layer]) for moment in (unseen, seen)]
