@@ -345,6 +345,8 @@ def test_command_writes_json_with_samples_and_goals(tmp_path, monkeypatch):
         "sora-r2",
         "snell-r2",
         "sltrain-r1-1%",
+        "sketch-delta-4bit",
+        "sketch-replace-4bit",
         "blocks-5%",
     ]
     samples = workload["samples"][0]["train"]["sparse-5%"]
