@@ -251,7 +251,7 @@ def show(console: Console, runs: list[Run]) -> None:
     for task in dict.fromkeys(run.task for run in runs):
         table = Table(title=f"{task}: accuracy on unseen images")
         for name in ("method", "trained", "kept", "rate", "accuracy %", "to LoRA", "ms a step"):
-            table.add_column(name, justify="left" if name == "method" else "right", no_wrap=True)
+            table.add_column(name, justify="left" if name == "method" else "right")
         of_task = [run for run in runs if run.task == task]
         for method in dict.fromkeys(run.method for run in of_task):
             mine = [run for run in of_task if run.method == method]
