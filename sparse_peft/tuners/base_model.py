@@ -121,6 +121,7 @@ class BaseSparseModel(BaseTuner):
     """
 
     layer_cls: type[TunerLayer]
+    takes_groups = True  # whether convolutions of several groups, which are no one matrix, can be targets
     counted_tensor = "values"  # which of a layer's tensors in a file says by its size what the layer trains
     needs_base_weights = False  # whether what an adapter adds is a function of its base's weights as well
     target_module_mapping = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
@@ -318,6 +319,11 @@ class BaseSparseModel(BaseTuner):
                     "trains `torch.nn.Linear`, `Conv1d`, `Conv2d`, `Conv3d`, transformers' `Conv1D` and the quantised "
                     "linear layers that PEFT has a backend for; name other target_modules, or leave this one out with "
                     "exclude_modules."
+                )
+            if is_convolution(base) and base.groups > 1 and not cls.takes_groups:
+                raise TypeError(
+                    f"Target module {name}: a convolution of {base.groups} groups has no low-rank form; leave it out "
+                    "with exclude_modules"
                 )
             if backend is None and isinstance(weight, Tensor) and not weight.is_floating_point():
                 raise TypeError(

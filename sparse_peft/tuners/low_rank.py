@@ -8,8 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from ..ops import FACTOR_COMBINATIONS, is_convolution
-from .base_model import base_of
+from ..ops import FACTOR_COMBINATIONS
 from .trained import TrainedState
 from .tuner_layer import TunerLayer
 
@@ -79,21 +78,6 @@ class LowRankLayer(TunerLayer):
 def factor_sizes(shape: tuple[int, int], in_dim: int) -> tuple[int, int]:
     """``(inputs, outputs)`` of a weight stored in this shape."""
     return shape[in_dim], shape[1 - in_dim]
-
-
-def check_groups(targets: dict[str, nn.Module]) -> None:
-    """Refuse convolutions of several groups, which have no low-rank form.
-
-    Raises:
-        TypeError: there is one.
-    """
-    for name, module in targets.items():
-        base = base_of(module)
-        if is_convolution(base) and base.groups > 1:
-            raise TypeError(
-                f"Target module {name}: a convolution of {base.groups} groups has no low-rank form; leave it out with "
-                "exclude_modules"
-            )
 
 
 def check_rank(name: str, rank: int, shape: tuple[int, int], field: str) -> None:

@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn.functional import pad
 
 from ..base_model import LayerPlan, base_of, in_dim_of, stored_shape
-from ..low_rank import check_groups, check_rank, factor_sizes
+from ..low_rank import check_rank, factor_sizes
 from ..sparse.model import SparseModel
 from ..weighted import Tensors
 from .config import SLTrainConfig
@@ -43,6 +43,7 @@ class SLTrainModel(SparseModel):
     prefix = "sparse_peft_sltrain_"
     tuner_layer_cls = SLTrainLinear
     layer_cls = SLTrainLinear
+    takes_groups = False
 
     @staticmethod
     def layer_options(config: SLTrainConfig) -> dict[str, Any]:
@@ -56,11 +57,6 @@ class SLTrainModel(SparseModel):
                 "other; merge_and_unload() first to fine-tune it with another"
             )
         super()._prepare_model(peft_config, model)
-
-    @classmethod
-    def check_targets(cls, model: nn.Module, targets: dict[str, nn.Module]) -> None:
-        super().check_targets(model, targets)
-        check_groups(targets)
 
     def plan_layers(
         self,

@@ -9,7 +9,7 @@ from torch import nn
 
 from ...ops import ConvProduct, LinearProduct, Product, is_convolution
 from ..base_model import BaseSparseModel, base_of, in_dim_of, stored_shape
-from ..low_rank import check_groups, factor_sizes
+from ..low_rank import factor_sizes
 from .config import SnellaConfig
 from .layer import SnellaLinear
 from .state import KernelState
@@ -40,16 +40,12 @@ class SnellaModel(BaseSparseModel):
     prefix = "sparse_peft_snella_"
     tuner_layer_cls = SnellaLinear
     layer_cls = SnellaLinear
+    takes_groups = False
     counted_tensor = "B"
 
     @staticmethod
     def layer_options(config: SnellaConfig) -> dict[str, Any]:
         return {}
-
-    @classmethod
-    def check_targets(cls, model: nn.Module, targets: dict[str, nn.Module]) -> None:
-        super().check_targets(model, targets)
-        check_groups(targets)
 
     def plan_layers(
         self,

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ...support import matches_layer
 from ..base_model import BaseSparseModel, in_dim_of, stored_shape
-from ..low_rank import check_groups, check_rank, factor_sizes
+from ..low_rank import check_rank, factor_sizes
 from ..weighted import Tensors
 from .config import SoRAConfig
 from .layer import SoRALinear
@@ -42,16 +42,12 @@ class SoRAModel(BaseSparseModel):
     prefix = "sparse_peft_sora_"
     tuner_layer_cls = SoRALinear
     layer_cls = SoRALinear
+    takes_groups = False
     counted_tensor = "gate"
 
     @staticmethod
     def layer_options(config: SoRAConfig) -> dict[str, Any]:
         return {}
-
-    @classmethod
-    def check_targets(cls, model: nn.Module, targets: dict[str, nn.Module]) -> None:
-        super().check_targets(model, targets)
-        check_groups(targets)
 
     def plan_layers(
         self,
