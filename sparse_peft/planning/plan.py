@@ -14,6 +14,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from ..ops import Crossover, known_crossover, panel_bytes
 from ..registry import METHODS
 from ..tuners.base_config import BaseSparseConfig, changed_fields
+from ..tuners.entry_config import EntryConfig
 from .meta import build_on_meta
 from .sizes import (
     FORMATS,
@@ -126,7 +127,7 @@ def countable(config: BaseSparseConfig) -> tuple[BaseSparseConfig, list[str]]:
         ValueError: how much trains is decided by the weights.
     """
     config, notes = copy.copy(config), []
-    if getattr(config, "threshold", None) is not None:
+    if isinstance(config, EntryConfig) and config.threshold is not None:
         raise ValueError(
             f"threshold={config.threshold}: how many entries lie below it is decided by the weights, which a plan "
             "does not load; plan with the density that it comes to"

@@ -108,11 +108,15 @@ class TrainedState(nn.Module):
 
     def position_layout(self) -> dict[str, tuple[int, torch.dtype]]:
         """``{tensor name: (length, dtype)}`` of what :meth:`file_tensors` will have, known before positions are."""
-        return {}
+        return {name: (tensor.numel(), tensor.dtype) for name, tensor in self._stored_buffers().items()}
 
     def file_tensors(self) -> dict[str, Tensor]:
-        """What takes the place of the buffers of :attr:`position_names` in a file."""
-        return {}
+        """What takes the place of the buffers of :attr:`position_names` in a file; by default these."""
+        return self._stored_buffers()
+
+    def _stored_buffers(self) -> dict[str, Tensor]:
+        kept = {name: self._buffers[name] for name in self.position_names if name in self._buffers}
+        return {name: tensor for name, tensor in kept.items() if name not in self._non_persistent_buffers_set}
 
     def take_file(self, positions: dict[str, Tensor], parameters: dict[str, Tensor]) -> dict[str, Tensor]:
         """Check what a file has for this layer, and give its positions as buffers, which they replace.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -243,11 +244,11 @@ class SketchState(TrainedState):
 
     # ------------------------------------------------------------------ files and devices
 
-    def file_tensors(self) -> dict[str, Tensor]:
-        found = {"checksum": self.checksum}
-        if self.has_tables and self.storage != "sidecar":
-            found["initial"] = self.initial
-        return found
+    def position_layout(self) -> dict[str, tuple[int, torch.dtype]]:
+        layout = super().position_layout()
+        if self.has_tables and self.storage == "embed":
+            layout["codes"] = math.prod(self._packed_shape), torch.uint8
+        return layout
 
     def take_file(self, positions: dict[str, Tensor], parameters: dict[str, Tensor]) -> dict[str, Tensor]:
         super().take_file(positions, parameters)

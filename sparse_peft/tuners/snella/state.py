@@ -277,7 +277,7 @@ class KernelState(TrainedState):
     def file_tensors(self) -> dict[str, Tensor]:
         if not isinstance(self.A, DTensor):
             self.competition()  # finds the thresholds
-        return {name: self._buffers[name] for name in self.position_names if name in self._buffers}
+        return super().file_tensors()
 
     def take_file(self, positions: dict[str, Tensor], parameters: dict[str, Tensor]) -> dict[str, Tensor]:
         super().take_file(positions, parameters)
