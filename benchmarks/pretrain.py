@@ -108,6 +108,10 @@ class Trainee:
         if method == SLTRAIN:
             adapter = SLTrainConfig(mode="pretrain", r=rank, target_modules=LINEAR, **sltrain)
             self.model = build_for_pretraining(config, adapter)
+            # all of the weight at first is in these few: as large as a dense layer's, as the low rank's below
+            bound = config.initializer_range * math.sqrt(3 / adapter.density)
+            for layer in BaseSparseModel.sparse_layers(self.model):
+                nn.init.uniform_(layer.deltas["default"].values, -bound, bound)
         elif method == LOW_RANK:
             # an entry a layer instead of none, and factors whose product has the size of a dense layer's weight:
             # with B = 0 and no sparse part, attention would begin in a saddle point
@@ -282,7 +286,6 @@ def main(
     rank: Annotated[int | None, typer.Option(help="By default a quarter of hidden.")] = None,
     density: Annotated[float, typer.Option(help="Of SLTrain's sparse part.")] = 0.03,
     alpha: Annotated[float, typer.Option(help="SLTrain's low-rank part is scaled by alpha / rank.")] = 64.0,
-    init_scale: Annotated[float, typer.Option(help="Of SLTrain's first entries.")] = 1.0,
     batch: Annotated[int, typer.Option(min=1, help="Blocks of a step.")] = 8,
     length: Annotated[int, typer.Option(min=2, help="Tokens of a block.")] = 128,
     held_out: Annotated[int, typer.Option(min=1, help="Blocks of held-out text.")] = 128,
@@ -303,7 +306,7 @@ def main(
     config, rank = llama(hidden, layers, length), rank or hidden // 4
 
     def make(method: str) -> Trainee:
-        return Trainee(method, config, steps, rank, density=density, alpha=alpha, init_scale=init_scale)
+        return Trainee(method, config, steps, rank, density=density, alpha=alpha)
 
     runs = []
     for method, seed in track([(m, s) for s in range(seeds) for m in methods], "training", console=console):
@@ -325,7 +328,6 @@ def main(
             "environment": environment(CPU),
             "options": {
                 "steps": steps, "hidden": hidden, "layers": layers, "rank": rank, "density": density, "alpha": alpha,
-                "init_scale": init_scale,
                 "batch": batch, "length": length, "held_out_blocks": held_out, "learning_rate": LEARNING_RATE,
                 "galore_rate": GALORE_RATE, "tokens": steps * batch * length,
             },
