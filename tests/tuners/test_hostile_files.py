@@ -281,7 +281,8 @@ def test_tensors_with_anything_in_them(workbench, method, loader):
 
     def tensor_of(old, dtype, shape, seed):
         generator = torch.Generator().manual_seed(seed)
-        size = {"same": old.shape, "shorter": (max(0, len(old) - 1),), "longer": (len(old) + 3,), "empty": (0,)}
+        length = old.shape[0] if old.ndim else 1
+        size = {"same": old.shape, "shorter": (max(0, length - 1),), "longer": (length + 3,), "empty": (0,)}
         size |= {"2-D": (1, old.numel()), "0-D": ()}
         if dtype.is_floating_point or dtype.is_complex:
             drawn = torch.randn(size[shape], generator=generator)
