@@ -601,17 +601,28 @@ class BaseSparseModel(BaseTuner):
     def _check_no_base_weights(model: nn.Module, config, adapter_name: str, entries: dict[str, Tensor]) -> None:
         """Refuse a file that would replace weights of the base: without the adapter the model must be the base.
 
-        What PEFT saves of the base, where asked to, is let pass: biases, embeddings, modules to save.
+        What PEFT saves of the base, where asked to, is let pass: biases, embeddings, modules to save. Biases that were
+        not asked for are taken, as PEFT takes them, with a warning.
         """
+        biases = []
         for name in model.state_dict():
             parts = name.split(".")
-            is_own = adapter_name in parts or (parts[-1] == "bias" and config.bias != "none")
-            if name in entries and not is_own and not set(parts) & set(EMBEDDING_LAYER_NAMES):
-                raise ValueError(
-                    f"the adapter file has {name}, a weight of the base model, which such an adapter leaves as "
-                    f"it is (bias={config.bias!r}, modules_to_save={config.modules_to_save!r}); the file is damaged, "
-                    "or written to change the base unnoticed"
-                )
+            if name not in entries or adapter_name in parts or set(parts) & set(EMBEDDING_LAYER_NAMES):
+                continue
+            if parts[-1] == "bias":
+                biases.append(name)
+                continue
+            raise ValueError(
+                f"the adapter file has {name}, a weight of the base model, which such an adapter leaves as it is "
+                f"(modules_to_save={config.modules_to_save!r}); the file is damaged, or written to change the base "
+                "unnoticed"
+            )
+        if biases and config.bias == "none":
+            warnings.warn(
+                f"the adapter file has biases of the base model, such as {biases[0]}, though its config says "
+                "bias='none'; they are put in the place of the base's own, and stay there without the adapter",
+                stacklevel=2,
+            )
 
     @classmethod
     def _remap_adapter_state_dict_for_load(cls, model, config, adapter_name, state_dict):

@@ -328,13 +328,23 @@ def test_row_counts_whose_sum_wraps_around(workbench, loader, counts, message):
 @pytest.mark.parametrize("loader", LOADERS)
 @pytest.mark.parametrize("method", METHODS)
 def test_files_that_would_change_the_base(workbench, method, loader):
-    for key in ("first.base_layer.weight", "first.base_layer.bias", "second.base_layer.weight"):
+    for key in ("first.base_layer.weight", "second.base_layer.weight"):
         folder = workbench(method)
         tensors = load_file(folder / WEIGHTS)
         tensors[f"base_model.model.{key}"] = torch.full_like(base().get_parameter(key.replace(".base_layer", "")), 7.0)
         save_file(tensors, folder / WEIGHTS)
         refusal = attempt(loader, folder)
         assert isinstance(refusal, str) and re.search(f"{key}, a weight of the base model", refusal), refusal
+
+
+@pytest.mark.parametrize("loader", LOADERS)
+def test_files_that_would_change_biases(workbench, loader):
+    folder = workbench("sparse")
+    tensors = load_file(folder / WEIGHTS)
+    tensors["base_model.model.first.base_layer.bias"] = torch.full_like(base().first.bias, 7.0)
+    save_file(tensors, folder / WEIGHTS)
+    with pytest.warns(UserWarning, match=r"has biases of the base model, such as .*first.base_layer.bias"):
+        attempt(loader, folder)
 
 
 # ---------------------------------------------------------------------- names
