@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from abc import abstractmethod
 from collections.abc import Iterator, Sequence
-from typing import ClassVar, Self
+from typing import ClassVar, NoReturn, Self
 
 import torch
 from torch import Tensor, nn
@@ -108,7 +109,11 @@ class TrainedState(nn.Module):
 
     def position_layout(self) -> dict[str, tuple[int, torch.dtype]]:
         """``{tensor name: (length, dtype)}`` of what :meth:`file_tensors` will have, known before positions are."""
-        return {name: (tensor.numel(), tensor.dtype) for name, tensor in self._stored_buffers().items()}
+        return {name: (math.prod(shape), dtype) for name, (shape, dtype) in self.file_buffers().items()}
+
+    def file_buffers(self) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+        """``{tensor name: (shape, dtype)}`` of the buffers that a file must have for this layer."""
+        return {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in self._stored_buffers().items()}
 
     def file_tensors(self) -> dict[str, Tensor]:
         """What takes the place of the buffers of :attr:`position_names` in a file; by default these."""
@@ -119,7 +124,7 @@ class TrainedState(nn.Module):
         return {name: tensor for name, tensor in kept.items() if name not in self._non_persistent_buffers_set}
 
     def take_file(self, positions: dict[str, Tensor], parameters: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Check what a file has for this layer, and give its positions as buffers, which they replace.
+        """Check what a file has for this layer, and give what it has in :attr:`position_names` as the buffers' next.
 
         Args:
             positions: the tensors of :attr:`position_names` that the file has.
@@ -130,18 +135,29 @@ class TrainedState(nn.Module):
         """
         self._require(**{name: parameters.get(name) for name in self._parameters})
         for name, parameter in self._parameters.items():
-            self._check_parameter(name, parameters[name], parameter.shape)
-        return {}
+            self._check_floats(name, parameters[name], tuple(parameter.shape))
+        expected = self.file_buffers()
+        self._require(**{name: positions.get(name) for name in expected})
+        for name, tensor in positions.items():
+            shape, dtype = expected.get(name, (None, None))
+            if dtype is not None and dtype.is_floating_point:
+                self._check_floats(name, tensor, shape)
+            elif tensor.dtype != dtype or tuple(tensor.shape) != shape:
+                self._refuse(name, tensor, "none" if dtype is None else f"{dtype} of shape {shape}")
+        return positions
 
-    def _check_parameter(self, name: str, tensor: Tensor, shape: torch.Size) -> None:
+    def _check_floats(self, name: str, tensor: Tensor, shape: tuple[int, ...]) -> None:
         check_dtype(tensor, name, self.name)
-        if tensor.shape != shape:
-            raise ValueError(
-                f"layer {self.name}: {name} is {tensor.dtype} of shape {tuple(tensor.shape)} in the adapter file, "
-                f"where this model's adapter has floats of shape {tuple(shape)}; load it with the adapter_config.json "
-                "it was saved with, on the base model it was made for"
-            )
+        if tuple(tensor.shape) != shape:
+            self._refuse(name, tensor, f"floats of shape {shape}")
         check_values(tensor, f"{self.name} ({name})", "load")
+
+    def _refuse(self, name: str, tensor: Tensor, expected: str) -> NoReturn:
+        raise ValueError(
+            f"layer {self.name}: {name} is {tensor.dtype} of shape {tuple(tensor.shape)} in the adapter file, where "
+            f"this model's adapter has {expected}; load it with the adapter_config.json it was saved with, on the "
+            "base model it was made for"
+        )
 
     def _require(self, **tensors: object) -> None:
         missing = [name for name, tensor in tensors.items() if tensor is None]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -244,34 +243,20 @@ class SketchState(TrainedState):
 
     # ------------------------------------------------------------------ files and devices
 
-    def position_layout(self) -> dict[str, tuple[int, torch.dtype]]:
-        layout = super().position_layout()
+    def file_buffers(self) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+        expected = super().file_buffers()
         if self.has_tables and self.storage == "embed":
-            layout["codes"] = math.prod(self._packed_shape), torch.uint8
-        return layout
+            expected["codes"] = self._packed_shape, torch.uint8
+        return expected
 
     def take_file(self, positions: dict[str, Tensor], parameters: dict[str, Tensor]) -> dict[str, Tensor]:
-        super().take_file(positions, parameters)
-        expected = {"checksum": ((2,), torch.int64)}
-        if self.has_tables and self.storage != "sidecar":
-            expected["initial"] = tuple(self.initial.shape), torch.uint8
-        if self.storage == "embed":
-            expected["codes"] = self._packed_shape, torch.uint8
         if self.storage != "sidecar" and self.has_tables != ("initial" in positions):
             kinds = "bitsandbytes' 4-bit codes", "codes of its own"
             raise ValueError(
                 f"layer {self.name}: the adapter was made for {kinds['initial' in positions]}, and this model's base "
                 f"gives it {kinds[self.has_tables]}; load the base model quantised as it was then"
             )
-        self._require(**{name: positions.get(name) for name in expected})
-        for name, tensor in positions.items():
-            shape, dtype = expected.get(name, ((), None))
-            if tuple(tensor.shape) != shape or tensor.dtype != dtype:
-                raise ValueError(
-                    f"layer {self.name}: {name} is {tensor.dtype} of shape {tuple(tensor.shape)} in the adapter file, "
-                    f"where this model's adapter has {f'{dtype} of shape {shape}' if dtype else 'none'}; load it with "
-                    "the adapter_config.json it was saved with, on the base model it was made for"
-                )
+        super().take_file(positions, parameters)
         self._incoming = {name: tensor.to(self.checksum.device) for name, tensor in positions.items()}
         return {name: tensor for name, tensor in self._incoming.items() if name != "codes"}
 

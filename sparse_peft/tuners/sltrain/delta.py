@@ -67,7 +67,7 @@ class SLTrainDelta(LowRankState, SparseDelta):
         others = {name: parameter for name, parameter in self._parameters.items() if name != self.value_name}
         self._require(**{name: parameters.get(name) for name in others})
         for name, parameter in others.items():
-            self._check_parameter(name, parameters[name], parameter.shape)
+            self._check_floats(name, parameters[name], tuple(parameter.shape))
         return taken
 
     def extra_repr(self) -> str:
