@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from ..ops import FACTOR_COMBINATIONS
+from ..ops import FACTOR_COMBINATIONS, Combination, combine_factors
 from .trained import TrainedState
 from .tuner_layer import TunerLayer
 
@@ -57,6 +58,25 @@ class LowRankState(TrainedState):
         """``(rank, inputs)`` and ``(outputs, rank)``, whose product is the delta; differentiable."""
         return self.A, self.B * self.scale
 
+    @staticmethod
+    def combined_factors(
+        factors: Sequence[tuple[Tensor, Tensor]], weights: Sequence[float], how: Combination, name: str
+    ) -> tuple[Tensor, Tensor]:
+        """:func:`~sparse_peft.ops.combine_factors`, whose result a model takes.
+
+        Raises:
+            ValueError: also, ranks that add up to more than the layer can have.
+        """
+        down, up = combine_factors(factors, weights, how, name)
+        rank, sizes = down.shape[0], (up.shape[0], down.shape[1])
+        if rank > most_ranks(sizes):
+            raise ValueError(
+                f"combination_type={how.combination_type!r}: the ranks of layer {name} add up to {rank}, more than "
+                f"the {most_ranks(sizes)} that its {sizes[0]} x {sizes[1]} weights can have; use 'svd' with "
+                f"svd_rank={min(sizes)}, which is exact there"
+            )
+        return down, up
+
 
 class LowRankLayer(TunerLayer):
     """A layer whose adapters have such a product."""
@@ -80,13 +100,18 @@ def factor_sizes(shape: tuple[int, int], in_dim: int) -> tuple[int, int]:
     return shape[in_dim], shape[1 - in_dim]
 
 
+def most_ranks(shape: tuple[int, int]) -> int:
+    """The largest rank that a layer of this shape can be given; small ones are let pass on layers of any size."""
+    return max(ALWAYS_POSSIBLE, min(shape))
+
+
 def check_rank(name: str, rank: int, shape: tuple[int, int], field: str) -> None:
-    """Refuse ranks that no product of the weight's shape can have; small ones are let pass on layers of any size.
+    """Refuse ranks that no product of the weight's shape can have.
 
     Raises:
         ValueError: names the field, the layer and the most that is possible.
     """
-    most = max(ALWAYS_POSSIBLE, min(shape))
+    most = most_ranks(shape)
     if not 0 <= rank <= most:
         raise ValueError(
             f"{field}: a rank of {rank} for layer {name} of {shape[0]} x {shape[1]} weights; 0 to {most} are possible"

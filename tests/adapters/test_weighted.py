@@ -176,6 +176,19 @@ def test_factors_are_not_averaged_one_by_one():
     assert not torch.allclose(wrong.double(), exact, atol=0.1)
 
 
+@pytest.mark.parametrize("config", [SoRAConfig, SLTrainConfig])
+def test_ranks_that_add_up_to_more_than_a_layer_has_are_refused_before_they_are_written(config):
+    model = trained(config(r=40))
+    model.add_adapter("two", _with(config(r=40)))
+    with pytest.raises(ValueError, match="add up to 80, more than the 64 .* 'svd' with svd_rank=7, which is exact"):
+        model.add_weighted_adapter(["default", "two"], [1.0, -2.0], "sum")
+    assert set(model.peft_config) == {"default", "two"}
+    model.add_weighted_adapter(["default", "two"], [1.0, -2.0], "sum", "svd", svd_rank=7)
+    expected = weighted_sum([deltas(model, "default"), deltas(model, "two")], [1.0, -2.0])
+    for layer, delta in deltas(model, "sum").items():
+        torch.testing.assert_close(delta, expected[layer], rtol=1e-4, atol=1e-4)
+
+
 def test_sora_keeps_its_gates_and_drops_ranks_that_are_shut():
     model = three_adapters("sora")
     layer = model.base_model.model.first

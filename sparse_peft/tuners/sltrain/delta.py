@@ -10,7 +10,7 @@ from typing import Self
 import torch
 from torch import Tensor, nn
 
-from ...ops import Combination, combine_factors
+from ...ops import Combination
 from ...support import Support
 from ..delta import SparseDelta
 from ..low_rank import LowRankState
@@ -56,7 +56,7 @@ class SLTrainDelta(LowRankState, SparseDelta):
 
     @classmethod
     def combine(cls, states: Sequence[Self], weights: Sequence[float], how: Combination) -> dict[str, Tensor]:
-        down, up = combine_factors([state.factors() for state in states], weights, how, states[0].name)
+        down, up = cls.combined_factors([state.factors() for state in states], weights, how, states[0].name)
         entries = SparseDelta.combine.__func__(
             cls, states, weights, replace(how, combination_type="linear", svd_rank=None)
         )

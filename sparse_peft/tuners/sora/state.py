@@ -8,7 +8,7 @@ from typing import Self
 import torch
 from torch import Tensor, nn
 
-from ...ops import Combination, combine_factors
+from ...ops import Combination
 from ..low_rank import LowRankState
 
 GATES = ("ones", "normal")
@@ -62,7 +62,7 @@ class GatedLowRank(LowRankState):
             factors.append((state.A[alive], state.B[:, alive] * state.scale))
         if how.combination_type == "svd":  # the approximation's ranks are other ones than those that were gated
             factors = [(down, up * gate.to(up)) for (down, up), gate in zip(factors, gates)]
-        down, up = combine_factors(factors, weights, how, states[0].name)
+        down, up = cls.combined_factors(factors, weights, how, states[0].name)
         gate = torch.ones(len(down)) if how.combination_type == "svd" else torch.cat(gates).float()
         return {"A": down, "B": up, "gate": gate}
 
