@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.multiprocessing as mp
 import torch.nn.functional as F
-from accelerate import Accelerator
+from accelerate import Accelerator, DistributedType, FullyShardedDataParallelPlugin
 from peft import PeftModel, get_peft_model
 from torch import distributed, nn
 from torch.distributed.checkpoint.state_dict import (
@@ -20,7 +20,7 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel, fully_shard
 
 from sparse_peft import (
     S2FTConfig,
@@ -188,6 +188,27 @@ def with_fsdp2(rank, selection, kind, fields, folder):
     return first[:-1] + rest
 
 
+def with_accelerates_fsdp2(rank, selection, kind, fields, folder):
+    plugin = FullyShardedDataParallelPlugin(
+        fsdp_version=2, auto_wrap_policy="transformer_based_wrap", transformer_cls_names_to_wrap=["Block"]
+    )
+    accelerator = Accelerator(cpu=True)
+    # accelerate keeps FSDP for devices; what it does once it is chosen runs on CPUs too
+    accelerator.state.distributed_type, accelerator.state.fsdp_plugin = DistributedType.FSDP, plugin
+    model = adapted(selection, **fields)
+    optimizer = OPTIMIZERS[kind]([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    wrapped, prepared = accelerator.prepare(model, optimizer)
+    assert all(isinstance(module, FSDPModule) for module in (wrapped, *wrapped.get_base_model().blocks))
+    controller = SparsityController(wrapped, prepared, TOTAL)
+    seen = train(wrapped, wrapped, prepared, controller, range(STEPS), half(rank), backward=accelerator.backward)
+    # accelerator.get_state_dict offloads to the CPU, where torch leaves shards as they are: they lie there already
+    state = get_model_state_dict(wrapped, options=StateDictOptions(full_state_dict=True))
+    if rank == 0:
+        accelerator.unwrap_model(wrapped).save_pretrained(folder, state_dict=state)
+    distributed.barrier()
+    return seen
+
+
 def refused(rank, selection, kind, fields, folder):
     model = adapted("accumulated_gradient", redistribute=True)
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1)
@@ -255,16 +276,17 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize("run", [with_ddp, with_fsdp2], ids=["ddp", "fsdp2"])
+@pytest.mark.parametrize("run", [with_ddp, with_fsdp2, with_accelerates_fsdp2], ids=["ddp", "fsdp2", "accelerate"])
 def test_two_processes_do_what_one_does_with_the_whole_batch(tmp_path, run):
     for (selection, kind, fields), (first, second) in zip(CASES, on_two_processes(run, tmp_path, CASES)):
         assert first == second, f"{selection}: the processes agree to the bit"
         assert_close(first, on_one_process(selection, kind, **fields))
         assert first[0] != first[-1]
-        if run is with_fsdp2:
+        if run is not with_ddp:
             loaded = PeftModel.from_pretrained(Net(), tmp_path / selection)
+            saved = first[6 if run is with_fsdp2 else -1]
             for name, (indices, values, _) in look_at(loaded).items():
-                assert (indices, values) == first[6][name][:2]
+                assert (indices, values) == saved[name][:2]
 
 
 def test_processes_that_propose_different_candidates_agree(tmp_path):
