@@ -18,6 +18,7 @@ from .delta_matmul import delta_matmul, spmm_add_
 from .dispatch import BACKENDS, Plan, kernel_backend, log_once, plan_support_grad, use_backend
 from .distance_kernel import MIX, PIECES, THRESHOLDS, Factors, find_threshold, full_precision, kernel
 from .entries import effective_entries, read_entries, restore_, resync_, scatter_add_, write_entries_
+from .entry_batch import add_entry_deltas_, diagonal_of, suits_one_product
 from .functional import functional_layer
 from .kernel_layer import Competition, First, kernel_delta, kernel_entries, kernel_layer
 from .layers import support_layer
@@ -65,6 +66,7 @@ __all__ = [
     "WeightSource",
     "accumulation_dtype",
     "add_channel_deltas_",
+    "add_entry_deltas_",
     "add_to_support_",
     "cache_file",
     "code_gather",
@@ -76,6 +78,7 @@ __all__ = [
     "combine_on_supports",
     "compose",
     "delta_matmul",
+    "diagonal_of",
     "effective_entries",
     "find_threshold",
     "full_precision",
@@ -112,6 +115,7 @@ __all__ = [
     "scatter_add_",
     "spmm_add_",
     "support_grad",
+    "suits_one_product",
     "support_layer",
     "unpack_codes",
     "use_backend",

@@ -1,4 +1,4 @@
-"""Torch's CSR matrices, without the notice that they are in beta."""
+"""Torch's CSR matrices, without the notice that they are in beta, and their product."""
 
 from __future__ import annotations
 
@@ -21,3 +21,9 @@ def csr_matrix(row_ptr: Tensor, cols: Tensor, values: Tensor, shape: tuple[int, 
     """A CSR matrix over a support that was checked before: ``(rows + 1,)``, ``(entries,)``, ``(entries,)``."""
     _silence_beta_notice()
     return torch.sparse_csr_tensor(row_ptr, cols, values, size=shape, check_invariants=False)
+
+
+def csr_product(matrix: Tensor, dense: Tensor) -> Tensor:
+    """``matrix @ dense`` in their own dtype: autocast would ask for one in bfloat16, which torch does not have."""
+    with torch.autocast(dense.device.type, enabled=False):
+        return matrix @ dense

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..support import ChannelSupport, Support
 from . import triton_kernels
-from .csr import csr_matrix
+from .csr import csr_matrix, csr_product
 from .dispatch import kernel_backend
 from .observe import UNOBSERVED
 from .panels import panels
@@ -43,7 +43,7 @@ def spmm_add_(out: Tensor, x: Tensor, values: Tensor, row_ptr: Tensor, cols: Ten
     shape = (out.shape[1], x.shape[1])
     delta = csr_matrix(row_ptr, cols, values.to(dtype), shape)
     for start, stop in panels(x.shape[0], sum(shape) * dtype.itemsize, TOKEN_TILE):
-        part = delta @ x[start:stop].to(dtype).t()
+        part = csr_product(delta, x[start:stop].to(dtype).t())
         out[start:stop] = out[start:stop].to(dtype).add_(part.t())
 
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from ..ops import (
     UNOBSERVED,
+    BatchOrder,
     LinearProduct,
     add_to_support_,
     delta_matmul,
@@ -33,6 +34,7 @@ from .residency import (
     note_holding,
     release_layers,
 )
+from .stacks import EntryStack, Stack
 from .tuner_layer import TunerLayer
 
 # Unions of several adapters' supports that a layer keeps, so that switching back and forth does not make them anew.
@@ -65,7 +67,12 @@ class SparseTunerLayer(TunerLayer):
 
     Subclasses name the ``nn.ModuleDict`` of :class:`~sparse_peft.tuners.delta.Delta` in ``delta_container``; the
     attribute starts with the method's prefix.
+
+    A batch whose inputs use several adapters costs the base's product and, where that is cheaper, one more for all of
+    them. Their values lie side by side for it from the first such batch until adapters are switched.
     """
+
+    stack_cls: ClassVar[type[Stack] | None] = EntryStack  # None: the adapters have no common product
 
     def __init__(self, base_layer: nn.Module, name: str, resident: bool = True, **kwargs: Any) -> None:
         super().__init__(base_layer, name, **kwargs)
@@ -75,6 +82,7 @@ class SparseTunerLayer(TunerLayer):
         self._joins: dict[tuple[str, ...], Joined] = {}
         self._step_expected = False
         self._writable: tuple[Tensor, int, bool] | None = None
+        self._stack: Stack | None = None
         self.observer_key = new_key()
         self.register_load_state_dict_post_hook(_rejoin)
 
@@ -333,6 +341,29 @@ class SparseTunerLayer(TunerLayer):
         delta = self.settled(adapter_name)
         return self._delta_product(x, delta(), delta.support)
 
+    # ------------------------------------------------------------------ mixed batches
+
+    def _mixed_deltas_(self, result: Tensor, x: Tensor, adapter_names: list[str]) -> None:
+        used = set(adapter_names)
+        names = tuple(name for name in self.deltas if name in used)
+        if not names or self.stack_cls is None or not isinstance(self.product, LinearProduct):
+            return super()._mixed_deltas_(result, x, adapter_names)
+        if torch.is_grad_enabled() and any(self.deltas[name].values.requires_grad for name in names):
+            return super()._mixed_deltas_(result, x, adapter_names)
+        numbers = {name: number for number, name in enumerate(names)}
+        order = BatchOrder.of(tuple(numbers.get(name, -1) for name in adapter_names), len(names), x.device)
+        stack = self._stacked(names, x) if self.stack_cls.suits(order, x[0, ..., 0].numel()) else None
+        if stack is None:
+            return super()._mixed_deltas_(result, x, adapter_names)
+        stack.add_(result, x, order)
+
+    def _stacked(self, names: tuple[str, ...], x: Tensor) -> Stack | None:
+        if self._stack is None or not self._stack.serves(names, x):
+            deltas = {name: self.settled(name) for name in names}
+            with torch.no_grad(), torch.inference_mode(False):
+                self._stack = self.stack_cls.of(deltas, self.product.in_dim, x.dtype)
+        return self._stack
+
     # ------------------------------------------------------------------ merging
 
     def _merge(self, names: tuple[str, ...], safe_merge: bool) -> None:
@@ -360,6 +391,7 @@ class SparseTunerLayer(TunerLayer):
 
     def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
         self.release()
+        self._stack = None
         super().set_adapter(adapter_names, inference_mode=inference_mode)
         self.rejoin()
 
@@ -370,10 +402,12 @@ class SparseTunerLayer(TunerLayer):
     def delete_adapter(self, adapter_name: str) -> None:
         self.release()
         self._forget_joins(adapter_name)
+        self._stack = None
         super().delete_adapter(adapter_name)
 
     def _apply(self, fn, *args, **kwargs):
         self.release()
+        self._stack = None
         module = super()._apply(fn, *args, **kwargs)
         if self._residency.held is not None:
             self._residency.moved(self.base_parameter)
@@ -390,7 +424,7 @@ class SparseTunerLayer(TunerLayer):
 
     def __getstate__(self):
         self.release()
-        return {**self.__dict__, "_writable": None, "_joins": {}}
+        return {**self.__dict__, "_writable": None, "_joins": {}, "_stack": None}
 
     def __setstate__(self, state):
         super().__setstate__(state)

@@ -26,6 +26,7 @@ class SLTrainLinear(LowRankLayer, SparseTunerLayer):
 
     delta_container = "sparse_peft_sltrain_adapter"
     adapter_layer_names = (delta_container,)
+    stack_cls = None  # its low rank is no entry
 
     def __init__(
         self,
