@@ -243,5 +243,6 @@ def _change(system: Tensor, side: Tensor, ridge: float, tables: Tensor) -> Tenso
 def output_error(weight: Tensor, decoded: Tensor, hessian: Tensor) -> float:
     """``tr(E H E^T)`` of the error ``E`` of a decoded weight, of ``tr(W H W^T)``: the outputs' relative error."""
     moment = hessian.double()
-    error, weight = weight.double() - decoded.double(), weight.double()
+    weight = weight.detach().double()
+    error = weight - decoded.detach().double()
     return float((error @ moment).mul_(error).sum() / (weight @ moment).mul_(weight).sum())

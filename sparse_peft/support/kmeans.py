@@ -171,7 +171,7 @@ def optimal(rows: SortedRows, entries: int, bins: int) -> Tensor:
 
 def _optimal(rows: SortedRows, entries: int, bins: int) -> Tensor:
     few = rows.rank[:, -1:] < bins
-    bin_of = torch.where(few, rows.rank, (rows.companded() * bins).long().clamp_(max=bins - 1))
+    bin_of = torch.where(few, rows.rank, (rows.companded() * bins).long().clamp_(max=bins - 1)).contiguous()
     numbers = torch.arange(bins + 1, device=bin_of.device).expand(bin_of.shape[0], -1).contiguous()
     edges = torch.searchsorted(bin_of, numbers)
     gains = rows.gains(edges)
