@@ -7,11 +7,10 @@ import os
 from abc import ABC, abstractmethod
 from pathlib import Path
 
-import torch
-import transformers
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
-from transformers import AutoConfig, PreTrainedModel
+
+from ..structure import build_on_meta, named_class, read_model_config
 
 INDEX_SUFFIX = ".safetensors.index.json"
 
@@ -148,23 +147,19 @@ def structure_of(base: str | os.PathLike | nn.Module) -> nn.Module:
     """The model whose weights these are, without memory if it is a folder.
 
     Raises:
+        FileNotFoundError: there is no such folder.
         ValueError: a folder that does not say which model of transformers it holds.
     """
     if isinstance(base, nn.Module):
         return base
-    folder = Path(base)
-    if not (folder / "config.json").is_file():
-        raise ValueError(f"{folder}: no config.json that says which model this is; pass the loaded model instead")
-    config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    kind = (getattr(config, "architectures", None) or [None])[0]
-    model = getattr(transformers, str(kind), None)
-    if not (isinstance(model, type) and issubclass(model, PreTrainedModel)):
+    config = read_model_config(base)
+    if named_class(config) is None:
+        kind = (config.architectures or [None])[0]
         raise ValueError(
-            f"{folder}: config.json has the architecture {kind!r}, which transformers has no class for; pass the "
-            "loaded model instead"
+            f"{base}: config.json has the architecture {kind!r}, which transformers has no class for; pass the loaded "
+            "model instead"
         )
-    with torch.device("meta"):
-        return model(config)
+    return build_on_meta(config)
 
 
 def weights_of(source: str | os.PathLike | nn.Module, structure: nn.Module) -> Weights:

@@ -9,8 +9,9 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from ..planning import FORMATS, OPTIMIZERS, PlanOptions, TrainingPlan, plan_training, read_model_config
+from ..planning import FORMATS, OPTIMIZERS, PlanOptions, TrainingPlan, plan_training
 from ..registry import METHODS, method_named
+from ..structure import read_model_config
 from .fields import check_field, parse_fields
 from .output import (
     JsonOption,

@@ -1,6 +1,5 @@
 """What a training would take: trained parameters, memory and time, found out without the model's weights."""
 
-from .meta import build_on_meta, read_model_config
 from .plan import PlanOptions, TrainingPlan, plan_training
 from .sizes import FORMATS, OPTIMIZERS, LayerKind
 from .step import Need
@@ -12,7 +11,5 @@ __all__ = [
     "Need",
     "PlanOptions",
     "TrainingPlan",
-    "build_on_meta",
     "plan_training",
-    "read_model_config",
 ]

@@ -13,9 +13,9 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from ..ops import Crossover, known_crossover, panel_bytes
 from ..registry import METHODS
+from ..structure import build_on_meta
 from ..tuners.base_config import BaseSparseConfig, changed_fields
 from ..tuners.entry_config import EntryConfig
-from .meta import build_on_meta
 from .sizes import (
     FORMATS,
     OPTIMIZERS,
@@ -182,7 +182,7 @@ def plan_training(
     The adapter is made by ``get_peft_model`` on a model of the meta device, so its numbers are those of the training.
 
     Args:
-        model_config: the model's, from :func:`read_model_config`.
+        model_config: the model's, from :func:`~sparse_peft.structure.read_model_config`.
         config: of one of this package's methods.
         options: how the training would be run.
 

@@ -12,9 +12,10 @@ from transformers import AutoConfig, LlamaForCausalLM
 
 from sparse_peft import SaRAConfig, SparseConfig
 from sparse_peft.cli.fields import parse_fields
-from sparse_peft.planning import PlanOptions, plan_training, read_model_config
+from sparse_peft.planning import PlanOptions, plan_training
 from sparse_peft.planning.plan import countable
 from sparse_peft.registry import METHODS, method_named
+from sparse_peft.structure import read_model_config
 from sparse_peft.tuners.tuner_layer import TunerLayer
 
 LLAMA_7B = {

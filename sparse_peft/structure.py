@@ -47,26 +47,28 @@ def read_model_config(path: str | os.PathLike) -> PretrainedConfig:
         raise ValueError(f"{file}: transformers {transformers.__version__} cannot use it ({reason})") from error
 
 
-def model_class(config: PretrainedConfig) -> type:
-    """The class that the config names, or else the auto class that can make a model of it."""
+def named_class(config: PretrainedConfig) -> type[PreTrainedModel] | None:
+    """The class of transformers that the config names; None if it names none."""
     for name in config.architectures or []:
-        found = getattr(transformers, name, None)
+        found = getattr(transformers, str(name), None)
         if isinstance(found, type) and issubclass(found, PreTrainedModel):
             return found
-    return AutoModelForCausalLM if type(config) in AutoModelForCausalLM._model_mapping else AutoModel
+    return None
 
 
-def build_on_meta(config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
+def build_on_meta(config: PretrainedConfig, dtype: torch.dtype | None = None) -> PreTrainedModel:
     """The model on the meta device: its layers and shapes, without memory for a single weight.
 
     Args:
-        config: the model's; a quantisation in it is left out.
-        dtype: of its parameters.
+        config: the model's; a quantisation in it is left out. Where it names no class, it is a language model if
+            transformers has one for it, and else the model's body.
+        dtype: of its parameters; by default the config's.
     """
     config = copy.deepcopy(config)
     if hasattr(config, "quantization_config"):
         del config.quantization_config
-    cls = model_class(config)
-    make = cls.from_config if hasattr(cls, "from_config") else cls._from_config
+    named = named_class(config)
+    cls = AutoModelForCausalLM if type(config) in AutoModelForCausalLM._model_mapping else AutoModel
+    make = cls.from_config if named is None else named._from_config
     with torch.device("meta"):
-        return make(config, dtype=dtype)
+        return make(config, **({} if dtype is None else {"dtype": dtype}))
