@@ -41,7 +41,9 @@ from examples.smollm2 import MODEL_ID, held_out_loss, kjv_blocks, load_model, lo
 from sparse_peft import (  # noqa: E402
     S2FTConfig,
     SaRAConfig,
+    SketchConfig,
     SLTrainConfig,
+    SnellaConfig,
     SoRAConfig,
     SparseConfig,
     SparsityCallback,
@@ -63,6 +65,8 @@ class Method(str, Enum):
     sara = "sara"
     sora = "sora"
     sltrain = "sltrain"
+    snella = "snella"
+    sketch = "sketch"
 
 
 # How much trains, and the learning rate, where the command line does not say.
@@ -72,9 +76,11 @@ DEFAULTS = {
     Method.sara: (0.01, 1e-2),
     Method.sora: (0.5, 2e-3),
     Method.sltrain: (0.005, 3e-3),
+    Method.snella: (0.1, 3e-3),
+    Method.sketch: (1.0, 1e-3),
 }
 # Methods whose merged weight is a rounded sum; the others' holds the very entries that they computed with.
-MERGE_ROUNDS = (Method.sora, Method.sltrain)
+MERGE_ROUNDS = (Method.sora, Method.sltrain, Method.snella, Method.sketch)
 MERGE_TOLERANCE = 1e-3  # of logits, whose size is about 20
 
 
@@ -82,7 +88,7 @@ def config_of(method: Method, share: float) -> PeftConfig:
     """The adapter's config.
 
     The share is of the weights; for S2FT of o_proj's and down_proj's channels, for SoRA of the 16 ranks of each layer
-    at the start.
+    at the start, for SNELL of the delta's entries that are not zero. A sketch's tables reach all weights.
     """
     if method is Method.s2ft:
         return S2FTConfig(ratio=share)
@@ -90,6 +96,12 @@ def config_of(method: Method, share: float) -> PeftConfig:
         return SoRAConfig(r=16, alpha=32, target_rank=share, report_every=10, target_modules="all-linear")
     if method is Method.sltrain:
         return SLTrainConfig(r=8, density=share, target_modules="all-linear")
+    if method is Method.snella:
+        return SnellaConfig(r=8, sparsity=1 - share, target_modules="all-linear")
+    if method is Method.sketch:
+        if share != 1:
+            raise typer.BadParameter(f"--share {share}: the tables of a sketch reach all weights; leave it out")
+        return SketchConfig(bits=4, target_modules="all-linear")
     config = SparseConfig if method is Method.sparse else SaRAConfig
     return config(density=share, target_modules="all-linear")
 
@@ -178,11 +190,18 @@ def quickstart(
     context: typer.Context,
     steps: Annotated[int, typer.Option(min=1, help="Optimizer steps of 4 x 128 tokens.")] = 40,
     method: Annotated[
-        Method, typer.Option(help="Single entries, channels, the smallest entries, gated ranks, or entries and ranks.")
+        Method,
+        typer.Option(
+            help="Single entries, channels, the smallest entries, gated ranks, entries and ranks, competing entries "
+            "of a kernel, or tables."
+        ),
     ] = Method.sparse,
     share: Annotated[
         float | None,
-        typer.Option(help="Of the weights (sparse, sara, sltrain), of channels (s2ft), or of ranks to keep (sora)."),
+        typer.Option(
+            help="Of the weights (sparse, sara, sltrain), of channels (s2ft), of ranks to keep (sora), or of entries "
+            "to keep (snella)."
+        ),
     ] = None,
     learning_rate: Annotated[
         float | None, typer.Option(help="Of AdamW, falling linearly to 0; by default the method's.")

@@ -26,7 +26,7 @@ def test_blocks_of_the_two_splits_are_disjoint_and_full():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", ["sparse", "s2ft", "sara", "sora", "sltrain"])
+@pytest.mark.parametrize("method", ["sparse", "s2ft", "sara", "sora", "sltrain", "snella", "sketch"])
 def test_quickstart_from_the_command_line(tmp_path, method):
     command = [sys.executable, "-m", "examples.quickstart", "--steps", "6", "--output", str(tmp_path)]
     command += ["--method", method]
