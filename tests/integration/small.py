@@ -49,18 +49,7 @@ METHODS = {
         {"density": 0.1, "target_modules": "all-linear", "nuclear_min_size": 8, "nuclear_weight": 1e-4},
     ),
     "sora": (SoRAConfig, {"r": 4, "target_modules": "all-linear", "penalty": 1.0, "report_every": 2}),
-    "snella": (
-        SnellaConfig,
-        {
-            "r": 4,
-            "target_modules": "all-linear",
-            "target_sparsity": 0.5,
-            "threshold": "hard_ste",
-            "allocate_start": 0,
-            "allocate_stop": 6,
-            "allocate_every": 2,
-        },
-    ),
+    "snella": (SnellaConfig, {"r": 4, "target_modules": "all-linear", "threshold": "hard_ste"}),
     "sltrain": (SLTrainConfig, {"r": 4, "density": 0.1, "target_modules": "all-linear"}),
     "sketch": (SketchConfig, {"bits": 3, "target_modules": "all-linear"}),
 }
@@ -70,6 +59,7 @@ MOVING = {
     "sparse": {"selection": "accumulated_gradient", "reselect_every": 2, "accumulate": 1, "replace_rate": 0.5},
     "sara": {"progressive": 2},
     "sora": {"penalty": 4.0, "prox_start": 0},
+    "snella": {"target_sparsity": 0.5, "allocate_start": 0, "allocate_stop": 6, "allocate_every": 2},
     "sltrain": {"selection": "rigl", "reselect_every": 2, "accumulate": 1},
 }
 

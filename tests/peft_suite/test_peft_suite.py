@@ -19,10 +19,10 @@ from .upstream import CACHE_VARIABLE, SDIST_VARIABLE, UpstreamUnavailableError, 
 FILES = [
     pytest.param("custom", 360, id="custom"),
     pytest.param("config", 26, id="config"),
-    pytest.param("decoder", 320, id="decoder", marks=pytest.mark.slow),
+    pytest.param("decoder", 300, id="decoder", marks=pytest.mark.slow),
     pytest.param("encdec", 105, id="encdec", marks=pytest.mark.slow),
     pytest.param("feature", 60, id="feature", marks=pytest.mark.slow),
-    pytest.param("seqcls", 70, id="seqcls", marks=pytest.mark.slow),
+    pytest.param("seqcls", 65, id="seqcls", marks=pytest.mark.slow),
 ]
 
 
