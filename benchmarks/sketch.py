@@ -140,7 +140,7 @@ def quality(model: nn.Module, name: str, bits: int, data: list[dict[str, Tensor]
 def show(console: Console, dense: float, rows: list[Quality]) -> None:
     table = Table(title=f"perplexity on held-out text; of the weights as they are {math.exp(dense):.2f}")
     for name in ("way", "code bits", "bits / weight", "loss", "perplexity", "CPU s"):
-        table.add_column(name, justify="left" if name == "way" else "right", no_wrap=True)
+        table.add_column(name, justify="left" if name == "way" else "right", no_wrap=name != "way")
     for row in rows:
         table.add_row(
             row.way,
