@@ -346,9 +346,10 @@ class SparseTunerLayer(TunerLayer):
     def _mixed_deltas_(self, result: Tensor, x: Tensor, adapter_names: list[str]) -> None:
         used = set(adapter_names)
         names = tuple(name for name in self.deltas if name in used)
-        if not names or self.stack_cls is None or not isinstance(self.product, LinearProduct):
-            return super()._mixed_deltas_(result, x, adapter_names)
-        if torch.is_grad_enabled() and any(self.deltas[name].values.requires_grad for name in names):
+        trains = torch.is_grad_enabled() and any(self.deltas[name].values.requires_grad for name in names)
+        # FSDP2 gathers values anew in each pass: nothing tells whether they are those that a stack was made of
+        stacks = self.stack_cls is not None and isinstance(self.product, LinearProduct) and not self._is_sharded()
+        if not names or trains or not stacks:
             return super()._mixed_deltas_(result, x, adapter_names)
         numbers = {name: number for number, name in enumerate(names)}
         order = BatchOrder.of(tuple(numbers.get(name, -1) for name in adapter_names), len(names), x.device)
