@@ -97,7 +97,9 @@ def config_of(method: Method, share: float) -> PeftConfig:
     if method is Method.sltrain:
         return SLTrainConfig(r=8, density=share, target_modules="all-linear")
     if method is Method.snella:
-        return SnellaConfig(r=8, sparsity=1 - share, target_modules="all-linear")
+        # its kernel costs a pass over the whole weight: the attention's are a quarter of all
+        targets = ["q_proj", "k_proj", "v_proj", "o_proj"]
+        return SnellaConfig(r=8, sparsity=1 - share, threshold="hard_ste", target_modules=targets)
     if method is Method.sketch:
         if share != 1:
             raise typer.BadParameter(f"--share {share}: the tables of a sketch reach all weights; leave it out")
