@@ -71,4 +71,6 @@ def build_on_meta(config: PretrainedConfig, dtype: torch.dtype | None = None) ->
     cls = AutoModelForCausalLM if type(config) in AutoModelForCausalLM._model_mapping else AutoModel
     make = cls.from_config if named is None else named._from_config
     with torch.device("meta"):
-        return make(config, **({} if dtype is None else {"dtype": dtype}))
+        model = make(config, **({} if dtype is None else {"dtype": dtype}))
+    model.tie_weights()  # which transformers 5.0 leaves to loading
+    return model
