@@ -285,7 +285,10 @@ def main(
     layers: Annotated[int, typer.Option(min=1)] = 4,
     rank: Annotated[int | None, typer.Option(help="By default a quarter of hidden.")] = None,
     density: Annotated[float, typer.Option(help="Of SLTrain's sparse part.")] = 0.03,
-    alpha: Annotated[float, typer.Option(help="SLTrain's low-rank part is scaled by alpha / rank.")] = 64.0,
+    alpha: Annotated[
+        float | None,
+        typer.Option(help="SLTrain's low-rank part is scaled by alpha / rank; by default by 1 / 4."),
+    ] = None,
     batch: Annotated[int, typer.Option(min=1, help="Blocks of a step.")] = 8,
     length: Annotated[int, typer.Option(min=2, help="Tokens of a block.")] = 128,
     held_out: Annotated[int, typer.Option(min=1, help="Blocks of held-out text.")] = 128,
@@ -304,6 +307,7 @@ def main(
     blocks = pack_blocks(tokenizer, paragraphs, length)
     unseen = pack_blocks(tokenizer, split_paragraphs(text, "heldout"), length, held_out)
     config, rank = llama(hidden, layers, length), rank or hidden // 4
+    alpha = alpha or rank / 4
 
     def make(method: str) -> Trainee:
         return Trainee(method, config, steps, rank, density=density, alpha=alpha)
