@@ -51,6 +51,14 @@ class BatchOrder:
             tensor([padded[place] for place in kept]),
         )
 
+    def arranged(self, x: Tensor) -> Tensor:
+        """The items ``(batch, ...)`` in their places, ``(adapters * places, ...)``."""
+        return x if self.items is None else x.index_select(0, self.items)
+
+    def counted(self, placed: Tensor) -> Tensor:
+        """Of what is in the places, ``(adapters * places, ...)``, what counts: that of the items :attr:`of_kept`."""
+        return placed if self.kept is None else placed.index_select(0, self.kept)
+
 
 def add_channel_deltas_(
     result: Tensor, x: Tensor, weights: Tensor, channels: Tensor, order: BatchOrder, is_input: bool
@@ -69,7 +77,7 @@ def add_channel_deltas_(
     x = x.reshape(x.shape[0], -1, x.shape[-1])
     out = result.view(result.shape[0], -1, result.shape[-1])
     tokens, in_order = x.shape[1], order.items is None
-    rows = x if in_order else x.index_select(0, order.items)
+    rows = order.arranged(x)
     at = channels.repeat_interleave(order.places, 0) if order.places > 1 else channels
     at = at[:, None, :].expand(-1, tokens, -1)
     if is_input:
@@ -80,8 +88,7 @@ def add_channel_deltas_(
         out.view(order.adapters, order.places * tokens, -1).baddbmm_(rows, weights)
         return
     delta = torch.bmm(rows, weights).view(order.adapters * order.places, tokens, -1).to(result.dtype)
-    if order.kept is not None:
-        delta, at = delta.index_select(0, order.kept), at.index_select(0, order.kept)
+    delta, at = order.counted(delta), order.counted(at)
     if is_input:
         out.index_add_(0, order.of_kept, delta)
     elif in_order:

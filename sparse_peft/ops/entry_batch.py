@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -22,13 +23,14 @@ def diagonal_of(supports: Sequence[Support], values: Sequence[Tensor], dtype: to
         values: ``(entries,)`` of each.
         dtype: of what the product is to be with; the matrix has the dtype that sums are taken in.
     """
-    cols = supports[0].shape[1]
+    rows, cols = supports[0].shape
     ends = torch.cat([support.row_ptr[1:] for support in supports]).view(len(supports), -1).long()
-    counts = torch.tensor([0, *(support.nnz for support in supports)], device=ends.device).cumsum(0)
-    row_ptr = torch.cat([counts[:1], (ends + counts[:-1, None]).flatten()])
+    *starts, entries = accumulate((support.nnz for support in supports), initial=0)
+    starts = torch.tensor(starts, device=ends.device)
+    row_ptr = torch.cat([starts[:1], (ends + starts[:, None]).flatten()])
     shifted = torch.cat([support.cols.long() + n * cols for n, support in enumerate(supports)])
-    index = torch.int32 if int(counts[-1]) < 2**31 and len(supports) * cols < 2**31 else torch.int64
-    size = len(supports) * supports[0].shape[0], len(supports) * cols
+    index = torch.int32 if entries < 2**31 and len(supports) * cols < 2**31 else torch.int64
+    size = len(supports) * rows, len(supports) * cols
     return csr_matrix(
         row_ptr.to(index), shifted.to(index), torch.cat(list(values)).to(accumulation_dtype(dtype)), size
     )
@@ -51,13 +53,10 @@ def add_entry_deltas_(result: Tensor, x: Tensor, diagonal: Tensor, order: BatchO
     out = result.view(result.shape[0], -1, result.shape[-1])
     x = x.reshape(x.shape[0], -1, x.shape[-1])
     tokens = x.shape[1]
-    rows = x if order.items is None else x.index_select(0, order.items)
-    rows = rows.reshape(order.adapters, order.places * tokens, -1).transpose(1, 2)
+    rows = order.arranged(x).reshape(order.adapters, order.places * tokens, -1).transpose(1, 2)
     product = csr_product(diagonal, rows.reshape(-1, order.places * tokens).to(diagonal.dtype))
     delta = product.view(order.adapters, -1, order.places * tokens).transpose(1, 2)
-    delta = delta.reshape(order.adapters * order.places, tokens, -1)
-    if order.kept is not None:
-        delta = delta.index_select(0, order.kept)
+    delta = order.counted(delta.reshape(order.adapters * order.places, tokens, -1))
     if order.items is None:
         out.add_(delta)
     else:
