@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from abc import abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import ClassVar, NoReturn, Self
 
 import torch
@@ -133,9 +133,7 @@ class TrainedState(nn.Module):
         Raises:
             ValueError: tensors are missing, contradict each other or the weight's shape, or are not finite.
         """
-        self._require(**{name: parameters.get(name) for name in self._parameters})
-        for name, parameter in self._parameters.items():
-            self._check_floats(name, parameters[name], tuple(parameter.shape))
+        self._check_parameters(self._parameters, parameters)
         expected = self.file_buffers()
         self._require(**{name: positions.get(name) for name in expected})
         for name, tensor in positions.items():
@@ -145,6 +143,11 @@ class TrainedState(nn.Module):
             elif tensor.dtype != dtype or tuple(tensor.shape) != shape:
                 self._refuse(name, tensor, "none" if dtype is None else f"{dtype} of shape {shape}")
         return positions
+
+    def _check_parameters(self, names: Iterable[str], parameters: dict[str, Tensor]) -> None:
+        self._require(**{name: parameters.get(name) for name in names})
+        for name in names:
+            self._check_floats(name, parameters[name], tuple(self._parameters[name].shape))
 
     def _check_floats(self, name: str, tensor: Tensor, shape: tuple[int, ...]) -> None:
         check_dtype(tensor, name, self.name)

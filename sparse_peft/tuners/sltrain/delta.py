@@ -64,10 +64,7 @@ class SLTrainDelta(LowRankState, SparseDelta):
 
     def take_file(self, positions: dict[str, Tensor], parameters: dict[str, Tensor]) -> dict[str, Tensor]:
         taken = SparseDelta.take_file(self, positions, parameters)
-        others = {name: parameter for name, parameter in self._parameters.items() if name != self.value_name}
-        self._require(**{name: parameters.get(name) for name in others})
-        for name, parameter in others.items():
-            self._check_floats(name, parameters[name], tuple(parameter.shape))
+        self._check_parameters([name for name in self._parameters if name != self.value_name], parameters)
         return taken
 
     def extra_repr(self) -> str:
