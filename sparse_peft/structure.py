@@ -68,8 +68,11 @@ def build_on_meta(config: PretrainedConfig, dtype: torch.dtype | None = None) ->
     if hasattr(config, "quantization_config"):
         del config.quantization_config
     named = named_class(config)
-    cls = AutoModelForCausalLM if type(config) in AutoModelForCausalLM._model_mapping else AutoModel
-    make = cls.from_config if named is None else named._from_config
+    if named is not None:
+        make = named._from_config
+    else:
+        has_head = type(config) in AutoModelForCausalLM._model_mapping
+        make = (AutoModelForCausalLM if has_head else AutoModel).from_config
     with torch.device("meta"):
         model = make(config, **({} if dtype is None else {"dtype": dtype}))
     model.tie_weights()  # which transformers 5.0 leaves to loading
