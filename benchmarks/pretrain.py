@@ -307,7 +307,7 @@ def main(
     blocks = pack_blocks(tokenizer, paragraphs, length)
     unseen = pack_blocks(tokenizer, split_paragraphs(text, "heldout"), length, held_out)
     config, rank = llama(hidden, layers, length), rank or hidden // 4
-    alpha = alpha or rank / 4
+    alpha = rank / 4 if alpha is None else alpha
 
     def make(method: str) -> Trainee:
         return Trainee(method, config, steps, rank, density=density, alpha=alpha)
