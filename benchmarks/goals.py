@@ -17,7 +17,7 @@ class Goal:
 
     Args:
         name: what is promised, in words.
-        field: the :class:`~benchmarks.runner.Row` field that is bounded.
+        field: the ``Row`` field that is bounded.
         bound: the highest value that keeps the promise; a function of the run where noise decides.
         applies: which rows the promise is for.
         in_serving: whether only runs that measure serving can tell.

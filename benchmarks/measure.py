@@ -43,7 +43,7 @@ class Sample:
     cpu: float
 
     def on(self, clock: str) -> float:
-        """The time on one of :data:`CLOCKS`."""
+        """The time on one of ``CLOCKS``."""
         return getattr(self, clock)
 
 
@@ -249,7 +249,7 @@ def saved_bytes(forward: Callable[[], object], exclude: Iterable[Tensor] = ()) -
     """Bytes that autograd keeps for backward, each storage once, without the storages of ``exclude``.
 
     Only what goes through autograd's saved tensors is counted; what a function keeps by other means shows in
-    :func:`measure_phases` as bytes alive after the forward pass.
+    ``measure_phases`` as bytes alive after the forward pass.
     """
     saved: list[Tensor] = []
 

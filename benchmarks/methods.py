@@ -1,4 +1,4 @@
-"""The methods that are compared: one line of data each in :func:`methods`, and how it becomes a trainable model."""
+"""The methods that are compared: one line of data each in ``methods``, and how it becomes a trainable model."""
 
 from __future__ import annotations
 

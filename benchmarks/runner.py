@@ -173,8 +173,8 @@ def run_workload(
         workload: the model and batch.
         methods: the rows; the frozen model and ``lora`` must be among them.
         lora: name of the row that ratios refer to.
-        rounds: samples taken of a training step; of decoding and switching :data:`DECODE_ROUNDS` and
-            :data:`SWITCH_ROUNDS` times as many.
+        rounds: samples taken of a training step; of decoding and switching ``DECODE_ROUNDS`` and
+            ``SWITCH_ROUNDS`` times as many.
         device: where the workload lives.
         together: how many methods' models may live at once beside the references'; None for all. Each group is timed
             in rounds of its own, which the references take part in.

@@ -2,7 +2,7 @@
 
 Measured, in turns within one run: a switch from one adapter to another; a token decoded after it; a batch whose rows
 all use different adapters, its prefill and one token of its decoding; memory of a loaded adapter and of its file; and
-an :class:`~sparse_peft.adapters.AdapterPool` that finds an adapter loaded, or has to load it in another one's place.
+an ``AdapterPool`` that finds an adapter loaded, or has to load it in another one's place.
 
 LoRA is served in both ways that there are: active beside the base weights, or fused into them.
 """

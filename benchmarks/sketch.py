@@ -47,7 +47,7 @@ class Way:
         groups: parts of a row with a table each.
         block: instead, weights of a part.
         stored: bits that a part stores besides codes; None for those of its table's entries.
-        data: steps of :func:`sparse_peft.sketch_model`; None for the nearest entries.
+        data: steps of ``sparse_peft.sketch_model``; None for the nearest entries.
     """
 
     clustering: str

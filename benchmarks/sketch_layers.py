@@ -1,7 +1,7 @@
 """``python -m benchmarks.sketch_layers``: what the outputs of a real model's layers lose in few bits.
 
 Second moments of the inputs of a few layers of SmolLM2-135M are collected on training text and on held-out text. Each
-way of :mod:`benchmarks.sketch`, and steps of it, make codes and tables for some rows of each layer from the first; the
+way of ``benchmarks.sketch``, and steps of it, make codes and tables for some rows of each layer from the first; the
 relative error of the outputs, ``tr(E H E^T) / tr(W H W^T)``, is that of the second. Seconds suffice where whole models
 take minutes.
 """

@@ -159,7 +159,7 @@ def smollm2(tokens: int, device: torch.device, dtype: torch.dtype, checkpointing
 
 
 def _batch_shape(tokens: int) -> tuple[int, int]:
-    """Sequences of :data:`SEQUENCE_LENGTH` tokens, or a single shorter one."""
+    """Sequences of ``SEQUENCE_LENGTH`` tokens, or a single shorter one."""
     length = min(tokens, SEQUENCE_LENGTH)
     if tokens < 2 or tokens % length:
         raise ValueError(f"tokens={tokens} must be 2 to {SEQUENCE_LENGTH}, or a multiple of {SEQUENCE_LENGTH}")

@@ -58,7 +58,7 @@ def encode_prompt(pipe: StableDiffusionPipeline, prompt: str) -> Tensor:
 
 @torch.no_grad()
 def images_of_class(pipe: StableDiffusionPipeline, prompt: str, count: int, size: int, seed: int) -> Tensor:
-    """Images that the base model makes itself, as :func:`load_images` gives them."""
+    """Images that the base model makes itself, as ``load_images`` gives them."""
     generator = torch.Generator("cpu").manual_seed(seed)
     pipe.set_progress_bar_config(disable=True)
     images = [

@@ -17,7 +17,7 @@ class Method:
     The type carries the package's name, so that the bare ``KeyError`` that PEFT raises where the plugin was not
     imported says what is missing, and so that no method added to PEFT later can collide with it.
 
-    ``dynamics`` is the full name of the class that acts during training (:mod:`sparse_peft.training.dynamics`).
+    ``dynamics`` is the full name of the class that acts during training (``sparse_peft.training.dynamics``).
     """
 
     peft_type: str

@@ -98,7 +98,7 @@ def plot_supports(
 
 @dataclass(frozen=True)
 class LayerPath:
-    """How one layer computes, as :func:`layer_paths` finds it.
+    """How one layer computes, as [`layer_paths`][sparse_peft.report.layer_paths] finds it.
 
     Attributes:
         layer: its name.
@@ -286,7 +286,7 @@ def write_history(history: Sequence[Record], folder: str | os.PathLike) -> Path:
 
 
 def read_history(path: str | os.PathLike) -> list[Record]:
-    """What :func:`write_history` wrote, from the file or its folder.
+    """What [`write_history`][sparse_peft.report.write_history] wrote, from the file or its folder.
 
     Raises:
         FileNotFoundError: there is no such file.

@@ -34,8 +34,8 @@ def compose(
     """Make one adapter of several, which ``PeftModel.from_pretrained`` loads as any other.
 
     Adapters of one method give an adapter of that method; different methods with sparse deltas (``SparseConfig``,
-    ``SaRAConfig``, ``S2FTConfig``) give one of :class:`~sparse_peft.SparseConfig`. Adapters need not have the same
-    layers: one that lacks a layer counts as zero there.
+    ``SaRAConfig``, ``S2FTConfig``) give one of [`SparseConfig`][sparse_peft.SparseConfig]. Adapters need not have the
+    same layers: one that lacks a layer counts as zero there.
 
     Modules that an adapter trained whole (a classification head, ``modules_to_save``) are no deltas and are not
     combined: the one adapter that has them gives them (LT-SFT, section 3: the task's head is the task adapter's).
@@ -44,7 +44,8 @@ def compose(
         folders: of the adapters.
         output: the new adapter's folder; made if need be.
         weights: one number for each, also negative; by default 1, the sum.
-        combination_type, density, majority_sign_method, seed, svd_rank: see :class:`~sparse_peft.ops.Combination`.
+        combination_type, density, majority_sign_method, seed, svd_rank: see
+            [`Combination`][sparse_peft.ops.Combination].
         ignore_base_names: accept adapters whose configs name different base models, such as a hub name and a local
             copy of it. Shapes are compared in any case.
 

@@ -40,7 +40,7 @@ def convert(
     Args:
         source: folder of the adapter; for LT-SFT also the file.
         output: folder; made if need be.
-        to: ``"sparse"`` (:class:`~sparse_peft.SparseConfig`), ``"shira"`` or ``"supertuning"``.
+        to: ``"sparse"`` ([`SparseConfig`][sparse_peft.SparseConfig]), ``"shira"`` or ``"supertuning"``.
         base: for other programs' adapters the base model, loaded or its folder: their files do not say how large the
             weights are. By default the folder that the adapter's config names. An LT-SFT file that changes more than
             linear layers also needs its weights.

@@ -43,14 +43,15 @@ def export(
         output: folder; made if need be.
         form: ``"merged"``: the whole model with the adapter in its weights; ``"lora"``: plain LoRA that is exactly the
             adapter (S2FT, SoRA, and sparse deltas with few rows or columns; large ranks), see
-            :func:`~sparse_peft.adapters.save_as_lora`; ``"low_rank"``: the best LoRA of ``rank``, with its error.
+            [`save_as_lora`][sparse_peft.adapters.save_as_lora]; ``"low_rank"``: the best LoRA of ``rank``, with its
+            error.
         base: with a folder: the base model, loaded (it is as before afterwards) or its folder.
         adapter_name: with a model: which adapter.
         rank: with ``"low_rank"``.
         uniform: with ``"lora"``: give all layers the largest layer's rank.
 
     Returns:
-        The LoRA's config with ``"lora"``, a :class:`LowRankExport` with ``"low_rank"``.
+        The LoRA's config with ``"lora"``, a [`LowRankExport`][sparse_peft.adapters.LowRankExport] with ``"low_rank"``.
 
     Raises:
         ValueError: a form that the adapter does not have, or arguments that do not fit it; nothing is written then.

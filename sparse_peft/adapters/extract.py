@@ -121,11 +121,11 @@ def extract(
         finetuned: likewise the fine-tuned one.
         output: the adapter's folder; made if need be.
         density, num_params, r, density_pattern, allocation: the budget over the target layers, exactly one of the
-            first three; see :class:`~sparse_peft.support.Budget`. ``allocation="global"`` compares all layers' scores
-            and reads everything twice.
+            first three; see [`Budget`][sparse_peft.support.Budget]. ``allocation="global"`` compares all layers'
+            scores and reads everything twice.
         criterion: ``"magnitude"``: the largest changes; ``"relative"``: those that are large beside the base's weight;
             ``"principal"``: the largest entries of the best approximation of low rank of the change.
-        target_modules, exclude_modules: as in :class:`~sparse_peft.SparseConfig`.
+        target_modules, exclude_modules: as in [`SparseConfig`][sparse_peft.SparseConfig].
         others: what to do about tensors that differ and are no target weights: ``"leave_out"`` them with a warning,
             ``"save"`` them whole through ``modules_to_save`` (biases of the target layers through ``bias``), or
             ``"refuse"``.

@@ -126,11 +126,12 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike, adapter_name: str 
 def load_adapter(
     model: nn.Module, folder: str | os.PathLike, adapter_name: str = "default", is_trainable: bool = False
 ) -> None:
-    """Give a model an adapter from its folder, in place; the counterpart of :func:`save_adapter`.
+    """Give a model an adapter from its folder, in place; the counterpart of
+    [`save_adapter`][sparse_peft.adapters.save_adapter].
 
     Args:
         model: the base model, such as a pipeline's ``unet``, or one that has other adapters already.
-        folder: as written by :func:`save_adapter` or by PEFT.
+        folder: as written by [`save_adapter`][sparse_peft.adapters.save_adapter] or by PEFT.
         adapter_name: the name it gets.
         is_trainable: whether training is to go on.
 

@@ -188,7 +188,7 @@ def read_lt_sft(
         source: ``pytorch_diff.bin`` or its folder.
         shapes: of the linear layers' stored weights.
         known: ``{tensor: shape}`` of the whole model.
-        prefix: see :func:`~sparse_peft.adapters.weights.known_name`.
+        prefix: see ``known_name``.
     """
     path = Path(source)
     path = path if path.name == LT_SFT_NAME else path / LT_SFT_NAME

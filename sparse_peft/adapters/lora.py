@@ -204,13 +204,13 @@ def save_as_lora(
         model: the model that has the adapter.
         folder: made if need be.
         adapter_name: which.
-        uniform: see :func:`to_lora`.
+        uniform: see ``to_lora``.
 
     Returns:
         The LoRA's config.
 
     Raises:
-        ValueError: see :func:`to_lora`.
+        ValueError: see ``to_lora``.
     """
     config, tensors = to_lora(model, adapter_name, uniform)
     write_adapter(folder, config, tensors, "Plain LoRA, made exactly of a sparse adapter with `sparse_peft`.")
@@ -227,7 +227,8 @@ def _selected(factor: Tensor) -> Tensor | None:
 
 
 def save_lora_as_s2ft(lora_folder: str | os.PathLike, folder: str | os.PathLike) -> S2FTConfig:
-    """Turn a LoRA adapter whose ``A`` or ``B`` selects channels, such as :func:`save_as_lora` wrote, into S2FT.
+    """Turn a LoRA adapter whose ``A`` or ``B`` selects channels, such as
+    [`save_as_lora`][sparse_peft.adapters.save_as_lora] wrote, into S2FT.
 
     Args:
         lora_folder: of the LoRA adapter.

@@ -76,8 +76,8 @@ class AdapterPool:
     budget, those not used for longest are unloaded; pinned ones stay. While one is being loaded the budget may be
     exceeded by it.
 
-    One thread uses the model at a time, because a base weight holds one adapter's entries at a time: :meth:`use` and
-    :meth:`use_batch` wait for each other, and for :meth:`add`, :meth:`remove` and :meth:`pin`.
+    One thread uses the model at a time, because a base weight holds one adapter's entries at a time: ``use`` and
+    ``use_batch`` wait for each other, and for ``add``, ``remove`` and ``pin``.
 
     Args:
         model: the base model, without adapters; it is put in evaluation mode and its layers are wrapped in place.
@@ -194,7 +194,7 @@ class AdapterPool:
         """The base model with this adapter in it (None: with none), to call or to generate with, inside the block.
 
         The adapter stays in the base weights afterwards, so that using it again costs nothing. To read base weights
-        outside of a block, see :func:`sparse_peft.base_weights`.
+        outside of a block, see [`base_weights`][sparse_peft.base_weights].
 
         Raises:
             ValueError: no such adapter, one that does not fit the base model or the budget, or a damaged file.
@@ -214,7 +214,7 @@ class AdapterPool:
             num_beams: of ``generate``'s beam search, which repeats rows.
 
         Raises:
-            ValueError, RuntimeError: as :meth:`use`.
+            ValueError, RuntimeError: as ``use``.
         """
         distinct = tuple(name for name in dict.fromkeys(names) if name is not None)
         with self._lock, self._using(distinct, "use_batch"):

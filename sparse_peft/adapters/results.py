@@ -45,13 +45,13 @@ def add_results(
     name on the same data are replaced, others stay.
 
     Args:
-        folder: of an adapter, as ``save_pretrained`` or :func:`~sparse_peft.adapters.save_adapter` wrote it.
+        folder: of an adapter, as ``save_pretrained`` or [`save_adapter`][sparse_peft.adapters.save_adapter] wrote it.
         metrics: ``{name: value}``, such as ``trainer.evaluate()`` returns.
         dataset: the Hub's name of the data they were measured on, or any name.
         split: of the data.
         task: the Hub's name of the task; from the adapter's config by default.
-        plots: image files to show, such as :func:`sparse_peft.report.plot_report` makes; copied into the folder if
-            they lie elsewhere. Other files among them are copied, not shown.
+        plots: image files to show, such as [`plot_report`][sparse_peft.report.plot_report] makes; copied into the
+            folder if they lie elsewhere. Other files among them are copied, not shown.
 
     Returns:
         The card's path.

@@ -64,7 +64,7 @@ def soup(
         on_mismatch: what to do about different supports: ``"error"``; ``"union"``: an entry that an adapter lacks
             counts as zero, which is the exact average with more entries; ``"intersection"``: only the entries that all
             have, which is none.
-        ignore_base_names: as in :func:`~sparse_peft.adapters.compose`.
+        ignore_base_names: as in [`compose`][sparse_peft.adapters.compose].
 
     Raises:
         ValueError: low-rank factors, different layers, supports or modules, or weights that do not add up to 1;
@@ -118,7 +118,7 @@ def greedy_soup(
     The best adapter comes first; each of the others, best first, stays if the average with it scores no lower.
 
     Args:
-        folders, output, on_mismatch, ignore_base_names: as in :func:`soup`.
+        folders, output, on_mismatch, ignore_base_names: as in [`soup`][sparse_peft.adapters.soup].
         score: ``score(folder)`` of an adapter, on held-out data: the higher the better. It is called once for each
             adapter and once for each average that is tried.
 
@@ -126,7 +126,7 @@ def greedy_soup(
         The soup; its ``folders`` are those that stayed, in the order in which they came in.
 
     Raises:
-        ValueError: see :func:`soup`.
+        ValueError: see [`soup`][sparse_peft.adapters.soup].
     """
     if not folders:
         raise ValueError("folders: none given; at least one adapter is expected")

@@ -28,7 +28,7 @@ def stored_entries(state: KernelState) -> tuple[Support, Tensor]:
 
 
 def to_sparse(model: nn.Module, adapter_name: str = "default") -> tuple[SparseConfig, dict[str, Tensor]]:
-    """A :class:`~sparse_peft.SnellaConfig` adapter as a sparse delta: its config, and its tensors as in a file.
+    """A [`SnellaConfig`][sparse_peft.SnellaConfig] adapter as a sparse delta: config and tensors of a file.
 
     Layers that keep no entry are left out.
 
@@ -59,7 +59,7 @@ def to_sparse(model: nn.Module, adapter_name: str = "default") -> tuple[SparseCo
 
 
 def save_as_sparse(model: nn.Module, folder: str | os.PathLike, adapter_name: str = "default") -> SparseConfig:
-    """Write a SNELL or SNELLA adapter as a folder with a :class:`~sparse_peft.SparseConfig` adapter.
+    """Write a SNELL or SNELLA adapter as a folder with a [`SparseConfig`][sparse_peft.SparseConfig] adapter.
 
     What is loaded from it computes the same outputs up to rounding, without kernels, and trains on at the positions
     that were kept. Values are float32.
@@ -73,7 +73,7 @@ def save_as_sparse(model: nn.Module, folder: str | os.PathLike, adapter_name: st
         The sparse delta's config.
 
     Raises:
-        ValueError: as :func:`to_sparse`.
+        ValueError: as [`to_sparse`][sparse_peft.adapters.to_sparse].
     """
     config, tensors = to_sparse(model, adapter_name)
     write_adapter(folder, config, tensors, "A SNELL adapter, written with `sparse_peft.adapters.save_as_sparse`.")

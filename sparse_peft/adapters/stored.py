@@ -118,7 +118,7 @@ def read_stored(folder: str | os.PathLike) -> StoredAdapter:
     """Read a sparse adapter's folder.
 
     Raises:
-        ValueError: as :func:`read_sparse`, or a method that is nothing without its base's weights; names the layer.
+        ValueError: as ``read_sparse``, or a method that is nothing without its base's weights; names the layer.
     """
     folder = os.fspath(folder)
     config, tensors = read_sparse(folder)
@@ -226,7 +226,7 @@ def _load(
 
 
 def entrywise(adapter: StoredAdapter) -> StoredAdapter:
-    """An adapter of sparse deltas of whatever method as one of :class:`~sparse_peft.SparseConfig`.
+    """An adapter of sparse deltas of whatever method as one of [`SparseConfig`][sparse_peft.SparseConfig].
 
     Raises:
         ValueError: its deltas are not sparse.
@@ -254,7 +254,7 @@ def sparse_state(support: Support, values: Tensor) -> SparseDelta:
 
 
 def sparse_tensors(states: dict[str, SparseDelta]) -> dict[str, Tensor]:
-    """Sparse deltas ``{layer: state}`` as the file of a :class:`~sparse_peft.SparseConfig` adapter has them."""
+    """Sparse deltas ``{layer: state}`` as a file of a [`SparseConfig`][sparse_peft.SparseConfig] adapter has them."""
     return named_tensors(
         SparseModel, {name: {"values": s.values.detach(), **s.file_tensors()} for name, s in states.items()}
     )

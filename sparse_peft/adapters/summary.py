@@ -175,7 +175,7 @@ def summarise(folder: str | os.PathLike, progress: Progress = iter) -> AdapterSu
 
 
 def supports_of(adapter: StoredAdapter) -> dict[str, Support]:
-    """``{layer: trained positions}``, for :func:`sparse_peft.report.plot_supports`.
+    """``{layer: trained positions}``, for [`plot_supports`][sparse_peft.report.plot_supports].
 
     Raises:
         ValueError: an adapter without positions.

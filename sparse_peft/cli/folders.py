@@ -83,7 +83,7 @@ def new_folder(path: Path, force: bool) -> Iterator[Path]:
     """A folder beside ``path`` to write into, which takes its name once everything inside has gone well.
 
     Raises:
-        UsageError: see :func:`check_output`.
+        UsageError: see ``check_output``.
     """
     check_output(path, force)
     if path.exists() and not path.is_dir():

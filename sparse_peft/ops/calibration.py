@@ -144,7 +144,7 @@ def measure(device: torch.device, dtype: torch.dtype, bench: Bench | None = None
     Args:
         device: to measure.
         dtype: of the activations.
-        bench: what to measure on, :data:`BENCHES` if None.
+        bench: what to measure on, ``BENCHES`` if None.
     """
     from .support_grad import grad_by_path
 

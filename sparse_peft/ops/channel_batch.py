@@ -56,7 +56,7 @@ class BatchOrder:
         return x if self.items is None else x.index_select(0, self.items)
 
     def counted(self, placed: Tensor) -> Tensor:
-        """Of what is in the places, ``(adapters * places, ...)``, what counts: that of the items :attr:`of_kept`."""
+        """Of what is in the places, ``(adapters * places, ...)``, what counts: that of the items ``of_kept``."""
         return placed if self.kept is None else placed.index_select(0, self.kept)
 
 

@@ -22,7 +22,7 @@ from .support_grad import accumulation_dtype, gradient_panels
 
 @dataclass(frozen=True)
 class Codes:
-    """Codes of a weight's rows, packed as :mod:`sparse_peft.ops.codes` has them.
+    """Codes of a weight's rows, packed as ``sparse_peft.ops.codes`` has them.
 
     Attributes:
         packed: ``(rows, packed_width(cols, bits))`` uint8.

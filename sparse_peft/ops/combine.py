@@ -120,7 +120,7 @@ def combine_on_supports(
         supports: of each adapter, over the same weight.
         values: ``(entries,)`` of each.
         weights: one number for each.
-        how: the combination, one of :data:`ENTRY_COMBINATIONS`.
+        how: the combination, one of ``ENTRY_COMBINATIONS``.
         name: the layer's name.
 
     Returns:

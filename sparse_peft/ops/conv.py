@@ -1,7 +1,7 @@
 """The product of a convolution, of one to three dimensions.
 
 The weight counts as the matrix ``(out, in / groups * taps)``. Its gradient at single entries comes from unfolded
-input, a tile of it at a time, by whatever :func:`~sparse_peft.ops.support_grad` finds fastest; where that is the dense
+input, a tile of it at a time, by whatever ``support_grad`` finds fastest; where that is the dense
 gradient, from the convolution's own, a block of output channels at a time.
 """
 
@@ -27,7 +27,7 @@ _FORWARD = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 
 
 def is_convolution(module: nn.Module) -> bool:
-    """Whether the module computes what one of :data:`CONVOLUTIONS` does; not if a subclass computes it its own way."""
+    """Whether the module computes what one of ``CONVOLUTIONS`` does; not if a subclass computes it its own way."""
     return any(
         isinstance(module, kind)
         and type(module).forward is kind.forward
@@ -58,7 +58,7 @@ class ConvProduct:
 
     @classmethod
     def of(cls, module: nn.Module) -> ConvProduct:
-        """The product of a module that :func:`is_convolution`."""
+        """The product of a module that ``is_convolution``."""
         padding, outer = module.padding, None
         if isinstance(padding, str) or module.padding_mode != "zeros":
             mode = "constant" if module.padding_mode == "zeros" else module.padding_mode

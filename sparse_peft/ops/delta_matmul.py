@@ -79,7 +79,7 @@ class _DeltaMatmul(torch.autograd.Function):
 
 
 def _channels(x: Tensor, values: Tensor, support: ChannelSupport, in_dim: int) -> Tensor:
-    """:func:`delta_matmul` for whole channels, ``values`` as their matrix: one dense product."""
+    """``delta_matmul`` for whole channels, ``values`` as their matrix: one dense product."""
     weight = values if in_dim == 1 else values.t()
     if support.dim == in_dim:
         return F.linear(x.index_select(-1, support.channels), weight)
@@ -93,7 +93,7 @@ def delta_matmul(x: Tensor, values: Tensor, support: Support, in_dim: int, key: 
     Args:
         x: ``(..., in_features)``.
         values: ``(entries,)``, the delta at ``support``; differentiable.
-        support: the :class:`~sparse_peft.support.Support` of the stored weight.
+        support: the [`Support`][sparse_peft.support.Support] of the stored weight.
         in_dim: which dimension of the stored weight is the input's.
         key: of the layer, for observers of its gradient.
 

@@ -1,7 +1,7 @@
 """Which implementation of an op runs: chosen by measured crossovers, or forced by the user.
 
-``SPARSE_PEFT_BACKEND`` forces one for the process, :func:`use_backend` for a block. Every implementation gives the
-same numbers up to the order of summation; the choice changes only speed and memory.
+``SPARSE_PEFT_BACKEND`` forces one for the process, [`use_backend`][sparse_peft.use_backend] for a block. Every
+implementation gives the same numbers up to the order of summation; the choice changes only speed and memory.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def use_backend(name: str) -> Iterator[None]:
             ``"auto"`` for the default choice. An op that has no such implementation uses PyTorch's operations.
 
     Raises:
-        ValueError: ``name`` is none of :data:`BACKENDS`.
+        ValueError: ``name`` is none of ``BACKENDS``.
     """
     global _forced
     previous, _forced = _forced, _checked(name, "use_backend(name)")
@@ -106,7 +106,7 @@ class Plan:
     """How the values' gradient of one support is computed.
 
     Attributes:
-        path: one of :data:`BACKENDS`, without ``"auto"``, or ``"channels"``, which needs no choice.
+        path: one of ``BACKENDS``, without ``"auto"``, or ``"channels"``, which needs no choice.
         why: in words, for reports.
     """
 

@@ -105,7 +105,7 @@ def kernel_grads_(
     """Add the gradients that a part gives.
 
     Args:
-        factors, start, stop: as in :func:`kernel`, which gave ``part``.
+        factors, start, stop: as in ``kernel``, which gave ``part``.
         grad: ``(outputs, inputs of the part)`` gradient of the part's value; overwritten.
         into: gradients of the factors' inputs, outputs and mix.
     """

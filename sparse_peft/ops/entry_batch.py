@@ -47,7 +47,7 @@ def add_entry_deltas_(result: Tensor, x: Tensor, diagonal: Tensor, order: BatchO
     Args:
         result: ``(batch, ..., out_features)``, contiguous; changed in place.
         x: ``(batch, ..., in_features)``.
-        diagonal: from :func:`diagonal_of`, of deltas of the shape ``(out_features, in_features)``.
+        diagonal: from ``diagonal_of``, of deltas of the shape ``(out_features, in_features)``.
         order: which adapter each item uses.
     """
     out = result.view(result.shape[0], -1, result.shape[-1])

@@ -101,7 +101,7 @@ def functional_layer(
     product: Product,
     key: int,
 ) -> Tensor:
-    """:func:`~sparse_peft.ops.support_layer` for ``torch.compile``.
+    """``support_layer`` for ``torch.compile``.
 
     Of a convolution the dense weight gradient is alive whole.
 

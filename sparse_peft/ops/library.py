@@ -42,7 +42,7 @@ def _recall(shape: tuple[int, int], indices: Tensor, row_ptr: Tensor, cols: Tens
 def sddmm(
     left: Tensor, right: Tensor, row_ptr: Tensor, cols: Tensor, indices: Tensor, rows: int, columns: int, key: int
 ) -> Tensor:
-    """:func:`~sparse_peft.ops.support_grad`, seen by the observer under ``key``."""
+    """``support_grad``, seen by the observer under ``key``."""
     return observed_support_grad(left, right, _recall((rows, columns), indices, row_ptr, cols), key)
 
 
@@ -55,7 +55,7 @@ def _(left, right, row_ptr, cols, indices, rows, columns, key):
 def masked_dw(
     left: Tensor, right: Tensor, row_ptr: Tensor, cols: Tensor, indices: Tensor, rows: int, columns: int, limit: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """:func:`~sparse_peft.ops.masked_dw`."""
+    """The op ``masked_dw``, registered with torch."""
     return _masked_dw(left, right, _recall((rows, columns), indices, row_ptr, cols), limit)
 
 

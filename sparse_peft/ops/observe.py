@@ -21,7 +21,7 @@ UNOBSERVED = 0
 
 class GradientObserver(Protocol):
     def support_grad(self, left: Tensor, right: Tensor, support: Support) -> Tensor:
-        """What :func:`~sparse_peft.ops.support_grad` returns for these arguments, having seen what it wants to."""
+        """What ``support_grad`` returns for these arguments, having seen what it wants to."""
         ...
 
 

@@ -1,7 +1,7 @@
 """How a layer's output comes from its input and its weight: the product of a linear layer.
 
 A *product* knows nothing of supports' values or of where the weight comes from; it multiplies what a
-:class:`WeightSource` gives it, and forms the weight's gradient at a support.
+``WeightSource`` gives it, and forms the weight's gradient at a support.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class Product(Protocol):
         ...
 
     def leave(self, out: Tensor, x: Tensor) -> Tensor:
-        """The layer's output from that of :meth:`forward`, for the input that was given to :meth:`enter`."""
+        """The layer's output from that of ``forward``, for the input that was given to ``enter``."""
         ...
 
     def forward(self, x: Tensor, source: WeightSource, bias: Tensor | None) -> Tensor:
@@ -70,7 +70,7 @@ class Product(Protocol):
         ...
 
     def support_grad(self, grad: Tensor, kept: Tensor, support: Support, key: int) -> Tensor:
-        """The weight's gradient at a support, ``(entries,)`` in at least float32, from what :meth:`keep` kept."""
+        """The weight's gradient at a support, ``(entries,)`` in at least float32, from what ``keep`` kept."""
         ...
 
     def bias_grad(self, grad: Tensor) -> Tensor:

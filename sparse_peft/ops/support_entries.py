@@ -1,6 +1,6 @@
-"""Reading and writing a weight at a :class:`~sparse_peft.support.Support` of whatever structure.
+"""Reading and writing a weight at a [`Support`][sparse_peft.support.Support] of whatever structure.
 
-Single entries go by their flat positions, with the kernels of :mod:`~sparse_peft.ops.entries`; whole channels by their
+Single entries go by their flat positions, with the kernels of ``sparse_peft.ops.entries``; whole channels by their
 numbers, as slices. Values come and go in the order of positions. A weight may have more than two dimensions, as a
 convolution's: positions are those of its matrix ``(out, everything else)``.
 """

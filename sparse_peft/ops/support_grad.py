@@ -69,7 +69,7 @@ def gradient_panels(
     """The dense gradient ``left.T @ right``, a block of rows at a time.
 
     Args:
-        left, right: as in :func:`support_grad`.
+        left, right: as in ``support_grad``.
         shape: ``(rows, cols)`` of the stored weight.
         bytes_per_weight: of all that is made of a panel, its own included; its own if None.
 
@@ -136,7 +136,7 @@ def _kernel(path: str, left: Tensor, right: Tensor, support: Support) -> Tensor:
 
 
 def grad_by_path(path: str, left: Tensor, right: Tensor, support: Support) -> Tensor:
-    """:func:`support_grad` by one of the paths of :data:`~sparse_peft.ops.dispatch.BACKENDS`."""
+    """``support_grad`` by one of the paths of ``BACKENDS``."""
     if path == "sampled":
         return _sampled(left, right, support)
     if path in ("triton", "cuda"):
@@ -176,7 +176,7 @@ def support_grad(left: Tensor, right: Tensor, support: Support) -> Tensor:
 
 
 def observed_support_grad(left: Tensor, right: Tensor, support: Support, key: int = UNOBSERVED) -> Tensor:
-    """:func:`support_grad`, by way of the observer under ``key`` if there is one."""
+    """``support_grad``, by way of the observer under ``key`` if there is one."""
     observer = observer_of(key)
     if observer is None:
         return support_grad(left, right, support)

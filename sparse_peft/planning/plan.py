@@ -39,9 +39,9 @@ class PlanOptions:
     """How the training would be run.
 
     Args:
-        base: how the frozen weights lie in memory, one of :data:`~sparse_peft.planning.sizes.FORMATS`; as the model's
+        base: how the frozen weights lie in memory, one of [`FORMATS`][sparse_peft.planning.FORMATS]; as the model's
             config says if None.
-        optimizer: one of :data:`~sparse_peft.planning.OPTIMIZERS`.
+        optimizer: one of [`OPTIMIZERS`][sparse_peft.planning.OPTIMIZERS].
         batch: rows of a step.
         length: tokens of a row.
         checkpointing: whether activations are recomputed, block by block.
@@ -82,7 +82,7 @@ class PlanOptions:
 
 @dataclass(frozen=True)
 class TrainingPlan:
-    """What a training would take; see :class:`~sparse_peft.planning.Need` and ``LayerKind``.
+    """What a training would take; see [`Need`][sparse_peft.planning.Need] and ``LayerKind``.
 
     Attributes:
         architecture: the model's class.
@@ -182,7 +182,7 @@ def plan_training(
     The adapter is made by ``get_peft_model`` on a model of the meta device, so its numbers are those of the training.
 
     Args:
-        model_config: the model's, from :func:`~sparse_peft.structure.read_model_config`.
+        model_config: the model's, from ``read_model_config``.
         config: of one of this package's methods.
         options: how the training would be run.
 

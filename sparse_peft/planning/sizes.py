@@ -36,7 +36,7 @@ class BaseFormat:
     """How the frozen weights of a model lie in memory.
 
     Attributes:
-        name: one of :data:`FORMATS`.
+        name: one of [`FORMATS`][sparse_peft.planning.FORMATS].
         dtype: that layers compute in, and that what is not quantised has.
         bytes_per_weight: of a linear layer's weight, with its scales.
     """

@@ -50,7 +50,7 @@ def grid_of(shape: tuple[int, int], block: Block, name: str) -> tuple[int, int]:
 
 
 def divide_in_blocks(shapes: dict[str, tuple[int, int]], budget: Budget, block: Block) -> Division:
-    """:func:`~sparse_peft.support.budget.divide` in blocks: every layer gets at least one.
+    """[`divide`][sparse_peft.support.divide] in blocks: every layer gets at least one.
 
     Raises:
         ValueError: a layer smaller than a block, or what ``divide`` raises.
@@ -78,7 +78,7 @@ def resolve_block_counts(
     """Number of trained entries of each layer, whole blocks: the budget as nearly as blocks allow.
 
     Args:
-        shapes, budget, largest: as in :func:`~sparse_peft.support.resolve_counts`.
+        shapes, budget, largest: as in [`resolve_counts`][sparse_peft.support.resolve_counts].
         block: ``(rows, cols)`` of a block.
         scores: for ``allocation="global"``: ``scores(name)`` gives the layer's entries' scores, ``(rows, cols)``.
     """

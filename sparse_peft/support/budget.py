@@ -272,7 +272,7 @@ def divide(shapes: dict[str, tuple[int, int]], budget: Budget) -> Division:
 def allocate(
     division: Division, allocation: str, scores: Callable[[str], Tensor] | None = None, largest: bool = True
 ) -> dict[str, int]:
-    """Number of entries of each layer; arguments as in :func:`resolve_counts`.
+    """Number of entries of each layer; arguments as in [`resolve_counts`][sparse_peft.support.resolve_counts].
 
     Raises:
         ValueError: ``"global"`` without scores.

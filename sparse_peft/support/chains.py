@@ -68,7 +68,7 @@ class Chain:
 
     @contextmanager
     def recording(self) -> Iterator[None]:
-        """Inside the block of code the model runs over batches, each between :meth:`begin` and :meth:`end`."""
+        """Inside the block of code the model runs over batches, each between ``begin`` and ``end``."""
         with ExitStack() as stack:
             for index, block in enumerate(self.blocks):
                 before = block.register_forward_pre_hook(self._before(index), with_kwargs=True, prepend=True)

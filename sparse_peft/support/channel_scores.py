@@ -118,8 +118,10 @@ def channel_squares(
     gradient, in root sum of squares over the batches.
 
     Args:
-        criterion: a key of :data:`CHANNEL_CRITERIA` that looks at activations or gradients.
-        model, targets, batches, loss_fn, panel_bytes: as in :func:`~sparse_peft.support.collect_supports`.
+        criterion: a key of [`CHANNEL_CRITERIA`][sparse_peft.support.CHANNEL_CRITERIA] that looks at activations or
+            gradients.
+        model, targets, batches, loss_fn, panel_bytes: as in
+            [`collect_supports`][sparse_peft.support.collect_supports].
         sides: of the targets.
         weight_of: gives a layer's weight in floats, as stored.
 

@@ -27,7 +27,7 @@ class Sketch:
 
     Attributes:
         codebooks: ``(rows, groups, 2**bits)`` float32.
-        codes: ``(rows, ceil(cols * bits / 8))`` uint8, packed as by :func:`sparse_peft.ops.pack_codes`.
+        codes: ``(rows, ceil(cols * bits / 8))`` uint8, packed as by ``sparse_peft.ops.pack_codes``.
         bits: of a code.
         groups: tables in a row.
         cols: weights in a row.
@@ -92,7 +92,7 @@ class Parts:
         return weights * self.real.repeat(weights.shape[0] // self.groups, 1)
 
     def join(self, parts: Tensor) -> Tensor:
-        """The inverse of :meth:`split`."""
+        """The inverse of ``split``."""
         parts = parts.reshape(-1, self.groups * self.width)
         return parts if self.even else parts[:, self.real.flatten()]
 

@@ -1,6 +1,6 @@
 """Scores that say which entries of a weight are worth training.
 
-Adding a criterion is one entry of :data:`CRITERIA`.
+Adding a criterion is one entry of [`CRITERIA`][sparse_peft.support.CRITERIA].
 """
 
 from __future__ import annotations

@@ -86,7 +86,7 @@ class FeatureSums:
         return found
 
     def add(self, run: Callable[[], Any], mask: Tensor | None) -> str | None:
-        """Look at one batch while it runs, inside :meth:`watching`.
+        """Look at one batch while it runs, inside ``watching``.
 
         Args:
             run: runs the model.

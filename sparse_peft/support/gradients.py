@@ -136,10 +136,10 @@ def _statistic(criterion: Criterion, gradient: Tensor) -> Tensor:
 
 
 class GradientSums(GradientPass):
-    """Collects :class:`LayerSums` of the layers of an unwrapped model.
+    """Collects ``LayerSums`` of the layers of an unwrapped model.
 
     Args:
-        layers: ``{layer name: its sums}``, filled in by :meth:`run`.
+        layers: ``{layer name: its sums}``, filled in by ``run``.
         criterion: one that needs gradients.
         groups: ``{layer: group}`` of layers that share a limit of candidates.
         budgets: ``{group: trained entries}``.

@@ -135,7 +135,7 @@ def starts(rows: SortedRows, entries: int) -> dict[str, Tensor]:
     """Tables ``(rows, entries)`` float64, ascending, that Lloyd's iteration may start from.
 
     ``"uniform"`` is a grid from the least to the largest value, ``"quantile"`` has equal mass around each entry, and
-    ``"companded"`` lies between them: see :meth:`SortedRows.companded`.
+    ``"companded"`` lies between them: see ``SortedRows.companded``.
     """
     low, high = rows.values[:, :1].double(), rows.values[:, -1:].double()
     share = torch.arange(entries, dtype=torch.float64, device=low.device)

@@ -122,7 +122,7 @@ class Layout:
 
 
 def layout_of(support: Support) -> Layout:
-    """The support's :class:`Layout`, computed once."""
+    """The support's [`Layout`][sparse_peft.support.Layout], computed once."""
     layout = support.__dict__.get("_layout")
     if layout is None:
         layout = support.__dict__["_layout"] = Layout(support)

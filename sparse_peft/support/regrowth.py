@@ -66,7 +66,8 @@ class Candidates:
 
     Attributes:
         positions: ``(candidates,)`` flat, ascending, none of them in the support.
-        scores: ``(candidates,)`` float32; :data:`RANDOM_SCORE` where a position was drawn at random.
+        scores: ``(candidates,)`` float32; [`RANDOM_SCORE`][sparse_peft.support.RANDOM_SCORE] where a position was
+            drawn at random.
         incumbent_scores: ``(entries,)`` scores of the support's own entries, by which those to be dropped compete;
             None if they may not.
     """

@@ -45,7 +45,7 @@ class ReselectionSchedule:
         leads: whether the first event comes after the first window.
         rate: share of the entries replaced by an event at ``start``.
         first_rate: share of the first event; None for what the decay says.
-        decay: name of one of :data:`DECAYS`.
+        decay: name of one of [`DECAYS`][sparse_peft.support.DECAYS].
         start, stop: number of completed steps before the first window, and after which there is no event.
     """
 

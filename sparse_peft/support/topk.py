@@ -186,7 +186,7 @@ class RunningTopK:
         return self._parts[0][1], self._parts[0][0]
 
     def payload(self) -> Tensor | None:
-        """What was carried along with the best, in the order of :meth:`result`."""
+        """What was carried along with the best, in the order of ``result``."""
         self._merge()
         return self._parts[0][2] if self._parts else None
 

@@ -40,7 +40,7 @@ class _Part:
 
 
 class AllocationDynamics:
-    """The dynamics of one :class:`~sparse_peft.SnellaConfig` adapter with a target.
+    """The dynamics of one [`SnellaConfig`][sparse_peft.SnellaConfig] adapter with a target.
 
     Sensitivity and uncertainty are averaged in every step, from the gradients and the parameters that they are of,
     before the optimizer steps. A step whose gradients are not finite is left out.

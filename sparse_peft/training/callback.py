@@ -30,7 +30,8 @@ class SparsityCallback(TrainerCallback):
         trainer: the trainer it is added to, to log through.
 
     Attributes:
-        controller: the :class:`~sparse_peft.SparsityController` of the last or current training; None before.
+        controller: the [`SparsityController`][sparse_peft.SparsityController] of the last or current training; None
+            before.
     """
 
     def __init__(self, trainer: Trainer | None = None):

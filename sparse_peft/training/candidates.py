@@ -11,7 +11,7 @@ from .collectives import Collectives
 
 
 class CandidateWindow:
-    """Watches one layer's backward passes; an observer of :mod:`sparse_peft.ops.observe`.
+    """Watches one layer's backward passes; an observer of ``sparse_peft.ops.observe``.
 
     In the first step every backward pass proposes: the dense gradient is there a panel at a time, and the positions
     with the largest sums so far stay. From the second step on, the gradient at these positions is computed together
@@ -51,7 +51,7 @@ class CandidateWindow:
     # ------------------------------------------------------------------ during the backward pass
 
     def support_grad(self, left: Tensor, right: Tensor, active: Support) -> Tensor:
-        """The gradient at the active adapters' support, as :func:`~sparse_peft.ops.support_grad`.
+        """The gradient at the active adapters' support, as ``support_grad``.
 
         Sees the candidates' on the way.
         """

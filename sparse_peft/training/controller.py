@@ -23,7 +23,7 @@ MAX_SKIPPED = 64
 class SparsityController:
     """Changes the trained positions of a model's adapters in the course of training, as their configs say.
 
-    Make it once the optimizer is there, and call :meth:`step` after each ``optimizer.step()``::
+    Make it once the optimizer is there, and call ``step`` after each ``optimizer.step()``::
 
         controller = SparsityController(model, optimizer, total_steps=1000)
         for batch in batches:
@@ -178,7 +178,7 @@ class SparsityController:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue where :meth:`state_dict` was taken; load the adapter and the optimizer's state before.
+        """Continue where ``state_dict`` was taken; load the adapter and the optimizer's state before.
 
         Raises:
             ValueError: the state is of other adapters, layers or positions.

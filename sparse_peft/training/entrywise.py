@@ -45,7 +45,7 @@ class EntrywiseOptimizer(torch.optim.Optimizer):
 
     @abstractmethod
     def remap_state(self, parameter: Tensor, source: Tensor, seeds: Seeds | None = None) -> None:
-        """Follow a change of positions; see :func:`~sparse_peft.training.optimizer_state.remap_`."""
+        """Follow a change of positions; see ``remap_``."""
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As torch's; state tensors keep their dtype for parameters of any dtype."""

@@ -105,7 +105,7 @@ def remap_(
 
     With zeros and a shared ``t`` far above 1, Adam's first step of a new entry is about ``(1 - beta1) / sqrt(1 -
     beta2)`` learning rates long, 3.2 with the usual betas: it seeds the first moment with a tenth of the gradient and
-    the second with a thousandth of its square. :class:`~sparse_peft.SparseAdamW` counts each entry's own steps.
+    the second with a thousandth of its square. [`SparseAdamW`][sparse_peft.SparseAdamW] counts each entry's own steps.
 
     An optimizer with a method ``remap_state(parameter, source, seeds)`` does all this itself.
 

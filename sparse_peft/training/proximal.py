@@ -55,7 +55,7 @@ class _Part:
 
 
 class ProximalDynamics:
-    """The dynamics of one :class:`~sparse_peft.SoRAConfig` adapter.
+    """The dynamics of one [`SoRAConfig`][sparse_peft.SoRAConfig] adapter.
 
     Args:
         setting: what there is to work with.

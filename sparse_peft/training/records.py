@@ -94,7 +94,7 @@ class Reselection:
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> Reselection:
-        """What :meth:`to_dict` gave."""
+        """What ``to_dict`` gave."""
         layers = {name: LayerChange(**change) for name, change in data["layers"].items()}
         fields = {name: value for name, value in data.items() if name != "event"}
         return cls(**{**fields, "layers": layers, "age_edges": tuple(data["age_edges"]), "ages": tuple(data["ages"])})
@@ -152,7 +152,7 @@ class Freezing:
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> Freezing:
-        """What :meth:`to_dict` gave."""
+        """What ``to_dict`` gave."""
         layers = {name: LayerFreezing(**change) for name, change in data["layers"].items()}
         return cls(data["step"], data["adapter"], layers)
 
@@ -213,7 +213,7 @@ class Ranks:
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> Ranks:
-        """What :meth:`to_dict` gave."""
+        """What ``to_dict`` gave."""
         layers = {name: LayerRanks(**ranks) for name, ranks in data["layers"].items()}
         return cls(data["step"], data["adapter"], data["penalty"], layers)
 
@@ -269,7 +269,7 @@ class Allocation:
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> Allocation:
-        """What :meth:`to_dict` gave."""
+        """What ``to_dict`` gave."""
         layers = {name: LayerAllocation(**layer) for name, layer in data["layers"].items()}
         return cls(data["step"], data["adapter"], data["budget"], layers)
 

@@ -56,7 +56,7 @@ class ReselectionDynamics:
     """The reselection of one adapter's positions, as its config describes it.
 
     Args:
-        setting: see :class:`~sparse_peft.training.dynamics.Setting`.
+        setting: see ``Setting``.
 
     Raises:
         ValueError: the schedule needs the length of the run and it is not known.

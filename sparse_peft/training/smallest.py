@@ -58,7 +58,7 @@ class _Part:
 
 
 class SmallestDynamics:
-    """The dynamics of one :class:`~sparse_peft.SaRAConfig` adapter.
+    """The dynamics of one [`SaRAConfig`][sparse_peft.SaRAConfig] adapter.
 
     Args:
         setting: what there is to work with.

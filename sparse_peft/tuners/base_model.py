@@ -116,7 +116,7 @@ def modules_beside_adapters(model: nn.Module) -> Iterator[nn.Module]:
 class BaseSparseModel(BaseTuner):
     """Base of the sparse methods' tuners.
 
-    A subclass sets ``prefix``, ``tuner_layer_cls`` and ``layer_cls``, and says in :meth:`plan_layers` what each target
+    A subclass sets ``prefix``, ``tuner_layer_cls`` and ``layer_cls``, and says in ``plan_layers`` what each target
     layer trains.
     """
 
@@ -189,7 +189,7 @@ class BaseSparseModel(BaseTuner):
         loss_fn: Callable[[nn.Module, Any], Tensor] | None,
         oversample: float,
     ) -> dict[str, Support]:
-        """Each target's positions; the arguments are those of :func:`sparse_peft.select_support`, checked.
+        """Each target's positions; the arguments are those of [`select_support`][sparse_peft.select_support], checked.
 
         For methods that have criteria which look at data.
         """
@@ -205,7 +205,7 @@ class BaseSparseModel(BaseTuner):
         gradients: dict[str, Tensor] | None = None,
         **options: Any,
     ):
-        """See :func:`sparse_peft.select_support`, which copies the config first."""
+        """See [`select_support`][sparse_peft.select_support], which copies the config first."""
         if config.selection_needs not in ("gradient", "activation"):
             raise ValueError(
                 f"selection={config.selection!r} needs no data; pass the config to get_peft_model as it is"
@@ -508,9 +508,9 @@ class BaseSparseModel(BaseTuner):
             weights: one number for each, also negative.
             adapter_name: the new one's.
             combination_type, svd_rank, density, majority_sign_method, seed: see
-                :class:`~sparse_peft.ops.Combination`. Sparse deltas have ``"linear"``, ``"ties"``, ``"dare_linear"``,
-                ``"dare_ties"`` and ``"magnitude_prune"``; what has low-rank factors has ``"linear"`` (which is
-                ``"cat"``) and ``"svd"``.
+                [`Combination`][sparse_peft.ops.Combination]. Sparse deltas have ``"linear"``, ``"ties"``,
+                ``"dare_linear"``, ``"dare_ties"`` and ``"magnitude_prune"``; what has low-rank factors has
+                ``"linear"`` (which is ``"cat"``) and ``"svd"``.
 
         Raises:
             ValueError: names, weights or a combination that do not fit; nothing is added then.
@@ -542,7 +542,7 @@ class BaseSparseModel(BaseTuner):
 
     @classmethod
     def combined_fields(cls, configs: Sequence[Any], tensors: Tensors) -> dict[str, Any]:
-        """The method's own fields of :meth:`combined_config`; the arguments are its."""
+        """The method's own fields of ``combined_config``; the arguments are its."""
         raise NotImplementedError(f"{cls.__name__} has states that can be combined but does not say their config")
 
     # ------------------------------------------------------------------ checkpoints

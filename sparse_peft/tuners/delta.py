@@ -121,7 +121,7 @@ class Delta(TrainedState):
 
     @property
     def support(self) -> Support:
-        """The positions as a :class:`~sparse_peft.support.Support`, with what was found out about it.
+        """The positions as a [`Support`][sparse_peft.support.Support], with what was found out about it.
 
         Raises:
             RuntimeError: the positions were never set.
@@ -158,7 +158,7 @@ class SparseDelta(Delta):
     """The trained state of single entries: ``values[e]`` belongs to the flat position ``indices[e]``.
 
     Args:
-        shape, entries, name: as in :class:`Delta`.
+        shape, entries, name: as in ``Delta``.
         recipe: how the positions are chosen if no file brings them.
         support: the positions, or None where they come later (from a file).
     """

@@ -15,7 +15,7 @@ def check_field_types(config_cls: type, values: Mapping[str, Any], where: str) -
 
     Args:
         config_cls: a dataclass; names it has no annotation for are left to PEFT, which drops them with a warning.
-        values: as :mod:`json` reads them.
+        values: as ``json`` reads them.
         where: the file, for the message.
 
     Raises:

@@ -62,7 +62,7 @@ class LowRankState(TrainedState):
     def combined_factors(
         factors: Sequence[tuple[Tensor, Tensor]], weights: Sequence[float], how: Combination, name: str
     ) -> tuple[Tensor, Tensor]:
-        """:func:`~sparse_peft.ops.combine_factors`, whose result a model takes.
+        """``combine_factors``, whose result a model takes.
 
         Raises:
             ValueError: also, ranks that add up to more than the layer can have.

@@ -8,7 +8,7 @@ from torch import nn
 
 
 class PackedWeight:
-    """A quantised base layer as it was: given back bit for bit by :meth:`restore`.
+    """A quantised base layer as it was: given back bit for bit by ``restore``.
 
     Re-quantising rounds the whole weight, so subtracting the delta again would not bring the packed weight back. The
     backends replace the weight object (bitsandbytes, torchao) or the whole layer (HQQ) and edit the attributes of the

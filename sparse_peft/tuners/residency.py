@@ -160,7 +160,7 @@ class Residency:
 
 @dataclass(frozen=True)
 class Write:
-    """One weight that is to hold entries: arguments of :meth:`Residency.write`."""
+    """One weight that is to hold entries: arguments of ``Residency.write``."""
 
     ledger: Residency
     weight: Tensor
@@ -170,7 +170,7 @@ class Write:
 
 
 def write_all(writes: Sequence[Write]) -> None:
-    """:meth:`Residency.write` for many weights, on a GPU in two launches."""
+    """``Residency.write`` for many weights, on a GPU in two launches."""
     stale = [(w.ledger, w.weight) for w in writes if w.ledger.held and w.ledger.held.support is not w.support]
     release_each(stale)
     fresh = [w for w in writes if w.ledger.held is None]
@@ -188,7 +188,7 @@ def write_all(writes: Sequence[Write]) -> None:
 
 
 def release_each(pairs: Sequence[tuple[Residency, Tensor]]) -> None:
-    """:meth:`Residency.release` for many weights, on a GPU in one launch."""
+    """``Residency.release`` for many weights, on a GPU in one launch."""
     pairs = [(ledger, weight) for ledger, weight in pairs if ledger.held is not None]
     if not pairs:
         return

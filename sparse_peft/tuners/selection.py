@@ -81,8 +81,8 @@ def select_support(
 
     Args:
         model: the base model, without adapters.
-        config: a :class:`~sparse_peft.SparseConfig` or :class:`~sparse_peft.S2FTConfig` with a data-driven
-            ``selection``.
+        config: a [`SparseConfig`][sparse_peft.SparseConfig] or [`S2FTConfig`][sparse_peft.S2FTConfig] with a
+            data-driven ``selection``.
         data: batches, each passed to the model as ``model(**batch).loss``, or to ``loss_fn``.
         gradients: instead of data, ``{layer or parameter name: gradient of its weight}``.
         loss_fn: ``loss_fn(model, batch) -> scalar``.

@@ -56,7 +56,7 @@ class TrainedState(nn.Module):
         Args:
             states: of the adapters that have the layer, with their positions known.
             weights: one number for each.
-            how: one of :attr:`combinations`.
+            how: one of ``combinations``.
 
         Raises:
             ValueError: the states have no such combination.
@@ -108,7 +108,7 @@ class TrainedState(nn.Module):
     # ------------------------------------------------------------------ files
 
     def position_layout(self) -> dict[str, tuple[int, torch.dtype]]:
-        """``{tensor name: (length, dtype)}`` of what :meth:`file_tensors` will have, known before positions are."""
+        """``{tensor name: (length, dtype)}`` of what ``file_tensors`` will have, known before positions are."""
         return {name: (math.prod(shape), dtype) for name, (shape, dtype) in self.file_buffers().items()}
 
     def file_buffers(self) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
@@ -116,7 +116,7 @@ class TrainedState(nn.Module):
         return {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in self._stored_buffers().items()}
 
     def file_tensors(self) -> dict[str, Tensor]:
-        """What takes the place of the buffers of :attr:`position_names` in a file; by default these."""
+        """What takes the place of the buffers of ``position_names`` in a file; by default these."""
         return self._stored_buffers()
 
     def _stored_buffers(self) -> dict[str, Tensor]:
@@ -124,10 +124,10 @@ class TrainedState(nn.Module):
         return {name: tensor for name, tensor in kept.items() if name not in self._non_persistent_buffers_set}
 
     def take_file(self, positions: dict[str, Tensor], parameters: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Check what a file has for this layer, and give what it has in :attr:`position_names` as the buffers' next.
+        """Check what a file has for this layer, and give what it has in ``position_names`` as the buffers' next.
 
         Args:
-            positions: the tensors of :attr:`position_names` that the file has.
+            positions: the tensors of ``position_names`` that the file has.
             parameters: the parameters that it has.
 
         Raises:

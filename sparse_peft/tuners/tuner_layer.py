@@ -28,7 +28,7 @@ class TunerLayer(BaseTunerLayer, nn.Module):
             layer that PEFT has a backend for.
         name: the layer's full name in the model, for errors and for what is drawn at random.
 
-    Subclasses name the ``nn.ModuleDict`` of :class:`~sparse_peft.tuners.trained.TrainedState` in ``delta_container``;
+    Subclasses name the ``nn.ModuleDict`` of ``TrainedState`` in ``delta_container``;
     the attribute starts with the method's prefix. They say what an adapter makes of an input, and its weight.
     """
 
@@ -204,7 +204,7 @@ class TunerLayer(BaseTunerLayer, nn.Module):
 
     @torch.no_grad()
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Merge adapters into the base weight; :meth:`unmerge` gives every bit of it back.
+        """Merge adapters into the base weight; ``unmerge`` gives every bit of it back.
 
         Args:
             safe_merge: check that the merged weights are finite before anything is written.

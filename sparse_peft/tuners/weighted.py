@@ -1,6 +1,6 @@
 """Several adapters of one method made into one: of a live model, or of what was read from files.
 
-What a layer's states become is the states' own business (:meth:`~sparse_peft.tuners.trained.TrainedState.combine`),
+What a layer's states become is the states' own business (``combine``),
 what the config becomes that of the method's model class (``combined_config``).
 """
 

@@ -306,7 +306,7 @@ ROUTES = [
 
 @contextmanager
 def running_hub():
-    """A :class:`Hub` that answers on 127.0.0.1 while the block runs."""
+    """A ``Hub`` that answers on 127.0.0.1 while the block runs."""
     hub = Hub()
     handler = type("BoundHandler", (Handler,), {"hub": hub})
     servers = [ThreadingHTTPServer(("127.0.0.1", 0), handler) for _ in range(2)]

@@ -87,7 +87,7 @@ def write_many_(table: Tensor, largest: int, dtype: torch.dtype, index: torch.dt
 
 
 def sddmm_(out: Tensor, left: Tensor, right: Tensor, indices: Tensor, cols: int, add: bool) -> None:
-    """As :func:`sparse_peft.ops.triton_kernels.sddmm.sddmm_`; tokens padded with zeros to 16 bytes."""
+    """As ``sparse_peft.ops.triton_kernels.sddmm.sddmm_``; tokens padded with zeros to 16 bytes."""
     kernel = _kernel("sddmm.cu", "sddmm", left.dtype, indices.dtype, left.device)
     grid = (_blocks(indices.numel(), THREADS // 32 * ENTRIES_A_WARP), 1)
     args = [left, right, indices, out, indices.numel(), cols, left.stride(0), int(add)]

@@ -70,7 +70,7 @@ def masked_dw(
 
     Args:
         left: ``(tokens, rows)``, right: ``(tokens, cols)``, the last dimension contiguous.
-        words, before: the support's bitmap, :func:`sparse_peft.ops.masked_dw.bitmap`.
+        words, before: the support's bitmap, ``sparse_peft.ops.masked_dw.bitmap``.
         values: ``(entries,)`` float32, written.
         threshold: one float32 number.
         capacity: how many positions there is room for.

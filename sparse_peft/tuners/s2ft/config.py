@@ -43,8 +43,8 @@ class S2FTConfig(BaseSparseConfig):
         coupled: whether layers of a block train the same channels where they share them: ``up``, ``gate`` and ``down``
             their hidden ones; with heads ``q``, ``k``, ``v`` and ``o`` theirs, with channels ``v`` and ``o``.
         selection: how channels are chosen: ``"random"``, ``"weight"`` (norm), or, from data by
-            :func:`~sparse_peft.select_support` beforehand, ``"activation"`` (norm), ``"product"`` of the two,
-            ``"gradient"`` (norm of the weight's gradient).
+            [`select_support`][sparse_peft.select_support] beforehand, ``"activation"`` (norm), ``"product"`` of the
+            two, ``"gradient"`` (norm of the weight's gradient).
         largest: whether channels with large scores train; by default only with ``"gradient"``.
         avoid: adapters of the model whose channels this one leaves alone: the deltas are then orthogonal, and fusing
             them changes neither.

@@ -25,7 +25,7 @@ class ChannelDelta(Delta):
         count: number of channels.
         width: columns of a channel, more than 1 in convolutions.
         name: the layer's name.
-        draw: see :class:`~sparse_peft.tuners.delta.Delta`.
+        draw: see ``Delta``.
         support: the channels, or None where they come later (from a file).
     """
 

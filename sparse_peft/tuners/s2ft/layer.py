@@ -7,7 +7,7 @@ from ..stacks import ChannelStack
 
 
 class S2FTLinear(SparseTunerLayer):
-    """A layer with trained channels; see :class:`~sparse_peft.tuners.base_layer.SparseTunerLayer`.
+    """A layer with trained channels; see ``SparseTunerLayer``.
 
     Its name says Linear because PEFT finds "all-linear" layers that have an adapter already by their class's name.
     """

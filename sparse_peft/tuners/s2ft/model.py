@@ -52,7 +52,7 @@ class S2FTModel(BaseSparseModel):
 
     Args:
         model: the model to adapt.
-        config: a :class:`~sparse_peft.S2FTConfig`.
+        config: a [`S2FTConfig`][sparse_peft.S2FTConfig].
         adapter_name: the adapter's name.
 
     Example:

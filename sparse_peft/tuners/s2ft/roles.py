@@ -108,7 +108,7 @@ class Role:
     """A layer's part in a transformer block.
 
     Attributes:
-        kind: a key of :data:`SIDES`.
+        kind: a key of ``SIDES``.
         block: the name of the attention or feed-forward block that it is in.
     """
 

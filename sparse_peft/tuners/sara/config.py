@@ -31,12 +31,12 @@ class SaRAConfig(EntryConfig):
     """SaRA (ICLR 2025): train the weights that are smallest in absolute value, which the model hardly uses.
 
     How many train is said by a ``threshold``, or by a budget: ``density``, ``num_params`` or ``r``; without any, 5 %.
-    Training with ``progressive`` or ``nuclear_weight`` needs :class:`~sparse_peft.SparsityCallback` or a
-    :class:`~sparse_peft.SparsityController`.
+    Training with ``progressive`` or ``nuclear_weight`` needs [`SparsityCallback`][sparse_peft.SparsityCallback] or a
+    [`SparsityController`][sparse_peft.SparsityController].
 
     Args:
         threshold: train the entries with absolute value below it, in whatever layers they are.
-        density, num_params, r, density_pattern: as in :class:`~sparse_peft.SparseConfig`.
+        density, num_params, r, density_pattern: as in [`SparseConfig`][sparse_peft.SparseConfig].
         allocation: as there; with ``"global"`` the smallest entries of all layers together train, as with a threshold.
         progressive: when entries that have grown out of the smallest are frozen, with what they have become: a number
             of optimizer steps (int), or a share of the run (float in (0, 1)); None for never. Entries stay below the

@@ -8,7 +8,7 @@ from .targets import DEFAULT_TARGETS
 
 
 class SaRALinear(SparseTunerLayer):
-    """A layer whose smallest weights train; see :class:`~sparse_peft.tuners.base_layer.SparseTunerLayer`."""
+    """A layer whose smallest weights train; see ``SparseTunerLayer``."""
 
     delta_container = "sparse_peft_sara_adapter"
     adapter_layer_names = (delta_container,)
@@ -22,7 +22,7 @@ class SaRAModel(EntryModel):
 
     Args:
         model: the model to adapt.
-        config: a :class:`~sparse_peft.SaRAConfig`.
+        config: a [`SaRAConfig`][sparse_peft.SaRAConfig].
         adapter_name: the adapter's name.
 
     Example:

@@ -28,7 +28,7 @@ from .model import SketchModel
 
 @dataclass(frozen=True)
 class Recipe:
-    """How one layer's sketch is made of its weight and its inputs' second moment; see :func:`sketch_model`."""
+    """How [`sketch_model`][sparse_peft.sketch_model] makes one layer's sketch of its weight and inputs' moment."""
 
     config: SketchConfig
     compensate: bool
@@ -108,7 +108,7 @@ def sketch_model(
         importance: power of an input's mean square by which its weights count in the tables; 0 for all alike. By
             default 1, or 1/2 for codes that are compensated. Without both other steps the codes are nearest entries
             of the tables, which ``index_storage="recompute"`` can find again.
-        damping, act_order, block: of :func:`~sparse_peft.support.compensated_sketch`.
+        damping, act_order, block: of [`compensated_sketch`][sparse_peft.support.compensated_sketch].
         progress: show a bar that counts layers.
 
     Returns:
@@ -160,7 +160,7 @@ def _rows(module: nn.Module) -> Tensor:
 
 
 class _Calibration:
-    """One run of :func:`sketch_model`."""
+    """One run of [`sketch_model`][sparse_peft.sketch_model]."""
 
     def __init__(
         self, model: nn.Module, targets: dict[str, nn.Module], recipe: Recipe, done: Callable[[], Any]

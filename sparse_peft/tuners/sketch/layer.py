@@ -22,7 +22,7 @@ class SketchLinear(TunerLayer):
     Rows are always outputs and columns inputs, also of GPT-2's ``Conv1D``, which stores its weight as ``(in, out)``.
 
     Args:
-        base_layer, name: as in :class:`~sparse_peft.tuners.tuner_layer.TunerLayer`.
+        base_layer, name: as in ``TunerLayer``.
         keep_base: of a weight that is replaced, ``"drop"`` it or keep it on the ``"cpu"``.
     """
 

@@ -27,7 +27,7 @@ from .state import SketchState
 
 @dataclass(frozen=True)
 class SketchPlan:
-    """What one layer's new adapter will be: arguments of :class:`~sparse_peft.tuners.sketch.state.SketchState`."""
+    """What one layer's new adapter will be: arguments of ``SketchState``."""
 
     shape: tuple[int, int]
     groups: int
@@ -47,7 +47,7 @@ class SketchModel(BaseSparseModel):
 
     Args:
         model: the model to adapt; of mode ``"replace"`` the target layers lose their weights.
-        config: a :class:`~sparse_peft.SketchConfig`.
+        config: a [`SketchConfig`][sparse_peft.SketchConfig].
         adapter_name: the adapter's name.
     """
 

@@ -47,7 +47,7 @@ def write_sketches(path: str | os.PathLike, sketches: dict[str, Sketch]) -> str:
 
 
 def read_sketches(path: str | os.PathLike, sha256: str | None = None) -> dict[str, Sketch]:
-    """Read what :func:`write_sketches` wrote.
+    """Read what ``write_sketches`` wrote.
 
     Args:
         path: of the file.

@@ -17,7 +17,7 @@ class SketchedLinear(nn.Module):
         base: the ``nn.Linear`` or transformers' ``Conv1D`` whose place it takes.
         sketch: of its weight, ``(outputs, inputs)``.
         nearest_checksum: of the codes that were nearest to the weight.
-        keep: keep the dense weight on the CPU, for :meth:`original`.
+        keep: keep the dense weight on the CPU, for ``original``.
     """
 
     def __init__(self, base: nn.Module, sketch: Sketch, nearest_checksum: int, keep: bool = False):

@@ -20,7 +20,7 @@ class SLTrainConfig(SparseConfig):
     With ``mode="finetune"`` that is added to the frozen base weight and starts at zero; with the positions chosen from
     gradients or from a decomposition's residual it is the form of RoSA and DSEE. With ``mode="pretrain"`` it takes the
     weight's place, and everything else of the model trains as well: see
-    :func:`~sparse_peft.build_for_pretraining`.
+    [`build_for_pretraining`][sparse_peft.build_for_pretraining].
 
     Args:
         r: rank of the low-rank part; 8 for fine-tuning. For pretraining there is no default: the paper's is about a
@@ -35,7 +35,7 @@ class SLTrainConfig(SparseConfig):
         backend: how a layer without a weight computes: ``"composed"``: its rows put together a panel at a time,
             ``"factored"``: one product after the other, or ``"auto"``: what should be faster (speed only).
         selection, granularity, threshold and what belongs to them, density_pattern, allocation, seed, resident: as in
-            :class:`~sparse_peft.SparseConfig`. In pretraining positions are random, or change during training.
+            [`SparseConfig`][sparse_peft.SparseConfig]. In pretraining positions are random, or change during training.
 
     Raises:
         ValueError, TypeError: a field that is out of range, or two that contradict each other.

@@ -22,7 +22,7 @@ class SLTrainDelta(LowRankState, SparseDelta):
     """``scale * B @ A + scatter(values)``, as a map from inputs to outputs; see the two base classes.
 
     Args:
-        shape, entries, name, recipe, support: as in :class:`~sparse_peft.tuners.delta.SparseDelta`.
+        shape, entries, name, recipe, support: as in ``SparseDelta``.
         sizes: ``(inputs, outputs)`` of the layer.
         config: the adapter's.
     """

@@ -19,7 +19,7 @@ class SLTrainLinear(LowRankLayer, SparseTunerLayer):
     """A layer with trained entries and low rank, beside its weight or, ``weightless``, in the place of it.
 
     Args:
-        base_layer, name, resident: as in :class:`~sparse_peft.tuners.base_layer.SparseTunerLayer`.
+        base_layer, name, resident: as in ``SparseTunerLayer``.
         weightless: drop the base weight.
         backend: without a base weight: ``"composed"``, ``"factored"`` or ``"auto"``.
     """

@@ -36,7 +36,7 @@ class SLTrainModel(SparseModel):
 
     Args:
         model: the model to adapt; of mode ``"pretrain"`` the target layers lose their weights.
-        config: a :class:`~sparse_peft.SLTrainConfig`.
+        config: a [`SLTrainConfig`][sparse_peft.SLTrainConfig].
         adapter_name: the adapter's name.
     """
 

@@ -21,7 +21,7 @@ class SnellaConfig(BaseSparseConfig):
 
     As many parameters train as with LoRA of rank ``r``, the delta has full rank, and ``1 - sparsity`` of its entries
     are not zero. With ``target_sparsity`` layers compete as well (SNELLA): training then needs
-    :class:`~sparse_peft.SparsityCallback` or a :class:`~sparse_peft.SparsityController`.
+    [`SparsityCallback`][sparse_peft.SparsityCallback] or a [`SparsityController`][sparse_peft.SparsityController].
 
     Args:
         r: trained numbers for each input and output, half of them of each piece; even.

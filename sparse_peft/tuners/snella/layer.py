@@ -16,7 +16,7 @@ ADDED_TO = (torch.float32, torch.float64)
 
 
 class SnellaLinear(TunerLayer):
-    """A layer with a kernelised delta; see :class:`~sparse_peft.tuners.tuner_layer.TunerLayer`."""
+    """A layer with a kernelised delta; see ``TunerLayer``."""
 
     delta_container = "sparse_peft_snella_adapter"
     adapter_layer_names = (delta_container,)

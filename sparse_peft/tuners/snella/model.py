@@ -33,7 +33,7 @@ class SnellaModel(BaseSparseModel):
 
     Args:
         model: the model to adapt.
-        config: a :class:`~sparse_peft.SnellaConfig`.
+        config: a [`SnellaConfig`][sparse_peft.SnellaConfig].
         adapter_name: the adapter's name.
     """
 

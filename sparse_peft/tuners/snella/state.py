@@ -209,7 +209,7 @@ class KernelState(TrainedState):
         return kernel_delta(self(), self.tau, how, dtype or self.dtype)
 
     def kept_delta(self, dtype: torch.dtype) -> Tensor:
-        """As :meth:`dense`; kept until a parameter changes or the layer trains again."""
+        """As ``dense``; kept until a parameter changes or the layer trains again."""
         self.settle()
         if self._dense is None or self._dense[0] is not self._seen or self._dense[1].dtype != dtype:
             with torch.inference_mode(False):

@@ -21,10 +21,10 @@ DEFAULT_PENALTY = {"lr": 0.5, "adam": 0.5, "constant": 3e-4}
 class SoRAConfig(BaseSparseConfig):
     """SoRA (EMNLP 2023): low rank with a gate that a proximal step pulls to exact zeros, so that ranks die.
 
-    ``W + alpha / r * B diag(gate) A``. Training needs :class:`~sparse_peft.SparsityCallback` or a
-    :class:`~sparse_peft.SparsityController`, which takes the proximal step after each step of the optimizer, keeps the
-    gates out of its weight decay, and reports the ranks. Weight decay on ``A`` and ``B`` keeps the gates from
-    handing their size over to them: with none, the penalty hardly bites.
+    ``W + alpha / r * B diag(gate) A``. Training needs [`SparsityCallback`][sparse_peft.SparsityCallback] or a
+    [`SparsityController`][sparse_peft.SparsityController], which takes the proximal step after each step of the
+    optimizer, keeps the gates out of its weight decay, and reports the ranks. Weight decay on ``A`` and ``B`` keeps
+    the gates from handing their size over to them: with none, the penalty hardly bites.
 
     Args:
         r: ranks that each layer starts with.
@@ -41,7 +41,7 @@ class SoRAConfig(BaseSparseConfig):
         first_penalty: of the first stage; by default 0.
         stages: number of equally long stages of the run, with penalties from the first to the last.
         stage_spacing: ``"linear"`` or ``"geometric"`` (from a first penalty above 0). A learning rate that rises anew
-            in every stage is :func:`~sparse_peft.rewarmed_schedule`.
+            in every stage is [`rewarmed_schedule`][sparse_peft.rewarmed_schedule].
         prox_start: optimizer steps (int), or share of the run (float), before the first proximal step: the warmup.
         max_threshold: with ``prox="adam"``: most that a step takes from a gate, whose second moment starts at zero.
         target_rank: ranks of all layers together that are to be left, as a number (int) or a share of those at the

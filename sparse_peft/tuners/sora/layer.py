@@ -8,7 +8,7 @@ from ..low_rank import LowRankLayer
 
 
 class SoRALinear(LowRankLayer):
-    """A layer with gated low rank beside it; see :class:`~sparse_peft.tuners.tuner_layer.TunerLayer`."""
+    """A layer with gated low rank beside it; see ``TunerLayer``."""
 
     delta_container = "sparse_peft_sora_adapter"
     adapter_layer_names = (delta_container,)

@@ -35,7 +35,7 @@ class SoRAModel(BaseSparseModel):
 
     Args:
         model: the model to adapt.
-        config: a :class:`~sparse_peft.SoRAConfig`.
+        config: a [`SoRAConfig`][sparse_peft.SoRAConfig].
         adapter_name: the adapter's name.
     """
 

@@ -58,7 +58,8 @@ class PenaltySchedule:
 def rewarmed_schedule(optimizer: Optimizer, total_steps: int, stages: int, warmup: float = 0.06) -> LambdaLR:
     """A learning rate that rises anew at the start of every stage and falls linearly to zero at its end.
 
-    For :class:`~sparse_peft.SoRAConfig` with ``stages``: whatever a stage's penalty takes away can be learnt again.
+    For [`SoRAConfig`][sparse_peft.SoRAConfig] with ``stages``: whatever a stage's penalty takes away can be learnt
+    again.
 
     Args:
         optimizer: whose learning rate it is.

@@ -44,11 +44,11 @@ class SparseConfig(EntryConfig):
             of all layers together; needs a criterion with scores).
         selection: which entries train: ``"random"``, ``"magnitude"`` (largest), ``"magnitude_smallest"``,
             ``"threshold"``, ``"principal"``, ``"residual"``, or, chosen from data by
-            :func:`~sparse_peft.select_support` beforehand, ``"gradient"``, ``"fisher"``, ``"wanda"``, ``"movement"``.
-            With ``"accumulated_gradient"`` (SpIEL-AG), ``"momentum"`` (SpIEL-MA), ``"set"`` or ``"rigl"`` they start
-            at random and change during training: add
-            :class:`~sparse_peft.SparsityCallback` to the trainer, or drive a
-            :class:`~sparse_peft.SparsityController` in a loop of your own.
+            [`select_support`][sparse_peft.select_support] beforehand, ``"gradient"``, ``"fisher"``, ``"wanda"``,
+            ``"movement"``. With ``"accumulated_gradient"`` (SpIEL-AG), ``"momentum"`` (SpIEL-MA), ``"set"`` or
+            ``"rigl"`` they start at random and change during training: add
+            [`SparsityCallback`][sparse_peft.SparsityCallback] to the trainer, or drive a
+            [`SparsityController`][sparse_peft.SparsityController] in a loop of your own.
         granularity: ``"entry"``: single entries train, or ``"block"``: whole blocks of the stored weight, chosen by
             the sums of their entries' scores. At densities of tens of percent the gradient of blocks is much cheaper.
         block_size: with blocks: their size, one number or ``[rows, cols]`` of the stored weight.

@@ -6,7 +6,7 @@ from ..base_layer import SparseTunerLayer
 
 
 class SparseLinear(SparseTunerLayer):
-    """A linear layer with trained entries; see :class:`~sparse_peft.tuners.base_layer.SparseTunerLayer`."""
+    """A linear layer with trained entries; see ``SparseTunerLayer``."""
 
     delta_container = "sparse_peft_delta_adapter"
     adapter_layer_names = (delta_container,)

@@ -22,7 +22,7 @@ class SparseModel(EntryModel):
 
     Args:
         model: the model to adapt.
-        config: a :class:`~sparse_peft.SparseConfig`.
+        config: a [`SparseConfig`][sparse_peft.SparseConfig].
         adapter_name: the adapter's name.
 
     Example:
