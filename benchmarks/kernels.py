@@ -17,6 +17,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
+from sparse_peft.numerics import topk_indices
 from sparse_peft.ops import (
     accumulation_dtype,
     cache_file,
@@ -31,8 +32,8 @@ from sparse_peft.ops import (
     support_grad,
     use_backend,
 )
-from sparse_peft.ops.calibration import measure
-from sparse_peft.support import Support, random_blocks, topk_indices
+from sparse_peft.ops.crossover import measure
+from sparse_peft.support import Support, random_blocks
 
 from .measure import Ratio, interleave, main_clock, paired
 from .report import environment, write_json

@@ -22,8 +22,9 @@ from rich.table import Table
 from torch import nn
 
 from sparse_peft import SparseConfig, SparsityController
-from sparse_peft.ops import PANEL_BYTES_PER_WEIGHT, gradient_panels, panel_bytes
-from sparse_peft.training.candidates import CandidateWindow
+from sparse_peft.numerics import panel_bytes
+from sparse_peft.ops import PANEL_BYTES_PER_WEIGHT, gradient_panels
+from sparse_peft.tuners.sparse.candidates import CandidateWindow
 
 from .measure import LargestTensor
 from .report import environment, write_json

@@ -26,8 +26,8 @@ from torch import Tensor, nn
 
 from examples.smollm2 import held_out_loss, kjv_blocks, load_model, load_tokenizer
 from sparse_peft import SketchConfig, sketch_model
+from sparse_peft.calibrate import Sketch, assign_codes, fit_codebooks
 from sparse_peft.ops import code_gather, pack_codes
-from sparse_peft.support import Sketch, assign_codes, fit_codebooks
 
 from .report import environment, write_json
 from .workloads import LLAMA_TARGETS

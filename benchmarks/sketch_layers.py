@@ -26,9 +26,10 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from examples.smollm2 import kjv_blocks, load_model, load_tokenizer
-from sparse_peft.ops import code_gather, pack_codes, panel_bytes
-from sparse_peft.support import assign_codes, compensated_sketch, fit_codebooks, output_error, refit_codebooks
-from sparse_peft.support.features import second_moments
+from sparse_peft.calibrate import assign_codes, compensated_sketch, fit_codebooks, output_error, refit_codebooks
+from sparse_peft.calibrate.activations import second_moments
+from sparse_peft.numerics import panel_bytes
+from sparse_peft.ops import code_gather, pack_codes
 
 from .report import environment, write_json
 from .sketch import BLOCK, as_batches

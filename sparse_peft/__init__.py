@@ -1,10 +1,11 @@
 """Sparse fine-tuning for Hugging Face PEFT. Importing the package registers its methods with PEFT."""
 
-from .ops import panel_limit, use_backend
+from .numerics import panel_limit
+from .ops import use_backend
 from .registry import register_all
 from .tuners.base_model import base_weights
-from .tuners.card import guard_model_cards
-from .tuners.checkpoint import guard_adapter_writes
+from .tuners.files.card import guard_model_cards
+from .tuners.files.checks import guard_adapter_writes
 from .tuners.selection import select_support
 
 register_all()

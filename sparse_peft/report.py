@@ -16,10 +16,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from .dynamics.records import Allocation, Ranks, Record, Reselection, record_from_dict
 from .ops import plan_support_grad
 from .support import Support
-from .training.records import Allocation, Ranks, Record, Reselection, record_from_dict
-from .tuners.base_layer import SparseTunerLayer
+from .tuners.delta_layer import SparseTunerLayer
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -6,6 +6,7 @@ from peft import get_peft_model
 from torch import nn
 
 from sparse_peft import SparseConfig, report
+from sparse_peft.dynamics.records import Allocation, LayerAllocation, LayerChange, LayerRanks, Ranks, Reselection
 from sparse_peft.report import (
     plot_allocation,
     plot_ranks,
@@ -17,7 +18,6 @@ from sparse_peft.report import (
     write_history,
 )
 from sparse_peft.support import Support
-from sparse_peft.training.records import Allocation, LayerAllocation, LayerChange, LayerRanks, Ranks, Reselection
 
 image = pytest.importorskip("matplotlib.image")
 

@@ -6,12 +6,12 @@ from .export import export, save_merged
 from .extract import EXTRACTION_CRITERIA, ExtractedLayer, Extraction, extract
 from .files import load_adapter, save_adapter
 from .lora import save_as_lora, save_lora_as_s2ft
-from .low_rank import LowRankExport, save_low_rank
+from .lora_approximation import LowRankExport, save_low_rank
+from .offline_adapter import StoredAdapter, read_stored
 from .pool import AdapterPool, PoolStatistics
 from .results import add_results
+from .snell_to_sparse import save_as_sparse, to_sparse
 from .soup import Soup, greedy_soup, soup
-from .sparse import save_as_sparse, to_sparse
-from .stored import StoredAdapter, read_stored
 from .summary import AdapterSummary, Comparison, LayerComparison, LayerSummary, compare, summarise, supports_of
 
 __all__ = [

@@ -14,9 +14,9 @@ from torch import Tensor
 
 from ..ops import Combination
 from ..tuners.base_config import BaseSparseConfig
-from ..tuners.weighted import combine_states
+from ..tuners.combination import combine_states
 from .files import PREFIX, write_adapter
-from .stored import StoredAdapter, entrywise, named_tensors, read_stored
+from .offline_adapter import StoredAdapter, entrywise, named_tensors, read_stored
 
 
 def compose(

@@ -15,9 +15,9 @@ from ..tuners.base_model import stored_shape
 from ..tuners.delta import SparseDelta
 from .files import PREFIX, write_adapter
 from .foreign import ForeignAdapter, read_config, read_lt_sft, read_shira, read_spiel, read_supertuning, source_format
-from .stored import entrywise, read_stored, sparse_config, sparse_state, sparse_tensors
-from .weights import name_of, structure_of, weights_of
-from .whole import OTHERS, save_whole
+from .modules_to_save import OTHERS, save_whole
+from .offline_adapter import entrywise, read_stored, sparse_config, sparse_state, sparse_tensors
+from .weight_reader import name_of, structure_of, weights_of
 
 TARGETS = ("sparse", "shira", "supertuning")
 READERS = {"SHIRA": read_shira, "SUPERTUNING": read_supertuning, "SFT": read_spiel}

@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 
 from ..support import Support
+from ..tuners.base_state import TrainedState
 from ..tuners.delta import Delta
 from ..tuners.low_rank import LowRankState
 from ..tuners.snella.state import KernelState
-from ..tuners.trained import TrainedState
-from .sparse import stored_entries
+from .snell_to_sparse import stored_entries
 
 
 class DeltaMatrix:

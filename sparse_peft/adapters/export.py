@@ -15,13 +15,13 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from ..tuners.base_layer import SET_ASIDE, TunerLayer
 from ..tuners.base_model import BaseSparseModel
-from ..tuners.tuner_layer import SET_ASIDE, TunerLayer
 from .files import config_of
 from .lora import save_as_lora
-from .low_rank import LowRankExport, save_low_rank
-from .stored import read_sparse
-from .weights import structure_of
+from .lora_approximation import LowRankExport, save_low_rank
+from .offline_adapter import read_sparse
+from .weight_reader import structure_of
 
 FORMS = ("merged", "lora", "low_rank")
 

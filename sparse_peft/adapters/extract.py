@@ -14,16 +14,17 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+from ..numerics import topk_indices
 from ..ops import effective_entries
-from ..support import Budget, Support, allocate, divide, get_criterion, topk_indices
+from ..support import Budget, Support, allocate, divide, get_criterion
 from ..tuners.base_model import stored_shape
-from ..tuners.checkpoint import check_values
 from ..tuners.delta import SparseDelta
+from ..tuners.files.checks import check_values
 from ..tuners.sparse import SparseConfig, SparseModel
 from .files import write_adapter
-from .stored import named_tensors, sparse_state
-from .weights import Weights, name_of, structure_of, weights_of
-from .whole import OTHERS, save_whole
+from .modules_to_save import OTHERS, save_whole
+from .offline_adapter import named_tensors, sparse_state
+from .weight_reader import Weights, name_of, structure_of, weights_of
 
 
 def _relative(difference: Tensor, base: Tensor) -> Tensor:

@@ -21,8 +21,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from ..tuners.base_model import BaseSparseModel, configs_of
-from ..tuners.card import FRAMEWORK_HEADING, TAG
-from ..tuners.checkpoint import CURE, check_adapter_file, check_adapter_name, read_config_file
+from ..tuners.files.card import FRAMEWORK_HEADING, TAG
+from ..tuners.files.checks import CURE, check_adapter_file, check_adapter_name, read_config_file
 
 # What PeftModel's state dicts begin with, and so every adapter file.
 PREFIX = "base_model.model."

@@ -22,9 +22,9 @@ from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from torch import Tensor
 
 from ..support import Support
-from ..tuners.checkpoint import check_values
+from ..tuners.files.checks import check_values
 from .files import PREFIX, read_tensors
-from .weights import known_name
+from .weight_reader import known_name
 
 LT_SFT_NAME = "pytorch_diff.bin"
 CONFIG_FIELDS = ("base_model_name_or_path", "revision", "task_type", "modules_to_save")

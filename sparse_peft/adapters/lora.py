@@ -19,12 +19,12 @@ from torch import Tensor, nn
 
 from ..ops import ConvProduct, write_support_
 from ..support import ChannelSupport, Support
-from ..tuners.base_layer import SparseTunerLayer
+from ..tuners.base_layer import TunerLayer
 from ..tuners.base_model import BaseSparseModel
+from ..tuners.delta_layer import SparseTunerLayer
 from ..tuners.low_rank import LowRankLayer
 from ..tuners.s2ft import S2FTConfig
 from ..tuners.sora import SoRALinear
-from ..tuners.tuner_layer import TunerLayer
 from .files import PREFIX, config_of, read_adapter, tensors_of, write_adapter
 
 

@@ -15,8 +15,8 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
 from ..registry import METHODS
+from ..tuners.base_layer import BASE_ADAPTER, TunerLayer
 from ..tuners.base_model import BaseSparseModel, modules_beside_adapters
-from ..tuners.tuner_layer import BASE_ADAPTER, TunerLayer
 
 _UNSETTLED = ""  # no adapter's name
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from huggingface_hub import EvalResult
 from peft import PeftConfig
 
-from ..tuners.card import complete_card, insert_section, read_card, write_card
+from ..tuners.files.card import complete_card, insert_section, read_card, write_card
 
 HEADING = "## Results"
 # The Hub's names of what PEFT's task types are for.

@@ -18,10 +18,10 @@ from torch import Tensor
 from ..ops import Combination, check_weights
 from ..support import Support
 from ..tuners.base_config import BaseSparseConfig
-from ..tuners.weighted import combine_states
+from ..tuners.combination import combine_states
 from .compose import read_all, write_combined
 from .files import PREFIX
-from .stored import StoredAdapter, entrywise
+from .offline_adapter import StoredAdapter, entrywise
 
 ON_MISMATCH = ("error", "union", "intersection")
 

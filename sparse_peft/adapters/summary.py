@@ -14,10 +14,10 @@ from torch import Tensor
 
 from ..support import Support
 from ..tuners.base_config import changed_fields
+from ..tuners.base_state import TrainedState
 from ..tuners.low_rank import LowRankState
-from ..tuners.trained import TrainedState
 from .delta_matrix import DeltaMatrix
-from .stored import StoredAdapter, read_stored
+from .offline_adapter import StoredAdapter, read_stored
 
 Progress = Callable[[Sequence], Iterable]
 

@@ -17,17 +17,7 @@ from ..support import ALLOCATIONS, Budget
 from ..tuners.sparse import SparseConfig
 from .fields import parse_fields
 from .folders import model_folder, new_folder
-from .output import (
-    ForceOption,
-    JsonOption,
-    answering,
-    asked,
-    count_text,
-    share_text,
-    short_names,
-    table,
-    working,
-)
+from .output import ForceOption, JsonOption, answering, asked, count_text, share_text, short_names, table, working
 
 LEAST_KEPT = 10  # layers that are listed for people
 

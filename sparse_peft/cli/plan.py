@@ -13,17 +13,7 @@ from ..planning import FORMATS, OPTIMIZERS, PlanOptions, TrainingPlan, plan_trai
 from ..registry import METHODS, method_named
 from ..structure import read_model_config
 from .fields import check_field, parse_fields
-from .output import (
-    JsonOption,
-    answering,
-    asked,
-    bytes_text,
-    count_text,
-    fields_text,
-    seconds_text,
-    share_text,
-    table,
-)
+from .output import JsonOption, answering, asked, bytes_text, count_text, fields_text, seconds_text, share_text, table
 
 METHOD_HELP = f"One of {', '.join(method.short_name for method in METHODS)}."
 

@@ -1,6 +1,5 @@
 """How a sparse delta is computed: functional ops, each with the implementations that ``dispatch`` chooses from."""
 
-from .calibration import Crossover, cache_file, known_crossover
 from .channel_batch import BatchOrder, add_channel_deltas_
 from .codebook_linear import CodedWeight, Codes, codebook_linear
 from .codes import code_gather, code_scatter_add, pack_codes, packed_width, unpack_codes
@@ -13,31 +12,25 @@ from .combine import (
     combine_factors,
     combine_on_supports,
 )
+from .compiled_layer import functional_layer
 from .conv import CONVOLUTIONS, ConvProduct, is_convolution
+from .crossover import Crossover, cache_file, known_crossover
 from .delta_matmul import delta_matmul, spmm_add_
-from .dispatch import BACKENDS, Plan, kernel_backend, log_once, plan_support_grad, use_backend
-from .distance_kernel import MIX, PIECES, THRESHOLDS, Factors, find_threshold, full_precision, kernel
+from .distance import MIX, PIECES, THRESHOLDS, Factors, find_threshold, full_precision, kernel
+from .distance_layer import Competition, First, kernel_delta, kernel_entries, kernel_layer
 from .entries import effective_entries, read_entries, restore_, resync_, scatter_add_, write_entries_
 from .entry_batch import add_entry_deltas_, diagonal_of, suits_one_product
-from .functional import functional_layer
-from .kernel_layer import Competition, First, kernel_delta, kernel_entries, kernel_layer
-from .layers import support_layer
-from .library import remember
+from .gradient_observers import UNOBSERVED, GradientObserver, new_key, observe
 from .masked_dw import PANEL_BYTES_PER_WEIGHT, masked_dw
 from .nuclear import nuclear_norm
-from .observe import UNOBSERVED, GradientObserver, new_key, observe
-from .panels import panel_bytes, panel_limit, panels
+from .plans import BACKENDS, Plan, kernel_backend, log_once, plan_support_grad, use_backend
 from .products import LinearProduct, Product, WeightSource
 from .proximal import reference_threshold, soft_threshold
 from .sparse_low_rank import cheaper_way, compose, sparse_low_rank_linear
-from .support_entries import (
-    add_to_support_,
-    read_support,
-    restore_supports_,
-    resync_supports_,
-    write_support_,
-)
+from .support_entries import add_to_support_, read_support, restore_supports_, resync_supports_, write_support_
 from .support_grad import accumulation_dtype, gradient_panels, support_grad
+from .support_layer import support_layer
+from .torch_library import remember
 
 __all__ = [
     "BACKENDS",
@@ -98,12 +91,9 @@ __all__ = [
     "observe",
     "pack_codes",
     "packed_width",
-    "panel_bytes",
-    "panel_limit",
     "reference_threshold",
     "soft_threshold",
     "sparse_low_rank_linear",
-    "panels",
     "plan_support_grad",
     "read_entries",
     "read_support",

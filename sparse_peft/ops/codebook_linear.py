@@ -13,9 +13,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from ..support.passes import flatten_tokens
+from ..calibrate.model_pass import flatten_tokens
+from ..numerics.panels import panels
 from .codes import code_gather, code_scatter_add
-from .panels import panels
 from .products import LinearProduct
 from .support_grad import accumulation_dtype, gradient_panels
 

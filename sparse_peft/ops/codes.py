@@ -11,10 +11,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..support.codebooks import column_groups
+from ..calibrate.codebooks import column_groups
+from ..numerics.panels import panels
 from . import triton_kernels
-from .dispatch import kernel_backend
-from .panels import panels
+from .plans import kernel_backend
 
 BITS = (2, 3, 4, 8)
 

@@ -15,10 +15,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..numerics.panels import panels
 from ..support import ChannelSupport, Support
-from .dispatch import plan_support_grad
-from .observe import observer_of
-from .panels import panels
+from .gradient_observers import observer_of
+from .plans import plan_support_grad
 from .products import WeightSource, trains_input_channels
 from .support_grad import accumulation_dtype, observed_support_grad
 

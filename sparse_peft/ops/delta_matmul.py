@@ -10,12 +10,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..numerics.panels import panels
 from ..support import ChannelSupport, Support
 from . import triton_kernels
 from .csr import csr_matrix, csr_product
-from .dispatch import kernel_backend
-from .observe import UNOBSERVED
-from .panels import panels
+from .gradient_observers import UNOBSERVED
+from .plans import kernel_backend
 from .support_grad import accumulation_dtype, observed_support_grad
 
 # A sparse matrix times columns takes a third of the time of the transposed product on a CPU, as long as a tile of

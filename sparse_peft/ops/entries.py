@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
+from ..numerics.panels import panels
 from . import cuda_kernels, triton_kernels
-from .dispatch import forced_backend, kernel_backend
-from .panels import panels
+from .plans import forced_backend, kernel_backend
 
 
 def read_entries(weight: Tensor, indices: Tensor, out: Tensor | None = None) -> Tensor:

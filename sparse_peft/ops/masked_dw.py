@@ -12,9 +12,10 @@ import math
 import torch
 from torch import Tensor
 
-from ..support import RunningTopK, Support, topk_indices
+from ..numerics import RunningTopK, topk_indices
+from ..support import Support
 from . import triton_kernels
-from .dispatch import kernel_backend, log_once
+from .plans import kernel_backend, log_once
 from .support_grad import accumulation_dtype, gradient_panels
 
 # Of a panel's weights, in bytes, all float32: the panel itself, its absolute values, and what their top-k makes.

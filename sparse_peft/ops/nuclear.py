@@ -14,8 +14,8 @@ import math
 import torch
 from torch import Tensor
 
+from ..numerics.panels import panels
 from ..support import Support
-from .panels import panels
 
 # Singular values below this share of the largest count only in part; float32 knows no better from a Gram matrix.
 LEAST_SHARE = 1e-3

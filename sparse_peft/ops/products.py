@@ -14,8 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..calibrate.model_pass import flatten_tokens
 from ..support import ChannelSupport, Support
-from ..support.passes import flatten_tokens
 from .support_grad import dense_grad, observed_support_grad
 
 

@@ -10,12 +10,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..calibrate.model_pass import flatten_tokens
+from ..numerics.panels import panels
 from ..support import Support
-from ..support.passes import flatten_tokens
-from .calibration import crossover
+from .crossover import crossover
 from .delta_matmul import spmm_add_
-from .observe import UNOBSERVED, observer_of
-from .panels import panels
+from .gradient_observers import UNOBSERVED, observer_of
 from .support_entries import add_to_support_, read_support
 from .support_grad import observed_support_grad
 

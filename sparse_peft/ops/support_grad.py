@@ -11,12 +11,12 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from ..numerics.panels import panels
 from ..support import ChannelSupport, Layout, Support, layout_of
 from . import cuda_kernels, triton_kernels
 from .csr import csr_matrix
-from .dispatch import MAX_GROUPS_ON_CUDA, kernel_backend, plan_support_grad
-from .observe import UNOBSERVED, observer_of
-from .panels import panels
+from .gradient_observers import UNOBSERVED, observer_of
+from .plans import MAX_GROUPS_ON_CUDA, kernel_backend, plan_support_grad
 from .transposed import token_contiguous
 
 # Tokens in a tile of the sampled product; 64 to 256 measured fastest, on 576 to 2,048 wide layers, at 0.1 to 5 %.

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .panels import panel_bytes
+from ..numerics.panels import panel_bytes
 
 ALIGNMENT = 16  # bytes: the widest load of a kernel
 

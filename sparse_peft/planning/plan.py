@@ -11,7 +11,8 @@ from peft import get_peft_model
 from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
 from transformers import PretrainedConfig, PreTrainedModel
 
-from ..ops import Crossover, known_crossover, panel_bytes
+from ..numerics import panel_bytes
+from ..ops import Crossover, known_crossover
 from ..registry import METHODS
 from ..structure import build_on_meta
 from ..tuners.base_config import BaseSparseConfig, changed_fields

@@ -10,12 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from ..support import index_dtype
+from ..tuners.base_layer import TunerLayer
 from ..tuners.base_model import BaseSparseModel
+from ..tuners.base_state import TrainedState
 from ..tuners.delta import Delta
 from ..tuners.low_rank import LowRankState
 from ..tuners.s2ft.delta import ChannelDelta
-from ..tuners.trained import TrainedState
-from ..tuners.tuner_layer import TunerLayer
 
 OPTIMIZERS = ("adamw", "adamw8bit", "sgd")
 # bitsandbytes: two states of a byte each, with a float32 scale for each block of 256; small tensors stay in float32

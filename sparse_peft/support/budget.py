@@ -13,8 +13,8 @@ from numbers import Integral, Real
 import torch
 from torch import Tensor
 
+from ..numerics.topk import RunningTopK, topk_indices
 from .criteria import CRITERIA
-from .topk import RunningTopK, topk_indices
 
 ALLOCATIONS = ("numel", "uniform", "erk", "global")
 

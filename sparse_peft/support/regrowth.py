@@ -12,9 +12,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .rng import sample_without_replacement
+from ..numerics.rng import sample_without_replacement
+from ..numerics.topk import topk_indices
 from .support import Support
-from .topk import topk_indices
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,8 @@ from numbers import Integral
 import torch
 from torch import Tensor
 
-from .rng import sample_without_replacement
-from .topk import topk_indices
+from ..numerics.rng import sample_without_replacement
+from ..numerics.topk import topk_indices
 
 INT32_LIMIT = 2**31
 

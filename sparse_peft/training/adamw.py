@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from .entrywise import EntrywiseOptimizer
-from .optimizer_state import Seeds, rearranged
-from .sharded import full, write_full_
+from ..dynamics.optimizer_state import Seeds, rearranged
+from ..dynamics.sharded import full, write_full_
+from .entrywise_optimizer import EntrywiseOptimizer
 
 
 class SparseAdamW(EntrywiseOptimizer):

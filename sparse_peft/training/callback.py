@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING
 
 from transformers import TrainerCallback
 
+from ..dynamics.records import Record
 from .controller import SparsityController
-from .records import Record
 
 if TYPE_CHECKING:
     from transformers import Trainer

@@ -9,10 +9,10 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.fsdp import FullyShardedDataParallel
 
-from .collectives import Collectives
-from .dynamics import Dynamics, Setting, make_dynamics
-from .optimizer_state import inner_optimizer
-from .records import Record, record_from_dict
+from ..dynamics.collectives import Collectives
+from ..dynamics.optimizer_state import inner_optimizer
+from ..dynamics.protocol import Dynamics, Setting, make_dynamics
+from ..dynamics.records import Record, record_from_dict
 
 # Under this key of the first parameter group the state travels with the optimizer's own.
 STATE_KEY = "sparse_peft"

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from ..dynamics.optimizer_state import Seeds, rearranged
+from ..dynamics.sm3_covers import update_covers_
 from ..support import Support
 from ..tuners.delta import SparseDelta
-from .covers import update_covers_
-from .entrywise import EntrywiseOptimizer
-from .optimizer_state import Seeds, rearranged
+from .entrywise_optimizer import EntrywiseOptimizer
 
 
 class SM3(EntrywiseOptimizer):

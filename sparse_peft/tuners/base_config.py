@@ -12,10 +12,10 @@ from typing import Any, ClassVar, Self
 from peft.config import PeftConfig
 from peft.utils import PeftType
 
-from .card import complete_card, update_model_card
-from .checkpoint import check_adapter_file, read_config_file
 from .experts import CURE
-from .field_types import check_field_types
+from .files.card import complete_card, update_model_card
+from .files.checks import check_adapter_file, read_config_file
+from .files.field_types import check_field_types
 
 SAVE_DTYPES = ("float32", "bfloat16", "float16")
 

@@ -23,17 +23,17 @@ from transformers.pytorch_utils import Conv1D
 
 from ..ops import Combination, is_convolution, kernel_backend
 from ..support import Support
-from .base_layer import SparseTunerLayer
-from .card import TAG
-from .checkpoint import check_adapter_name, check_values
+from .base_layer import BASE_ADAPTER, TunerLayer
+from .base_state import TrainedState
+from .combination import Tensors, add_weighted_adapter
+from .controller_warning import expect_attendance
 from .delta import SparseDelta
+from .delta_layer import SparseTunerLayer
 from .experts import CURE, bare_weights, check_bare_weights
+from .files.card import TAG
+from .files.checks import check_adapter_name, check_values
 from .residency import hold_layers, release_layers
 from .selection import SupportRecipe
-from .trained import TrainedState
-from .tuner_layer import BASE_ADAPTER, TunerLayer
-from .watch import expect_attendance
-from .weighted import Tensors, add_weighted_adapter
 
 
 class Plan(Protocol):

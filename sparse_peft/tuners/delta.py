@@ -11,10 +11,10 @@ from torch import Tensor, nn
 
 from ..ops import ENTRY_COMBINATIONS, Combination, combine_on_supports
 from ..support import ChannelSupport, Support, index_dtype
-from .checkpoint import check_loaded_entries
-from .positions import FLAT, NAMES, file_layout, pack, unpack
+from .base_state import TrainedState
+from .files.checks import check_loaded_entries
+from .files.positions import FLAT, NAMES, file_layout, pack, unpack
 from .selection import SupportRecipe
-from .trained import TrainedState
 
 # Positions not chosen yet: an adapter built from a saved config waits for its file, which brings them.
 UNSET = -1

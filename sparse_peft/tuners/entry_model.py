@@ -10,9 +10,9 @@ from torch import Tensor, nn
 
 from ..support import Support, resolve_block_counts, resolve_counts
 from .base_model import BaseSparseModel, LayerPlan, base_of, dense_weight, stored_shape
+from .combination import Tensors
 from .entry_config import EntryConfig
 from .selection import SupportRecipe
-from .weighted import Tensors
 
 
 class EntryModel(BaseSparseModel):

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from ..ops import FACTOR_COMBINATIONS, Combination, combine_factors
-from .trained import TrainedState
-from .tuner_layer import TunerLayer
+from .base_layer import TunerLayer
+from .base_state import TrainedState
 
 ALWAYS_POSSIBLE = 64
 

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from ..ops import Product, add_to_support_, panels, read_support, remember, restore_supports_, resync_supports_
+from ..numerics import panels
+from ..ops import Product, add_to_support_, read_support, remember, restore_supports_, resync_supports_
 from ..support import ChannelSupport, Support
 from .delta import SparseDelta
 

@@ -9,7 +9,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.pytorch_utils import Conv1D
 
 from sparse_peft import S2FTConfig, SaRAConfig, SLTrainConfig, SoRAConfig, SparseConfig
-from sparse_peft.tuners.tuner_layer import TunerLayer
+from sparse_peft.tuners.delta_layer import TunerLayer
 
 LAYERS = ["first", "second", "third"]
 SPARSE = {

@@ -11,7 +11,7 @@ from torch import nn
 
 from sparse_peft import S2FTConfig, SaRAConfig, SLTrainConfig, SoRAConfig, SparseConfig
 from sparse_peft.adapters import compose
-from sparse_peft.adapters.stored import read_stored
+from sparse_peft.adapters.offline_adapter import read_stored
 
 WEIGHTS = [0.7, -0.4, 1.3]
 

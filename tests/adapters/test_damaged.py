@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from sparse_peft import S2FTConfig, SoRAConfig, SparseConfig
 from sparse_peft.adapters import compose
 from sparse_peft.adapters.files import read_adapter
-from sparse_peft.adapters.stored import read_stored
+from sparse_peft.adapters.offline_adapter import read_stored
 
 FILE, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 

@@ -12,7 +12,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 from sparse_peft.adapters import extract
-from sparse_peft.adapters.weights import FolderWeights
+from sparse_peft.adapters.weight_reader import FolderWeights
 
 LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 

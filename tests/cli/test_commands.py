@@ -16,8 +16,8 @@ import sparse_peft.cli.merge
 from sparse_peft import doctor
 from sparse_peft.adapters import compare, summarise
 from sparse_peft.adapters.delta_matrix import DeltaMatrix
-from sparse_peft.adapters.stored import read_stored
-from sparse_peft.tuners.tuner_layer import TunerLayer
+from sparse_peft.adapters.offline_adapter import read_stored
+from sparse_peft.tuners.delta_layer import TunerLayer
 
 
 def dense_deltas(world, name):

@@ -16,7 +16,7 @@ from sparse_peft.planning import PlanOptions, plan_training
 from sparse_peft.planning.plan import countable
 from sparse_peft.registry import METHODS, method_named
 from sparse_peft.structure import read_model_config
-from sparse_peft.tuners.tuner_layer import TunerLayer
+from sparse_peft.tuners.delta_layer import TunerLayer
 
 LLAMA_7B = {
     "architectures": ["LlamaForCausalLM"],

@@ -24,8 +24,7 @@ from typer.testing import CliRunner
 
 from sparse_peft import SaRAConfig, SparsityController
 from sparse_peft.adapters import load_adapter, save_adapter
-from sparse_peft.tuners.base_layer import SparseTunerLayer
-from sparse_peft.tuners.tuner_layer import TunerLayer
+from sparse_peft.tuners.delta_layer import SparseTunerLayer, TunerLayer
 
 WIDTH = 16
 

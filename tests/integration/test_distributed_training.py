@@ -34,9 +34,9 @@ from sparse_peft import (
     SparseConfig,
     SparsityController,
 )
-from sparse_peft.training.sharded import full
+from sparse_peft.dynamics.sharded import full
+from sparse_peft.tuners.base_state import TrainedState
 from sparse_peft.tuners.delta import Delta
-from sparse_peft.tuners.trained import TrainedState
 
 STEPS, TOTAL = 11, 12
 OPTIMIZERS = {"adamw": torch.optim.AdamW, "by age": SparseAdamW}

@@ -17,8 +17,8 @@ from transformers import (
 )
 
 from sparse_peft import SM3, SparseAdamW, SparsityCallback
-from sparse_peft.tuners.base_layer import SparseTunerLayer
-from sparse_peft.tuners.positions import pack
+from sparse_peft.tuners.delta_layer import SparseTunerLayer
+from sparse_peft.tuners.files.positions import pack
 
 trl = pytest.importorskip("trl")
 

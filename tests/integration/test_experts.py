@@ -8,7 +8,7 @@ from peft import PeftModel, get_peft_model
 from small import METHODS, config
 from transformers import AutoModelForCausalLM, GptOssConfig, MixtralConfig, Qwen3MoeConfig
 
-from sparse_peft.tuners.tuner_layer import TunerLayer
+from sparse_peft.tuners.delta_layer import TunerLayer
 
 SMALL = {
     "vocab_size": 32, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2,

@@ -9,7 +9,7 @@ from small import METHODS, config, llama, text
 from transformers import DataCollatorForLanguageModeling, Trainer, TrainingArguments
 
 from sparse_peft import SparsityCallback
-from sparse_peft.tuners.tuner_layer import TunerLayer
+from sparse_peft.tuners.delta_layer import TunerLayer
 
 trl = pytest.importorskip("trl")
 

@@ -8,7 +8,7 @@ from small import METHODS, MOVING, ONE_OF_EACH_FAMILY, config, llama, text
 from transformers import DataCollatorForLanguageModeling, Trainer, TrainingArguments
 
 from sparse_peft import SparsityCallback
-from sparse_peft.tuners.tuner_layer import TunerLayer
+from sparse_peft.tuners.delta_layer import TunerLayer
 
 IDS = torch.arange(3, 13).view(2, 5)
 

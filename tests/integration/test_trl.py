@@ -14,7 +14,7 @@ from peft import PeftModel, get_peft_model
 from small import ALWAYS, METHODS, MOVING, ONE_OF_EACH_FAMILY, WORDS, config, llama, sequence_classifier
 
 from sparse_peft import SparsityCallback
-from sparse_peft.tuners.trained import TrainedState
+from sparse_peft.tuners.base_state import TrainedState
 
 trl = pytest.importorskip("trl")
 

@@ -6,13 +6,13 @@ import torch
 from kernel_cases import Problem
 from torch import Tensor
 
+from sparse_peft.numerics import panel_limit, topk_indices
 from sparse_peft.ops import (
     code_gather,
     code_scatter_add,
     effective_entries,
     masked_dw,
     pack_codes,
-    panel_limit,
     restore_,
     resync_,
     scatter_add_,
@@ -20,7 +20,7 @@ from sparse_peft.ops import (
     support_grad,
     use_backend,
 )
-from sparse_peft.support import Support, topk_indices
+from sparse_peft.support import Support
 
 NEAR = {"rtol": 1e-5, "atol": 2e-5}
 

@@ -10,8 +10,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from sparse_peft.ops import calibration, dispatch, library, plan_support_grad, support_grad, transposed, use_backend
-from sparse_peft.ops.calibration import Bench, crossover, meeting_point
+from sparse_peft.ops import crossover as calibration
+from sparse_peft.ops import plan_support_grad, support_grad, transposed, use_backend
+from sparse_peft.ops import plans as dispatch
+from sparse_peft.ops import torch_library as library
+from sparse_peft.ops.crossover import Bench, crossover, meeting_point
 from sparse_peft.support import Support
 
 CPU = torch.device("cpu")

@@ -20,9 +20,9 @@ from sparse_peft.ops import (
     kernel,
     kernel_delta,
     kernel_entries,
-    kernel_layer,
 )
-from sparse_peft.ops.distance_kernel import distances
+from sparse_peft.ops import distance_layer as kernel_layer
+from sparse_peft.ops.distance import distances
 
 INPUTS, OUTPUTS, RANK = 13, 7, 6
 

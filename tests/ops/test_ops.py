@@ -3,17 +3,9 @@
 import pytest
 import torch
 
-from sparse_peft.ops import (
-    delta_matmul,
-    effective_entries,
-    panel_limit,
-    panels,
-    read_entries,
-    support_grad,
-    use_backend,
-    write_entries_,
-)
-from sparse_peft.ops.library import sddmm
+from sparse_peft.numerics import panel_limit, panels
+from sparse_peft.ops import delta_matmul, effective_entries, read_entries, support_grad, use_backend, write_entries_
+from sparse_peft.ops.torch_library import sddmm
 from sparse_peft.support import Support
 
 SHAPES = [(1, 1), (1, 7), (13, 1), (20, 2), (37, 29), (64, 48), (5, 211)]

@@ -3,8 +3,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sparse_peft.ops import cheaper_way, compose, panel_limit, sparse_low_rank_linear
-from sparse_peft.support import Support, sample_without_replacement
+from sparse_peft.numerics import panel_limit, sample_without_replacement
+from sparse_peft.ops import cheaper_way, compose, sparse_low_rank_linear
+from sparse_peft.support import Support
 
 WAYS = ("composed", "factored")
 

@@ -12,7 +12,7 @@ MUTANT_VARIABLE = "SPARSE_PEFT_MUTANT"
 
 def noop_unmerge() -> None:
     """Unmerging forgets that the entries are in the base weight, and leaves them there."""
-    from sparse_peft.tuners.base_layer import SparseTunerLayer
+    from sparse_peft.tuners.delta_layer import SparseTunerLayer
 
     def unmerge(self: SparseTunerLayer) -> None:
         self.merged_adapters.clear()
@@ -62,7 +62,7 @@ def support_redrawn() -> None:
 
 def disable_ignored() -> None:
     """The forward pass of a disabled adapter is that of an enabled one."""
-    from sparse_peft.tuners.base_layer import SparseTunerLayer
+    from sparse_peft.tuners.delta_layer import SparseTunerLayer
 
     original = SparseTunerLayer.forward
 
@@ -78,7 +78,7 @@ def disable_ignored() -> None:
 
 def first_adapter_only() -> None:
     """Of several active adapters only the first one acts."""
-    from sparse_peft.tuners.base_layer import SparseTunerLayer
+    from sparse_peft.tuners.delta_layer import SparseTunerLayer
 
     original = SparseTunerLayer._active_names
     _replace(SparseTunerLayer, "_active_names", lambda self: original(self)[:1])
@@ -86,7 +86,7 @@ def first_adapter_only() -> None:
 
 def always_trainable() -> None:
     """Adapters that are loaded for inference train."""
-    from sparse_peft.tuners.base_layer import SparseTunerLayer
+    from sparse_peft.tuners.delta_layer import SparseTunerLayer
 
     original = SparseTunerLayer.set_adapter
     _replace(SparseTunerLayer, "set_adapter", lambda self, names, inference_mode=False: original(self, names, False))

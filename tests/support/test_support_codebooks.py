@@ -9,9 +9,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sparse_peft.support import Sketch, assign_codes, codes_checksum, column_groups, fit_codebooks
-from sparse_peft.support.codebooks import METHODS, midpoints
-from sparse_peft.support.kmeans import SortedRows, lloyd, optimal, starts
+from sparse_peft.calibrate import Sketch, assign_codes, codes_checksum, column_groups, fit_codebooks
+from sparse_peft.calibrate.codebooks import METHODS, midpoints
+from sparse_peft.numerics.kmeans import SortedRows, lloyd, optimal, starts
 
 KMEANS = ("dp", "lloyd")
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from benchmarks.measure import LargestTensor
-from sparse_peft.support import (
+from sparse_peft.calibrate import (
     ascending,
     assign_codes,
     codes_checksum,
@@ -16,7 +16,7 @@ from sparse_peft.support import (
     output_error,
     refit_codebooks,
 )
-from sparse_peft.support.codebooks import midpoints
+from sparse_peft.calibrate.codebooks import midpoints
 
 
 def correlated(cols, samples=None, seed=0):

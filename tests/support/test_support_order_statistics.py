@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from sparse_peft.support import order_statistics, uniform
+from sparse_peft.numerics import order_statistics, uniform
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

@@ -5,7 +5,7 @@ from hypothesis import strategies as st
 
 from benchmarks.measure import LargestTensor
 from sparse_peft.support import Support
-from sparse_peft.support.outer import topk_outer
+from sparse_peft.support.topk_outer import topk_outer
 
 
 def dense_topk(rows, cols, k, exclude=None):
@@ -41,7 +41,7 @@ def vectors(draw):
 @pytest.mark.parametrize("slack", [0, 4096])
 def test_it_is_the_dense_top_k(slack, vectors, data):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("sparse_peft.support.outer.SLACK", slack)
+        patch.setattr("sparse_peft.support.topk_outer.SLACK", slack)
         rows, cols = vectors
         numel = rows.numel() * cols.numel()
         active = data.draw(st.integers(0, numel))

@@ -16,14 +16,8 @@ from torch.utils.checkpoint import checkpoint
 from transformers import BatchEncoding, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 from transformers.pytorch_utils import Conv1D
 
-from sparse_peft.support import (
-    Budget,
-    Support,
-    collect_supports,
-    get_criterion,
-    resolve_counts,
-    supports_from_gradients,
-)
+from sparse_peft.calibrate import collect_supports, supports_from_gradients
+from sparse_peft.support import Budget, Support, get_criterion, resolve_counts
 
 INF = float("inf")
 GRADIENT_CRITERIA = ["gradient", "fisher", "movement"]
@@ -175,7 +169,7 @@ def test_later_batches_are_summed_at_the_first_batchs_candidates(criterion, allo
 
 
 def test_one_batch_keeps_no_more_candidates_than_entries(monkeypatch):
-    from sparse_peft.support import gradients
+    from sparse_peft.calibrate import gradient_sums as gradients
 
     limits = []
     original = gradients.RunningTopK
@@ -283,7 +277,7 @@ def test_autocast_does_not_round_the_sums(inside):
     arguments = (model, targets_of(model), get_criterion("fisher"), Budget(density=0.3), batches)
     seen = []
 
-    from sparse_peft.support import gradient_pass
+    from sparse_peft.calibrate import gradient_hooks as gradient_pass
 
     def loss_fn(model, batch):
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=inside):
@@ -337,7 +331,7 @@ def test_gradient_checkpointing(reentrant, criterion):
 
 
 def test_checkpointing_still_frees_the_activations(monkeypatch):
-    from sparse_peft.support import gradients
+    from sparse_peft.calibrate import gradient_sums as gradients
 
     kept, waiting = [], []
     fold = gradients.GradientSums._fold

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sparse_peft.support import RunningTopK, topk, topk_indices
+from sparse_peft.numerics import RunningTopK, topk, topk_indices
 
 
 def oracle(scores, k, largest=True):

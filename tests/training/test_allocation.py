@@ -10,10 +10,10 @@ from peft import get_peft_model
 from torch import nn
 
 from sparse_peft import SnellaConfig, SparsityController
+from sparse_peft.dynamics.records import Allocation, record_from_dict
 from sparse_peft.support import BudgetSchedule
-from sparse_peft.training.allocation import AllocationDynamics
-from sparse_peft.training.records import Allocation, record_from_dict
-from sparse_peft.tuners.tuner_layer import TunerLayer
+from sparse_peft.tuners.delta_layer import TunerLayer
+from sparse_peft.tuners.snella.dynamics import AllocationDynamics
 
 SIZES = {"0": 12 * 16, "2": 16 * 6, "4": 6 * 6}
 

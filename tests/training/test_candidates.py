@@ -5,10 +5,10 @@ from hypothesis import strategies as st
 
 from benchmarks.measure import LargestTensor
 from sparse_peft import panel_limit
+from sparse_peft.dynamics.collectives import Collectives
 from sparse_peft.ops import support_grad
 from sparse_peft.support import Support
-from sparse_peft.training.candidates import CandidateWindow
-from sparse_peft.training.collectives import Collectives
+from sparse_peft.tuners.sparse.candidates import CandidateWindow
 
 ONE = 1.0
 ALONE = Collectives()

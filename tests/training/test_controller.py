@@ -17,7 +17,7 @@ from torch import nn
 
 from benchmarks.measure import LargestTensor
 from sparse_peft import SM3, SparseAdamW, SparseConfig, SparsityController, base_weights, panel_limit
-from sparse_peft.ops.observe import observer_of
+from sparse_peft.ops.gradient_observers import observer_of
 from sparse_peft.support import Support
 
 METHODS = ("accumulated_gradient", "momentum", "set", "rigl")

@@ -12,7 +12,7 @@ from torch import nn
 from transformers.optimization import Adafactor
 
 from sparse_peft import SparseAdamW
-from sparse_peft.training.optimizer_state import Seeds, inner_optimizer, rearranged, remap_
+from sparse_peft.dynamics.optimizer_state import Seeds, inner_optimizer, rearranged, remap_
 
 SIZE = 60
 needs_bnb = pytest.mark.skipif(not bnb_optimizers_run(), reason="this bitsandbytes has no optimizers for the CPU")

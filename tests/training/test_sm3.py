@@ -6,8 +6,8 @@ from peft import get_peft_model
 from torch import nn
 
 from sparse_peft import SM3, SparseConfig
+from sparse_peft.dynamics.sm3_covers import update_covers_
 from sparse_peft.support import Support
-from sparse_peft.training.covers import update_covers_
 
 
 def dense_sm3(shape, gradients, lr, eps=1e-8, wd=0.0, momentum=0.0, mask=None):

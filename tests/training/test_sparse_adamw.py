@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from sparse_peft import SparseAdamW
-from sparse_peft.training.optimizer_state import Seeds, rearranged
+from sparse_peft.dynamics.optimizer_state import Seeds, rearranged
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

@@ -11,7 +11,7 @@ from transformers.pytorch_utils import Conv1D
 
 import sparse_peft  # noqa: F401
 from sparse_peft import SparseConfig
-from sparse_peft.tuners.base_layer import SparseTunerLayer
+from sparse_peft.tuners.delta_layer import SparseTunerLayer
 
 
 class TwoLayers(nn.Module):

@@ -16,8 +16,8 @@ from torch import nn
 
 from sparse_peft import SparseConfig
 from sparse_peft.support import Support, index_dtype
-from sparse_peft.tuners.positions import NAMES as POSITIONS
-from sparse_peft.tuners.positions import file_layout, pack, unpack
+from sparse_peft.tuners.files.positions import NAMES as POSITIONS
+from sparse_peft.tuners.files.positions import file_layout, pack, unpack
 
 NAME = "adapter_model.safetensors"
 KEY = "base_model.model.first.sparse_peft_delta_adapter."
@@ -246,7 +246,7 @@ def test_a_write_that_fails_half_way_leaves_the_old_adapter(tmp_path, monkeypatc
 
 
 def test_the_guard_is_put_up_once():
-    from sparse_peft.tuners.checkpoint import guard_adapter_writes
+    from sparse_peft.tuners.files.checks import guard_adapter_writes
 
     write = peft.peft_model.safe_save_file
     guard_adapter_writes()

@@ -255,7 +255,7 @@ def test_no_grad_forward_is_the_base_layers_own_call(monkeypatch):
 
 
 def test_log_of_a_slower_path_is_written_once(caplog):
-    from sparse_peft.ops import dispatch
+    from sparse_peft.ops import plans as dispatch
 
     dispatch._logged.clear()
     model, _ = adapted(resident=False)

@@ -6,7 +6,7 @@ from peft import get_peft_model
 from test_quantized import build
 
 from sparse_peft import SLTrainConfig, SnellaConfig, SoRAConfig
-from sparse_peft.tuners.tuner_layer import TunerLayer
+from sparse_peft.tuners.delta_layer import TunerLayer
 
 pytest.importorskip("bitsandbytes")
 

@@ -10,7 +10,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from sparse_peft import SaRAConfig, SLTrainConfig, SparseConfig
-from sparse_peft.tuners import base_layer
+from sparse_peft.tuners import delta_layer as base_layer
 from sparse_peft.tuners.stacks import EntryStack
 
 CONFIGS = {

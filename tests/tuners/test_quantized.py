@@ -10,7 +10,9 @@ from peft.utils.quantization_utils import ForwardOnlyQuantizationBackend
 from torch import nn
 
 from sparse_peft import SparseConfig, SparsityController
-from sparse_peft.tuners import base_layer, base_model, tuner_layer
+from sparse_peft.tuners import base_layer as tuner_layer
+from sparse_peft.tuners import base_model
+from sparse_peft.tuners import delta_layer as base_layer
 
 bnb = pytest.importorskip("bitsandbytes")
 

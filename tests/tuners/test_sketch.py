@@ -14,10 +14,10 @@ from transformers.pytorch_utils import Conv1D
 
 from benchmarks.measure import LargestTensor
 from sparse_peft import SketchConfig, panel_limit
+from sparse_peft.calibrate import Sketch, assign_codes, fit_codebooks
 from sparse_peft.ops import pack_codes, unpack_codes
-from sparse_peft.support import Sketch, assign_codes, fit_codebooks
+from sparse_peft.tuners.delta_layer import TunerLayer
 from sparse_peft.tuners.sketch.sketched import SketchedLinear
-from sparse_peft.tuners.tuner_layer import TunerLayer
 
 NAMES = ["first", "second"]
 MODES = ["delta", "replace"]

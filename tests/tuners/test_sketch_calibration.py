@@ -13,8 +13,8 @@ from transformers.pytorch_utils import Conv1D
 
 import sparse_peft.tuners.sketch.calibration as calibration
 from sparse_peft import SketchConfig, sketch_model
+from sparse_peft.calibrate import assign_codes, compensated_sketch, fit_codebooks, output_error, refit_codebooks
 from sparse_peft.ops import pack_codes, unpack_codes
-from sparse_peft.support import assign_codes, compensated_sketch, fit_codebooks, output_error, refit_codebooks
 
 QKVO = ["q_proj", "k_proj", "v_proj", "o_proj", "down_proj"]
 

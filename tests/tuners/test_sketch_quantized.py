@@ -11,8 +11,8 @@ from test_quantized import build
 from benchmarks.measure import LargestTensor
 from sparse_peft import SketchConfig, panel_limit
 from sparse_peft.ops import code_gather, unpack_codes
+from sparse_peft.tuners.delta_layer import TunerLayer
 from sparse_peft.tuners.sketch.four_bit import FourBit
-from sparse_peft.tuners.tuner_layer import TunerLayer
 
 bnb = pytest.importorskip("bitsandbytes")
 

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from benchmarks.measure import LargestTensor
 from sparse_peft import SLTrainConfig, SparseConfig, SparsityController, build_for_pretraining, select_support
-from sparse_peft.tuners.tuner_layer import TunerLayer
+from sparse_peft.tuners.delta_layer import TunerLayer
 
 NAMES = ["first", "second"]
 

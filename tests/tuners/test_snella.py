@@ -12,7 +12,7 @@ from torch import nn
 
 from sparse_peft import SnellaConfig, SparseConfig, panel_limit
 from sparse_peft.adapters import save_as_sparse, to_sparse
-from sparse_peft.tuners.tuner_layer import TunerLayer
+from sparse_peft.tuners.delta_layer import TunerLayer
 
 NAMES = ["first", "second"]
 SETTINGS = [

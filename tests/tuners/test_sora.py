@@ -9,8 +9,8 @@ from torch import nn
 
 from benchmarks.measure import LargestTensor
 from sparse_peft import SoRAConfig
+from sparse_peft.tuners.delta_layer import TunerLayer
 from sparse_peft.tuners.sora.state import GatedLowRank
-from sparse_peft.tuners.tuner_layer import TunerLayer
 
 NAMES = ["first", "second"]
 

@@ -10,7 +10,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from ...support import matches_layer, sample_without_replacement, topk_indices
+from ...numerics import sample_without_replacement, topk_indices
+from ...support import matches_layer
 from .structures import Structure
 
 ALLOCATIONS = ("per_layer", "global")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import ClassVar
 
-from ...support import CHANNEL_CRITERIA
+from ...calibrate import CHANNEL_CRITERIA
 from ..base_config import BaseSparseConfig
 from .budget import ALLOCATIONS, UnitBudget
 

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from ...ops import Combination
 from ...support import ChannelSupport, Support
-from ..checkpoint import check_dtype, check_values
 from ..delta import UNSET, Delta
+from ..files.checks import check_dtype, check_values
 
 BUFFERS = ("rows", "columns")
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ..base_layer import SparseTunerLayer
+from ..delta_layer import SparseTunerLayer
 from ..stacks import ChannelStack
 
 

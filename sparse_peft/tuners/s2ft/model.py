@@ -10,11 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...ops import is_convolution, panel_bytes
-from ...support import ChannelSupport, Side, Support, channel_squares, given_gradients, weight_squares
-from ..base_layer import SparseTunerLayer
+from ...calibrate import Side, channel_squares, given_gradients, weight_squares
+from ...numerics import panel_bytes
+from ...ops import is_convolution
+from ...support import ChannelSupport, Support
 from ..base_model import BaseSparseModel, base_of, dense_weight, in_dim_of, stored_shape
-from ..weighted import Tensors
+from ..combination import Tensors
+from ..delta_layer import SparseTunerLayer
 from .budget import choose_units
 from .config import S2FTConfig
 from .delta import BUFFERS, ChannelDelta

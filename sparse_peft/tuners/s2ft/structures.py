@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...support import Side
+from ...calibrate import Side
 from .roles import ATTENTION, IN, OUT, SIDES, Role, role_of
 
 

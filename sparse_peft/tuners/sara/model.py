@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ..base_layer import SparseTunerLayer
+from ..delta_layer import SparseTunerLayer
 from ..entry_model import EntryModel
 from .targets import DEFAULT_TARGETS
 

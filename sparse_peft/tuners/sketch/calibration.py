@@ -15,12 +15,13 @@ from torch import Tensor, distributed, nn
 from torch.nn import functional as F
 from transformers.utils import logging
 
-from ...ops import code_gather, pack_codes, panel_bytes
-from ...support import assign_codes, compensated_sketch, fit_codebooks, refit_codebooks
-from ...support.chains import Chain, chains_of
-from ...support.codebooks import Sketch, ascending
-from ...support.features import FeatureSums, second_moments
-from ...support.passes import each_batch, run_model, token_mask
+from ...calibrate import assign_codes, compensated_sketch, fit_codebooks, refit_codebooks
+from ...calibrate.activations import FeatureSums, second_moments
+from ...calibrate.block_chain import Chain, chains_of
+from ...calibrate.codebooks import Sketch, ascending
+from ...calibrate.model_pass import each_batch, run_model, token_mask
+from ...numerics import panel_bytes
+from ...ops import code_gather, pack_codes
 from ..base_model import base_of, dense_weight, in_dim_of
 from .config import SketchConfig
 from .model import SketchModel

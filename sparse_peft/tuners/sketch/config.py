@@ -6,12 +6,12 @@ import os
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
-from ...support.codebooks import METHODS
+from ...calibrate.codebooks import METHODS
 from ..base_config import BaseSparseConfig
 from .sidecar import SIDECAR, write_sketches
 
 if TYPE_CHECKING:
-    from ...support.codebooks import Sketch
+    from ...calibrate.codebooks import Sketch
 
 MODES = ("delta", "replace")
 BITS = (2, 3, 4)

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ...calibrate.codebooks import Sketch
 from ...ops import CodedWeight, Codes, codebook_linear
-from ...support.codebooks import Sketch
-from ..tuner_layer import SET_ASIDE, TunerLayer
+from ..base_layer import SET_ASIDE, TunerLayer
 from .four_bit import FourBit
 from .sketched import SketchedLinear
 from .state import SketchState

@@ -11,12 +11,12 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from ...calibrate.codebooks import Sketch
 from ...ops import Combination, check_weights, is_convolution
 from ...support import matches_layer
-from ...support.codebooks import Sketch
 from ..base_model import BaseSparseModel, base_of, in_dim_of, stored_shape
+from ..combination import check_combination, combinable_configs
 from ..low_rank import factor_sizes
-from ..weighted import check_combination, combinable_configs
 from .config import SketchConfig
 from .four_bit import FourBit
 from .layer import SketchLinear

@@ -10,7 +10,7 @@ import tempfile
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from ...support.codebooks import Sketch
+from ...calibrate.codebooks import Sketch
 
 SIDECAR = "sketch.safetensors"
 FORMAT = "sparse_peft_sketch"

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from ...calibrate.codebooks import Sketch
 from ...ops import CodedWeight, Codes, code_gather, codebook_linear
-from ...support.codebooks import Sketch
 
 
 class SketchedLinear(nn.Module):

@@ -8,9 +8,10 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from ...ops import pack_codes, packed_width, panels
-from ...support.codebooks import Sketch, assign_codes, codes_checksum, fit_codebooks
-from ..trained import TrainedState
+from ...calibrate.codebooks import Sketch, assign_codes, codes_checksum, fit_codebooks
+from ...numerics import panels
+from ...ops import pack_codes, packed_width
+from ..base_state import TrainedState
 from .config import SketchConfig
 
 # In place of a checksum: no codes are known yet, a file may bring them.

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from ...ops import cheaper_way, compose, sparse_low_rank_linear
-from ..base_layer import SparseTunerLayer
+from ..base_layer import SET_ASIDE, TunerLayer
+from ..delta_layer import SparseTunerLayer
 from ..low_rank import LowRankLayer
-from ..tuner_layer import SET_ASIDE, TunerLayer
 from .delta import SLTrainDelta
 from .weightless import WeightlessLinear
 

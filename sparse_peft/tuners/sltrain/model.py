@@ -10,9 +10,9 @@ from torch import nn
 from torch.nn.functional import pad
 
 from ..base_model import LayerPlan, base_of, in_dim_of, stored_shape
+from ..combination import Tensors
 from ..low_rank import check_rank, factor_sizes
 from ..sparse.model import SparseModel
-from ..weighted import Tensors
 from .config import SLTrainConfig
 from .delta import SLTrainDelta
 from .layer import SLTrainLinear

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...ops import kernel_layer
-from ..tuner_layer import TunerLayer
+from ...ops import distance_layer as kernel_layer
+from ..base_layer import TunerLayer
 from .state import KernelState
 
 # A base of these is added to; in half precision most of what a delta says would be rounded away.

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
+from ...numerics import uniform
 from ...ops import (
     MIX,
     PIECES,
@@ -23,9 +24,8 @@ from ...ops import (
     kernel_delta,
     kernel_entries,
 )
-from ...support import uniform
+from ..base_state import TrainedState
 from ..residency import version
-from ..trained import TrainedState
 from .config import SnellaConfig
 
 NOT_FOUND = -1  # the age of a threshold that is still to be found

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from ...support import matches_layer
 from ..base_model import BaseSparseModel, in_dim_of, stored_shape
+from ..combination import Tensors
 from ..low_rank import check_rank, factor_sizes
-from ..weighted import Tensors
 from .config import SoRAConfig
 from .layer import SoRALinear
 from .state import GatedLowRank

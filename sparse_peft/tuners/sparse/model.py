@@ -7,12 +7,13 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ...ops import panel_bytes
-from ...support import Support, collect_supports, supports_from_gradients
+from ...calibrate import collect_supports, supports_from_gradients
+from ...numerics import panel_bytes
+from ...support import Support
 from ..base_model import dense_weight, in_dim_of
+from ..combination import Tensors
 from ..delta import SparseDelta
 from ..entry_model import EntryModel
-from ..weighted import Tensors
 from .config import SparseConfig
 from .layer import SparseLinear
 

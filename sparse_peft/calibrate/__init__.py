@@ -1,0 +1,27 @@
+"""Statistics of a model over data, and the supports, channels and codebooks chosen from them."""
+
+from .channels import CHANNEL_CRITERIA, Side, channel_squares, weight_squares
+from .codebooks import METHODS as CODEBOOK_METHODS
+from .codebooks import Sketch, ascending, assign_codes, codes_checksum, column_groups, fit_codebooks
+from .gptq import compensated_sketch, output_error, refit_codebooks
+from .supports import collect_supports, given_gradients, supports_from_gradients
+
+__all__ = [
+    "CHANNEL_CRITERIA",
+    "CODEBOOK_METHODS",
+    "Side",
+    "Sketch",
+    "ascending",
+    "assign_codes",
+    "channel_squares",
+    "codes_checksum",
+    "collect_supports",
+    "column_groups",
+    "compensated_sketch",
+    "fit_codebooks",
+    "given_gradients",
+    "output_error",
+    "refit_codebooks",
+    "supports_from_gradients",
+    "weight_squares",
+]

@@ -1,0 +1,240 @@
+"""Codes and tables for a weight whose inputs are known: what counts is the output's error, not the weight's.
+
+With inputs of second moment ``H = mean(x x^T)`` the mean squared error of the outputs is ``tr(E H E^T)`` for an error
+``E`` of the weight.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .codebooks import DEFAULT_PANEL_BYTES, assign_codes, check_finite, column_groups, fit_codebooks, midpoints, where
+from .model_pass import tiles
+
+# Of the refit. Below it float32 products leave singular systems indefinite, and their rows as they were.
+_RIDGE = 1e-5
+
+
+def check_moment(hessian: Tensor, cols: int, name: str = "") -> None:
+    """Refuse what is no second moment of ``cols`` inputs.
+
+    Raises:
+        ValueError: another shape, numbers that are not finite, or a negative diagonal.
+    """
+    if tuple(hessian.shape) != (cols, cols):
+        raise ValueError(
+            f"{where(name)}a second moment of shape {tuple(hessian.shape)} for {cols} inputs: ({cols}, {cols}) is "
+            "expected"
+        )
+    diagonal = hessian.diagonal()
+    if not bool(hessian.isfinite().all()) or bool((diagonal < 0).any()):
+        raise ValueError(
+            f"{where(name)}the second moment of its inputs has numbers that are not finite, or negative ones on the "
+            "diagonal; check the data, and try float32 or bfloat16 where the model runs in float16"
+        )
+
+
+def _inverse_factor(moment: Tensor, damping: float, name: str) -> Tensor:
+    """Upper triangular ``U`` with ``U^T U`` the inverse of the damped moment.
+
+    ``moment = V V^T`` with ``V`` upper triangular, the Cholesky factor counted from the last input; ``U = V^-1``.
+    """
+    damped = moment.flip(0, 1)
+    damped.diagonal().add_(damping * moment.diagonal().mean())
+    factor, failed = torch.linalg.cholesky_ex(damped)
+    if int(failed):
+        raise ValueError(
+            f"{where(name)}the second moment of its inputs is singular with damping={damping}; give more data or a "
+            "larger damping"
+        )
+    identity = torch.eye(moment.shape[0], dtype=moment.dtype, device=moment.device)
+    return torch.linalg.solve_triangular(factor.flip(0, 1), identity, upper=True)
+
+
+@torch.no_grad()
+def compensated_sketch(
+    weight: Tensor,
+    hessian: Tensor,
+    bits: int,
+    groups: int = 1,
+    *,
+    codebooks: Tensor | None = None,
+    method: str = "dp",
+    damping: float = 0.1,
+    act_order: bool = True,
+    block: int = 128,
+    name: str = "",
+    panel_bytes: int = DEFAULT_PANEL_BYTES,
+) -> tuple[Tensor, Tensor]:
+    """Codes chosen column by column, each column's error made good by the columns that follow (GPTQ, LeanQuant).
+
+    The tables are those of the original weights. Inputs that are always 0 compensate nothing and their weights go to
+    the nearest entry.
+
+    Args:
+        weight: ``(rows, cols)`` in floats.
+        hessian: ``(cols, cols)`` float32 or float64 second moment of the inputs; its scale does not matter.
+        bits, groups: of the tables.
+        codebooks: ``(rows, groups, 2**bits)`` float32 tables, ascending; by default they are fitted by ``method``.
+        method: of [`fit_codebooks`][sparse_peft.support.fit_codebooks].
+        damping: share of the mean diagonal added to the diagonal; at least 0. Above 0 it makes up for fewer samples
+            than inputs.
+        act_order: begin with the columns of the largest inputs, whose errors count most.
+        block: columns between two updates of all that follow; changes speed alone.
+        name: the layer's name, for error messages.
+        panel_bytes: limit of a temporary that grows with the rows; besides, matrices of ``hessian``'s size are made.
+
+    Returns:
+        ``(codebooks, codes)``: ``(rows, groups, 2**bits)`` float32 and ``(rows, cols)`` uint8, not packed.
+
+    Raises:
+        ValueError: weights or moments that are not finite, of other shapes, or singular in spite of damping.
+    """
+    rows, cols = weight.shape
+    check_moment(hessian, cols, name)
+    if not damping >= 0 or block < 1:
+        raise ValueError(f"{where(name)}damping={damping}, block={block}: at least 0 and at least 1 are expected")
+    if codebooks is None:
+        codebooks = fit_codebooks(weight, bits, groups, method=method, name=name, panel_bytes=panel_bytes)
+    if tuple(codebooks.shape) != (rows, groups, 1 << bits):
+        raise ValueError(
+            f"{where(name)}codebooks of shape {tuple(codebooks.shape)}: {(rows, groups, 1 << bits)} is expected"
+        )
+    moment = hessian.to(torch.promote_types(hessian.dtype, torch.float32), copy=True)
+    diagonal = moment.diagonal()
+    dead = diagonal == 0
+    if bool(dead.all()):
+        return codebooks, assign_codes(weight, codebooks, panel_bytes=panel_bytes)
+    diagonal[dead] = diagonal[~dead].mean()
+    order = torch.arange(cols, device=weight.device)
+    if act_order:
+        order = diagonal.argsort(descending=True, stable=True)
+        moment = moment[order][:, order]
+    factor = _inverse_factor(moment, damping, name).to(torch.float32)
+    del moment
+    group_of = column_groups(cols, groups, weight.device)[order].tolist()
+    codes = torch.empty(rows, cols, dtype=torch.uint8, device=weight.device)
+    for start, stop in tiles(rows, cols * 4 * torch.float32.itemsize, panel_bytes):
+        panel = weight[start:stop].to(torch.float32)
+        check_finite(panel, name)
+        found = _sweep(panel[:, order], codebooks[start:stop], factor, group_of, block)
+        codes[start:stop, order] = found
+    return codebooks, codes
+
+
+def _sweep(left: Tensor, codebooks: Tensor, factor: Tensor, group_of: list[int], block: int) -> Tensor:
+    """The codes ``(rows, cols)`` of weights, which are written to; see GPTQ, algorithm 1."""
+    cols = left.shape[1]
+    codes = torch.empty(left.shape, dtype=torch.uint8, device=left.device)
+    # a column's numbers side by side
+    tables = codebooks.permute(1, 2, 0).contiguous()
+    borders = midpoints(codebooks).permute(1, 2, 0).contiguous()
+    for first, last in tiles(cols, 1, block):
+        columns = left[:, first:last].t().contiguous()
+        errors = torch.empty_like(columns)
+        for at, column in enumerate(range(first, last)):
+            group = group_of[column]
+            code = (columns[at] > borders[group]).sum(0)
+            codes[:, column] = code
+            errors[at] = (columns[at] - tables[group].gather(0, code[None]).squeeze(0)).div_(factor[column, column])
+            columns[at + 1 :].addr_(factor[column, column + 1 : last], errors[at], alpha=-1)
+        left[:, last:].addmm_(errors.t(), factor[first:last, last:], alpha=-1)
+    return codes
+
+
+@torch.no_grad()
+def refit_codebooks(
+    weight: Tensor,
+    codes: Tensor,
+    hessian: Tensor,
+    codebooks: Tensor,
+    *,
+    ridge: float = _RIDGE,
+    name: str = "",
+    panel_bytes: int = DEFAULT_PANEL_BYTES,
+) -> Tensor:
+    """The tables with the least output error for given codes: least squares, a system for each row.
+
+    With ``P`` the ``(cols, groups * entries)`` matrix that spreads a row's entries over its columns, the change of its
+    entries solves ``(P^T H P + ridge) d = P^T H (w - P c)``. The ridge pulls towards the entries there are, so that
+    the error never grows for any ridge, and entries without weights keep their value.
+
+    Args:
+        weight: ``(rows, cols)`` in floats.
+        codes: ``(rows, cols)`` uint8, not packed.
+        hessian: ``(cols, cols)`` second moment of the inputs, not damped.
+        codebooks: ``(rows, groups, entries)`` float32 that the codes were chosen for.
+        ridge: of the mean diagonal of the system; above 0.
+        name: the layer's name, for error messages.
+        panel_bytes: limit of a temporary's size.
+
+    Returns:
+        ``(rows, groups, entries)`` float32. Tables need not ascend any more.
+
+    Raises:
+        ValueError: moments that are not finite, or of another shape.
+    """
+    rows, cols = weight.shape
+    check_moment(hessian, cols, name)
+    if not ridge > 0:
+        raise ValueError(f"{where(name)}ridge={ridge}: a number above 0 is expected; 1e-5 is next to none")
+    _, groups, entries = codebooks.shape
+    group_of = column_groups(cols, groups, weight.device)
+    ends = torch.searchsorted(group_of, torch.arange(groups + 1, device=weight.device)).tolist()
+    moment = hessian.to(torch.float32)
+    out = codebooks.clone()
+    # what spreads a part's entries over its columns, and its product with the moment
+    row_bytes = 2 * entries * cols * torch.float32.itemsize + (groups * entries) ** 2 * 3 * torch.float64.itemsize
+    for start, stop in tiles(rows, row_bytes, panel_bytes):
+        places = codes[start:stop].long() + group_of * entries
+        panel, tables = weight[start:stop].to(torch.float32), codebooks[start:stop].flatten(1)
+        error = panel - tables.gather(1, places)
+        system, side = _normal_equations(codes[start:stop], error @ moment, moment, ends, entries)
+        out[start:stop] = (tables + _change(system, side, ridge, tables)).unflatten(1, (groups, entries))
+    return out
+
+
+def _normal_equations(
+    codes: Tensor, pulled: Tensor, moment: Tensor, ends: list[int], entries: int
+) -> tuple[Tensor, Tensor]:
+    """``P^T H P`` as ``(rows, n, n)`` and ``P^T`` times the rows of ``pulled`` as ``(rows, n)``, in float64."""
+    spreads = [
+        (codes[:, None, first:last] == torch.arange(entries, device=codes.device)[:, None]).to(torch.float32)
+        for first, last in zip(ends[:-1], ends[1:])
+    ]
+    n = entries * len(spreads)
+    system = torch.empty(codes.shape[0], n, n, dtype=torch.float64, device=codes.device)
+    side = torch.empty(codes.shape[0], n, dtype=torch.float64, device=codes.device)
+    for g, (spread, first, last) in enumerate(zip(spreads, ends[:-1], ends[1:])):
+        at = slice(g * entries, (g + 1) * entries)
+        side[:, at] = (spread @ pulled[:, first:last, None]).squeeze(2)
+        met = spread @ moment[first:last, first:]
+        for h in range(g, len(spreads)):
+            other = slice(h * entries, (h + 1) * entries)
+            product = met[:, :, ends[h] - first : ends[h + 1] - first] @ spreads[h].transpose(1, 2)
+            system[:, at, other] = product
+            system[:, other, at] = product.transpose(1, 2)
+    return system, side
+
+
+def _change(system: Tensor, side: Tensor, ridge: float, tables: Tensor) -> Tensor:
+    """What is added to ``(rows, n)`` float32 tables: 0 in rows where rounding leaves no gain."""
+    diagonal = system.diagonal(dim1=1, dim2=2)
+    scale = diagonal.mean(1, keepdim=True)
+    damped = system.clone()
+    damped.diagonal(dim1=1, dim2=2).add_(torch.where(scale > 0, ridge * scale, 1.0))
+    factor, failed = torch.linalg.cholesky_ex(damped)
+    change = torch.cholesky_solve(side[:, :, None], factor).squeeze(2)
+    rounded = (tables + change).to(torch.float32).double() - tables.double()
+    gain = 2 * (side * rounded).sum(1) - (system @ rounded[:, :, None]).squeeze(2).mul_(rounded).sum(1)
+    better = (failed == 0) & (gain > 0)
+    return torch.where(better[:, None], rounded, 0.0).to(torch.float32)
+
+
+def output_error(weight: Tensor, decoded: Tensor, hessian: Tensor) -> float:
+    """``tr(E H E^T)`` of the error ``E`` of a decoded weight, of ``tr(W H W^T)``: the outputs' relative error."""
+    moment = hessian.double()
+    weight = weight.detach().double()
+    error = weight - decoded.detach().double()
+    return float((error @ moment).mul_(error).sum() / (weight @ moment).mul_(weight).sum())

@@ -1,0 +1,1 @@
+"""What the methods share in training: the protocol of dynamics, records, optimizer state, processes."""

@@ -1,0 +1,125 @@
+"""The layers as ordinary tensor operations, for compiled graphs, which must not see writes to the base.
+
+The effective entries are *set* in a transient copy of the weight, so the result is the same whether or not the weight
+already holds them. The copy is made again in backward and never saved.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..calibrate.model_pass import flatten_tokens
+from ..support import ChannelSupport, Support
+from .conv import ConvProduct
+from .entries import effective_entries
+from .products import Product
+from .support_grad import accumulation_dtype
+from .torch_library import sddmm
+
+# In place of a dimension: positions are flat, of single entries.
+ENTRIES = -1
+
+
+def _effective(weight: Tensor, values: Tensor, positions: Tensor, originals: Tensor, dim: int) -> Tensor:
+    entries = effective_entries(originals, values)
+    if dim == ENTRIES:
+        return weight.reshape(-1).scatter(0, positions.long(), entries).view(weight.shape)
+    shape = list(weight.shape)
+    shape[dim] = positions.shape[0]
+    return weight.index_copy(dim, positions.long(), entries.view(shape))
+
+
+class _Linear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, values, bias, weight, positions, originals, row_ptr, cols, dim, in_dim, key):
+        kept = x.index_select(-1, positions) if dim == in_dim else x
+        ctx.save_for_backward(kept, values, weight, positions, originals, row_ptr, cols)
+        ctx.dim, ctx.in_dim, ctx.key = dim, in_dim, key
+        effective = _effective(weight, values, positions, originals, dim).to(x.dtype)
+        return F.linear(x, effective if in_dim == 1 else effective.t(), bias)
+
+    @staticmethod
+    def backward(ctx, grad):
+        kept, values, weight, positions, originals, row_ptr, cols = ctx.saved_tensors
+        grad_x = grad_values = grad_bias = None
+        if ctx.needs_input_grad[0]:
+            effective = _effective(weight, values, positions, originals, ctx.dim).to(grad.dtype)
+            grad_x = F.linear(grad, effective.t() if ctx.in_dim == 1 else effective)
+        if ctx.needs_input_grad[1]:
+            out = grad.index_select(-1, positions) if ctx.dim == 1 - ctx.in_dim else grad
+            left, right = (
+                (flatten_tokens(out), flatten_tokens(kept))
+                if ctx.in_dim == 1
+                else (flatten_tokens(kept), flatten_tokens(out))
+            )
+            if ctx.dim == ENTRIES:
+                grad_values = sddmm(left, right, row_ptr, cols, positions, *weight.shape, ctx.key)
+            else:
+                dtype = accumulation_dtype(left.dtype)
+                grad_values = (left.t().to(dtype) @ right.to(dtype)).reshape(-1)
+            grad_values = grad_values.to(values.dtype)
+        if ctx.needs_input_grad[2]:
+            grad_bias = flatten_tokens(grad).sum(0)
+        return grad_x, grad_values, grad_bias, *(None,) * 8
+
+
+class _Conv(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, values, bias, weight, positions, originals, dim, product):
+        ctx.save_for_backward(x.index_select(1, positions) if dim == 1 else x, values, weight, positions, originals)
+        ctx.dim, ctx.product, ctx.shape = dim, product, x.shape
+        effective = _effective(weight, values, positions, originals, dim).to(x.dtype)
+        return product.convolve(x, effective, bias)
+
+    @staticmethod
+    def backward(ctx, grad):
+        kept, values, weight, positions, originals = ctx.saved_tensors
+        product = ctx.product
+        grad_x = grad_values = grad_bias = None
+        if ctx.needs_input_grad[0]:
+            effective = _effective(weight, values, positions, originals, ctx.dim).to(grad.dtype)
+            grad_x = product.dense_input_grad(grad, effective, ctx.shape)
+        if ctx.needs_input_grad[1]:
+            out = grad.index_select(1, positions) if ctx.dim == 0 else grad
+            dense = product.dense_grad(out, kept).reshape(-1)
+            grad_values = (dense.index_select(0, positions) if ctx.dim == ENTRIES else dense).to(values.dtype)
+        if ctx.needs_input_grad[2]:
+            grad_bias = product.bias_grad(grad)
+        return grad_x, grad_values, grad_bias, *(None,) * 5
+
+
+def functional_layer(
+    x: Tensor,
+    values: Tensor,
+    bias: Tensor | None,
+    weight: Tensor,
+    originals: Tensor,
+    support: Support,
+    csr: tuple[Tensor, Tensor] | None,
+    product: Product,
+    key: int,
+) -> Tensor:
+    """``support_layer`` for ``torch.compile``.
+
+    Of a convolution the dense weight gradient is alive whole.
+
+    Args:
+        x, values, bias: as there.
+        weight: the base weight.
+        originals: the base's entries at the support.
+        support: of the values.
+        csr: its row pointers and columns, made beforehand; None for whole channels.
+        product: the layer's.
+        key: of the layer, for observers.
+    """
+    if isinstance(support, ChannelSupport):
+        positions, dim = support.channels, support.dim
+    else:
+        positions, dim = support.indices, ENTRIES
+    if isinstance(product, ConvProduct):
+        out = _Conv.apply(product.enter(x), values, bias, weight, positions, originals, dim, product)
+        return product.leave(out, x)
+    row_ptr, cols = csr or (None, None)
+    return _Linear.apply(x, values, bias, weight, positions, originals, row_ptr, cols, dim, product.in_dim, key)

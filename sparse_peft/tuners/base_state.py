@@ -1,0 +1,171 @@
+"""The trained state of one adapter in one layer, whatever the method."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from abc import abstractmethod
+from collections.abc import Iterable, Iterator, Sequence
+from typing import ClassVar, NoReturn, Self
+
+import torch
+from torch import Tensor, nn
+
+from ..ops import Combination
+from .files.checks import check_dtype, check_values
+
+
+class TrainedState(nn.Module):
+    """What one adapter trains in one layer.
+
+    A module of its own, not bare parameters: TRL copies its reference adapter by names that contain ``.default.``,
+    and FSDP and ZeRO hook modules. No parameter is called ``weight``, which FSDP1 would wrap.
+
+    Its *values* are the parameter that the method watches during training; they are kept in the dtype they are
+    trained in. ``value_name`` is the parameter's name.
+
+    Args:
+        name: the layer's name, for error messages.
+    """
+
+    value_name: ClassVar[str] = "values"
+    full_precision: ClassVar[frozenset[str]] = frozenset()  # tensors that ``save_dtype`` does not round
+    always_float32: ClassVar[frozenset[str]] = frozenset()  # parameters that no cast of the model makes narrower
+    position_names: tuple[str, ...] = ()  # of all buffers that positions may lie in, in memory and in a file
+    combinations: ClassVar[tuple[str, ...]] = ()  # how several adapters can become one; none: they cannot
+    why_these_combinations: ClassVar[str] = ""  # for whoever asks for another
+    trained_dtype: torch.dtype
+
+    def __init__(self, name: str):
+        super().__init__()
+        self.name = name
+
+    @property
+    def watched(self) -> nn.Parameter:
+        """The parameter that the method watches."""
+        return self._parameters[self.value_name]
+
+    @abstractmethod
+    def randomise(self) -> None:
+        """Draw random values in place of those that start as the base model, for tests."""
+
+    @classmethod
+    def combine(cls, states: Sequence[Self], weights: Sequence[float], how: Combination) -> dict[str, Tensor]:
+        """The states of several adapters in one layer made into one: its tensors as they lie in a file, float32.
+
+        Args:
+            states: of the adapters that have the layer, with their positions known.
+            weights: one number for each.
+            how: one of ``combinations``.
+
+        Raises:
+            ValueError: the states have no such combination.
+        """
+        raise NotImplementedError(f"{cls.__name__} says that nothing combines it")
+
+    def kept_tensors(self) -> Iterator[Tensor]:
+        """All tensors that it keeps in memory while the adapter is served."""
+        yield from self.parameters()
+        yield from self.buffers()
+
+    # ------------------------------------------------------------------ dtype
+
+    def keep_dtype(self) -> None:
+        """Note the values' dtype as the one they are trained in."""
+        self.trained_dtype = self.watched.dtype
+
+    def restore_dtype(self) -> None:
+        """Undo a cast behind our back: TRL rounds trainable parameters to bfloat16 where the base is quantised.
+
+        Small updates of bfloat16 values are lost. The parameter stays the same object, so an optimizer that was built
+        on it goes on; under DDP its buckets have the other dtype already, so there it is only reported.
+        """
+        values = self.watched
+        if values.dtype == self.trained_dtype:
+            return
+        sharded = torch.distributed.is_available() and torch.distributed.is_initialized()
+        warnings.warn(
+            f"the {self.value_name} of the adapter in layer {self.name} (and maybe others) were cast to "
+            f"{values.dtype} after the adapter was made; they are trained in {self.trained_dtype}: "
+            + ("cast them back before the model is wrapped for distributed training." if sharded else "cast back."),
+            stacklevel=2,
+        )
+        if sharded:
+            self.keep_dtype()
+        else:
+            values.data = values.data.to(self.trained_dtype)
+
+    def _apply(self, fn, *args, **kwargs):
+        before = {name: self._parameters[name].data for name in self.always_float32}
+        module = super()._apply(fn, *args, **kwargs)
+        for name, data in before.items():
+            parameter = self._parameters[name]
+            if parameter.dtype in (torch.float16, torch.bfloat16) and data.device.type != "meta":
+                parameter.data = data.to(parameter.device, torch.float32)
+        self.keep_dtype()
+        return module
+
+    # ------------------------------------------------------------------ files
+
+    def position_layout(self) -> dict[str, tuple[int, torch.dtype]]:
+        """``{tensor name: (length, dtype)}`` of what ``file_tensors`` will have, known before positions are."""
+        return {name: (math.prod(shape), dtype) for name, (shape, dtype) in self.file_buffers().items()}
+
+    def file_buffers(self) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+        """``{tensor name: (shape, dtype)}`` of the buffers that a file must have for this layer."""
+        return {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in self._stored_buffers().items()}
+
+    def file_tensors(self) -> dict[str, Tensor]:
+        """What takes the place of the buffers of ``position_names`` in a file; by default these."""
+        return self._stored_buffers()
+
+    def _stored_buffers(self) -> dict[str, Tensor]:
+        kept = {name: self._buffers[name] for name in self.position_names if name in self._buffers}
+        return {name: tensor for name, tensor in kept.items() if name not in self._non_persistent_buffers_set}
+
+    def take_file(self, positions: dict[str, Tensor], parameters: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Check what a file has for this layer, and give what it has in ``position_names`` as the buffers' next.
+
+        Args:
+            positions: the tensors of ``position_names`` that the file has.
+            parameters: the parameters that it has.
+
+        Raises:
+            ValueError: tensors are missing, contradict each other or the weight's shape, or are not finite.
+        """
+        self._check_parameters(self._parameters, parameters)
+        expected = self.file_buffers()
+        self._require(**{name: positions.get(name) for name in expected})
+        for name, tensor in positions.items():
+            shape, dtype = expected.get(name, (None, None))
+            if dtype is not None and dtype.is_floating_point:
+                self._check_floats(name, tensor, shape)
+            elif tensor.dtype != dtype or tuple(tensor.shape) != shape:
+                self._refuse(name, tensor, "none" if dtype is None else f"{dtype} of shape {shape}")
+        return positions
+
+    def _check_parameters(self, names: Iterable[str], parameters: dict[str, Tensor]) -> None:
+        self._require(**{name: parameters.get(name) for name in names})
+        for name in names:
+            self._check_floats(name, parameters[name], tuple(self._parameters[name].shape))
+
+    def _check_floats(self, name: str, tensor: Tensor, shape: tuple[int, ...]) -> None:
+        check_dtype(tensor, name, self.name)
+        if tuple(tensor.shape) != shape:
+            self._refuse(name, tensor, f"floats of shape {shape}")
+        check_values(tensor, f"{self.name} ({name})", "load")
+
+    def _refuse(self, name: str, tensor: Tensor, expected: str) -> NoReturn:
+        raise ValueError(
+            f"layer {self.name}: {name} is {tensor.dtype} of shape {tuple(tensor.shape)} in the adapter file, where "
+            f"this model's adapter has {expected}; load it with the adapter_config.json it was saved with, on the "
+            "base model it was made for"
+        )
+
+    def _require(self, **tensors: object) -> None:
+        missing = [name for name, tensor in tensors.items() if tensor is None]
+        if missing:
+            raise ValueError(
+                f"the adapter file has no {' and '.join(missing)} for layer {self.name}; it was saved for other "
+                "target_modules, or it is damaged: load it with the adapter_config.json it was saved with"
+            )

@@ -1,0 +1,1 @@
+"""Adapter files: checks, field types, model cards and the layout of positions."""

@@ -1,0 +1,168 @@
+"""Adapter files: written whole or not at all, and checked before they are loaded."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from typing import Any
+
+import peft.peft_model
+import torch
+from peft.utils import SAFETENSORS_WEIGHTS_NAME
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from ...support import check_indices
+
+CURE = "the adapter is damaged: save, copy or download it again"
+# Limits that no honest file comes near: safetensors' own, and a config with a number for each of 100,000 layers.
+MOST_HEADER_BYTES = 100_000_000
+MOST_CONFIG_BYTES = 2**25
+VALUE_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+def check_adapter_name(name: object) -> None:
+    """Refuse names that cannot be part of a parameter's name and the name of a folder.
+
+    Raises:
+        TypeError: no str.
+        ValueError: empty, or with a dot, a separator of paths, or a character that cannot be printed.
+    """
+    if not isinstance(name, str):
+        raise TypeError(f"adapter_name={name!r}: a str is expected")
+    if not name or not name.isprintable() or any(character in name for character in "./\\:"):
+        raise ValueError(
+            f"adapter_name={name!r}: a name is expected that can be a folder's and a module's, such as 'style_2': not "
+            "empty, without dots, slashes, backslashes, colons and control characters"
+        )
+
+
+def read_config_file(path: str | os.PathLike) -> dict[str, Any]:
+    """The JSON object in an ``adapter_config.json``.
+
+    Raises:
+        ValueError: the file is no JSON object, or larger than any adapter's config.
+    """
+    size = os.path.getsize(path)
+    if size > MOST_CONFIG_BYTES:
+        raise ValueError(f"{path}: {size} bytes, where an adapter's config has at most {MOST_CONFIG_BYTES}; {CURE}")
+    try:
+        with open(path, encoding="utf-8") as file:
+            content = json.load(file)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is not valid JSON ({error}); {CURE}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} holds a {type(content).__name__} where an adapter's config is an object; {CURE}")
+    return content
+
+
+def check_adapter_file(directory: str | os.PathLike) -> None:
+    """Check that the adapter's safetensors file in ``directory``, if there is one, is complete and can be read.
+
+    Nothing of it is loaded; memory is needed for the header alone.
+
+    Raises:
+        ValueError: the file is shorter than its header says, or has no valid header.
+    """
+    path = os.path.join(directory, SAFETENSORS_WEIGHTS_NAME)
+    if not os.path.isfile(path):
+        return
+    size = os.path.getsize(path)
+    with open(path, "rb") as file:
+        header_size = int.from_bytes(file.read(8), "little")
+        if size < 8 or header_size > size - 8:
+            raise ValueError(f"{path}: {size} bytes, too short for a safetensors header; {CURE}")
+        if header_size > MOST_HEADER_BYTES:
+            raise ValueError(f"{path}: a header of {header_size} bytes, no valid safetensors header; {CURE}")
+        try:
+            header = json.loads(file.read(header_size))
+            ends = [t["data_offsets"][1] for k, t in header.items() if k != "__metadata__"]
+            expected = 8 + header_size + max(ends, default=0)
+        except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+            raise ValueError(f"{path}: no valid safetensors header ({error}); {CURE}") from error
+    if size != expected:
+        raise ValueError(f"{path}: {size} bytes where its header announces {expected}; {CURE}")
+    try:
+        with safe_open(path, "pt"):
+            pass
+    except SafetensorError as error:
+        raise ValueError(f"{path}: no valid safetensors header ({error}); {CURE}") from error
+
+
+def check_dtype(tensor: Tensor, what: str, layer: str) -> None:
+    """Refuse what is no float of 16 bits or more.
+
+    Raises:
+        ValueError: names the layer and the dtype.
+    """
+    if tensor.dtype not in VALUE_DTYPES:
+        raise ValueError(
+            f"layer {layer}: {what} of dtype {tensor.dtype} in the adapter file; floats of 16, 32 or 64 bits are "
+            f"expected; {CURE}"
+        )
+
+
+def check_values(values: Tensor, layer: str, action: str) -> None:
+    """Refuse values that are not finite.
+
+    Raises:
+        ValueError: names the layer and how many values are NaN or infinite.
+    """
+    bad = int((~torch.isfinite(values)).sum()) if values.device.type != "meta" else 0
+    if bad:
+        raise ValueError(
+            f"cannot {action} layer {layer}: {bad} of {values.numel()} values are NaN or infinite; "
+            "the training diverged or the file is damaged: use an earlier checkpoint"
+        )
+
+
+def check_loaded_entries(layer: str, values: Tensor, indices: Tensor, shape: tuple[int, int], expected: int) -> None:
+    """Check one layer of an adapter file against the base layer it is to be loaded on.
+
+    Args:
+        layer: the layer's name.
+        values: ``(entries,)`` floats of the file.
+        indices: ``(entries,)`` flat positions of the file.
+        shape: ``(rows, cols)`` of the base layer's stored weight.
+        expected: number of entries of the adapter in the model.
+
+    Raises:
+        ValueError: another number of entries, values that are not finite, positions that are out of range, not
+            sorted or repeated.
+    """
+    if values.shape != indices.shape or values.ndim != 1:
+        raise ValueError(
+            f"layer {layer}: {tuple(values.shape)} values for {tuple(indices.shape)} positions; "
+            "the adapter file is damaged: save or download it again"
+        )
+    if values.numel() != expected:
+        raise ValueError(
+            f"layer {layer}: the adapter file has {values.numel()} entries where this model's adapter has {expected}; "
+            "load it with the adapter_config.json it was saved with (PeftModel.from_pretrained), "
+            "or into a model whose adapter has the same budget"
+        )
+    check_dtype(values, "values", layer)
+    check_indices(indices, shape, layer)
+    check_values(values, layer, "load")
+
+
+def guard_adapter_writes() -> None:
+    """Make ``PeftModel.save_pretrained`` replace an adapter's weight file only once the new one is complete.
+
+    PEFT writes the file in place, so a full disk leaves neither the old adapter nor the new one, and it offers no hook
+    around the write. Its writer is therefore replaced, for every adapter of the process: same bytes, other moment.
+    """
+    write = peft.peft_model.safe_save_file
+    if getattr(write, "replaces_whole_files", False):
+        return
+
+    def write_then_replace(tensors, filename, metadata=None):
+        folder, name = os.path.split(os.fspath(filename))
+        with tempfile.TemporaryDirectory(dir=folder or ".", prefix=".saving-") as staging:
+            staged = os.path.join(staging, name)
+            write(tensors, staged, metadata=metadata)
+            os.replace(staged, filename)
+
+    write_then_replace.replaces_whole_files = True
+    peft.peft_model.safe_save_file = write_then_replace

@@ -1,0 +1,186 @@
+"""SaRA in training: the nuclear norm's gradient, and freezing what has grown."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...dynamics.optimizer_state import add_gradient_
+from ...dynamics.protocol import Setting
+from ...dynamics.records import Freezing, LayerFreezing
+from ...dynamics.sharded import full, write_full_
+from ...numerics import sample_without_replacement
+from ...ops import nuclear_norm, read_support
+from ...support import Support
+from ..controller_warning import attend
+from ..delta import Delta
+from ..delta_layer import SparseTunerLayer
+
+
+@dataclass
+class _Part:
+    """One layer's part.
+
+    Attributes:
+        layer, delta: the layer, and the adapter's trained state in it.
+        frozen: ``(entries,)`` bool; None while all train.
+        kept: ``(frozen entries,)`` float32, the values they were frozen with.
+    """
+
+    layer: SparseTunerLayer
+    delta: Delta
+    frozen: Tensor | None = None
+    kept: Tensor | None = None
+
+    @property
+    def support(self) -> Support:
+        return self.delta.support
+
+    def originals(self) -> Tensor:
+        """``(entries,)`` float32: the base's own entries."""
+        if self.layer.merged:
+            raise RuntimeError(
+                f"layer {self.layer.name}: its own weights cannot be looked at while adapters are merged "
+                f"({', '.join(self.layer.merged_adapters)}); call unmerge_adapter() before training goes on"
+            )
+        self.layer.release()
+        return read_support(full(self.layer.dense_base_weight()), self.support).to(torch.float32)
+
+    def weights(self) -> Tensor:
+        """``(entries,)`` float32: what the entries are now."""
+        return self.originals() + full(self.delta.values).to(torch.float32)
+
+    def freeze(self, frozen: Tensor) -> None:
+        self.frozen = frozen if bool(frozen.any()) else None
+        self.kept = None if self.frozen is None else full(self.delta.values)[self.frozen].clone()
+
+
+class SmallestDynamics:
+    """The dynamics of one [`SaRAConfig`][sparse_peft.SaRAConfig] adapter.
+
+    Args:
+        setting: what there is to work with.
+
+    Raises:
+        ValueError: the config needs the length of the run and it is not known.
+    """
+
+    @classmethod
+    def make(cls, setting: Setting) -> SmallestDynamics | None:
+        return cls(setting) if setting.config.changes_in_training else None
+
+    def __init__(self, setting: Setting):
+        self.adapter, self.config, self.optimizer = setting.adapter, setting.config, setting.optimizer
+        self.freezing_step = self.config.freezing_step(setting.total_steps)
+        self.parts = {
+            name: _Part(layer, layer.deltas[self.adapter])
+            for name, layer in setting.layers.items()
+            if layer.deltas[self.adapter].values.numel()
+        }
+        # all processes pick the same layers, whatever seeds they were given
+        device = next(iter(setting.layers.values())).deltas[self.adapter].values.device
+        self.seed = int(setting.collectives.from_first(torch.tensor([self.config.seed], device=device)))
+        for layer in setting.layers.values():
+            attend(layer.deltas[self.adapter])
+
+    # ------------------------------------------------------------------ the course of a step
+
+    def begin_step(self, step: int) -> None:
+        pass
+
+    @torch.no_grad()
+    def before_step(self, step: int) -> None:
+        for part in self._regularised(step):
+            self._add_nuclear_gradient(part)
+        for part in self.parts.values():
+            gradient = part.delta.values.grad
+            if part.frozen is not None and gradient is not None:
+                write_full_(gradient, full(gradient).masked_fill(part.frozen, 0))
+
+    @torch.no_grad()
+    def after_step(self, step: int) -> Freezing | None:
+        for part in self.parts.values():
+            # without a gradient an entry still moves by weight decay and by its momentum
+            if part.frozen is not None:
+                values = full(part.delta.values).clone()
+                values[part.frozen] = part.kept.to(values.dtype)
+                write_full_(part.delta.values, values)
+        return self._freeze(step) if step == self.freezing_step else None
+
+    def discard_step(self) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
+
+    # ------------------------------------------------------------------ nuclear norm
+
+    def _regularised(self, step: int) -> list[_Part]:
+        """The layers whose nuclear norm counts in this step: the same on every process, and after resuming."""
+        if self.config.nuclear_weight == 0 or step % self.config.nuclear_every:
+            return []
+        eligible = [part for part in self.parts.values() if min(part.support.shape) > self.config.nuclear_min_size]
+        if self.config.nuclear_matrices == "all" or not eligible:
+            return eligible
+        name = f"nuclear norm of {self.adapter}, step {step}"
+        (number,) = sample_without_replacement(len(eligible), 1, seed=self.seed, name=name).tolist()
+        return [eligible[number]]
+
+    def _add_nuclear_gradient(self, part: _Part) -> None:
+        weights = part.weights()
+        if part.frozen is not None:
+            weights = weights.masked_fill(part.frozen, 0)
+        _, gradient = nuclear_norm(weights, part.support)
+        gradient *= self.config.nuclear_weight * self.config.nuclear_every
+        add_gradient_(self.optimizer, part.delta.values, gradient)
+
+    # ------------------------------------------------------------------ freezing
+
+    def _thresholds(self) -> dict[str, float]:
+        """Each layer's: entries at or above it are not among the smallest any more."""
+        if self.config.threshold is not None:
+            return dict.fromkeys(self.parts, self.config.threshold)
+        # what the budget reached: the next larger number, so that the largest that was chosen is below it
+        largest = {name: part.originals().abs().amax() for name, part in self.parts.items()}
+        if self.config.allocation == "global":
+            most = torch.stack([value.cpu() for value in largest.values()]).amax()
+            largest = dict.fromkeys(self.parts, most)
+        above = {name: torch.nextafter(value, torch.full_like(value, torch.inf)) for name, value in largest.items()}
+        return {name: float(value) for name, value in above.items()}
+
+    def _freeze(self, step: int) -> Freezing:
+        changes = {}
+        for name, threshold in self._thresholds().items():
+            part = self.parts[name]
+            part.freeze(part.weights().abs() >= threshold)
+            rows, cols = part.support.shape
+            frozen = 0 if part.frozen is None else int(part.frozen.sum())
+            changes[name] = LayerFreezing(part.support.nnz, frozen, rows * cols, threshold)
+        return Freezing(step, self.adapter, changes)
+
+    # ------------------------------------------------------------------ checkpoints
+
+    def state_dict(self) -> dict[str, Any]:
+        frozen = {name: part for name, part in self.parts.items() if part.frozen is not None}
+        return {"frozen": {name: {"mask": p.frozen.clone(), "values": p.kept.clone()} for name, p in frozen.items()}}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue where the saved run was; the adapter is loaded before.
+
+        Raises:
+            ValueError: the state is of other layers.
+        """
+        for part in self.parts.values():
+            part.frozen = part.kept = None
+        for name, saved in state.get("frozen", {}).items():
+            part = self.parts.get(name)
+            if part is None or saved["mask"].shape != (part.support.nnz,):
+                raise ValueError(
+                    f"layer {name}: the saved state of adapter {self.adapter} has {saved['mask'].numel()} entries "
+                    "there, which are not this model's; resume with the config and adapter the run was started with"
+                )
+            device = part.delta.values.device
+            part.frozen, part.kept = saved["mask"].to(device), saved["values"].to(device)

@@ -1,0 +1,176 @@
+"""Gradients of one layer at positions that may start to train, summed over the optimizer steps of a window."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ...dynamics.collectives import Collectives
+from ...numerics import topk_indices
+from ...ops import masked_dw, support_grad
+from ...support import Support
+
+
+class CandidateWindow:
+    """Watches one layer's backward passes; an observer of ``sparse_peft.ops.observe``.
+
+    In the first step every backward pass proposes: the dense gradient is there a panel at a time, and the positions
+    with the largest sums so far stay. From the second step on, the gradient at these positions is computed together
+    with the support's own. Sums are float32, of the gradient of whole optimizer steps, and their squares are taken
+    per step.
+
+    A position that a later backward pass of the first step proposed may have missed something of the earlier ones;
+    that step does not count for it, unless it is the window's only one.
+
+    Args:
+        support: the adapter's trained positions.
+        limit: number of candidates.
+        length: number of steps in the window.
+    """
+
+    def __init__(self, support: Support, limit: int, length: int):
+        rows, cols = support.shape
+        self.support, self.length = support, length
+        self.limit = min(limit, rows * cols - support.nnz)
+        device = support.device
+        self.steps = 0
+        self.positions = torch.empty(0, dtype=torch.int64, device=device)
+        self.late = torch.empty(0, dtype=torch.bool, device=device)
+        self.total = torch.empty(0, device=device)
+        self.squares = torch.empty(0, device=device)
+        self.own_total = torch.zeros(support.nnz, device=device)
+        self._begin_step()
+
+    def _begin_step(self) -> None:
+        if self.steps == 0:
+            self.positions, self.late = self.positions[:0], self.late[:0]
+        self.partial = torch.zeros(self.positions.numel(), device=self.positions.device)
+        self.own = torch.zeros(self.support.nnz, device=self.support.device)
+        self._rejected = False  # whether any position with a gradient was not kept in this step
+        self._joint: tuple[Support, Support, Tensor, Tensor] | None = None
+
+    # ------------------------------------------------------------------ during the backward pass
+
+    def support_grad(self, left: Tensor, right: Tensor, active: Support) -> Tensor:
+        """The gradient at the active adapters' support, as ``support_grad``.
+
+        Sees the candidates' on the way.
+        """
+        if left.shape[0] == 0:
+            return support_grad(left, right, active)
+        see = self._propose if self.steps == 0 else self._follow
+        values = see(left, right, active)
+        self.own += values[self._slots(active)].to(torch.float32)
+        return values
+
+    def _slots(self, active: Support) -> Tensor | slice:
+        """Where the adapter's entries are among those of all active adapters."""
+        return slice(None) if active.nnz == self.support.nnz else active.slots(self.support.indices)
+
+    def _propose(self, left: Tensor, right: Tensor, active: Support) -> Tensor:
+        rows, cols = active.shape
+        watched = Support(active.shape, self.positions, validate=False)
+        joint, (own, theirs) = active.union(watched)
+        limit = min(self.limit, rows * cols - joint.nnz)
+        gradient, positions, sums = masked_dw(left, right, joint, limit)
+        found = gradient[theirs].to(torch.float32)
+        if limit and bool(sums[0].isnan()):
+            # what is not finite makes the whole step's sums so, and they are thrown away with it
+            self.own.fill_(torch.nan)
+        nonzero = sums.abs() > 0
+        self._merge(positions[nonzero], sums[nonzero].to(torch.float32), found)
+        full = int(nonzero.sum()) == self.limit
+        self._rejected |= full and self.limit < rows * cols - active.nnz
+        return gradient[own]
+
+    def _merge(self, positions: Tensor, sums: Tensor, found: Tensor) -> None:
+        """Let newly proposed positions compete with those already watched, by the absolute sums so far."""
+        late = torch.full_like(positions, self._rejected, dtype=torch.bool)
+        joined = torch.cat((self.positions, positions)).sort()
+        sums = torch.cat((self.partial + found, sums))[joined.indices]
+        late = torch.cat((self.late, late))[joined.indices]
+        self._keep(joined.values, sums, late)
+
+    def _keep(self, positions: Tensor, sums: Tensor, late: Tensor) -> None:
+        self._rejected |= sums.numel() > self.limit
+        magnitude = sums.abs().nan_to_num_(torch.inf)
+        keep = topk_indices(magnitude, min(self.limit, magnitude.numel()))
+        self.positions, self.partial, self.late = positions[keep], sums[keep], late[keep]
+
+    def _follow(self, left: Tensor, right: Tensor, active: Support) -> Tensor:
+        if self._joint is None or self._joint[0] is not active:
+            candidates = Support(active.shape, self.positions, validate=False)
+            joint, (own, theirs) = active.union(candidates)
+            self._joint = active, joint, own, theirs
+        _, joint, own, theirs = self._joint
+        gradient = support_grad(left, right, joint)
+        self.partial += gradient[theirs].to(torch.float32)
+        return gradient[own]
+
+    # ------------------------------------------------------------------ at the end of an optimizer step
+
+    def reduce(self, collectives: Collectives) -> None:
+        """Average this step's sums over the processes; afterwards all watch the same positions."""
+        if collectives.alone:
+            return
+        self.own = collectives.mean(self.own)
+        if self.steps:
+            self.partial = collectives.mean(self.partial)
+            return
+        parts = collectives.gather_ragged(self.positions, self.partial, self.late)
+        rejected = collectives.gather_ragged(self.positions.new_tensor([self._rejected]))
+        union = torch.cat([positions for positions, _, _ in parts]).unique(sorted=True)
+        sums = torch.zeros(union.numel(), device=union.device)
+        seen = torch.zeros(union.numel(), dtype=torch.int32, device=union.device)
+        for (positions, partial, late), (others_lost,) in zip(parts, rejected):
+            slots = torch.searchsorted(union, positions)
+            sums[slots] += partial
+            whole = (1 - others_lost.int()).expand_as(seen).clone()
+            whole[slots] = (~late).int()
+            seen += whole
+        self._keep(union, sums / len(parts), seen < len(parts))
+
+    def is_finite(self) -> Tensor:
+        """Whether this step's sums are finite: a bool tensor with one number."""
+        return self.partial.isfinite().all() & self.own.isfinite().all()
+
+    def commit(self, factor: float, gradient: Tensor) -> None:
+        """Take this step into the sums.
+
+        Args:
+            factor: what the sums of backward are to be multiplied by to be what the optimizer saw: one over a loss
+                scale, and a clipping coefficient.
+            gradient: ``(entries,)`` the gradient of the trained entries that the optimizer saw.
+        """
+        step = self.partial * factor
+        if self.steps == 0:
+            if self.length == 1:
+                self.late.zero_()
+            step = step.masked_fill(self.late, 0)
+            self.total, self.squares = step, step.square()
+        else:
+            self.total = self.total + step
+            self.squares = self.squares + step.square()
+        self.own_total += gradient
+        self.steps += 1
+        self._begin_step()
+
+    def discard(self) -> None:
+        """Forget this step."""
+        self._begin_step()
+
+    def counts(self) -> Tensor:
+        """``(candidates,)`` number of steps in each candidate's sums."""
+        return self.steps - self.late.to(torch.float32)
+
+    # ------------------------------------------------------------------ checkpoints
+
+    def state_dict(self) -> dict[str, Tensor | int]:
+        names = ("positions", "late", "total", "squares", "own_total")
+        return {"steps": self.steps, **{name: getattr(self, name).clone() for name in names}}
+
+    def load_state_dict(self, state: dict[str, Tensor | int]) -> None:
+        device = self.support.device
+        for name, value in state.items():
+            setattr(self, name, value.to(device) if isinstance(value, Tensor) else value)
+        self._begin_step()
