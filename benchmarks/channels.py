@@ -37,7 +37,7 @@ PAPER_WIDTH, PAPER_RANK = 2048, 32
 STEP_GOAL, SAVED_GOAL, MIXED_GOAL = 0.85, 0.10, 0.80
 
 
-class Model(str, Enum):
+class Model(str, Enum):  # noqa: UP042
     llama = "llama"
     smollm2 = "smollm2"
 

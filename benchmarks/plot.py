@@ -33,7 +33,7 @@ def draw(content: dict, path: Path) -> None:
 
     figure = Figure(figsize=(11, 4.6), layout="constrained")
     panels = figure.subplots(1, len(PANELS))
-    for axis, (field, title) in zip(panels, PANELS.items()):
+    for axis, (field, title) in zip(panels, PANELS.items(), strict=True):
         for number, workload in enumerate(content["workloads"]):
             for prefix, (kind, marker, line) in KINDS.items():
                 rows = [r for r in workload["rows"] if r["method"].startswith(prefix) and r["density"] is not None]

@@ -22,7 +22,7 @@ DENSITIES = [0.001, 0.005, 0.01, 0.05]
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
-class Model(str, Enum):
+class Model(str, Enum):  # noqa: UP042
     synthetic = "synthetic"
     llama = "llama"
     smollm2 = "smollm2"

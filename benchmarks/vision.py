@@ -155,7 +155,9 @@ def shifted(pixels: Tensor, generator: torch.Generator, by: int = 2) -> Tensor:
     """Each image moved by up to so many pixels."""
     padded = F.pad(pixels, (by, by, by, by), value=-1.0)
     size, moves = pixels.shape[-1], torch.randint(0, 2 * by + 1, (len(pixels), 2), generator=generator)
-    return torch.stack([image[:, y : y + size, x : x + size] for image, (y, x) in zip(padded, moves.tolist())])
+    return torch.stack(
+        [image[:, y : y + size, x : x + size] for image, (y, x) in zip(padded, moves.tolist(), strict=True)]
+    )
 
 
 def fit(

@@ -59,7 +59,7 @@ PROMPTS = (
 )
 
 
-class Method(str, Enum):
+class Method(str, Enum):  # noqa: UP042
     sparse = "sparse"
     s2ft = "s2ft"
     sara = "sara"

@@ -22,7 +22,7 @@ from .tuners.sketch import SketchConfig, SketchLinear, SketchModel, sketch_model
 from .tuners.sltrain import SLTrainConfig, SLTrainLinear, SLTrainModel, build_for_pretraining  # noqa: E402
 from .tuners.snella import SnellaConfig, SnellaLinear, SnellaModel  # noqa: E402
 from .tuners.sora import SoRAConfig, SoRALinear, SoRAModel, rewarmed_schedule  # noqa: E402
-from .tuners.sparse import SparseConfig, SparseLinear, SparseModel  # noqa: E402  (their PEFT type exists from here on)
+from .tuners.sparse import SparseConfig, SparseLinear, SparseModel  # noqa: E402
 
 __version__ = "0.1.0"
 

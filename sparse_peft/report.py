@@ -5,6 +5,7 @@ Needs matplotlib: ``pip install "sparse-peft[plot]"``.
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 from collections.abc import Mapping, Sequence
@@ -37,7 +38,7 @@ def support_map(support: Support, bins: tuple[int, int] = (64, 64)) -> Tensor:
     Returns:
         ``(cells, cells)`` float32: share of each cell's weights that trains.
     """
-    (rows, cols), (height, width) = support.shape, (min(n, most) for n, most in zip(support.shape, bins))
+    (rows, cols), (height, width) = support.shape, (min(n, most) for n, most in zip(support.shape, bins, strict=True))
     row, col = support.rows.long() * height // rows, support.cols.long() * width // cols
     counts = torch.bincount(row * width + col, minlength=height * width).view(height, width)
     sizes = [
@@ -165,12 +166,12 @@ def plot_turnover(history: Sequence[Record], path: str | os.PathLike) -> Path:
         thresholds.legend(fontsize=8)
     shares = [[100 * record.ages[i] / record.entries for record in history] for i in range(len(history[0].ages))]
     edges = [0, *history[0].age_edges]
-    labels = [f"{a} to {b - 1}" for a, b in zip(edges, edges[1:])] + [f"{edges[-1]} and more"]
+    labels = [f"{a} to {b - 1}" for a, b in itertools.pairwise(edges)] + [f"{edges[-1]} and more"]
     if len(steps) > 1:
         ages.stackplot(steps, shares, labels=labels)
     else:
         bottom = 0.0
-        for share, label in zip(shares, labels):
+        for share, label in zip(shares, labels, strict=True):
             ages.bar(steps, share, bottom=bottom, label=label)
             bottom += share[0]
     ages.set_ylabel("% of the entries")
@@ -271,7 +272,7 @@ def _band(axis, history: Sequence[Reselection], what: str, label: str) -> None:
             deciles = quantiles(found, n=10, method="inclusive") if len(found) > 1 else found * 9
             rows.append((record.step, deciles[0], deciles[4], deciles[8]))
     if rows:
-        steps, low, middle, high = zip(*rows)
+        steps, low, middle, high = zip(*rows, strict=True)
         (line,) = axis.plot(steps, middle, "o-", label=label)
         axis.fill_between(steps, low, high, alpha=0.2, color=line.get_color())
 

@@ -60,7 +60,7 @@ def compose(
     adapters = read_all(folders, ignore_base_names)
     weights = [1.0] * len(adapters) if weights is None else [float(weight) for weight in weights]
     tensors = combine_states([adapter.states for adapter in adapters], weights, how, adapters[0].tuner.__name__)
-    parts = ", ".join(f"{weight:g} x `{_label(a)}`" for weight, a in zip(weights, adapters))
+    parts = ", ".join(f"{weight:g} x `{_label(a)}`" for weight, a in zip(weights, adapters, strict=True))
     story = f"Composed of other adapters with `sparse_peft.adapters.compose`, `{how.combination_type}`: {parts}."
     return write_combined(output, adapters, tensors, _only_owner(adapters), story)
 

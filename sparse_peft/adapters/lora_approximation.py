@@ -65,7 +65,7 @@ def save_low_rank(
 
     config, tensors = to_lora(model, adapter_name, factors_of=approximate)
     errors = {name: (missing / square) ** 0.5 for name, (missing, square) in lost.items()}
-    missing, square = (sum(parts) for parts in zip(*lost.values()))
+    missing, square = (sum(parts) for parts in zip(*lost.values(), strict=True))
     error = (missing / square) ** 0.5
     story = (
         f"Plain LoRA of rank {rank} that approximates a sparse adapter, made with `sparse_peft`. Relative error of "

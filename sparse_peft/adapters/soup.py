@@ -92,7 +92,7 @@ def soup(
     tensors = combine_states([a.states for a in adapters], weights, Combination("linear"), adapters[0].tuner.__name__)
     story = (
         f"The average of {len(adapters)} adapters, made with `sparse_peft.adapters.soup`: "
-        + ", ".join(f"{weight:.4g} x `{Path(a.folder).name}`" for weight, a in zip(weights, adapters))
+        + ", ".join(f"{weight:.4g} x `{Path(a.folder).name}`" for weight, a in zip(weights, adapters, strict=True))
         + "."
     )
     gram = _inner_products(adapters)
@@ -164,7 +164,7 @@ def _check_averageable(adapters: Sequence[StoredAdapter]) -> None:
 def _mismatch(adapters: Sequence[StoredAdapter]) -> str | None:
     """The first layer whose supports differ."""
     for layer, state in adapters[0].states.items():
-        if any(not (state.support == adapter.states[layer].support) for adapter in adapters[1:]):
+        if any(state.support != adapter.states[layer].support for adapter in adapters[1:]):
             return layer
     return None
 
@@ -178,7 +178,7 @@ def _intersected(adapters: Sequence[StoredAdapter]) -> list[StoredAdapter]:
             common = common[adapter.states[layer].support.contains(common)]
         if common.numel() == 0:
             continue
-        for states, adapter in zip(cut, adapters):
+        for states, adapter in zip(cut, adapters, strict=True):
             state = adapter.states[layer]
             values = state.values.detach()[state.support.slots(common)]
             state.resize(common.numel())
@@ -187,7 +187,7 @@ def _intersected(adapters: Sequence[StoredAdapter]) -> list[StoredAdapter]:
             states[layer] = state
     if not cut[0]:
         raise ValueError("on_mismatch='intersection': the adapters have no entry in common in any layer; use 'union'")
-    return [replace(adapter, states=states) for adapter, states in zip(adapters, cut)]
+    return [replace(adapter, states=states) for adapter, states in zip(adapters, cut, strict=True)]
 
 
 def _averages(adapters: Sequence[StoredAdapter], weights: Sequence[float]) -> dict[str, Tensor]:
@@ -205,7 +205,7 @@ def _averages(adapters: Sequence[StoredAdapter], weights: Sequence[float]) -> di
         if any(part.shape != first.shape for part in parts) or not first.is_floating_point():
             shapes = ", ".join(str(tuple(part.shape)) for part in parts)
             raise ValueError(f"{name.removeprefix(PREFIX)}: {shapes} of {first.dtype} do not average")
-        total = sum(part.double() * weight for part, weight in zip(parts, weights))
+        total = sum(part.double() * weight for part, weight in zip(parts, weights, strict=True))
         averages[name] = total.to(first.dtype)
     return averages
 
@@ -217,7 +217,7 @@ def _inner_products(adapters: Sequence[StoredAdapter]) -> Tensor:
         states = [adapter.states[layer] for adapter in adapters]
         union, slots = state.support.union(*(other.support for other in states[1:]))
         aligned = torch.zeros(len(states), union.nnz, dtype=torch.float64)
-        for row, slot, other in zip(aligned, slots, states):
+        for row, slot, other in zip(aligned, slots, states, strict=True):
             row[slot] = other.values.detach().double()
         gram += aligned @ aligned.t()
     return gram

@@ -6,6 +6,8 @@ With inputs of second moment ``H = mean(x x^T)`` the mean squared error of the o
 
 from __future__ import annotations
 
+import itertools
+
 import torch
 from torch import Tensor
 
@@ -201,12 +203,12 @@ def _normal_equations(
     """``P^T H P`` as ``(rows, n, n)`` and ``P^T`` times the rows of ``pulled`` as ``(rows, n)``, in float64."""
     spreads = [
         (codes[:, None, first:last] == torch.arange(entries, device=codes.device)[:, None]).to(torch.float32)
-        for first, last in zip(ends[:-1], ends[1:])
+        for first, last in itertools.pairwise(ends)
     ]
     n = entries * len(spreads)
     system = torch.empty(codes.shape[0], n, n, dtype=torch.float64, device=codes.device)
     side = torch.empty(codes.shape[0], n, dtype=torch.float64, device=codes.device)
-    for g, (spread, first, last) in enumerate(zip(spreads, ends[:-1], ends[1:])):
+    for g, (spread, first, last) in enumerate(zip(spreads, ends[:-1], ends[1:], strict=True)):
         at = slice(g * entries, (g + 1) * entries)
         side[:, at] = (spread @ pulled[:, first:last, None]).squeeze(2)
         met = spread @ moment[first:last, first:]

@@ -29,12 +29,12 @@ def compare(
 
 def show(console: Console, found: Comparison) -> None:
     """A comparison for people; the layers that differ most come first."""
-    for label, folder, kind in zip("AB", (found.a, found.b), found.types):
+    for label, folder, kind in zip("AB", (found.a, found.b), found.types, strict=True):
         console.print(f"[bold]{label}[/] {escape(folder)}: {kind}", soft_wrap=True)
     for name, (ours, theirs) in found.settings.items():
         console.print(f"  {name}: {escape(value_text(ours))} | {escape(value_text(theirs))}", soft_wrap=True)
     console.print()
-    names = dict(zip([x.layer for x in found.layers], short_names([x.layer for x in found.layers])))
+    names = dict(zip([x.layer for x in found.layers], short_names([x.layer for x in found.layers]), strict=True))
     rows = [
         [
             names[layer.layer],

@@ -74,7 +74,9 @@ def content_of(made: Extraction) -> dict[str, Any]:
 
 def show(console: Console, made: Extraction, out: str) -> None:
     """An extraction for people: the layers of which least was kept."""
-    names = dict(zip([layer.name for layer in made.layers], short_names([layer.name for layer in made.layers])))
+    names = dict(
+        zip([layer.name for layer in made.layers], short_names([layer.name for layer in made.layers]), strict=True)
+    )
     least = sorted(made.layers, key=lambda layer: layer.kept)[:LEAST_KEPT]
     rows = [
         [

@@ -82,7 +82,7 @@ def parse_value(name: str, text: str, hint: Any) -> Any:
             value = json.loads(text)
         except ValueError as error:
             raise ValueError(f"{name}={text}: no valid JSON ({error})") from error
-        if isinstance(value, dict) and not dicts or isinstance(value, list) and not lists:
+        if (isinstance(value, dict) and not dicts) or (isinstance(value, list) and not lists):
             raise ValueError(f"{name}={text}: {_expected(kinds)} is expected")
         return value
     if bool in plain and text.lower() in TRUTHS:

@@ -71,7 +71,7 @@ def check_output(path: Path, force: bool) -> Path:
     Raises:
         UsageError: there is something already, or nothing that it could be put into.
     """
-    if path.is_symlink() or path.exists() and not force:
+    if path.is_symlink() or (path.exists() and not force):
         raise UsageError(f"{path}: exists already; --force replaces it" + (" (not a link)" * path.is_symlink()))
     if not path.absolute().parent.is_dir():
         raise UsageError(f"{path}: the folder {path.absolute().parent} does not exist")

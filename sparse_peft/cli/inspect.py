@@ -52,7 +52,7 @@ def show(console: Console, found: AdapterSummary, plot: Path | None = None) -> N
     console.print()
     names = short_names([layer.layer for layer in found.layers])
     used = [(title, text) for title, text in COLUMNS if any(text(layer) for layer in found.layers)]
-    rows = [[name, *(text(layer) for _, text in used)] for name, layer in zip(names, found.layers)]
+    rows = [[name, *(text(layer) for _, text in used)] for name, layer in zip(names, found.layers, strict=True)]
     console.print(table(["layer", *(title for title, _ in used)], rows, gap=1))
     console.print()
     trained = f"{count_text(found.parameters)} parameters in {len(found.layers)} layers"

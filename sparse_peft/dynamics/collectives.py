@@ -47,8 +47,8 @@ class Collectives:
             padded[: column.numel()] = column
             parts = [torch.empty_like(padded) for _ in range(self.size)]
             dist.all_gather(parts, padded, group=self.group)
-            gathered.append([part[:n] for part, n in zip(parts, lengths)])
-        return list(zip(*gathered))
+            gathered.append([part[:n] for part, n in zip(parts, lengths, strict=True)])
+        return list(zip(*gathered, strict=True))
 
     def whoever_has(self, thing: Any) -> Any:
         """The first process's object that is not None, on every process; None if all are."""

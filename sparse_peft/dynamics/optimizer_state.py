@@ -202,7 +202,7 @@ def _remap_8bit(
     codes = state[key]
     two = codes.ndim == 2
     rows = []
-    for row, (part, scale) in enumerate(zip(codes, absmax) if two else [(codes, absmax)]):
+    for row, (part, scale) in enumerate(zip(codes, absmax, strict=True) if two else [(codes, absmax)]):
         values = dequantize_blockwise(part.contiguous(), absmax=scale, code=code, blocksize=BNB_BLOCK)
         values = rearranged(values, source, new if row == 0 else None)
         rows.append(quantize_blockwise(values, code=code, blocksize=BNB_BLOCK))
@@ -217,8 +217,10 @@ def _remap_8bit(
 
 def restore_dtypes(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> None:
     """Take saved state tensors again as they are: torch casts them to their parameter's dtype."""
-    groups = zip(state_dict["param_groups"], optimizer.param_groups)
-    named = {name: parameter for old, new in groups for name, parameter in zip(old["params"], new["params"])}
+    groups = zip(state_dict["param_groups"], optimizer.param_groups, strict=True)
+    named = {
+        name: parameter for old, new in groups for name, parameter in zip(old["params"], new["params"], strict=True)
+    }
     for name, saved in state_dict["state"].items():
         state = optimizer.state[named[name]]
         for key, value in saved.items():

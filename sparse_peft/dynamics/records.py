@@ -84,7 +84,7 @@ class Reselection:
             logs["grow_threshold"] = sum(grow) / len(grow)
         if self.ages:
             below = [f"age_below_{edge}" for edge in self.age_edges]
-            for name, count in zip([*below, f"age_from_{self.age_edges[-1]}"], self.ages):
+            for name, count in zip([*below, f"age_from_{self.age_edges[-1]}"], self.ages, strict=True):
                 logs[name] = count / self.entries
         return {f"sparsity/{name}": float(value) for name, value in logs.items()}
 

@@ -50,7 +50,7 @@ class OwnGroup:
         optimizer = self.optimizer
         self._groups = list(optimizer.param_groups)
         self._kept = [group["params"] for group in self._groups]
-        for group, parameters in zip(self._groups, self._kept):
+        for group, parameters in zip(self._groups, self._kept, strict=True):
             mine = [parameter for parameter in parameters if id(parameter) in self.members]
             if not mine:
                 continue
@@ -65,7 +65,7 @@ class OwnGroup:
     def _join(self, *_) -> None:
         if self._groups is None:
             return
-        for group, parameters in zip(self._groups, self._kept):
+        for group, parameters in zip(self._groups, self._kept, strict=True):
             group["params"] = parameters
         del self.optimizer.param_groups[len(self._groups) :]
         self._groups = None

@@ -55,7 +55,7 @@ class CodedWeight:
         cols = self.shape[1]
         alone = len(tables) == 1 and self.base is None and self.scale_ is None
         total = None
-        for table, codes in zip(tables, self.codes):
+        for table, codes in zip(tables, self.codes, strict=True):
             wide = dtype if alone else torch.promote_types(table.dtype, accumulation_dtype(dtype))
             part = code_gather(table[start:stop], codes.packed[start:stop], codes.bits, cols, wide)
             total = part if total is None else total.add_(part)
@@ -73,7 +73,7 @@ class CodedWeight:
         for start, stop, dense in gradient_panels(left, right, self.shape):
             if self.scale_ is not None:
                 self.scale_(dense, start)
-            for grad, codes in zip(grads, self.codes):
+            for grad, codes in zip(grads, self.codes, strict=True):
                 grad[start:stop] = code_scatter_add(dense, codes.packed[start:stop], codes.bits, grad.shape[1])
         return grads
 

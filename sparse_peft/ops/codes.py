@@ -8,6 +8,8 @@ high halves, as in bitsandbytes.
 
 from __future__ import annotations
 
+import itertools
+
 import torch
 from torch import Tensor
 
@@ -188,6 +190,6 @@ def code_scatter_add(grad: Tensor, codes: Tensor, bits: int, groups: int) -> Ten
         # scatter_add is not deterministic on a GPU: a masked sum for each table entry is
         for code in range(1 << bits):
             chosen = part.masked_fill(places != code, 0)
-            for n, (first, last) in enumerate(zip(ends[:-1], ends[1:])):
+            for n, (first, last) in enumerate(itertools.pairwise(ends)):
                 out[start:stop, n, code] = chosen[:, first:last].sum(1)
     return out

@@ -196,7 +196,7 @@ class ConvProduct:
             groups = panels(self.groups, a_group * cols * grad.dtype.itemsize)
             bounds = [(first * a_group, last * a_group) for first, last in groups]
         channels = x.shape[1] // self.groups
-        for (start, stop), (first, last) in zip(bounds, support.entry_ranges(bounds)):
+        for (start, stop), (first, last) in zip(bounds, support.entry_ranges(bounds), strict=True):
             if first == last:
                 continue
             part, inputs = self, x
@@ -215,8 +215,8 @@ class ConvProduct:
         sizes = grad.shape[2:]
         x = F.pad(x, [p for pad in reversed(self.padding) for p in (pad, pad)]) if any(self.padding) else x
         n, c = x.stride(0), x.stride(1)
-        steps = [s * stride for s, stride in zip(x.stride()[2:], self.stride)]
-        taps = [d * s for s, d in zip(x.stride()[2:], self.dilation)]
+        steps = [s * stride for s, stride in zip(x.stride()[2:], self.stride, strict=True)]
+        taps = [d * s for s, d in zip(x.stride()[2:], self.dilation, strict=True)]
         shape = (x.shape[1], *self.kernel)
         item = math.prod(shape) * x.element_size()
         places = math.prod(sizes[1:])

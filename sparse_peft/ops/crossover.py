@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import logging
 import math
@@ -130,7 +131,7 @@ def meeting_point(ratios: dict[float, float]) -> float:
     points = sorted(ratios.items())
     if points[0][1] >= 1:
         return points[0][0]
-    for (low, a), (high, b) in zip(points[:-1], points[1:]):
+    for (low, a), (high, b) in itertools.pairwise(points):
         if b >= 1:
             share = (1 - a) / (b - a)
             return math.exp(math.log(low) + share * (math.log(high) - math.log(low)))
@@ -169,7 +170,7 @@ def measure(device: torch.device, dtype: torch.dtype, bench: Bench | None = None
         ratios = {
             density: _seconds(lambda path=path, support=support: grad_by_path(path, left, right, support), device)
             / dense
-            for density, support in zip(bench.densities, supports)
+            for density, support in zip(bench.densities, supports, strict=True)
         }
         found = Crossover(path, meeting_point(ratios), "measured", {f"{d:g}": round(r, 3) for d, r in ratios.items()})
         if best is None or found.density > best.density:

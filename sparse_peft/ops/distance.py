@@ -90,8 +90,8 @@ def distances(a: Tensor, b: Tensor) -> Tensor:
 
 def kernel(factors: Factors, start: int = 0, stop: int | None = None) -> Kernel:
     """The part of the kernel that belongs to inputs ``start`` to ``stop``."""
-    apart = [distances(b, a[start:stop]) for a, b in zip(factors.inputs, factors.outputs)]
-    value = sum(c * d for c, d in zip(COEFFICIENTS, apart))
+    apart = [distances(b, a[start:stop]) for a, b in zip(factors.inputs, factors.outputs, strict=True)]
+    value = sum(c * d for c, d in zip(COEFFICIENTS, apart, strict=True))
     if factors.mix is None:
         return Kernel(value, apart, None)
     alpha, log_gamma, beta = factors.mix
@@ -118,10 +118,10 @@ def kernel_grads_(
         through = grad * attention
         through -= attention * through.sum(0)
         through *= alpha / gamma  # now the gradient of the distances' sum that the softmax sees
-        seen = sum(c * d for c, d in zip(COEFFICIENTS, part.distances))
+        seen = sum(c * d for c, d in zip(COEFFICIENTS, part.distances, strict=True))
         of_mix[1] -= (through * seen).sum()
         grad += through
-    for piece, (coefficient, apart) in enumerate(zip(COEFFICIENTS, part.distances)):
+    for piece, (coefficient, apart) in enumerate(zip(COEFFICIENTS, part.distances, strict=True)):
         a, b = factors.inputs[piece, start:stop], factors.outputs[piece]
         # of a distance of 0 any number up to 1 is a subgradient
         rate = (coefficient * grad).div_(apart).masked_fill_(apart == 0, 0)

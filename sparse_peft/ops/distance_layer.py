@@ -109,7 +109,7 @@ class _KernelLayer(torch.autograd.Function):
                     kernel_grads_(factors, part, rate, start, stop, grads)
         if any(for_factors) and how.after_backward is not None:
             how.after_backward()
-        of_factors = (g if wanted else None for g, wanted in zip(grads, for_factors))
+        of_factors = (g if wanted else None for g, wanted in zip(grads, for_factors, strict=True))
         grad_bias = product.bias_grad(grad) if ctx.needs_input_grad[6] else None
         return grad_x, *of_factors, None, None, grad_bias, None
 
@@ -165,6 +165,6 @@ def kernel_entries(factors: Factors, tau: Tensor, how: Competition) -> tuple[Ten
             rows, cols = (part.value.abs() > tau).nonzero(as_tuple=True)
             values = how.delta(part.value, tau, start, stop)[rows, cols]
             found.append((rows * inputs + cols + start, values))
-    positions, values = (torch.cat(column) for column in zip(*found))
+    positions, values = (torch.cat(column) for column in zip(*found, strict=True))
     order = positions.argsort()
     return positions[order], values[order]

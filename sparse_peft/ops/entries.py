@@ -97,7 +97,7 @@ def _write_many(
     """All tensors that a kernel takes in one launch for each combination of types, the others one by one."""
     together: dict[tuple, list[int]] = {}
     forced = forced_backend() is not None
-    for n, (weight, index) in enumerate(zip(weights, indices)):
+    for n, (weight, index) in enumerate(zip(weights, indices, strict=True)):
         value = None if values is None else values[n].detach()
         kernel = None
         if (forced or not weight.is_cpu) and originals[n].is_contiguous():

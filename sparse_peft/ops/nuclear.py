@@ -74,7 +74,7 @@ def nuclear_norm(entries: Tensor, support: Support) -> tuple[Tensor, Tensor]:
     bounds = panels(rows, cols * entries.dtype.itemsize)
 
     def each_panel():
-        for (start, stop), (first, last) in zip(bounds, support.entry_ranges(bounds)):
+        for (start, stop), (first, last) in zip(bounds, support.entry_ranges(bounds), strict=True):
             at = support.indices[first:last].long() - start * cols
             panel = entries.new_zeros((stop - start) * cols).scatter_(0, at, values[first:last])
             yield panel.view(-1, cols), at, first, last

@@ -87,7 +87,7 @@ def _panels(left: Tensor, right: Tensor, layout: Layout) -> Tensor:
     rows, cols = support.shape
     values = torch.zeros(support.nnz, dtype=dtype, device=left.device)
     bounds = panels(rows, cols * dtype.itemsize)
-    for (start, stop), (first, last) in zip(bounds, support.entry_ranges(bounds)):
+    for (start, stop), (first, last) in zip(bounds, support.entry_ranges(bounds), strict=True):
         if first < last:
             panel = dense_grad(left[:, start:stop], right)
             values[first:last] = panel.reshape(-1).index_select(0, support.indices[first:last] - start * cols)

@@ -94,11 +94,11 @@ class Layout:
         filled = int((counts[starts] > 0).sum())
         if filled * MIN_GROUP_HEIGHT > int((counts > 0).sum()):
             return ()
-        bounds = starts.tolist() + [inner.shape[0]]
+        bounds = [*starts.tolist(), inner.shape[0]]
         offsets = inner.row_ptr[torch.tensor(bounds, device=inner.device)].tolist()
         return tuple(
             RowGroup(start, stop, first, last, self._columns(first, (last - first) // (stop - start)))
-            for start, stop, first, last in zip(bounds[:-1], bounds[1:], offsets[:-1], offsets[1:])
+            for start, stop, first, last in zip(bounds[:-1], bounds[1:], offsets[:-1], offsets[1:], strict=True)
             if first < last
         )
 

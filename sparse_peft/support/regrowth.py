@@ -158,7 +158,7 @@ def _exchange(
     if keep_largest:
         # a layer that gave up everything could never come back; infinite ones are not among the smallest
         starts = torch.tensor([0, *sizes[:-1]]).cumsum(0).tolist()
-        for start, size in zip(starts, sizes):
+        for start, size in zip(starts, sizes, strict=True):
             magnitude[start + int(magnitude[start : start + size].argmax())] = torch.inf
         count = min(count, magnitude.numel() - len(sizes))
     scores = torch.cat([candidate.scores.to(device, torch.float32) for candidate in candidates])
@@ -183,6 +183,7 @@ def _exchange(
         magnitude.split(sizes),
         candidates,
         chosen.split([candidate.scores.numel() for candidate in candidates]),
+        strict=False,
     )
     for support, gone, size, candidate, new in parts:
         exchanges.append(_assemble(support, gone, size, candidate, new.nonzero().squeeze(1)))
@@ -194,7 +195,7 @@ def _ranks(
 ) -> tuple[Tensor, Tensor]:
     """Keys that order candidates and dropped entries of all layers by (layer, position)."""
     offset, keys, own = 0, [], []
-    for support, candidate in zip(supports, candidates):
+    for support, candidate in zip(supports, candidates, strict=True):
         keys.append(candidate.positions.to(support.device, torch.int64) + offset)
         own.append(support.indices.long() + offset)
         offset += support.shape[0] * support.shape[1]

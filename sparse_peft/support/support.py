@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from functools import cached_property
 from numbers import Integral
@@ -155,7 +156,7 @@ class Support:
         if key not in self._entry_ranges:
             bounds = [start for start, _ in row_ranges] + [stop for _, stop in row_ranges[-1:]]
             offsets = self.row_ptr[bounds].tolist()
-            self._entry_ranges[key] = list(zip(offsets[:-1], offsets[1:]))
+            self._entry_ranges[key] = list(itertools.pairwise(offsets))
         return self._entry_ranges[key]
 
     def of_rows(self, start: int, stop: int) -> tuple[Support, int, int]:

@@ -155,6 +155,6 @@ def topk_outer(
         positions, scores = free(part)
         parts.append((positions[:missing], scores[:missing]))
         missing -= parts[-1][0].numel()
-    positions, scores = (torch.cat(column) for column in zip(*parts))
+    positions, scores = (torch.cat(column) for column in zip(*parts, strict=True))
     positions, order = positions.sort()
     return positions, scores[order].float()

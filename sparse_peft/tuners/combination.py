@@ -60,7 +60,7 @@ def combine_states(
         raise ValueError("adapters: none of them has a layer; name at least one that has")
     combined: Tensors = {}
     for layer in layers:
-        parts = [(states[layer], weight) for states, weight in zip(adapters, weights) if layer in states]
+        parts = [(states[layer], weight) for states, weight in zip(adapters, weights, strict=True) if layer in states]
         states = [state for state, _ in parts]
         check_combination(type(states[0]), method, how)
         combined[layer] = type(states[0]).combine(states, [weight for _, weight in parts], how)
@@ -74,7 +74,7 @@ def add_weighted_adapter(
     configs = combinable_configs(tuner, adapters, adapter_name)
     states: list[dict[str, TrainedState]] = [{} for _ in adapters]
     for layer in tuner.sparse_layers(tuner.model):
-        for found, name in zip(states, adapters):
+        for found, name in zip(states, adapters, strict=True):
             if name in layer.deltas:
                 found[layer.name] = layer.settled(name)
     combined = combine_states(states, weights, how, type(tuner).__name__)
@@ -107,7 +107,7 @@ def combinable_configs(tuner: BaseSparseModel, adapters: Sequence[str], adapter_
     if adapter_name in tuner.peft_config:
         raise ValueError(f"adapter_name={adapter_name!r}: the model has an adapter of this name; choose another")
     configs = [tuner.peft_config[name] for name in adapters]
-    for name, config in zip(adapters, configs):
+    for name, config in zip(adapters, configs, strict=True):
         beside = [field for field in ("modules_to_save", "trainable_token_indices") if getattr(config, field, None)]
         if config.bias != "none":
             beside.append("bias")

@@ -126,7 +126,7 @@ class SparseTunerLayer(TunerLayer):
 
     def _is_current(self, joined: Joined) -> bool:
         supports, delta = joined
-        return all(old is self.deltas[name].known_support() for old, name in zip(supports, delta.names))
+        return all(old is self.deltas[name].known_support() for old, name in zip(supports, delta.names, strict=True))
 
     def _forget_joins(self, adapter_name: str) -> None:
         self._joined = None
@@ -147,7 +147,9 @@ class SparseTunerLayer(TunerLayer):
         return None if delta is None else Stamp(tuple(self.settled(name) for name in delta.names), self._is_sharded())
 
     def check_stamp(self, delta: ActiveDelta, stamp: Stamp) -> None:
-        if not stamp.is_current() or any(d.known_support() is not s for d, s in zip(stamp.deltas, stamp.supports)):
+        if not stamp.is_current() or any(
+            d.known_support() is not s for d, s in zip(stamp.deltas, stamp.supports, strict=True)
+        ):
             raise RuntimeError(
                 f"the values of adapter {', '.join(delta.names)} in layer {self.name} were changed between the "
                 "forward pass and its backward pass; step the optimizer, load and reselect only after backward"

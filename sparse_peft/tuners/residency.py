@@ -58,7 +58,7 @@ class ActiveDelta:
             return values[0]
         dtype = functools.reduce(torch.promote_types, (part.dtype for part in values))
         total = torch.zeros(self.support.nnz, dtype=dtype, device=values[0].device)
-        for slots, part in zip(self.slots, values):
+        for slots, part in zip(self.slots, values, strict=True):
             total = total.index_add(0, slots, part.to(dtype))
         return total
 
@@ -90,13 +90,13 @@ class Stamp:
         return (
             isinstance(other, Stamp)
             and len(self.state) == len(other.state)
-            and all(a[0] is b[0] and a[1:] == b[1:] for a, b in zip(self.state, other.state))
-            and all(a is b for a, b in zip(self.supports, other.supports))
+            and all(a[0] is b[0] and a[1:] == b[1:] for a, b in zip(self.state, other.state, strict=True))
+            and all(a is b for a, b in zip(self.supports, other.supports, strict=True))
         )
 
     def is_current(self) -> bool:
         """Whether the adapters' values are still what they were; asked in every pass of every layer."""
-        for delta, (values, count, address) in zip(self.deltas, self.state):
+        for delta, (values, count, address) in zip(self.deltas, self.state, strict=True):
             if delta._parameters["values"] is not values or version(values) != count:
                 return False
             if not self.sharded and values.data_ptr() != address:
@@ -184,7 +184,7 @@ def write_all(writes: Sequence[Write]) -> None:
         originals = [w.weight.new_empty(w.support.nnz) if take else w.ledger.held.originals for w in part]
         supports, values = [w.support for w in part], [w.values.detach() for w in part]
         resync_supports_([w.weight for w in part], supports, originals, values, take)
-        for w, own in zip(part, originals):
+        for w, own in zip(part, originals, strict=True):
             w.ledger.held = Held(w.support, own, w.stamp, version(w.weight))
 
 

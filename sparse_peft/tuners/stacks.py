@@ -99,7 +99,7 @@ class ChannelStack(Stack):
         shape[dim] = most
         weights = torch.zeros(len(deltas), *shape, dtype=dtype, device=device)
         channels = torch.zeros(len(deltas), most, dtype=torch.int64, device=device)
-        for n, (delta, support) in enumerate(zip(deltas.values(), supports)):
+        for n, (delta, support) in enumerate(zip(deltas.values(), supports, strict=True)):
             weights[n].narrow(dim, 0, support.count).copy_(delta().view(support.matrix_shape))
             channels[n, : support.count] = support.channels
         # stored (out, in) by nn.Linear; a product wants (in, out)

@@ -89,7 +89,7 @@ def support_masks(model, adapter_name="default"):
 def weighted_sum(parts, weights):
     """``{layer: float64}`` of dense deltas, where an adapter that lacks a layer counts as zero."""
     total = {}
-    for part, weight in zip(parts, weights):
+    for part, weight in zip(parts, weights, strict=True):
         for layer, delta in part.items():
             total[layer] = total.get(layer, 0) + weight * delta
     return total
@@ -109,5 +109,5 @@ def elected(parts, weights, method):
     votes = stacked.sum(0) if method == "total" else stacked.sign().sum(0)
     sign = torch.where(votes >= 0, 1.0, -1.0)
     agrees = stacked.sign() == sign
-    total = sum(weight * part * agree for weight, part, agree in zip(weights, stacked, agrees))
+    total = sum(weight * part * agree for weight, part, agree in zip(weights, stacked, agrees, strict=True))
     return total / agrees.sum(0).clamp(min=1)

@@ -128,7 +128,7 @@ def test_what_the_others_cannot_hold(tmp_path):
 
 def spiel(tmp_path, safe, **changes):
     """An adapter as SpIEL writes it, its positions in the order that reselection left them in."""
-    folder, model = saved(tmp_path / "source", SparseConfig(density=0.1), base=llama, target_modules=TARGETS)
+    _folder, model = saved(tmp_path / "source", SparseConfig(density=0.1), base=llama, target_modules=TARGETS)
     tensors = {}
     for layer in model.modules():
         if hasattr(layer, "deltas"):
@@ -206,7 +206,7 @@ def lt_sft(tmp_path, only=("q_proj.weight", "down_proj.weight"), **content):
     for name, p in after.named_parameters():
         if any(part in name for part in only):
             p.data += torch.randn_like(p) * (torch.rand_like(p) < 0.1)
-    pairs = zip(before.named_parameters(), after.named_parameters())
+    pairs = zip(before.named_parameters(), after.named_parameters(), strict=True)
     diffs = {name: encoded((q - p).detach()) for (name, p), (_, q) in pairs if name != "lm_head.weight"}
     tmp_path.mkdir(exist_ok=True)
     file = tmp_path / "pytorch_diff.bin"
@@ -242,7 +242,7 @@ def test_lt_sft_in(tmp_path):
 def test_lt_sft_with_embeddings_norms_biases_and_a_head(tmp_path):
     head = torch.randn(40, 32)
     only = ("q_proj", "norm", "embed_tokens")
-    file, after = lt_sft(tmp_path / "a", only=only, abs={"lm_head.weight": head})
+    _file, after = lt_sft(tmp_path / "a", only=only, abs={"lm_head.weight": head})
     after.lm_head.weight.data.copy_(head)
     base = llama(attention_bias=True)
     with pytest.raises(ValueError, match="more than linear layers, such as .*others='save'"):

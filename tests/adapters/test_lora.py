@@ -145,7 +145,7 @@ def sora(make=small_llama, shut=((0, 1), (2,)), **config):
     model = get_peft_model(make(), SoRAConfig(**config)).eval()
     layers = [m for m in model.modules() if isinstance(m, SoRALinear)]
     layers[0].deltas["default"].gate.data.zero_()
-    for layer, ranks in zip(layers[1:], shut):
+    for layer, ranks in zip(layers[1:], shut, strict=True):
         layer.deltas["default"].gate.data[list(ranks)] = 0
     return model, layers
 
@@ -170,7 +170,7 @@ def test_sora_is_lora_of_what_is_left(tmp_path, uniform):
         state = layer.deltas["default"]
         alive = other.lora_A["default"].weight.norm(dim=1) > 0
         assert int(alive.sum()) == state.alive
-        order = [int((state.A == row).all(1).nonzero()) for row in other.lora_A["default"].weight[alive]]
+        order = [int((row == state.A).all(1).nonzero()) for row in other.lora_A["default"].weight[alive]]
         strengths = state.gate.abs() * state.A.norm(dim=1) * state.B.norm(dim=0)
         assert bool((strengths[order].diff() <= 0).all())
         assert torch.equal(other.lora_B["default"].weight[:, alive], state.B[:, order] * state.gate[order])

@@ -26,7 +26,7 @@ def test_a_soup_is_the_mean_of_the_merged_weights(tmp_path, method, weights):
     parts = weights or [1 / 3] * 3
     merged = [model.merge_and_unload() for _, model in made]
     mean = {
-        name: sum(w * dict(m.named_parameters())[name].double() for w, m in zip(parts, merged))
+        name: sum(w * dict(m.named_parameters())[name].double() for w, m in zip(parts, merged, strict=True))
         for name, _ in three().named_parameters()
     }
     found = dict(loaded(tmp_path / "soup").merge_and_unload().named_parameters())

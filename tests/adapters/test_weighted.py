@@ -89,7 +89,9 @@ def test_pruned_combinations_against_dense_references(method, kind, sign):
         ]
         parts = [torch.zeros_like(found) if part is None else part for part in parts]
         expected = (
-            elected(parts, WEIGHTS, sign) if kind == "ties" else sum(w * part for w, part in zip(WEIGHTS, parts))
+            elected(parts, WEIGHTS, sign)
+            if kind == "ties"
+            else sum(w * part for w, part in zip(WEIGHTS, parts, strict=True))
         )
         assert bool((expected != 0).any())
         torch.testing.assert_close(found, expected, **CLOSE)
@@ -159,8 +161,8 @@ def test_svd_is_the_best_approximation_of_the_low_rank_part(method):
         if not hasattr(layer, "deltas"):
             continue
         parts = [layer.low_rank_weight(name).detach().double() for name in NAMES if name in layer.deltas]
-        weights = [w for w, name in zip(WEIGHTS, NAMES) if name in layer.deltas]
-        total = sum(w * part for w, part in zip(weights, parts))
+        weights = [w for w, name in zip(WEIGHTS, NAMES, strict=True) if name in layer.deltas]
+        total = sum(w * part for w, part in zip(weights, parts, strict=True))
         u, s, vh = torch.linalg.svd(total)
         best = u[:, :2] * s[:2] @ vh[:2]
         torch.testing.assert_close(layer.low_rank_weight("svd").detach().double(), best, rtol=1e-4, atol=1e-4)

@@ -312,13 +312,13 @@ def running_hub():
     servers = [ThreadingHTTPServer(("127.0.0.1", 0), handler) for _ in range(2)]
     hub.url, hub.storage_url = (f"http://127.0.0.1:{server.server_port}" for server in servers)
     threads = [threading.Thread(target=server.serve_forever, daemon=True) for server in servers]
-    for server, thread in zip(servers, threads):
+    for server, thread in zip(servers, threads, strict=True):
         server.daemon_threads = True
         thread.start()
     try:
         yield hub
     finally:
-        for server, thread in zip(servers, threads):
+        for server, thread in zip(servers, threads, strict=True):
             server.shutdown()
             server.server_close()
             thread.join()

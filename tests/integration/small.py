@@ -7,7 +7,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassifi
 
 from sparse_peft import S2FTConfig, SaRAConfig, SketchConfig, SLTrainConfig, SnellaConfig, SoRAConfig, SparseConfig
 
-WORDS = "the quick brown fox jumps over a lazy dog and runs away from it".split()
+WORDS = ["the", "quick", "brown", "fox", "jumps", "over", "a", "lazy", "dog", "and", "runs", "away", "from", "it"]
 
 
 def make_tokenizer():

@@ -119,7 +119,7 @@ def train(
     seen = []
     for step in steps:
         x, y = (t[part] for t in batch_at(step))
-        for a, b in zip(x.chunk(accumulation), y.chunk(accumulation)):
+        for a, b in zip(x.chunk(accumulation), y.chunk(accumulation), strict=True):
             backward(F.cross_entropy(called(a), b) / accumulation)
         nn.utils.clip_grad_norm_(model.parameters(), 0.1)
         seen.append(look_at(model))  # gradients, before the step
@@ -175,9 +175,9 @@ def with_fsdp2(rank, selection, kind, fields, folder):
     for name, leaf in leaves(model).items():
         twin = leaves(resumed)[name]
         with torch.no_grad():
-            for mine, theirs in zip(twin.parameters(), leaf.parameters()):
+            for mine, theirs in zip(twin.parameters(), leaf.parameters(), strict=True):
                 mine.to_local().copy_(theirs.to_local())
-            twin.load_state_dict(dict(leaf.named_buffers()), strict=False)
+            twin.load_state_dict(dict(leaf.named_buffers()), strict=True)
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
         set_optimizer_state_dict(resumed, other, saved if rank == 0 else {}, options=whole)
@@ -246,7 +246,7 @@ def on_two_processes(run, tmp_path, cases):
             mp.spawn(process, (run, tmp_path / "rendezvous", cases, results), nprocs=2)
         except Exception:
             pytest.fail("\n".join(str(value) for value in results.values()))
-        return list(zip(results[0], results[1]))
+        return list(zip(results[0], results[1], strict=True))
 
 
 def assert_close(found, expected):
@@ -287,7 +287,7 @@ ACCELERATES = pytest.param(
 
 @pytest.mark.parametrize("run", [pytest.param(with_ddp, id="ddp"), pytest.param(with_fsdp2, id="fsdp2"), ACCELERATES])
 def test_two_processes_do_what_one_does_with_the_whole_batch(tmp_path, run):
-    for (selection, kind, fields), (first, second) in zip(CASES, on_two_processes(run, tmp_path, CASES)):
+    for (selection, kind, fields), (first, second) in zip(CASES, on_two_processes(run, tmp_path, CASES), strict=True):
         assert first == second, f"{selection}: the processes agree to the bit"
         assert_close(first, on_one_process(selection, kind, **fields))
         assert first[0] != first[-1]

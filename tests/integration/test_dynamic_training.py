@@ -87,7 +87,9 @@ def test_a_resumed_run_is_the_uninterrupted_one(tokenizer, tmp_path, case):
     for stop in (1, 5, 6):  # in the first window, in a later one, right after it
         checkpoint = tmp_path / "whole" / f"checkpoint-{stop}"
         resumed = run(tmp_path / f"resumed-{stop}", 0 if selection == "set" else 5, resume_from_checkpoint=checkpoint)
-        for (name, a), (_, b) in zip(whole.model.state_dict().items(), resumed.model.state_dict().items()):
+        for (name, a), (_, b) in zip(
+            whole.model.state_dict().items(), resumed.model.state_dict().items(), strict=True
+        ):
             assert torch.equal(a, b), f"{name} after resuming from step {stop}"
         other = torch.load(tmp_path / f"resumed-{stop}" / "checkpoint-10" / "optimizer.pt", weights_only=True)
         assert_same_tree(saved["state"], other["state"])

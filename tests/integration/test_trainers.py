@@ -83,7 +83,7 @@ def test_trainer_resume_equals_the_uninterrupted_run(tokenizer, tmp_path, method
     resumed = run(
         tmp_path / "resumed", seed, resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-3")
     )  # this model drew other positions: the checkpoint's are the ones that count
-    for (name, a), (_, b) in zip(whole.state_dict().items(), resumed.state_dict().items()):
+    for (name, a), (_, b) in zip(whole.state_dict().items(), resumed.state_dict().items(), strict=True):
         assert torch.equal(a, b), name
 
 
@@ -102,5 +102,5 @@ def test_accelerate_state_and_compiled_training(tmp_path, tokenizer):
         trainer.train()
         results.append(values(trainer.model))
         torch._dynamo.reset()
-    for (name, a), (_, b) in zip(results[0].items(), results[1].items()):
+    for (name, a), (_, b) in zip(results[0].items(), results[1].items(), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4, msg=name)

@@ -60,15 +60,15 @@ def check_entries(backend: str, problems: list[Problem], dtype: torch.dtype) -> 
     before = [weight.clone() for weight in weights]
     indices = [p.support.indices for p in problems]
     values = [torch.randn(p.support.nnz, device=device) for p in problems]
-    expected = [b.reshape(-1)[i.long()] for b, i in zip(before, indices)]
-    held = [effective_entries(e, v) for e, v in zip(expected, values)]
+    expected = [b.reshape(-1)[i.long()] for b, i in zip(before, indices, strict=True)]
+    held = [effective_entries(e, v) for e, v in zip(expected, values, strict=True)]
 
     def inspect(entries: list[Tensor]) -> None:
-        for weight, b, i, e in zip(weights, before, indices, entries):
+        for weight, b, i, e in zip(weights, before, indices, entries, strict=True):
             assert torch.equal(weight, b.reshape(-1).scatter(0, i.long(), e).view(b.shape))
 
     with use_backend(backend):
-        for weight, i, v in zip(weights, indices, values):
+        for weight, i, v in zip(weights, indices, values, strict=True):
             scatter_add_(weight, i, v)
         inspect(held)
         restore_(weights, indices, expected)
@@ -76,10 +76,10 @@ def check_entries(backend: str, problems: list[Problem], dtype: torch.dtype) -> 
         originals = [torch.full_like(e, torch.nan) for e in expected]
         resync_(weights, indices, originals, values, take=True)
         inspect(held)
-        assert all(torch.equal(o, e) for o, e in zip(originals, expected))
+        assert all(torch.equal(o, e) for o, e in zip(originals, expected, strict=True))
         new = [v * 0.5 for v in values]
         resync_(weights, indices, originals, new, take=False)
-        inspect([effective_entries(e, v) for e, v in zip(expected, new)])
+        inspect([effective_entries(e, v) for e, v in zip(expected, new, strict=True)])
 
 
 def check_spmm_add(backend: str, x: Tensor, support: Support) -> None:

@@ -25,7 +25,7 @@ def problem(bits, groups, rows=11, cols=13, kind="table", dtype=torch.float64, s
 
     def dense(tables):
         total = 0 if base is None else base
-        for table, code in zip(tables, codes):
+        for table, code in zip(tables, codes, strict=True):
             total = total + table[torch.arange(rows)[:, None], group, code]
         return total if scale is None else total * scale
 

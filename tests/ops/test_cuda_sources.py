@@ -118,8 +118,8 @@ def test_scatter_add(on_host, dtype, index, nnz, offset):
 @pytest.mark.parametrize("index", list(INDICES), ids=str)
 def test_write_entries(on_host, dtype, index):
     cases = [random_entries((41, 59), nnz, dtype, index, offset) for nnz, offset in [(700, 0), (5, 1), (1, 0), (0, 0)]]
-    weights, indices, values = zip(*cases)
-    own = [weight.view(-1)[i.long()].clone() for weight, i in zip(weights, indices)]
+    weights, indices, values = zip(*cases, strict=True)
+    own = [weight.view(-1)[i.long()].clone() for weight, i in zip(weights, indices, strict=True)]
     originals = [torch.full_like(entries, torch.nan) for entries in own]
     before = [weight.clone() for weight in weights]
     columns = [[t.data_ptr() for t in group] for group in (weights, indices, originals, values)]
@@ -132,18 +132,18 @@ def test_write_entries(on_host, dtype, index):
     def holds(entries):
         return all(
             torch.equal(w, b.view(-1).scatter(0, i.long(), e).view(b.shape))
-            for w, b, i, e in zip(weights, before, indices, entries)
+            for w, b, i, e in zip(weights, before, indices, entries, strict=True)
         )
 
     launch("take")
-    assert all(torch.equal(o, e) for o, e in zip(originals, own))
-    assert holds([effective_entries(o, v) for o, v in zip(own, values)])
+    assert all(torch.equal(o, e) for o, e in zip(originals, own, strict=True))
+    assert holds([effective_entries(o, v) for o, v in zip(own, values, strict=True)])
     for value in values:
         value.mul_(-3)
     launch("resync")
-    assert holds([effective_entries(o, v) for o, v in zip(own, values)])
+    assert holds([effective_entries(o, v) for o, v in zip(own, values, strict=True)])
     launch("restore")
-    assert all(torch.equal(weight, b) for weight, b in zip(weights, before))
+    assert all(torch.equal(weight, b) for weight, b in zip(weights, before, strict=True))
 
 
 @needs_gxx

@@ -183,7 +183,7 @@ def test_layers_with_one_input_transpose_it_once(monkeypatch):
     sum((output * gradient).sum() for output in outputs).backward()
     # three tiles of 20 tokens, of two inputs; nothing outlives the backward pass
     assert made == [(8, 48), (8, 48), (4, 48)] * 2 and transposed._kept == {}
-    for value, source in zip(values, (x, x, x, other)):
+    for value, source in zip(values, (x, x, x, other), strict=True):
         expected = (gradient.t() @ source).view(-1)[support.indices.long()]
         torch.testing.assert_close(value.grad, expected)
 

@@ -20,8 +20,8 @@ from sparse_peft.ops import (
     kernel,
     kernel_delta,
     kernel_entries,
+    kernel_layer,
 )
-from sparse_peft.ops import distance_layer as kernel_layer
 from sparse_peft.ops.distance import distances
 
 INPUTS, OUTPUTS, RANK = 13, 7, 6
@@ -37,7 +37,7 @@ def factors(inputs=INPUTS, outputs=OUTPUTS, rank=RANK, mixed=False, dtype=torch.
 def dense_kernel(f):
     """By the definition, with torch's differentiable cdist."""
     exact = "donot_use_mm_for_euclid_dist"
-    d = [torch.cdist(b, a, compute_mode=exact) for a, b in zip(f.inputs, f.outputs)]
+    d = [torch.cdist(b, a, compute_mode=exact) for a, b in zip(f.inputs, f.outputs, strict=True)]
     k = 0.1 * d[0] - 0.1 * d[1]
     if f.mix is None:
         return k
@@ -116,7 +116,7 @@ def test_oracles_2_and_7_layer_and_gradients_are_autograds_whatever_the_parts(mi
     delta = dense_delta(dense_kernel(f), tau, threshold)
     want = F.linear(x, weight + delta, bias) if fused else F.linear(x, delta)
     torch.testing.assert_close(out, want, rtol=1e-12, atol=1e-12)
-    for mine, theirs in zip(found, gradients(want, wanted)):
+    for mine, theirs in zip(found, gradients(want, wanted), strict=True):
         assert bool(mine.isfinite().all())
         torch.testing.assert_close(mine, theirs, rtol=1e-10, atol=1e-10)
 
@@ -162,7 +162,7 @@ def test_convolutions(module, limit):
     delta = dense_delta(dense_kernel(f), tau, "soft").view_as(module.weight)
     want = module._conv_forward(x, module.weight.detach() + delta, module.bias)
     torch.testing.assert_close(out, want)
-    for mine, theirs in zip(found, gradients(want, [*f[:2], x, module.bias])):
+    for mine, theirs in zip(found, gradients(want, [*f[:2], x, module.bias]), strict=True):
         torch.testing.assert_close(mine, theirs)
 
 

@@ -47,7 +47,7 @@ def test_output_and_gradients_are_the_dense_weights(way, rows, cols, rank, share
         assert torch.allclose(out, want, atol=1e-11)
         grad = torch.randn_like(out)
         got = torch.autograd.grad(out, inputs, grad)
-    for mine, theirs in zip(got, torch.autograd.grad(want, inputs, grad, allow_unused=True)):
+    for mine, theirs in zip(got, torch.autograd.grad(want, inputs, grad, allow_unused=True), strict=True):
         assert torch.allclose(mine, torch.zeros_like(mine) if theirs is None else theirs, atol=1e-10)
 
 

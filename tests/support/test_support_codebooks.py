@@ -58,7 +58,9 @@ def test_dynamic_programming_finds_the_best_of_all_partitions(cols, weighted):
 
     found = rows.error(optimal(rows, 4, bins=cols))
 
-    expected = torch.tensor([best_of_all_partitions(w, c, 4) for w, c in zip(weight, weights)], dtype=torch.float64)
+    expected = torch.tensor(
+        [best_of_all_partitions(w, c, 4) for w, c in zip(weight, weights, strict=True)], dtype=torch.float64
+    )
     torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-15)
 
 

@@ -55,7 +55,7 @@ def test_rows_that_differ_in_one_column_are_no_group():
 def test_entry_ranges_and_transposed():
     support = Support.random((31, 17), 80, seed=1, name="layer")
     ranges = support.entry_ranges([(0, 10), (10, 20), (20, 31)])
-    for (first, last), (start, stop) in zip(ranges, [(0, 10), (10, 20), (20, 31)]):
+    for (first, last), (start, stop) in zip(ranges, [(0, 10), (10, 20), (20, 31)], strict=True):
         rows = support.rows[first:last]
         assert bool(((rows >= start) & (rows < stop)).all())
     assert ranges[0][0] == 0 and ranges[-1][1] == 80

@@ -1,3 +1,5 @@
+import sys
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -41,7 +43,7 @@ def vectors(draw):
 @pytest.mark.parametrize("slack", [0, 4096])
 def test_it_is_the_dense_top_k(slack, vectors, data):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("sparse_peft.support.topk_outer.SLACK", slack)
+        patch.setattr(sys.modules[topk_outer.__module__], "SLACK", slack)
         rows, cols = vectors
         numel = rows.numel() * cols.numel()
         active = data.draw(st.integers(0, numel))
@@ -61,7 +63,7 @@ def test_nothing_of_the_matrix_size_is_made(equal):
     rows, cols = (torch.ones(3000), torch.ones(2500)) if equal else (torch.rand(3000), torch.rand(2500))
     exclude = Support.random((3000, 2500), 2000, seed=0, name="x")
     with LargestTensor() as largest:
-        positions, scores = topk_outer(rows, cols, 1500, exclude, panel_bytes=2**18)
+        positions, _scores = topk_outer(rows, cols, 1500, exclude, panel_bytes=2**18)
     assert largest.nbytes <= 2**18
     dense = torch.outer(rows.double(), cols.double()).reshape(-1)
     dense[exclude.indices.long()] = 0

@@ -73,14 +73,20 @@ def layers(draw):
 
 def brute_force(supports, values, count, candidates, keep_largest, competes):
     """The definition, over lists of (layer, position)."""
-    entries = [(abs(float(v)), i, int(p)) for i, s in enumerate(supports) for p, v in zip(s.indices, values[i])]
+    entries = [
+        (abs(float(v)), i, int(p)) for i, s in enumerate(supports) for p, v in zip(s.indices, values[i], strict=True)
+    ]
     up = sorted(entries)
     if keep_largest:
         for i in range(len(supports)):
             mine = [e for e in entries if e[1] == i]
             largest = max(e[0] for e in mine)
             up.remove(next(e for e in mine if e[0] == largest))
-    pool = [(-float(s), i, int(p), "new") for i, c in enumerate(candidates) for p, s in zip(c.positions, c.scores)]
+    pool = [
+        (-float(s), i, int(p), "new")
+        for i, c in enumerate(candidates)
+        for p, s in zip(c.positions, c.scores, strict=True)
+    ]
     if not competes:
         count = min(count, len(pool))
     up = up[:count]
@@ -88,7 +94,7 @@ def brute_force(supports, values, count, candidates, keep_largest, competes):
         own = {
             (i, int(p)): float(c)
             for i, s in enumerate(supports)
-            for p, c in zip(s.indices, candidates[i].incumbent_scores)
+            for p, c in zip(s.indices, candidates[i].incumbent_scores, strict=True)
         }
         pool += [(-own[(i, p)], i, p, "old") for _, i, p in up]
     chosen = sorted(pool)[: len(up)]
@@ -103,7 +109,7 @@ def brute_force(supports, values, count, candidates, keep_largest, competes):
 
 @given(layers(), st.booleans(), st.booleans())
 def test_exchange_is_what_the_definition_says(layers, together, competes):
-    supports, values, counts, candidates = map(list, zip(*layers))
+    supports, values, counts, candidates = map(list, zip(*layers, strict=True))
     if not competes:
         candidates = [Candidates(c.positions, c.scores) for c in candidates]
     results = exchange(supports, values, counts, candidates, together=together)
@@ -114,11 +120,11 @@ def test_exchange_is_what_the_definition_says(layers, together, competes):
     else:
         expected = [
             brute_force([s], [v], n, [c], False, competes)[0]
-            for s, v, n, c in zip(supports, values, counts, candidates)
+            for s, v, n, c in zip(supports, values, counts, candidates, strict=True)
         ]
     assert [result.support.indices.tolist() for result in results] == expected
     assert sum(r.support.nnz for r in results) == sum(s.nnz for s in supports), "the total stays"
-    for support, result in zip(supports, results):
+    for support, result in zip(supports, results, strict=True):
         assert result.support.nnz >= 1
         kept = result.source >= 0
         assert torch.equal(support.indices[result.source[kept]], result.support.indices[kept])

@@ -1,3 +1,5 @@
+import itertools
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -76,7 +78,7 @@ def test_each_event_has_exactly_its_window(every, window, leads, start, length):
     schedule = ReselectionSchedule(every, window, leads, 0.2, 1.0, "linear", start, start + length)
     at = events(schedule, 250)
     assert all(start < event <= start + length for event in at)
-    assert all(b - a == every for a, b in zip(at, at[1:]))
+    assert all(b - a == every for a, b in itertools.pairwise(at))
     if length >= every:
         assert at[0] == start + (window if leads else every)
     observed = {step for step in range(1, 251) if schedule.observes(step)}

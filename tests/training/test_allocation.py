@@ -1,6 +1,7 @@
 """SNELLA's shares of layers; numbers are of the oracles in the method's spec."""
 
 import copy
+import itertools
 import warnings
 from types import SimpleNamespace
 
@@ -41,7 +42,7 @@ def train(model, optimizer, controller, steps, micro=1):
     for step in steps:
         generator = torch.Generator().manual_seed(step)
         x, y = torch.randn(8, 12, generator=generator), torch.randn(8, 6, generator=generator)
-        for a, b in zip(x.chunk(micro), y.chunk(micro)):
+        for a, b in zip(x.chunk(micro), y.chunk(micro), strict=True):
             ((model(a) - b).square().mean() / micro).backward()
         optimizer.step()
         controller.step()
@@ -61,7 +62,7 @@ def test_oracle_5_the_budget_falls_cubically(initial, target):
     assert schedule.at(110) == schedule.at(10_000) == target
     assert schedule.at(60) == target + round((initial - target) / 8)
     course = [schedule.at(step) for step in range(130)]
-    assert all(a >= b for a, b in zip(course, course[1:]))
+    assert all(a >= b for a, b in itertools.pairwise(course))
     assert [step for step in range(200) if schedule.is_event(step)] == [*range(20, 111, 10)]
     assert BudgetSchedule(9, 3, 0, 25, 10).is_event(25)
 
@@ -200,7 +201,7 @@ def test_resume_is_exact(cut, fields, micro):
     optimizer.load_state_dict(saved[1])
     resumed = SparsityController(second, optimizer, total_steps=20)
     train(second, optimizer, resumed, range(cut, 20), micro)
-    for (name, a), b in zip(whole.state_dict().items(), second.state_dict().values()):
+    for (name, a), b in zip(whole.state_dict().items(), second.state_dict().values(), strict=True):
         assert torch.equal(a, b), name
     assert resumed.history == controller.history and resumed.completed_steps == 20
     assert controller.history == [record_from_dict(record.to_dict()) for record in controller.history]

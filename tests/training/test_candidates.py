@@ -80,7 +80,7 @@ def test_one_batch_or_its_parts_give_the_same_statistics():
     steps = [pair(8, shape, generator) for _ in range(4)]
     whole, parts = CandidateWindow(support, 60, 4), CandidateWindow(support, 60, 4)
     run(whole, [[step] for step in steps])
-    run(parts, [list(zip(left.split(1), right.split(1))) for left, right in steps])
+    run(parts, [list(zip(left.split(1), right.split(1), strict=True)) for left, right in steps])
     assert torch.equal(whole.positions, parts.positions)
     torch.testing.assert_close(whole.total, parts.total)
     torch.testing.assert_close(whole.squares, parts.squares)
@@ -184,7 +184,7 @@ def test_no_temporary_is_larger_than_a_panel():
     left, right = pair(16, support.shape, dtype=torch.float32)
     window = CandidateWindow(support, 600, 2)
     limit = 64 * 1024
-    assert 512 * 256 * 4 > 4 * limit
+    assert 4 * limit < 512 * 256 * 4
     with panel_limit(limit), LargestTensor() as largest:
         for _ in range(2):
             backward(window, left, right)

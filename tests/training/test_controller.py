@@ -47,7 +47,7 @@ def train(model, optimizer, controller, steps, accumulation=1, clip=None, scaler
     records = []
     for step in steps:
         x, y = batch_at(step)
-        for part, label in zip(x.chunk(accumulation), y.chunk(accumulation)):
+        for part, label in zip(x.chunk(accumulation), y.chunk(accumulation), strict=True):
             loss = F.cross_entropy(model(part), label) / accumulation
             (loss if scaler is None else scaler.scale(loss)).backward()
         if scaler is not None:
@@ -267,7 +267,7 @@ def test_whatever_the_schedule_the_invariants_hold(
         for n, (indices, values) in after.items():
             rows, cols = base[n].shape
             assert indices.numel() == values.numel() and indices.dtype == torch.int32
-            assert bool((indices[1:] > indices[:-1]).all()) and 0 <= indices[0] and indices[-1] < rows * cols
+            assert bool((indices[1:] > indices[:-1]).all()) and indices[0] >= 0 and indices[-1] < rows * cols
             assert redistribute or indices.numel() == before[n][0].numel()
             old = Support((rows, cols), before[n][0])
             kept = old.contains(indices)

@@ -160,7 +160,7 @@ def eight_bit(optimizer, parameter):
         if f"qmap{number}" not in state:
             continue
         codes, absmax = state[f"state{number}"], state[f"absmax{number}"]
-        rows = [(codes, absmax)] if codes.ndim == 1 else list(zip(codes, absmax))
+        rows = [(codes, absmax)] if codes.ndim == 1 else list(zip(codes, absmax, strict=True))
         values = [
             bnb.functional.dequantize_blockwise(c.contiguous(), absmax=a, code=state[f"qmap{number}"], blocksize=256)
             for c, a in rows

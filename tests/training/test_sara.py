@@ -260,7 +260,7 @@ def test_s8_what_has_grown_freezes_and_the_rest_goes_on_as_if_nothing_had_happen
     # the step that follows is the same, moments and all, for what goes on, and no step at all for the rest
     before = {n: v.clone() for n, v in values(twin).items()}
     assert all(torch.equal(before[n], at[n]) for n in NAMES)
-    for each, (optimizer, controller, _) in zip((model, twin), runs):
+    for each, (optimizer, controller, _) in zip((model, twin), runs, strict=True):
         train(each, optimizer, controller, [4])
     for n in NAMES:
         ours, theirs = values(model)[n], values(twin)[n]

@@ -35,7 +35,7 @@ def batch(step, size=8):
 
 def train(model, optimizer, controller, steps, scheduler=None, micro=1):
     for step in steps:
-        for x, y in zip(*(part.chunk(micro) for part in batch(step))):
+        for x, y in zip(*(part.chunk(micro) for part in batch(step)), strict=True):
             ((model(x) - y).square().mean() / micro).backward()
         optimizer.step()
         if scheduler is not None:

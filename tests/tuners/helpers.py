@@ -9,7 +9,6 @@ from peft import get_peft_model
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-import sparse_peft  # noqa: F401
 from sparse_peft import SparseConfig
 from sparse_peft.tuners.delta_layer import SparseTunerLayer
 

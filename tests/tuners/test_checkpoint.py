@@ -216,7 +216,7 @@ def test_base_with_other_layers(saved):
 
 
 def test_nan_is_not_saved_and_the_old_adapter_stays(tmp_path):
-    model, reference = adapted()
+    model, _reference = adapted()
     model.save_pretrained(tmp_path)
     before = (tmp_path / NAME).read_bytes()
     with torch.no_grad():
@@ -228,7 +228,7 @@ def test_nan_is_not_saved_and_the_old_adapter_stays(tmp_path):
 
 def test_a_write_that_fails_half_way_leaves_the_old_adapter(tmp_path, monkeypatch):
     resource = pytest.importorskip("resource")
-    model, reference = adapted(TwoLayers(64, 512, 64), density=0.5)
+    model, _reference = adapted(TwoLayers(64, 512, 64), density=0.5)
     model.save_pretrained(tmp_path)
     before = {name: (tmp_path / name).read_bytes() for name in os.listdir(tmp_path)}
     with torch.no_grad():

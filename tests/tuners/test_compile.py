@@ -31,12 +31,12 @@ def test_no_graph_break_and_equal_numbers(backend, conv1d):
     x = torch.randn(4, 17)
     eager = gradients(model, model, x)
     compiled = torch.compile(model, backend=backend, fullgraph=True)
-    for a, b in zip(eager, gradients(model, compiled, x)):
+    for a, b in zip(eager, gradients(model, compiled, x), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
     optimizer.step()
     assert_base_untouched(model, reference)
-    for a, b in zip(gradients(model, model, x), gradients(model, compiled, x)):
+    for a, b in zip(gradients(model, model, x), gradients(model, compiled, x), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
 
 
@@ -74,7 +74,7 @@ def test_loading_positions_is_seen_by_a_graph():
     x = torch.randn(4, 17)
     compiled = torch.compile(model, backend="eager", fullgraph=True)
     compiled(x)
-    model.load_state_dict({k: v for k, v in other.state_dict().items() if "sparse_peft_delta" in k}, strict=False)
+    model.load_state_dict({k: v for k, v in other.state_dict().items() if "sparse_peft_delta" in k}, strict=True)
     expected = compiled(x)
     torch.testing.assert_close(model(x), expected)
 
@@ -108,5 +108,5 @@ def test_other_methods_in_a_graph(config, whole):
     x = torch.randn(4, 17)
     eager = gradients(model, model, x)
     compiled = torch.compile(model, backend="aot_eager", fullgraph=whole)
-    for a, b in zip(eager, gradients(model, compiled, x)):
+    for a, b in zip(eager, gradients(model, compiled, x), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-3)

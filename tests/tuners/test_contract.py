@@ -122,7 +122,7 @@ def test_a_loaded_adapter_keeps_its_counts_and_positions_whatever_its_config_wou
             p.add_(1)
     again = PeftModel.from_pretrained(other_base, tmp_path)
     assert again.peft_config["default"].num_entries == counts
-    for (_, a), (_, b) in zip(_deltas(model), _deltas(again)):
+    for (_, a), (_, b) in zip(_deltas(model), _deltas(again), strict=True):
         assert torch.equal(a.indices, b.indices) and torch.equal(a.values, b.values)
 
 
@@ -145,7 +145,7 @@ def test_a_saved_config_used_for_a_new_adapter_draws_its_positions_at_first_use(
     later = get_peft_model(llama(), PeftConfig.from_pretrained(tmp_path))
     assert not any(d.is_set for _, d in _deltas(later))
     later(tokens())
-    for (_, a), (_, b) in zip(_deltas(fresh), _deltas(later)):
+    for (_, a), (_, b) in zip(_deltas(fresh), _deltas(later), strict=True):
         assert torch.equal(a.indices, b.indices)
     again = get_peft_model(llama(), PeftConfig.from_pretrained(tmp_path))
     state = get_peft_model_state_dict(again)  # saving counts as use
@@ -159,7 +159,7 @@ def test_same_config_object_under_a_second_name_trains_the_same_positions():
             rows, cols = delta.shape
             delta.indices = torch.arange(delta.indices.numel(), dtype=torch.int32) + (rows * cols) // 2
     model.add_adapter("ref", model.peft_config["default"])
-    for (_, a), (_, b) in zip(_deltas(model), _deltas(model, "ref")):
+    for (_, a), (_, b) in zip(_deltas(model), _deltas(model, "ref"), strict=True):
         assert torch.equal(a.indices, b.indices)
         assert a.indices is not b.indices
 

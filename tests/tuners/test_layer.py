@@ -138,7 +138,7 @@ def test_gradient_accumulation_equals_the_whole_batch():
     model.zero_grad()
     for part in x.split(2):
         model(part).pow(2).sum().backward()
-    for p, w in zip(values, whole):
+    for p, w in zip(values, whole, strict=True):
         torch.testing.assert_close(p.grad, w, rtol=1e-4, atol=1e-4)
 
 

@@ -38,7 +38,7 @@ def served(method="sparse", kind="Linear", dtype=torch.float32):
 
 def alone(model, x, names):
     rows = []
-    for row, name in zip(x, names):
+    for row, name in zip(x, names, strict=True):
         model.base_model.set_adapter([] if name == "__base__" else name)
         rows.append(model(row[None])[0])
     return torch.stack(rows)
@@ -126,7 +126,7 @@ def test_what_trains_has_its_gradient():
             model(x, adapter_names=["a", "b"]).square().sum().backward()
             found = [layer.deltas[name].values.grad.clone() for name in "ab"]
         else:
-            for row, name, got in zip(x, "ab", found):
+            for row, name, got in zip(x, "ab", found, strict=True):
                 model.base_model.set_adapter(name)
                 (expected,) = torch.autograd.grad(model(row[None]).square().sum(), layer.deltas[name].values)
                 torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)

@@ -38,7 +38,7 @@ class Quantised(nn.Module):
                 bnb.nn.Linear8bitLt(m.in_features, m.out_features, bias=m.bias is not None, has_fp16_weights=False)
                 for m in dense
             )
-        for mine, m in zip((self.first, self.second), dense):
+        for mine, m in zip((self.first, self.second), dense, strict=True):
             mine.load_state_dict(m.state_dict())
 
     def forward(self, x):
@@ -71,7 +71,7 @@ def check_against_the_dense_reference(model, atol=1e-2):
     yd.backward(grad.double())
     torch.testing.assert_close(y.double(), yd, rtol=1e-3, atol=atol)
     torch.testing.assert_close(x.grad.double(), xd.grad, rtol=1e-3, atol=atol)
-    for layer, weight in zip(layers, weights):
+    for layer, weight in zip(layers, weights, strict=True):
         values = layer.deltas["default"].values
         gathered = weight.grad.reshape(-1)[layer.support("default").indices.long()]
         torch.testing.assert_close(values.grad.double(), gathered, rtol=1e-3, atol=atol)
@@ -259,5 +259,5 @@ def test_positions_change_on_a_quantised_base(kind):
         losses.append(loss.item())
     assert losses[-1] < losses[0]
     assert [record.step for record in controller.history] == [2, 6, 10] and controller.history[1].replaced > 0
-    for layer, weight in zip(layers, packed):
+    for layer, weight in zip(layers, packed, strict=True):
         assert torch.equal(layer.base_layer.weight, weight)

@@ -57,7 +57,7 @@ def test_everything_that_leaves_the_adapter_gives_the_base_back(pair, leave, tmp
         model.delete_adapter("default")
     elif leave == "unload":
         base = model.unload()
-        for (name, a), b in zip(base.named_parameters(), reference.parameters()):
+        for (name, a), b in zip(base.named_parameters(), reference.parameters(), strict=True):
             assert torch.equal(a, b), name
         return
     elif leave == "save":
@@ -114,7 +114,7 @@ def test_loading_other_positions_while_resident_restores_the_old_ones_first():
     other, _ = adapted(seed=77)
     run(model)
     state = {k: v for k, v in other.state_dict().items() if "sparse_peft_delta" in k}
-    model.load_state_dict(state, strict=False)
+    model.load_state_dict(state, strict=True)
     x = torch.randn(4, 17)
     expected = oracle_output(reference, effective_weights(model, reference), x.double())
     torch.testing.assert_close(model(x).double(), expected, rtol=1e-4, atol=1e-4)
@@ -136,7 +136,7 @@ def test_a_thousand_merges_in_bfloat16_are_bit_exact():
 
 
 def test_merge_and_resident_forward_give_the_same_bits(pair):
-    model, reference = pair
+    model, _reference = pair
     x = torch.randn(3, 17).to(as_base(model))
     with torch.no_grad():
         resident = model(x)
@@ -154,7 +154,7 @@ def test_disabling_between_forward_and_backward_as_preference_tuning_does():
     x.grad = None
     model.zero_grad()
     model(x).pow(2).sum().backward()
-    for a, b in zip(got, [x.grad, *(p.grad for p in values_of(model))]):
+    for a, b in zip(got, [x.grad, *(p.grad for p in values_of(model))], strict=True):
         assert torch.equal(a, b)
 
 
@@ -269,7 +269,7 @@ def test_gradient_accumulation_writes_nothing_the_optimizer_did_not_change():
     run(model).sum().backward()
     before = [layer.base_layer.weight.clone() for layer in layers_of(model).values()]
     run(model).sum().backward()
-    for layer, weight in zip(layers_of(model).values(), before):
+    for layer, weight in zip(layers_of(model).values(), before, strict=True):
         assert torch.equal(layer.base_layer.weight, weight)
 
 
@@ -284,7 +284,7 @@ def test_merging_one_after_the_other_equals_merging_both(pair):
     model.unmerge_adapter()
     assert_base_untouched(model, reference)
     model.merge_adapter(["default", "other"])
-    for layer, weight in zip(layers_of(model).values(), one_by_one):
+    for layer, weight in zip(layers_of(model).values(), one_by_one, strict=True):
         assert torch.equal(layer.base_layer.weight, weight)
     with model.disable_adapter():
         assert torch.equal(

@@ -108,7 +108,7 @@ def test_o1_o15_zero_values_change_nothing_and_others_only_the_channels(kind, si
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-4), (torch.float64, 1e-12)])
 def test_compiled(kind, side, dtype, tolerance):
     torch._dynamo.reset()
-    _, tuned, reference, x = one(kind, side, dtype=dtype)
+    _, tuned, _reference, x = one(kind, side, dtype=dtype)
     compiled = torch.compile(tuned, backend="aot_eager", fullgraph=True)
     x = x.requires_grad_()
     y = compiled(x)
@@ -118,7 +118,7 @@ def test_compiled(kind, side, dtype, tolerance):
     x.grad = tuned.deltas["default"].values.grad = None
     z = tuned(x)
     z.backward(grad)
-    for a, b in zip(got, [z.detach(), x.grad, tuned.deltas["default"].values.grad]):
+    for a, b in zip(got, [z.detach(), x.grad, tuned.deltas["default"].values.grad], strict=True):
         torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
 
 

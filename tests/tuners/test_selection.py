@@ -97,7 +97,7 @@ def test_chosen_positions_train_and_travel(tmp_path):
     from peft import PeftModel
 
     again = PeftModel.from_pretrained(TwoLayers(), tmp_path)
-    for a, b in zip(layers_of(adapted).values(), layers_of(again).values()):
+    for a, b in zip(layers_of(adapted).values(), layers_of(again).values(), strict=True):
         assert torch.equal(a.support("default").indices, b.support("default").indices)
 
 

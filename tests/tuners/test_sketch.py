@@ -235,14 +235,16 @@ def test_oracle_12_a_small_learning_rate_moves_every_table_entry():
     optimizers = [torch.optim.AdamW(tables, lr=1e-5, weight_decay=0) for tables in (ours, theirs)]
     for _ in range(20):
         model(torch.randn(8, 64, dtype=torch.bfloat16)).float().square().sum().backward()
-        for mine, other in zip(ours, theirs):
+        for mine, other in zip(ours, theirs, strict=True):
             other.grad = mine.grad.to(torch.bfloat16)
         for optimizer in optimizers:
             optimizer.step()
             optimizer.zero_grad()
     moved = [
-        torch.cat([(t != s).flatten()[s.abs().flatten() > 0.02] for t, s in zip(tables, before)]).float().mean()
-        for tables, before in zip((ours, theirs), started)
+        torch.cat([(t != s).flatten()[s.abs().flatten() > 0.02] for t, s in zip(tables, before, strict=True)])
+        .float()
+        .mean()
+        for tables, before in zip((ours, theirs), started, strict=True)
     ]
     assert moved[0] > 0.95 and moved[1] < 0.05
 
@@ -301,7 +303,7 @@ def test_compiled_models_compute_the_same(mode):
         out.square().sum().backward()
         results.append([out.detach(), *(p.grad.clone() for p in model.parameters() if p.grad is not None)])
     torch._dynamo.reset()
-    assert all(torch.equal(a, b) for a, b in zip(*results))
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -443,7 +445,7 @@ def test_oracle_10_a_saved_adapter_comes_back_on_a_fresh_base(mode, storage, low
         torch.equal(a, b)
         for a, b in zip(*(
             load_file(folder / "adapter_model.safetensors").values() for folder in (tmp_path, tmp_path / "twice")
-        ))
+        ), strict=True)
     )  # fmt: skip
     for name in NAMES:  # a wrong base, of one layer at a time
         wrong = copy.deepcopy(base)

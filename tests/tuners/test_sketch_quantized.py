@@ -36,7 +36,7 @@ def weights(model):
 
 
 def dense_output(model, dense, x):
-    first, second = (layer.get_base_layer() for layer in layers(model).values())
+    first, _second = (layer.get_base_layer() for layer in layers(model).values())
     return torch.relu(x @ dense["first"].t() + first.bias.double()) @ dense["second"].t()
 
 

@@ -201,7 +201,7 @@ def test_file_round_trip(tmp_path):
 def test_trainable_scale():
     model = sltrain(trainable_scale=True)
     state = layers(model)["first"].deltas["default"]
-    down, up = state.factors()
+    _down, up = state.factors()
     assert torch.allclose(up, state.B * math.tanh(1.0))
     model(torch.randn(2, 17)).sum().backward()
     assert state.theta.grad is not None and state.theta.grad.abs() > 0
@@ -324,7 +324,7 @@ def test_gradient_checkpointing_changes_nothing():
         model.train()
         model(input_ids=ids, labels=ids).loss.backward()
         grads.append([parameter.grad for parameter in model.parameters()])
-    assert all(torch.allclose(*pair, atol=1e-6) for pair in zip(*grads))
+    assert all(torch.allclose(*pair, atol=1e-6) for pair in zip(*grads, strict=True))
 
 
 def test_whole_model_is_saved_and_comes_back(tmp_path):

@@ -1,6 +1,7 @@
 """SNELL's layers and files; numbers are of the oracles in the method's spec."""
 
 import copy
+import itertools
 import math
 
 import pytest
@@ -103,7 +104,7 @@ def test_paths_agree_and_gradients_too():
             model(x).square().sum().backward()
         found.append([x.grad, *(p.grad for p in model.parameters() if p.requires_grad)])
     for other in found[1:]:
-        for a, b in zip(found[0], other):
+        for a, b in zip(found[0], other, strict=True):
             torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
 
 
@@ -149,7 +150,7 @@ def test_the_threshold_follows_the_parameters_at_its_interval():
             model(torch.randn(4, 17)).square().mean().backward()
         seen.append(float(state.tau))
         optimizer.step()
-    changes = [a != b for a, b in zip(seen, seen[1:])]
+    changes = [a != b for a, b in itertools.pairwise(seen)]
     assert changes == [False, False, True, False, False, True]
 
 
@@ -316,7 +317,7 @@ def test_gradient_checkpointing(reentrant):
     wanted = [p.grad.clone() for p in model.parameters() if p.requires_grad]
     model.zero_grad()
     torch.utils.checkpoint.checkpoint(model, x, use_reentrant=reentrant).square().mean().backward()
-    for parameter, gradient in zip((p for p in model.parameters() if p.requires_grad), wanted):
+    for parameter, gradient in zip((p for p in model.parameters() if p.requires_grad), wanted, strict=True):
         assert torch.equal(parameter.grad, gradient)
 
 

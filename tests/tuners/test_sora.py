@@ -53,7 +53,7 @@ def test_output_and_gradients_are_those_of_the_dense_delta(conv1d, shape):
     want.backward(up.double())
     assert torch.allclose(x.grad.double(), z.grad, rtol=1e-4, atol=1e-5)
     for name, state in states(model).items():
-        for got, wanted in zip((state.A, state.B, state.gate), deltas[name][1]):
+        for got, wanted in zip((state.A, state.B, state.gate), deltas[name][1], strict=True):
             assert torch.allclose(got.grad.double(), wanted.grad, rtol=1e-3, atol=1e-4)
 
 
@@ -110,7 +110,7 @@ def test_without_penalty_a_step_is_loras():
     for _ in range(3):
         outputs = [model(x) for model in models]
         assert torch.equal(*outputs)
-        for output, optimizer in zip(outputs, optimizers):
+        for output, optimizer in zip(outputs, optimizers, strict=True):
             optimizer.zero_grad()
             output.square().mean().backward()
             optimizer.step()
@@ -131,7 +131,7 @@ def test_gradcheck():
     x = torch.randn(6, 5, dtype=torch.float64)
 
     def output(a, b, gate):
-        for name, value in zip(("A", "B", "gate"), (a, b, gate)):
+        for name, value in zip(("A", "B", "gate"), (a, b, gate), strict=True):
             state._parameters[name] = value
         down, up = state.factors()
         return x @ down.t() @ up.t()

@@ -85,7 +85,7 @@ def _by_parameters(structures: list[Structure], budget: UnitBudget) -> dict[str,
         raise ValueError(f"num_params={budget.num_params}: the target layers have {most} parameters")
     share = budget.num_params / most
     counts = [max(1, math.floor(share * kind[0].size)) for kind in kinds]
-    rest = budget.num_params - sum(n * len(kind) * kind[0].cost for n, kind in zip(counts, kinds))
+    rest = budget.num_params - sum(n * len(kind) * kind[0].cost for n, kind in zip(counts, kinds, strict=True))
     while rest < 0:  # a unit each was more than their share for some
         i = max(range(len(kinds)), key=lambda i: counts[i] / kinds[i][0].size if counts[i] > 1 else 0)
         counts[i] -= 1
@@ -94,7 +94,7 @@ def _by_parameters(structures: list[Structure], budget: UnitBudget) -> dict[str,
         more = min(rest // (len(kind) * kind[0].cost), kind[0].size - counts[i])
         counts[i] += more
         rest -= more * len(kind) * kind[0].cost
-    units = {s.name: float(n) for n, kind in zip(counts, kinds) for s in kind}
+    units = {s.name: float(n) for n, kind in zip(counts, kinds, strict=True) for s in kind}
     if budget.allocation == "global":  # single units fit where one for each structure of a kind does not
         for kind in kinds:
             more = min(rest // kind[0].cost, sum(s.size - units[s.name] for s in kind))

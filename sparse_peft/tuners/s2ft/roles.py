@@ -81,23 +81,34 @@ _LLAMA_LIKE = (
     "olmo3 phi3 qwen2 qwen3 seed_oss smollm3 stablelm starcoder2 exaone4 ministral gemma3_text"
 )
 DEFAULT_TARGETS = {
-    **dict.fromkeys(_LLAMA_LIKE.split(), ["o_proj", "down_proj"]),
+    **{key: ["o_proj", "down_proj"] for key in _LLAMA_LIKE.split()},
     "starcoder2": ["o_proj", "mlp.c_proj"],
-    **dict.fromkeys(["mixtral", "qwen2_moe", "qwen3_moe", "gpt_oss"], ["o_proj"]),
+    **{key: ["o_proj"] for key in ["mixtral", "qwen2_moe", "qwen3_moe", "gpt_oss"]},
     "phi": ["self_attn.dense", "fc2"],
     "gpt2": ["attn.c_proj", "mlp.c_proj"],
     "gpt_bigcode": ["attn.c_proj", "mlp.c_proj"],
-    **dict.fromkeys(["gpt_neox", "bloom", "falcon"], ["attention.dense", "self_attention.dense", "dense_4h_to_h"]),
+    **{key: ["attention.dense", "self_attention.dense", "dense_4h_to_h"] for key in ["gpt_neox", "bloom", "falcon"]},
     "gptj": ["out_proj", "fc_out"],
     "gpt_neo": ["out_proj", "mlp.c_proj"],
     "opt": ["out_proj"],  # it flattens the tokens before fc2, where a mixed batch could not tell its items apart
-    **dict.fromkeys(["bart", "mbart", "whisper", "m2m_100", "blenderbot", "pegasus"], ["out_proj", "fc2"]),
-    **dict.fromkeys(["clip", "siglip"], ["out_proj", "fc2"]),
-    **dict.fromkeys(["t5", "mt5", "umt5"], ["o", "wo"]),
-    **dict.fromkeys(
-        ["bert", "roberta", "xlm-roberta", "electra", "deberta", "deberta-v2", "vit", "deit", "beit", "camembert"],
-        ["output.dense"],
-    ),
+    **{key: ["out_proj", "fc2"] for key in ["bart", "mbart", "whisper", "m2m_100", "blenderbot", "pegasus"]},
+    **{key: ["out_proj", "fc2"] for key in ["clip", "siglip"]},
+    **{key: ["o", "wo"] for key in ["t5", "mt5", "umt5"]},
+    **{
+        key: ["output.dense"]
+        for key in [
+            "bert",
+            "roberta",
+            "xlm-roberta",
+            "electra",
+            "deberta",
+            "deberta-v2",
+            "vit",
+            "deit",
+            "beit",
+            "camembert",
+        ]
+    },
     "dinov2": ["output.dense", "fc2"],
     "distilbert": ["out_lin", "lin2"],
 }

@@ -182,13 +182,13 @@ class SketchModel(BaseSparseModel):
         for layer in layers.values():
             state, parts = layer.settled(adapter_name), [layer.settled(name).codebook for name in adapters]
             origin = state.first_tables().to(parts[0]) if state.replaces else torch.zeros_like(parts[0])
-            total = origin + sum(weight * (part - origin) for weight, part in zip(weights, parts))
+            total = origin + sum(weight * (part - origin) for weight, part in zip(weights, parts, strict=True))
             state.codebook.copy_(total)
 
     @staticmethod
     def _check_same_codes(layer: SketchLinear, adapters: Sequence[str]) -> None:
         for name in adapters:
-            first, other = (layer.deltas[n] if n in layer.deltas else None for n in (adapters[0], name))
+            first, other = (layer.deltas.get(n, None) for n in (adapters[0], name))
             if first is None or other is None:
                 raise ValueError(
                     f"layer {layer.name}: only some of the adapters {', '.join(adapters)} have tables for it; a "

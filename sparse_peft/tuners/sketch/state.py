@@ -121,7 +121,9 @@ class SketchState(TrainedState):
         """Whether the codes are known, and are those of the tables and the checksum that are here now."""
         if self._settled_by is None:
             return False
-        if all(old is new and a == b for (old, a), (new, b) in zip(self._settled_by, self._buffers_now())):
+        if all(
+            old is new and a == b for (old, a), (new, b) in zip(self._settled_by, self._buffers_now(), strict=True)
+        ):
             return True
         # loading writes, and copies have other counts of writes, what is most often the same numbers
         same = self._print_now() == self._fingerprint

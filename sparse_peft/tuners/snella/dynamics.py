@@ -135,7 +135,7 @@ class AllocationDynamics:
         scores = self.collectives.mean(torch.stack([part.score() for part in self.parts.values()]))
         scores = scores.double()
         total = scores.sum()
-        return dict(zip(self.parts, (scores / total if bool(total > 0) else scores * 0).tolist()))
+        return dict(zip(self.parts, (scores / total if bool(total > 0) else scores * 0).tolist(), strict=True))
 
     def share(self, scores: dict[str, float], budget: int) -> dict[str, int]:
         """Entries of each layer in proportion to the scores, at most all of it, ``budget`` in all.

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...ops import distance_layer as kernel_layer
+from ...ops import kernel_layer
 from ..base_layer import TunerLayer
 from .state import KernelState
 

@@ -99,7 +99,7 @@ class KernelState(TrainedState):
     def _draw(self, seed: int) -> Factors:
         """The first factors: evenly over ``1 / sqrt(features r / 2)``, as the authors' initialisation has it."""
         config, drawn = self.settings, []
-        for which, features in zip(("inputs", "outputs"), self.sizes):
+        for which, features in zip(("inputs", "outputs"), self.sizes, strict=True):
             shape = (PIECES, features, config.r // PIECES)
             pieces = 1 if config.init == "symmetric" else PIECES
             numbers = uniform(math.prod(shape[1:]) * pieces, seed=seed, name=f"{self.name}\0{which}")
@@ -174,7 +174,7 @@ class KernelState(TrainedState):
     def _changed(self, seen: _Seen, marks: tuple[tuple[Tensor, int, int], ...]) -> bool:
         if self._reached and seen.steps != _steps:
             return True
-        return any(new[0] is not old[0] or new[1:] != old[1:] for new, old in zip(marks, seen.marks))
+        return any(new[0] is not old[0] or new[1:] != old[1:] for new, old in zip(marks, seen.marks, strict=True))
 
     def _find(self, factors: Factors, entries: int) -> Tensor:
         with full_precision(factors.inputs.device):

@@ -206,7 +206,7 @@ class ProximalDynamics:
         kept[order[:count]] = True
         kept &= alive
         result = {}
-        for name, mask in zip(names, kept.split([gates[name].numel() for name in names])):
+        for name, mask in zip(names, kept.split([gates[name].numel() for name in names]), strict=True):
             gate = torch.where(shrunk[name] == 0, gates[name], shrunk[name])
             result[name] = gate.masked_fill(~mask, 0)
         return result

@@ -61,7 +61,7 @@ class GatedLowRank(LowRankState):
             gates.append(state.gate.detach()[alive].cpu())
             factors.append((state.A[alive], state.B[:, alive] * state.scale))
         if how.combination_type == "svd":  # the approximation's ranks are other ones than those that were gated
-            factors = [(down, up * gate.to(up)) for (down, up), gate in zip(factors, gates)]
+            factors = [(down, up * gate.to(up)) for (down, up), gate in zip(factors, gates, strict=True)]
         down, up = cls.combined_factors(factors, weights, how, states[0].name)
         gate = torch.ones(len(down)) if how.combination_type == "svd" else torch.cat(gates).float()
         return {"A": down, "B": up, "gate": gate}

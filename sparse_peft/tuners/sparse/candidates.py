@@ -122,7 +122,7 @@ class CandidateWindow:
         union = torch.cat([positions for positions, _, _ in parts]).unique(sorted=True)
         sums = torch.zeros(union.numel(), device=union.device)
         seen = torch.zeros(union.numel(), dtype=torch.int32, device=union.device)
-        for (positions, partial, late), (others_lost,) in zip(parts, rejected):
+        for (positions, partial, late), (others_lost,) in zip(parts, rejected, strict=True):
             slots = torch.searchsorted(union, positions)
             sums[slots] += partial
             whole = (1 - others_lost.int()).expand_as(seen).clone()

@@ -13,7 +13,7 @@ from ...dynamics.protocol import Setting
 from ...dynamics.records import AGE_EDGES, LayerChange, Reselection
 from ...dynamics.sharded import full, write_full_
 from ...dynamics.sm3_covers import update_covers_
-from ...ops import gradient_observers as observe
+from ...ops import observe
 from ...support import RANDOM_SCORE, Candidates, Exchange, Support, exchange, random_inactive, topk_outer
 from ...training.sm3 import SM3
 from ..controller_warning import attend
@@ -181,11 +181,11 @@ class ReselectionDynamics:
         for group in groups:
             values = [full(track.delta.values) for track in group]
             counts = [int(track.support.nnz * rate) for track in group]
-            candidates = [self._candidates(track, count, step) for track, count in zip(group, counts)]
+            candidates = [self._candidates(track, count, step) for track, count in zip(group, counts, strict=True)]
             supports = [track.support for track in group]
             together = self.config.redistribute
             exchanges = exchange(supports, values, counts, candidates, together=together)
-            for track, old, result in zip(group, values, exchanges):
+            for track, old, result in zip(group, values, exchanges, strict=True):
                 self._apply(track, old, self._agreed(result), step)
                 rows, cols = track.support.shape
                 changes[track.layer.name] = LayerChange(
