@@ -145,7 +145,7 @@ def sora(make=small_llama, shut=((0, 1), (2,)), **config):
     model = get_peft_model(make(), SoRAConfig(**config)).eval()
     layers = [m for m in model.modules() if isinstance(m, SoRALinear)]
     layers[0].deltas["default"].gate.data.zero_()
-    for layer, ranks in zip(layers[1:], shut, strict=True):
+    for layer, ranks in zip(layers[1:], shut, strict=False):
         layer.deltas["default"].gate.data[list(ranks)] = 0
     return model, layers
 

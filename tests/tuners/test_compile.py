@@ -74,7 +74,7 @@ def test_loading_positions_is_seen_by_a_graph():
     x = torch.randn(4, 17)
     compiled = torch.compile(model, backend="eager", fullgraph=True)
     compiled(x)
-    model.load_state_dict({k: v for k, v in other.state_dict().items() if "sparse_peft_delta" in k}, strict=True)
+    model.load_state_dict({k: v for k, v in other.state_dict().items() if "sparse_peft_delta" in k}, strict=False)
     expected = compiled(x)
     torch.testing.assert_close(model(x), expected)
 

@@ -114,7 +114,7 @@ def test_loading_other_positions_while_resident_restores_the_old_ones_first():
     other, _ = adapted(seed=77)
     run(model)
     state = {k: v for k, v in other.state_dict().items() if "sparse_peft_delta" in k}
-    model.load_state_dict(state, strict=True)
+    model.load_state_dict(state, strict=False)
     x = torch.randn(4, 17)
     expected = oracle_output(reference, effective_weights(model, reference), x.double())
     torch.testing.assert_close(model(x).double(), expected, rtol=1e-4, atol=1e-4)

@@ -188,7 +188,7 @@ class SketchModel(BaseSparseModel):
     @staticmethod
     def _check_same_codes(layer: SketchLinear, adapters: Sequence[str]) -> None:
         for name in adapters:
-            first, other = (layer.deltas.get(n, None) for n in (adapters[0], name))
+            first, other = (layer.deltas[n] if n in layer.deltas else None for n in (adapters[0], name))
             if first is None or other is None:
                 raise ValueError(
                     f"layer {layer.name}: only some of the adapters {', '.join(adapters)} have tables for it; a "
