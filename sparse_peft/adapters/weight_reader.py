@@ -85,7 +85,7 @@ class FolderWeights(Weights):
         self._places: dict[str, tuple[Path, str]] = {}  # the model's name: where, under which name
         self._handles: dict[Path, safe_open] = {}
         for path in _files_of(Path(folder)):
-            for stored in self._open(path).keys():  # noqa: SIM118 (the file is no mapping)
+            for stored in self._open(path).keys():
                 name = known_name(stored, known, prefix)
                 if name in self._places:
                     raise ValueError(f"{self.source}: {name} is in {self._places[name][0].name} and in {path.name}")
