@@ -2,7 +2,6 @@
 
 import ast
 import re
-import socket
 import subprocess
 import sys
 from importlib.util import find_spec
@@ -12,6 +11,8 @@ import pytest
 
 import sparse_peft
 import sparse_peft.adapters
+import sparse_peft.planning
+import sparse_peft.support
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
@@ -49,24 +50,52 @@ def test_quoted_errors_occur_in_the_source(messages):
     assert not missing
 
 
-def test_all_that_is_public_is_documented():
-    documented = set(re.findall(r"^::: (\S+)$", (DOCS / "api.md").read_text(), flags=re.MULTILINE))
-    public = {f"sparse_peft.{name}" for name in sparse_peft.__all__ if name != "__version__"}
-    public |= {f"sparse_peft.adapters.{name}" for name in sparse_peft.adapters.__all__}
-    assert documented == public | {"sparse_peft.report"}
-
-
-def test_the_site_builds_without_a_warning_or_a_network(tmp_path):
+@pytest.fixture(scope="module")
+def built(tmp_path_factory):
+    """The folder of the site and mkdocs' messages, by the command of `make docs`, without a network."""
     if find_spec("mkdocs") is None or find_spec("mkdocstrings") is None:
         pytest.skip("the extra `docs` is not installed")
-    assert socket.socket  # the build below has none
-    command = [sys.executable, "-c", NO_NETWORK, "build", "--strict", "--quiet", "--site-dir", str(tmp_path / "site")]
+    (options,) = re.findall(
+        r"^\t\$\(BIN\)/python -m mkdocs (.+)$", (ROOT / "Makefile").read_text(), flags=re.MULTILINE
+    )
+    folder = tmp_path_factory.mktemp("site")
+    command = [sys.executable, "-c", NO_NETWORK, *options.split(), "--site-dir", str(folder)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
-    pages = {path.stem for path in DOCS.glob("*.md")}
-    assert pages <= {path.stem for path in (tmp_path / "site").glob("*.html")}
-    api = (tmp_path / "site" / "api.html").read_text()
-    assert "As many" in api or "as many entries as LoRA" in api
-    for page in (tmp_path / "site").rglob("*.html"):
-        fetched = re.findall(r"<(?:script|link|img)[^>]+(?:src|href)=\"(https?://[^\"]+)", page.read_text())
-        assert not [url for url in fetched if "canonical" not in url], page
+    said = done.stdout + done.stderr
+    assert done.returncode == 0, said
+    return folder, said
+
+
+@pytest.fixture(scope="module")
+def pages(built):
+    return {path.relative_to(built[0]): path.read_text() for path in built[0].rglob("*.html")}
+
+
+def test_the_site_builds_without_a_warning(built):
+    assert "Documentation built" in built[1]
+    assert not re.findall(r"^(?:WARNING|ERROR).*", built[1], flags=re.MULTILINE)
+
+
+def test_every_document_is_a_page(pages):
+    assert {path.relative_to(DOCS).with_suffix(".html") for path in DOCS.rglob("*.md")} <= pages.keys()
+
+
+def test_pages_fetch_nothing_from_elsewhere(pages):
+    for path, page in pages.items():
+        fetched = re.findall(r"<(?:script|link|img)[^>]+(?:src|href)=\"(https?://[^\"]+)", page)
+        assert not [url for url in fetched if "canonical" not in url], path
+
+
+@pytest.mark.parametrize("module", [sparse_peft, sparse_peft.adapters, sparse_peft.planning, sparse_peft.support])
+def test_all_that_is_public_is_documented(module, pages):
+    anchors = {anchor for page in pages.values() for anchor in re.findall(r" id=\"(sparse_peft[^\"]+)\"", page)}
+    public = {f"{module.__name__}.{name}" for name in module.__all__ if name != "__version__"}
+    assert public <= anchors
+
+
+def test_no_role_of_sphinx_is_printed(pages):
+    """mkdocstrings reads Markdown; a role of Sphinx would be printed as it is."""
+    role = re.compile(r":(?:attr|class|const|data|exc|func|meth|mod|obj|ref):")
+    assert not {str(path): found for path, page in pages.items() if (found := role.findall(page))}
+    sources = [path for path in (ROOT / "sparse_peft").rglob("*.py") if role.search(path.read_text())]
+    assert not sources

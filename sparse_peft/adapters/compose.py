@@ -44,8 +44,12 @@ def compose(
         folders: of the adapters.
         output: the new adapter's folder; made if need be.
         weights: one number for each, also negative; by default 1, the sum.
-        combination_type, density, majority_sign_method, seed, svd_rank: see
-            [`Combination`][sparse_peft.ops.Combination].
+        combination_type: ``"linear"``, ``"ties"``, ``"dare_linear"``, ``"dare_ties"`` or ``"magnitude_prune"``; of
+            low-rank factors ``"linear"``, ``"cat"`` or ``"svd"``. See [`Combination`][sparse_peft.ops.Combination].
+        density: with pruning: share of each adapter's own entries that is kept, in (0, 1].
+        majority_sign_method: with TIES: ``"total"`` or ``"frequency"``.
+        seed: with DARE: which entries are dropped.
+        svd_rank: with ``"svd"``; by default the largest rank of the adapters.
         ignore_base_names: accept adapters whose configs name different base models, such as a hub name and a local
             copy of it. Shapes are compared in any case.
 

@@ -39,6 +39,7 @@ EXTRACTION_CRITERIA: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "relative": _relative,
     "principal": lambda difference, base: get_criterion("principal").score(difference),
 }
+"""Criteria of [`extract`][sparse_peft.adapters.extract]: ``{name: scores from (difference, base weight)}``."""
 
 
 @dataclass(frozen=True)
@@ -121,12 +122,16 @@ def extract(
         base: folder of the base model (safetensors, in one file or in shards), or the loaded model.
         finetuned: likewise the fine-tuned one.
         output: the adapter's folder; made if need be.
-        density, num_params, r, density_pattern, allocation: the budget over the target layers, exactly one of the
-            first three; see [`Budget`][sparse_peft.support.Budget]. ``allocation="global"`` compares all layers'
-            scores and reads everything twice.
+        density: share of the target layers' weights that is stored. Exactly one of ``density``, ``num_params`` and
+            ``r`` is given; see [`Budget`][sparse_peft.support.Budget].
+        num_params: number of stored entries over all target layers.
+        r: LoRA-rank equivalent: as many entries as LoRA of this rank has parameters.
+        density_pattern: ``{layer name or regular expression: density}`` for layers with a density of their own.
+        allocation: how layers share the budget; ``"global"`` compares all layers' scores and reads everything twice.
         criterion: ``"magnitude"``: the largest changes; ``"relative"``: those that are large beside the base's weight;
             ``"principal"``: the largest entries of the best approximation of low rank of the change.
-        target_modules, exclude_modules: as in [`SparseConfig`][sparse_peft.SparseConfig].
+        target_modules: names or a regular expression of the layers that are compared, as in a config.
+        exclude_modules: names or a regular expression of layers that are not.
         others: what to do about tensors that differ and are no target weights: ``"leave_out"`` them with a warning,
             ``"save"`` them whole through ``modules_to_save`` (biases of the target layers through ``bias``), or
             ``"refuse"``.

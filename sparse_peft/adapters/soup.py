@@ -118,9 +118,12 @@ def greedy_soup(
     The best adapter comes first; each of the others, best first, stays if the average with it scores no lower.
 
     Args:
-        folders, output, on_mismatch, ignore_base_names: as in [`soup`][sparse_peft.adapters.soup].
+        folders: of the adapters, all with the same layers.
+        output: the average's folder; made if need be.
         score: ``score(folder)`` of an adapter, on held-out data: the higher the better. It is called once for each
             adapter and once for each average that is tried.
+        on_mismatch: as in [`soup`][sparse_peft.adapters.soup].
+        ignore_base_names: as in [`compose`][sparse_peft.adapters.compose].
 
     Returns:
         The soup; its ``folders`` are those that stayed, in the order in which they came in.

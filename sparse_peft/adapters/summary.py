@@ -269,7 +269,8 @@ def compare(a: str | os.PathLike, b: str | os.PathLike, progress: Progress = ite
     """Compare two adapters of this package, of one method or of two, in their folders.
 
     Args:
-        a, b: the folders.
+        a: folder of the first.
+        b: folder of the second.
         progress: wraps the list of common layers that is gone through.
 
     Raises:

@@ -20,6 +20,7 @@ CHANNEL_CRITERIA = {
     "product": ("activation", False),
     "gradient": ("gradient", True),
 }
+"""Criteria for channels: ``{name: (what it looks at, whether the largest scores train)}``."""
 
 
 @dataclass(frozen=True)
@@ -120,10 +121,13 @@ def channel_squares(
     Args:
         criterion: a key of [`CHANNEL_CRITERIA`][sparse_peft.support.CHANNEL_CRITERIA] that looks at activations or
             gradients.
-        model, targets, batches, loss_fn, panel_bytes: as in
-            [`collect_supports`][sparse_peft.support.collect_supports].
-        sides: of the targets.
+        model: the base model, without adapters.
+        targets: ``{layer name: linear layer}`` in the model's order.
+        sides: ``{layer name: its channels}``.
+        batches: iterated once; tensors in them are moved to the model's device. A batch is a micro-batch.
+        loss_fn: ``loss_fn(model, batch) -> scalar``; default ``model(**batch).loss``.
         weight_of: gives a layer's weight in floats, as stored.
+        panel_bytes: limit, in bytes, of a temporary that grows with a weight.
 
     Returns:
         ``{layer name: (channels,) float32}``.

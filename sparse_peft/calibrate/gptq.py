@@ -77,7 +77,8 @@ def compensated_sketch(
     Args:
         weight: ``(rows, cols)`` in floats.
         hessian: ``(cols, cols)`` float32 or float64 second moment of the inputs; its scale does not matter.
-        bits, groups: of the tables.
+        bits: of a code.
+        groups: tables in a row.
         codebooks: ``(rows, groups, 2**bits)`` float32 tables, ascending; by default they are fitted by ``method``.
         method: of [`fit_codebooks`][sparse_peft.support.fit_codebooks].
         damping: share of the mean diagonal added to the diagonal; at least 0. Above 0 it makes up for fewer samples

@@ -18,6 +18,7 @@ from ..tuners.low_rank import LowRankState
 from ..tuners.s2ft.delta import ChannelDelta
 
 OPTIMIZERS = ("adamw", "adamw8bit", "sgd")
+"""Optimizers whose state is counted: AdamW, AdamW of bitsandbytes in 8 bits, and SGD without momentum."""
 # bitsandbytes: two states of a byte each, with a float32 scale for each block of 256; small tensors stay in float32
 BLOCK_8BIT, SMALLEST_8BIT = 256, 4096
 
@@ -59,6 +60,7 @@ FORMATS = {
     "nf4": BaseFormat("nf4", torch.bfloat16, 0.5 + 4 / 64),
     "nf4-double": BaseFormat("nf4-double", torch.bfloat16, 0.5 + 1 / 64 + 4 / (64 * 256)),
 }
+"""Formats of the frozen weights: ``float32``, ``bfloat16``, ``float16``, ``int8``, ``nf4`` and ``nf4-double``."""
 
 
 def frozen_bytes(model: nn.Module, form: BaseFormat) -> int:

@@ -16,6 +16,7 @@ from .budget import Budget, Division, allocate, divide
 from .support import Support
 
 Block = tuple[int, int]
+"""``(rows, cols)`` of a block of the stored weight."""
 
 
 def as_block(block_size: int | Sequence[int]) -> Block:
@@ -78,9 +79,11 @@ def resolve_block_counts(
     """Number of trained entries of each layer, whole blocks: the budget as nearly as blocks allow.
 
     Args:
-        shapes, budget, largest: as in [`resolve_counts`][sparse_peft.support.resolve_counts].
+        shapes: ``{layer name: (rows, cols)}`` of the stored weights.
+        budget: the number of entries, and how the layers share it.
         block: ``(rows, cols)`` of a block.
         scores: for ``allocation="global"``: ``scores(name)`` gives the layer's entries' scores, ``(rows, cols)``.
+        largest: with scores: whether the largest train.
     """
 
     def sums(name: str) -> Tensor:

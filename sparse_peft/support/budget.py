@@ -17,6 +17,7 @@ from ..numerics.topk import RunningTopK, topk_indices
 from .criteria import CRITERIA
 
 ALLOCATIONS = ("numel", "uniform", "erk", "global")
+"""Ways to share a budget between layers; see [`Budget`][sparse_peft.support.Budget]."""
 
 
 @dataclass(frozen=True)

@@ -184,6 +184,7 @@ CRITERIA: dict[str, Criterion] = {
         Criterion("wanda", "activation", _score_wanda),
     )
 }
+"""Criteria for single entries, by name."""
 
 
 def get_criterion(name: str) -> Criterion:

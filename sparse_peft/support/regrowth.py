@@ -54,10 +54,11 @@ REGROWTHS: dict[str, Regrowth] = {
         Regrowth("rigl", "gradients", 1, competes=True, fills=True),
     )
 }
+"""Ways to choose new positions during training, by name."""
 
 
-# The score of a position drawn at random: below any that was observed, above that of an entry without a gradient.
 RANDOM_SCORE = torch.finfo(torch.float32).tiny
+"""Score of a position drawn at random: below all observed ones, above that of an entry without a gradient."""
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ DECAYS: dict[str, Callable[[float], float]] = {
     "cosine": lambda x: (1 + math.cos(math.pi * x)) / 2,
     "cubic": lambda x: (1 - x) ** 3,
 }
+"""How a rate falls, ``{name: function}``: the share of the rate at a share of the way from start to stop."""
 
 
 def steps_of(value: int | float, total_steps: int | None, field: str) -> int:

@@ -116,7 +116,8 @@ def topk_outer(
     Where too many products are equal to the last one wanted, they are gone through in the order of their positions.
 
     Args:
-        rows, cols: ``(rows,)`` and ``(cols,)`` float32, at least 0.
+        rows: ``(rows,)`` float32, at least 0.
+        cols: ``(cols,)`` float32, at least 0.
         k: how many; fewer come back if fewer products are above 0.
         exclude: positions that do not count.
         panel_bytes: limit of a temporary's size where many products are equal.

@@ -5,12 +5,15 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
+from peft import PeftConfig
 from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
 from torch import Tensor, distributed, nn
 
 from ..support import Block, Support, best_blocks, get_criterion, random_blocks, select
+
+Config = TypeVar("Config", bound=PeftConfig)
 
 
 @dataclass(frozen=True)
@@ -64,13 +67,13 @@ class SupportRecipe:
 
 def select_support(
     model: nn.Module,
-    config,
+    config: Config,
     data: Iterable | None = None,
     *,
     gradients: dict[str, Tensor] | None = None,
     loss_fn: Callable[[nn.Module, Any], Tensor] | None = None,
     oversample: float = 8.0,
-):
+) -> Config:
     """Choose the trained positions of every target layer from data, in one pass, before the adapter is made.
 
     No dense gradient of more than one layer is alive at a time. With several batches the first one proposes

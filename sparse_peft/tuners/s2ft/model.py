@@ -53,8 +53,8 @@ class S2FTModel(BaseSparseModel):
     """Creates a model that trains some channels of its target layers.
 
     Args:
-        model: the model to adapt.
-        config: a [`S2FTConfig`][sparse_peft.S2FTConfig].
+        model (torch.nn.Module): the model to adapt.
+        peft_config (sparse_peft.S2FTConfig): the adapter's config.
         adapter_name: the adapter's name.
 
     Example:

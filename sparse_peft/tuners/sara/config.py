@@ -36,8 +36,12 @@ class SaRAConfig(EntryConfig):
 
     Args:
         threshold: train the entries with absolute value below it, in whatever layers they are.
-        density, num_params, r, density_pattern: as in [`SparseConfig`][sparse_peft.SparseConfig].
-        allocation: as there; with ``"global"`` the smallest entries of all layers together train, as with a threshold.
+        density: share of the target layers' weights that trains, in (0, 1], instead of a threshold.
+        num_params: number of trained entries over all target layers, instead of a threshold.
+        r: LoRA-rank equivalent, instead of a threshold: as many entries as LoRA of this rank has parameters.
+        density_pattern: ``{layer name or regular expression: density}`` for layers with a density of their own.
+        allocation: as in [`SparseConfig`][sparse_peft.SparseConfig]; with ``"global"`` the smallest entries of
+            all layers together train, as with a threshold.
         progressive: when entries that have grown out of the smallest are frozen, with what they have become: a number
             of optimizer steps (int), or a share of the run (float in (0, 1)); None for never. Entries stay below the
             threshold to go on; with a budget, below the largest absolute value that was chosen.

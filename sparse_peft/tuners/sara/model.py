@@ -21,8 +21,8 @@ class SaRAModel(EntryModel):
     """Creates a model that trains the smallest weights of its target layers.
 
     Args:
-        model: the model to adapt.
-        config: a [`SaRAConfig`][sparse_peft.SaRAConfig].
+        model (torch.nn.Module): the model to adapt.
+        peft_config (sparse_peft.SaRAConfig): the adapter's config.
         adapter_name: the adapter's name.
 
     Example:

@@ -109,7 +109,9 @@ def sketch_model(
         importance: power of an input's mean square by which its weights count in the tables; 0 for all alike. By
             default 1, or 1/2 for codes that are compensated. Without both other steps the codes are nearest entries
             of the tables, which ``index_storage="recompute"`` can find again.
-        damping, act_order, block: of [`compensated_sketch`][sparse_peft.support.compensated_sketch].
+        damping: share of the mean diagonal added to the second moment's diagonal; at least 0.
+        act_order: begin with the columns of the largest inputs, whose errors count most.
+        block: columns between two updates of all that follow; changes speed alone.
         progress: show a bar that counts layers.
 
     Returns:

@@ -22,7 +22,8 @@ class SketchLinear(TunerLayer):
     Rows are always outputs and columns inputs, also of GPT-2's ``Conv1D``, which stores its weight as ``(in, out)``.
 
     Args:
-        base_layer, name: as in ``TunerLayer``.
+        base_layer: the layer that is adapted, or whose weight is replaced.
+        name: its full name in the model.
         keep_base: of a weight that is replaced, ``"drop"`` it or keep it on the ``"cpu"``.
     """
 

@@ -46,8 +46,8 @@ class SketchModel(BaseSparseModel):
     """Creates a model whose target layers have trained tables beside their weights, or in the place of them.
 
     Args:
-        model: the model to adapt; of mode ``"replace"`` the target layers lose their weights.
-        config: a [`SketchConfig`][sparse_peft.SketchConfig].
+        model (torch.nn.Module): the model to adapt; of mode ``"replace"`` the target layers lose their weights.
+        peft_config (sparse_peft.SketchConfig): the adapter's config.
         adapter_name: the adapter's name.
     """
 

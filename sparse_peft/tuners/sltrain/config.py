@@ -34,8 +34,9 @@ class SLTrainConfig(SparseConfig):
         trainable_scale: scale the low-rank part with ``tanh(theta)`` instead, ``theta`` trained from 1.
         backend: how a layer without a weight computes: ``"composed"``: its rows put together a panel at a time,
             ``"factored"``: one product after the other, or ``"auto"``: what should be faster (speed only).
-        selection, granularity, threshold and what belongs to them, density_pattern, allocation, seed, resident: as in
-            [`SparseConfig`][sparse_peft.SparseConfig]. In pretraining positions are random, or change during training.
+        selection: how the sparse part's entries are chosen; in pretraining at random, or changing during training.
+
+    The other fields are those of [`SparseConfig`][sparse_peft.SparseConfig], for the sparse part.
 
     Raises:
         ValueError, TypeError: a field that is out of range, or two that contradict each other.

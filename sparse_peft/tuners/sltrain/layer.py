@@ -19,7 +19,9 @@ class SLTrainLinear(LowRankLayer, SparseTunerLayer):
     """A layer with trained entries and low rank, beside its weight or, ``weightless``, in the place of it.
 
     Args:
-        base_layer, name, resident: as in ``SparseTunerLayer``.
+        base_layer: the layer that is adapted, or whose place is taken.
+        name: its full name in the model.
+        resident: whether its weight may hold the active adapter's entries between forward passes.
         weightless: drop the base weight.
         backend: without a base weight: ``"composed"``, ``"factored"`` or ``"auto"``.
     """

@@ -35,8 +35,8 @@ class SLTrainModel(SparseModel):
     """Creates a model with entries and low rank beside the weights of its target layers, or in their place.
 
     Args:
-        model: the model to adapt; of mode ``"pretrain"`` the target layers lose their weights.
-        config: a [`SLTrainConfig`][sparse_peft.SLTrainConfig].
+        model (torch.nn.Module): the model to adapt; of mode ``"pretrain"`` the target layers lose their weights.
+        peft_config (sparse_peft.SLTrainConfig): the adapter's config.
         adapter_name: the adapter's name.
     """
 

@@ -46,7 +46,8 @@ class SnellaConfig(BaseSparseConfig):
         allocate_start: optimizer steps (int), or share of the run (float), before the first sharing.
         allocate_stop: when the target is reached; from then on layers keep what they have.
         allocate_every: optimizer steps from one sharing to the next.
-        beta1, beta2: decay of the averages of sensitivity and of its uncertainty.
+        beta1: decay of the average of sensitivity.
+        beta2: decay of the average of its uncertainty.
         at_least: entries that every layer keeps, if it has so many.
         weigh_by_size: multiply a layer's score with its size, so that it is shared by sums and not by means.
         weight_shapes: resolved ``[rows, cols]`` of the layers' stored weights. Not for setting by hand.

@@ -32,8 +32,8 @@ class SnellaModel(BaseSparseModel):
     """Creates a model with kernelised deltas beside the weights of its target layers.
 
     Args:
-        model: the model to adapt.
-        config: a [`SnellaConfig`][sparse_peft.SnellaConfig].
+        model (torch.nn.Module): the model to adapt.
+        peft_config (sparse_peft.SnellaConfig): the adapter's config.
         adapter_name: the adapter's name.
     """
 

@@ -34,8 +34,8 @@ class SoRAModel(BaseSparseModel):
     """Creates a model with gated low rank beside its target layers.
 
     Args:
-        model: the model to adapt.
-        config: a [`SoRAConfig`][sparse_peft.SoRAConfig].
+        model (torch.nn.Module): the model to adapt.
+        peft_config (sparse_peft.SoRAConfig): the adapter's config.
         adapter_name: the adapter's name.
     """
 

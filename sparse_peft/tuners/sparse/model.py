@@ -22,8 +22,8 @@ class SparseModel(EntryModel):
     """Creates a model with a sparse delta on its target layers.
 
     Args:
-        model: the model to adapt.
-        config: a [`SparseConfig`][sparse_peft.SparseConfig].
+        model (torch.nn.Module): the model to adapt.
+        peft_config (sparse_peft.SparseConfig): the adapter's config.
         adapter_name: the adapter's name.
 
     Example:
