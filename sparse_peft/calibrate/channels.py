@@ -119,7 +119,7 @@ def channel_squares(
     gradient, in root sum of squares over the batches.
 
     Args:
-        criterion: a key of [`CHANNEL_CRITERIA`][sparse_peft.support.CHANNEL_CRITERIA] that looks at activations or
+        criterion: a key of [`CHANNEL_CRITERIA`][sparse_peft.calibrate.CHANNEL_CRITERIA] that looks at activations or
             gradients.
         model: the base model, without adapters.
         targets: ``{layer name: linear layer}`` in the model's order.

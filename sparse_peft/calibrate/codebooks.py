@@ -15,7 +15,7 @@ from ..numerics.kmeans import SortedRows, lloyd, optimal, starts
 from .model_pass import tiles
 
 METHODS = ("dp", "lloyd", "quantile", "uniform", "nf4")
-"""Ways to fit tables; see [`fit_codebooks`][sparse_peft.support.fit_codebooks]."""
+"""Ways to fit tables; see [`fit_codebooks`][sparse_peft.calibrate.fit_codebooks]."""
 DEFAULT_PANEL_BYTES = 64 * 2**20
 DEFAULT_BINS = 64
 # What sorting a row of weights and its running sums take, in bytes a weight.

@@ -80,7 +80,7 @@ def compensated_sketch(
         bits: of a code.
         groups: tables in a row.
         codebooks: ``(rows, groups, 2**bits)`` float32 tables, ascending; by default they are fitted by ``method``.
-        method: of [`fit_codebooks`][sparse_peft.support.fit_codebooks].
+        method: of [`fit_codebooks`][sparse_peft.calibrate.fit_codebooks].
         damping: share of the mean diagonal added to the diagonal; at least 0. Above 0 it makes up for fewer samples
             than inputs.
         act_order: begin with the columns of the largest inputs, whose errors count most.

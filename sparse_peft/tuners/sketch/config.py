@@ -33,9 +33,9 @@ class SketchConfig(BaseSparseConfig):
         bits: of a code: 2, 3 or 4.
         groups: tables in a row, which is cut into as many parts of consecutive inputs (the paper's GPR).
         groups_pattern: ``{layer name or regular expression: groups}`` for layers with a number of their own.
-        clustering: how the first tables are made, see [`fit_codebooks`][sparse_peft.support.fit_codebooks]: ``"dp"``,
-            ``"lloyd"``, ``"quantile"``, ``"uniform"`` or ``"nf4"``. Codes are the nearest entries. Tables and codes
-            that look at data come from [`sketch_model`][sparse_peft.sketch_model] instead.
+        clustering: how the first tables are made, see [`fit_codebooks`][sparse_peft.calibrate.fit_codebooks]:
+            ``"dp"``, ``"lloyd"``, ``"quantile"``, ``"uniform"`` or ``"nf4"``. Codes are the nearest entries. Tables
+            and codes that look at data come from [`sketch_model`][sparse_peft.sketch_model] instead.
         initial_dtype: dtype that the first tables are rounded to, before codes are assigned, and saved in; by default
             bfloat16 for ``"delta"``, which needs them only to find the codes again, float32 for ``"replace"``.
         index_storage: where the codes are in a saved adapter. ``"recompute"``: nowhere, they are found again from the
