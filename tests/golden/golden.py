@@ -112,7 +112,7 @@ def train(
     before_step: Callable[[int], None] = lambda step: None,
 ) -> Iterator[int]:
     """Train on the file's batches and compare each loss; yields the number of every step once it is taken."""
-    for step, (x, y, loss) in enumerate(zip(numbers["inputs"], numbers["targets"], numbers["losses"]), 1):
+    for step, (x, y, loss) in enumerate(zip(numbers["inputs"], numbers["targets"], numbers["losses"], strict=True), 1):
         optimizer.zero_grad()
         output = model(x)
         ours = mse_loss(output, y)

@@ -12,7 +12,7 @@ from sparse_peft import SLTrainConfig, select_support
 
 TOLERANCE = 1e-4
 NUMBERS = read("rosa")
-CALIBRATION = list(zip(NUMBERS["calibration.inputs"], NUMBERS["calibration.targets"]))
+CALIBRATION = list(zip(NUMBERS["calibration.inputs"], NUMBERS["calibration.targets"], strict=True))
 
 
 def toy():

@@ -78,7 +78,7 @@ def test_20_steps_and_merging(case, tmp_path):
         return values if name == "values" else optimizer.state[values][name]
 
     compared = 0
-    for step, (tokens, theirs) in enumerate(zip(NUMBERS["inputs"], NUMBERS[f"{case}.losses"]), 1):
+    for step, (tokens, theirs) in enumerate(zip(NUMBERS["inputs"], NUMBERS[f"{case}.losses"], strict=True), 1):
         optimizer.zero_grad()
         mine = loss(model, tokens)
         agree(f"loss of step {step}", mine, theirs, TOLERANCE)

@@ -132,7 +132,7 @@ def test_allocation(tmp_path):
     agree("scores", scores, events["score"], 1e-4)
     # they round the budget and the shares of it down; here both are rounded so that shares add up to the budget
     agree("shares", (scores * events["budget"][:, None]).int(), events["entries"], 0)
-    for record, budget, entries in zip(controller.history, events["budget"], events["entries"]):
+    for record, budget, entries in zip(controller.history, events["budget"], events["entries"], strict=True):
         found = [record.layers[layer].entries for layer in LAYERS]
         assert sum(found) == record.budget and record.budget - int(budget) in (0, 1)
-        assert all(0 <= mine - theirs <= 2 for mine, theirs in zip(found, entries.tolist()))
+        assert all(0 <= mine - theirs <= 2 for mine, theirs in zip(found, entries.tolist(), strict=True))

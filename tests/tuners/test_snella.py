@@ -114,10 +114,25 @@ def test_as_many_entries_are_kept_as_the_config_says(sparsity, settings):
     model = trained(snella(sparsity=sparsity, **settings))
     for state in states(model).values():
         kept = state.numel - math.ceil(sparsity * state.numel)
-        # a quantile lies between two values, of which the upper one is kept
-        slack = 1 if settings.get("threshold") == "reference" else 0
-        assert state.entries == kept and abs(int((state.dense() != 0).sum()) - kept) <= slack
-        assert state.sparsity == pytest.approx(sparsity, abs=1 / state.numel)
+        if settings.get("threshold") == "reference":
+            kept = state.numel - math.floor(sparsity * (state.numel - 1)) - 1  # what is above a quantile
+        assert state.entries == kept == int((state.dense() != 0).sum())
+        assert state.sparsity == pytest.approx(1 - kept / state.numel)
+
+
+@pytest.mark.parametrize("sparsity", [0.0, 0.05, 0.1, 0.15, 0.3, 0.37, 0.63, 0.7, 0.9, 0.995, 1.0])
+@pytest.mark.parametrize("numel", [1, 2, 77, 640, 641, 16_385, 768 * 3072])
+def test_the_reference_keeps_what_is_above_torchs_quantile(numel, sparsity):
+    values = torch.randperm(numel).float()
+    above = int((values > values.quantile(sparsity)).sum())
+    assert SnellaConfig(threshold="reference", sparsity=sparsity).kept(numel) == above
+
+
+def test_a_layer_too_large_for_torchs_quantile_keeps_its_share():
+    numel = 2**25 + 1
+    for sparsity in (0.0, 0.3, 1.0):
+        kept = SnellaConfig(threshold="reference", sparsity=sparsity).kept(numel)
+        assert kept >= 0 and kept == pytest.approx((1 - sparsity) * numel, abs=2)
 
 
 def test_the_first_factors_depend_on_seed_and_name_alone():

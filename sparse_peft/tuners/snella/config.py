@@ -5,12 +5,16 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import ClassVar
 
+import torch
+
 from ...ops import PIECES, THRESHOLDS
 from ...support import BudgetSchedule, steps_of
 from ..base_config import BaseSparseConfig, check_number, check_steps
 
 KERNELS = ("distance", "mixed")
 INITS = ("residual", "reference", "symmetric")
+# Most entries that torch.quantile takes, whose ranks float32 still represents exactly.
+QUANTILE_LIMIT = 2**24
 # Of the layers' weights, without an allocator.
 DEFAULT_SPARSITY = 0.5
 
@@ -30,7 +34,8 @@ class SnellaConfig(BaseSparseConfig):
         sparsity: share of each layer's entries that are zero, in [0, 1]; by default 0.5, and 0 with a target.
         threshold: what becomes of a value ``k`` whose absolute value is above the threshold ``tau``: ``"soft"``:
             ``k (|k| - tau)``, the paper's equation 5; ``"reference"``: ``k |k|`` with a gradient that takes ``|k|`` as
-            a constant, the authors' code; ``"hard_ste"``: ``k``, with the gradient going through for all entries.
+            a constant, the authors' code, which counts entries as ``torch.quantile`` does; ``"hard_ste"``: ``k``,
+            with the gradient going through for all entries.
         init: ``"residual"``: the delta that the first numbers give is subtracted from what is kept, so that training
             starts at the base model; it is computed anew from ``seed`` and takes no room in a file. ``"symmetric"``:
             both pieces start alike, which is zero without anything to subtract; with the distance kernel and
@@ -134,8 +139,9 @@ class SnellaConfig(BaseSparseConfig):
         )
 
     def kept(self, numel: int) -> int:
-        """How many of a layer's entries are not zero at the start."""
-        return numel - _ceil(self.sparsity * numel)
+        """Number of a layer's entries that are not zero at the start."""
+        interpolates = THRESHOLDS[self.threshold].interpolates
+        return numel - (_not_above_quantile if interpolates else _share)(self.sparsity, numel)
 
     @property
     def changes_in_training(self) -> bool:
@@ -163,11 +169,21 @@ class SnellaConfig(BaseSparseConfig):
                 f"allocate_start={self.allocate_start!r} is step {start}, and allocate_stop={self.allocate_stop!r} "
                 f"step {stop}: the stop must come later"
             )
-        target = numel - _ceil(self.target_sparsity * numel)
+        target = numel - _share(self.target_sparsity, numel)
         return BudgetSchedule(min(initial, numel), min(target, initial), start, stop, self.allocate_every)
 
 
-def _ceil(number: float) -> int:
-    """Up to the next integer, unless it is one up to the rounding of a product."""
+def _share(share: float, numel: int) -> int:
+    """A share of ``numel`` entries, rounded up unless it is an integer up to the product's rounding."""
+    number = share * numel
     nearest = round(number)
     return nearest if abs(number - nearest) <= 1e-12 * max(1.0, number) else int(number) + 1
+
+
+def _not_above_quantile(share: float, numel: int) -> int:
+    """Number of entries, of ``numel`` different ones, that are not above their ``torch.quantile`` of ``share``.
+
+    torch computes the quantile's rank, counted from 0, in the entries' dtype.
+    """
+    dtype = torch.float32 if numel <= QUANTILE_LIMIT else torch.float64
+    return int(torch.tensor(share, dtype=dtype) * (numel - 1)) + 1
