@@ -134,6 +134,11 @@ class BaseSparseConfig(PeftConfig):
                 self.__dict__[resolved] = None
         super().__setattr__(name, value)
 
+    @classmethod
+    def prefix(cls) -> str:
+        """What the names of the method's parameters start with."""
+        return f"{cls.method.lower()}_"
+
     @property
     def changes_in_training(self) -> bool:
         """Whether training needs a controller: something else happens than that the optimizer steps the values."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer, _get_in_out_features, check_adapters_to_merge
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from ..ops import CONVOLUTIONS, ConvProduct, LinearProduct, is_convolution
+from .base_config import BaseSparseConfig
 from .base_state import TrainedState
 from .packed_weight import PackedWeight, keep_packing
 
@@ -28,11 +29,18 @@ class TunerLayer(BaseTunerLayer, nn.Module):
             layer that PEFT has a backend for.
         name: the layer's full name in the model, for errors and for what is drawn at random.
 
-    Subclasses name the ``nn.ModuleDict`` of ``TrainedState`` in
-    ``delta_container``; the attribute starts with the method's prefix. They define an adapter's output and its weight.
+    A method's subclass names its ``config_cls``, from which the name of the container of trained states is derived,
+    and defines an adapter's output and its weight.
     """
 
-    delta_container: str
+    config_cls: ClassVar[type[BaseSparseConfig]]
+    delta_container: ClassVar[str]  # the attribute with the adapters' states; starts with the method's prefix
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if "config_cls" in cls.__dict__:
+            cls.delta_container = f"{cls.config_cls.prefix()}adapter"
+            cls.adapter_layer_names = (cls.delta_container,)
 
     def __init__(self, base_layer: nn.Module, name: str, **kwargs: Any) -> None:
         super().__init__()

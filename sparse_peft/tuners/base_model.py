@@ -7,7 +7,7 @@ from abc import abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _maybe_include_all_linear_layers
@@ -116,15 +116,21 @@ def modules_beside_adapters(model: nn.Module) -> Iterator[nn.Module]:
 class BaseSparseModel(BaseTuner):
     """Base of the sparse methods' tuners.
 
-    A subclass sets ``prefix``, ``tuner_layer_cls`` and ``layer_cls``, and says in ``plan_layers`` what each target
-    layer trains.
+    A method's subclass names its ``layer_cls``, from which PEFT's class attributes are derived, and says in
+    ``plan_layers`` what each target layer trains.
     """
 
-    layer_cls: type[TunerLayer]
+    layer_cls: ClassVar[type[TunerLayer]]
     takes_groups = True  # whether convolutions of several groups, which are no one matrix, can be targets
     counted_tensor = "values"  # which of a layer's tensors in a file says by its size what the layer trains
     needs_base_weights = False  # whether what an adapter adds is a function of its base's weights as well
     target_module_mapping = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if "layer_cls" in cls.__dict__:
+            cls.tuner_layer_cls = cls.layer_cls
+            cls.prefix = cls.layer_cls.config_cls.prefix()
 
     @abstractmethod
     def plan_layers(

@@ -65,9 +65,6 @@ class SparseTunerLayer(TunerLayer):
         name: the layer's full name in the model, for errors and for random supports.
         resident: whether the base weight may hold the active adapter's entries between forward passes.
 
-    Subclasses name the ``nn.ModuleDict`` of ``Delta`` in ``delta_container``; the
-    attribute starts with the method's prefix.
-
     A batch whose inputs use several adapters costs the base's product and, where that is cheaper, one more for all of
     them. Their values lie side by side for it from the first such batch until adapters are switched.
     """

@@ -20,7 +20,7 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
-from sparse_peft import SparseConfig
+from sparse_peft import SparseConfig, SparseLinear, SparseModel
 
 
 def llama(**kwargs):
@@ -49,6 +49,13 @@ def tokens(n=3, length=6):
 def test_type_is_a_real_member_and_prefix_is_the_lower_case_type():
     assert PeftType("SPARSE_PEFT_DELTA") is PeftType.SPARSE_PEFT_DELTA
     assert SparseConfig().peft_type is PeftType.SPARSE_PEFT_DELTA
+
+
+def test_what_peft_asks_of_the_classes_follows_from_the_config():
+    assert SparseLinear.delta_container == "sparse_peft_delta_adapter"
+    assert SparseLinear.adapter_layer_names == ("sparse_peft_delta_adapter",)
+    assert SparseModel.prefix == "sparse_peft_delta_" and SparseModel.tuner_layer_cls is SparseLinear
+    assert "(first): sparse_peft.SparseLinear(" in str(adapted()[0])
 
 
 def test_config_round_trip(tmp_path):

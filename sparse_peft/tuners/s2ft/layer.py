@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from ..delta_layer import SparseTunerLayer
 from ..stacks import ChannelStack
+from .config import S2FTConfig
 
 
 class S2FTLinear(SparseTunerLayer):
@@ -12,9 +13,5 @@ class S2FTLinear(SparseTunerLayer):
     Its name says Linear because PEFT finds "all-linear" layers that have an adapter already by their class's name.
     """
 
-    delta_container = "sparse_peft_s2ft_adapter"
-    adapter_layer_names = (delta_container,)
+    config_cls = S2FTConfig
     stack_cls = ChannelStack
-
-    def __repr__(self) -> str:
-        return f"sparse_peft.{super().__repr__()}"

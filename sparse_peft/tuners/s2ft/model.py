@@ -65,8 +65,6 @@ class S2FTModel(BaseSparseModel):
         >>> model = get_peft_model(model, S2FTConfig(ratio=0.03))
     """
 
-    prefix = "sparse_peft_s2ft_"
-    tuner_layer_cls = S2FTLinear
     layer_cls = S2FTLinear
     target_module_mapping = DEFAULT_TARGETS
 

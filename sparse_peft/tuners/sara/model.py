@@ -4,17 +4,14 @@ from __future__ import annotations
 
 from ..delta_layer import SparseTunerLayer
 from ..entry_model import EntryModel
+from .config import SaRAConfig
 from .targets import DEFAULT_TARGETS
 
 
 class SaRALinear(SparseTunerLayer):
     """A layer whose smallest weights train; see ``SparseTunerLayer``."""
 
-    delta_container = "sparse_peft_sara_adapter"
-    adapter_layer_names = (delta_container,)
-
-    def __repr__(self) -> str:
-        return f"sparse_peft.{super().__repr__()}"
+    config_cls = SaRAConfig
 
 
 class SaRAModel(EntryModel):
@@ -33,7 +30,5 @@ class SaRAModel(EntryModel):
         >>> unet.add_adapter(SaRAConfig(threshold=2e-3))
     """
 
-    prefix = "sparse_peft_sara_"
-    tuner_layer_cls = SaRALinear
     layer_cls = SaRALinear
     target_module_mapping = DEFAULT_TARGETS

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from ...calibrate.codebooks import Sketch
 from ...ops import CodedWeight, Codes, codebook_linear
 from ..base_layer import SET_ASIDE, TunerLayer
+from .config import SketchConfig
 from .four_bit import FourBit
 from .sketched import SketchedLinear
 from .state import SketchState
@@ -27,8 +28,7 @@ class SketchLinear(TunerLayer):
         keep_base: of a weight that is replaced, ``"drop"`` it or keep it on the ``"cpu"``.
     """
 
-    delta_container = "sparse_peft_sketch_adapter"
-    adapter_layer_names = (delta_container,)
+    config_cls = SketchConfig
 
     def __init__(self, base_layer: nn.Module, name: str, keep_base: str = "drop", **kwargs: Any) -> None:
         super().__init__(base_layer, name, **kwargs)

@@ -51,8 +51,6 @@ class SketchModel(BaseSparseModel):
         adapter_name: the adapter's name.
     """
 
-    prefix = "sparse_peft_sketch_"
-    tuner_layer_cls = SketchLinear
     layer_cls = SketchLinear
     counted_tensor = "codebook"
     needs_base_weights = True

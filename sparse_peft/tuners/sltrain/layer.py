@@ -11,6 +11,7 @@ from ...ops import cheaper_way, compose, sparse_low_rank_linear
 from ..base_layer import SET_ASIDE, TunerLayer
 from ..delta_layer import SparseTunerLayer
 from ..low_rank import LowRankLayer
+from .config import SLTrainConfig
 from .delta import SLTrainDelta
 from .weightless import WeightlessLinear
 
@@ -26,8 +27,7 @@ class SLTrainLinear(LowRankLayer, SparseTunerLayer):
         backend: without a base weight: ``"composed"``, ``"factored"`` or ``"auto"``.
     """
 
-    delta_container = "sparse_peft_sltrain_adapter"
-    adapter_layer_names = (delta_container,)
+    config_cls = SLTrainConfig
     stack_cls = None  # its low rank is no entry
 
     def __init__(

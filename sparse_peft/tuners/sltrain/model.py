@@ -40,8 +40,6 @@ class SLTrainModel(SparseModel):
         adapter_name: the adapter's name.
     """
 
-    prefix = "sparse_peft_sltrain_"
-    tuner_layer_cls = SLTrainLinear
     layer_cls = SLTrainLinear
     takes_groups = False
 

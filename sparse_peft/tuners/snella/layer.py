@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ...ops import kernel_layer
 from ..base_layer import TunerLayer
+from .config import SnellaConfig
 from .state import KernelState
 
 # A base of these is added to; in half precision most of what a delta says would be rounded away.
@@ -18,8 +19,7 @@ ADDED_TO = (torch.float32, torch.float64)
 class SnellaLinear(TunerLayer):
     """A layer with a kernelised delta; see ``TunerLayer``."""
 
-    delta_container = "sparse_peft_snella_adapter"
-    adapter_layer_names = (delta_container,)
+    config_cls = SnellaConfig
 
     def forward(self, x: Tensor, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any) -> Tensor:
         if adapter_names is None and not args and not kwargs and self.path(x) == "fused":

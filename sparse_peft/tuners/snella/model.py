@@ -37,8 +37,6 @@ class SnellaModel(BaseSparseModel):
         adapter_name: the adapter's name.
     """
 
-    prefix = "sparse_peft_snella_"
-    tuner_layer_cls = SnellaLinear
     layer_cls = SnellaLinear
     takes_groups = False
     counted_tensor = "B"

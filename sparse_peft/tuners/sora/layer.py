@@ -5,13 +5,13 @@ from __future__ import annotations
 from torch import Tensor
 
 from ..low_rank import LowRankLayer
+from .config import SoRAConfig
 
 
 class SoRALinear(LowRankLayer):
     """A layer with gated low rank beside it; see ``TunerLayer``."""
 
-    delta_container = "sparse_peft_sora_adapter"
-    adapter_layer_names = (delta_container,)
+    config_cls = SoRAConfig
 
     def adapter_output(self, x: Tensor, adapter_name: str) -> Tensor:
         return self.low_rank_output(x, adapter_name)

@@ -39,8 +39,6 @@ class SoRAModel(BaseSparseModel):
         adapter_name: the adapter's name.
     """
 
-    prefix = "sparse_peft_sora_"
-    tuner_layer_cls = SoRALinear
     layer_cls = SoRALinear
     takes_groups = False
     counted_tensor = "gate"

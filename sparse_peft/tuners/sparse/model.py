@@ -34,8 +34,6 @@ class SparseModel(EntryModel):
         >>> model = get_peft_model(model, SparseConfig(density=0.01, target_modules="all-linear"))
     """
 
-    prefix = "sparse_peft_delta_"
-    tuner_layer_cls = SparseLinear
     layer_cls = SparseLinear
 
     @classmethod
