@@ -5,19 +5,17 @@ Needs matplotlib: ``pip install "sparse-peft[plot]"``.
 
 from __future__ import annotations
 
-import itertools
 import json
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import quantiles
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from .dynamics.records import Allocation, Ranks, Record, Reselection, record_from_dict
+from .dynamics.records import Record, kind_of_record, record_from_dict
 from .ops import plan_support_grad
 from .support import Support
 from .tuners.delta_layer import SparseTunerLayer
@@ -139,49 +137,21 @@ def layer_paths(model: nn.Module, dtype: torch.dtype | None = None) -> list[Laye
 
 
 def plot_turnover(history: Sequence[Record], path: str | os.PathLike) -> Path:
-    """What each reselection replaced, its thresholds, and how old the trained entries were after it.
+    """Plot what each reselection replaced, its thresholds, and how old the trained entries were after it.
 
     Args:
         history: of one adapter, as in ``SparsityController.history``.
         path: of the PNG file.
 
     Raises:
-        ValueError: an empty history, or one of several adapters.
+        ValueError: a history without reselections, or of several adapters.
         ImportError: matplotlib is not installed.
     """
-    history = _of_one_adapter([record for record in history if isinstance(record, Reselection)], "reselection")
-    steps = [record.step for record in history]
-    figure = _figure(7.5, 8.0)
-    turnover, thresholds, ages = figure.subplots(3, 1, sharex=True)
-    turnover.plot(steps, [100 * (1 - record.overlap) for record in history], "o-", label="replaced")
-    turnover.plot(steps, [100 * record.rate for record in history], "k--", lw=1, label="up for replacement")
-    turnover.set_ylabel("% of the entries")
-    turnover.set_title(f"Reselection of adapter {history[0].adapter!r}", fontsize=10)
-    turnover.legend(fontsize=8)
-    for what, label in (("drop_threshold", "largest dropped |value|"), ("grow_threshold", "smallest grown score")):
-        _band(thresholds, history, what, label)
-    thresholds.set_ylabel("threshold, median\nand 10-90 % of the layers", fontsize=9)
-    if thresholds.get_legend_handles_labels()[0]:
-        thresholds.set_yscale("log")
-        thresholds.legend(fontsize=8)
-    shares = [[100 * record.ages[i] / record.entries for record in history] for i in range(len(history[0].ages))]
-    edges = [0, *history[0].age_edges]
-    labels = [f"{a} to {b - 1}" for a, b in itertools.pairwise(edges)] + [f"{edges[-1]} and more"]
-    if len(steps) > 1:
-        ages.stackplot(steps, shares, labels=labels)
-    else:
-        bottom = 0.0
-        for share, label in zip(shares, labels, strict=True):
-            ages.bar(steps, share, bottom=bottom, label=label)
-            bottom += share[0]
-    ages.set_ylabel("% of the entries")
-    ages.set_xlabel("optimizer step")
-    ages.legend(title="age in steps", fontsize=7, title_fontsize=7, loc="upper left", bbox_to_anchor=(1.01, 1))
-    return _save(figure, path)
+    return _plot_records(kind_of_record("reselection"), history, path)
 
 
 def plot_ranks(history: Sequence[Record], path: str | os.PathLike) -> Path:
-    """How many ranks were left in the course of a SoRA training, and what each layer has at its end.
+    """Plot the remaining ranks in the course of a SoRA training, and those of each layer at its end.
 
     Args:
         history: of one adapter, as in ``SparsityController.history``.
@@ -191,37 +161,11 @@ def plot_ranks(history: Sequence[Record], path: str | os.PathLike) -> Path:
         ValueError: a history without reports of ranks, or of several adapters.
         ImportError: matplotlib is not installed.
     """
-    history = _of_one_adapter([record for record in history if isinstance(record, Ranks)], "report of ranks")
-    last = history[-1]
-    figure = _figure(8.0, 6.5)
-    course, layers = figure.subplots(2, 1)
-    course.plot([record.step for record in history], [record.alive for record in history], "o-", label="ranks left")
-    course.axhline(last.initial, color="k", ls="--", lw=1, label="at the start")
-    course.set_ylim(bottom=0)
-    course.set_xlabel("optimizer step")
-    course.set_ylabel("ranks of all layers")
-    course.set_title(f"Ranks of adapter {last.adapter!r}", fontsize=10)
-    penalty = course.twinx()
-    penalty.plot([record.step for record in history], [record.penalty for record in history], "C1:", label="penalty")
-    penalty.set_ylabel("penalty")
-    penalty.set_ylim(bottom=0)
-    handles = [artist for axis in (course, penalty) for artist in axis.get_legend_handles_labels()[0]]
-    course.legend(handles, [handle.get_label() for handle in handles], fontsize=8)
-    kinds = list(dict.fromkeys(name.rpartition(".")[2] for name in last.layers))
-    for number, kind in enumerate(kinds):
-        alive = [ranks.alive for name, ranks in last.layers.items() if name.rpartition(".")[2] == kind]
-        spread = [(i - (len(alive) - 1) / 2) / len(alive) * 0.8 for i in range(len(alive))]
-        layers.bar([number + x for x in spread], alive, width=0.8 / len(alive))
-    layers.set_xticks(range(len(kinds)), kinds, fontsize=8)
-    layers.set_ylim(0, max(1, *(ranks.initial for ranks in last.layers.values())))
-    layers.set_ylabel("ranks left")
-    title = f"Each layer after step {last.step}, first block to last; the axis ends where the largest began"
-    layers.set_title(title, fontsize=9)
-    return _save(figure, path)
+    return _plot_records(kind_of_record("ranks"), history, path)
 
 
 def plot_allocation(history: Sequence[Record], path: str | os.PathLike) -> Path:
-    """What share of each layer SNELLA kept in the course of training, and all layers' together.
+    """Plot the share of each layer's entries that SNELLA kept in the course of training, and all layers' together.
 
     Args:
         history: of one adapter, as in ``SparsityController.history``.
@@ -231,50 +175,27 @@ def plot_allocation(history: Sequence[Record], path: str | os.PathLike) -> Path:
         ValueError: a history without allocations, or of several adapters.
         ImportError: matplotlib is not installed.
     """
-    history = _of_one_adapter([record for record in history if isinstance(record, Allocation)], "allocation")
-    steps, last = [record.step for record in history], history[-1]
-    kinds = list(dict.fromkeys(name.rpartition(".")[2] for name in last.layers))
-    figure = _figure(8.0, 4.5)
-    axis = figure.subplots()
-    for name in last.layers:
-        kind = name.rpartition(".")[2]
-        shares = [100 * record.layers[name].entries / record.layers[name].numel for record in history]
-        first = name == next(other for other in last.layers if other.rpartition(".")[2] == kind)
-        axis.plot(steps, shares, f"C{kinds.index(kind)}.-", lw=0.8, ms=3, label=kind if first else None)
-    axis.plot(steps, [100 * record.density for record in history], "k--", lw=1.5, label="all layers")
-    axis.set_ylim(0, 102)
-    axis.set_xlabel("optimizer step")
-    axis.set_ylabel("% of a layer's entries")
-    axis.set_title(f"Entries kept by adapter {last.adapter!r}, a line for each layer", fontsize=10)
-    axis.legend(fontsize=8)
+    return _plot_records(kind_of_record("allocation"), history, path)
+
+
+def _plot_records(kind: type[Record], history: Sequence[Record], path: str | os.PathLike) -> Path:
+    """Plot the records of one kind."""
+    records = [record for record in history if isinstance(record, kind)]
+    _check_one_adapter(records, kind.plural)
+    figure = _figure(*kind.plot_size)
+    kind.draw(records, figure)
     return _save(figure, path)
 
 
-def _of_one_adapter(history: list[Record], what: str) -> list[Record]:
+def _check_one_adapter(history: Sequence[Record], what: str) -> None:
     if not history:
         raise ValueError(f"history: no {what} to draw; it is filled during training, by SparsityController.step()")
     adapters = sorted({record.adapter for record in history})
     if len(adapters) > 1:
         raise ValueError(
-            f"history: {what}s of {len(adapters)} adapters ({', '.join(adapters)}); draw one after the other, "
+            f"history: {what} of {len(adapters)} adapters ({', '.join(adapters)}); draw one after the other, "
             f"[record for record in history if record.adapter == {adapters[0]!r}]"
         )
-    return history
-
-
-def _band(axis, history: Sequence[Reselection], what: str, label: str) -> None:
-    rows = []
-    for record in history:
-        found = sorted(
-            value for layer in record.layers.values() if (value := getattr(layer, what)) is not None and value > 0
-        )
-        if found:
-            deciles = quantiles(found, n=10, method="inclusive") if len(found) > 1 else found * 9
-            rows.append((record.step, deciles[0], deciles[4], deciles[8]))
-    if rows:
-        steps, low, middle, high = zip(*rows, strict=True)
-        (line,) = axis.plot(steps, middle, "o-", label=label)
-        axis.fill_between(steps, low, high, alpha=0.2, color=line.get_color())
 
 
 def write_history(history: Sequence[Record], folder: str | os.PathLike) -> Path:
@@ -311,7 +232,8 @@ def plot_report(
     Args:
         model: with the adapter; where its layers have positions, they are drawn as ``supports.png``.
         history: of one adapter, as in ``SparsityController.history``; reselections are drawn as ``turnover.png``,
-            reports of ranks as ``ranks.png``. Empty for methods that change nothing during training.
+            reports of ranks as ``ranks.png``, allocations as ``allocation.png``. Empty for methods that change
+            nothing during training.
         folder: made if need be.
         adapter: its name; the history's by default, or ``"default"``.
 
@@ -323,10 +245,9 @@ def plot_report(
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     files = []
-    if any(isinstance(record, Reselection) for record in history):
-        files.append(plot_turnover(history, folder / "turnover.png"))
-    if any(isinstance(record, Ranks) for record in history):
-        files.append(plot_ranks(history, folder / "ranks.png"))
+    for kind in dict.fromkeys(type(record) for record in history):
+        if kind.plot_name is not None:
+            files.append(_plot_records(kind, history, folder / kind.plot_name))
     if not files or any(adapter in layer.deltas for layer in _layers_of(model)):
         files.append(plot_supports(model, folder / "supports.png", adapter))
     return [*files, write_history(history, folder)] if history else files

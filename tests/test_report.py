@@ -6,7 +6,6 @@ from peft import get_peft_model
 from torch import nn
 
 from sparse_peft import SparseConfig, report
-from sparse_peft.dynamics.records import Allocation, LayerAllocation, LayerChange, LayerRanks, Ranks, Reselection
 from sparse_peft.report import (
     plot_allocation,
     plot_ranks,
@@ -18,6 +17,9 @@ from sparse_peft.report import (
     write_history,
 )
 from sparse_peft.support import Support
+from sparse_peft.tuners.snella.records import Allocation, LayerAllocation
+from sparse_peft.tuners.sora.records import LayerRanks, Ranks
+from sparse_peft.tuners.sparse.records import LayerChange, Reselection
 
 image = pytest.importorskip("matplotlib.image")
 
@@ -83,7 +85,7 @@ def rank_history(events=4, adapter="default"):
 @pytest.mark.parametrize("events", [1, 5])
 def test_ranks_are_drawn(tmp_path, events):
     looks_like_a_plot(plot_ranks(rank_history(events), tmp_path / "ranks.png"))
-    with pytest.raises(ValueError, match="no report of ranks"):
+    with pytest.raises(ValueError, match="no reports of ranks to draw"):
         plot_ranks(history(), tmp_path / "ranks.png")
     with pytest.raises(ValueError, match="2 adapters"):
         plot_ranks([*rank_history(), *rank_history(adapter="b")], tmp_path / "ranks.png")
@@ -98,7 +100,7 @@ def test_allocations_are_drawn(tmp_path, events):
 
     records = [Allocation(5 * event, "default", 540 - 30 * event, shares(event)) for event in range(events)]
     looks_like_a_plot(plot_allocation(records, tmp_path / "shares.png"))
-    with pytest.raises(ValueError, match="no allocation"):
+    with pytest.raises(ValueError, match="no allocations to draw"):
         plot_allocation(history(), tmp_path / "shares.png")
 
 
@@ -109,7 +111,7 @@ def test_a_report_has_both_and_the_history(tmp_path):
 
 
 def test_errors_say_what_is_wrong(tmp_path, monkeypatch):
-    with pytest.raises(ValueError, match="history: no reselection to draw"):
+    with pytest.raises(ValueError, match="history: no reselections to draw"):
         plot_turnover([], tmp_path / "a.png")
     with pytest.raises(ValueError, match="history: reselections of 2 adapters \\(a, b\\)"):
         plot_turnover([*history(1, "a"), *history(1, "b")], tmp_path / "a.png")

@@ -11,10 +11,11 @@ from peft import get_peft_model
 from torch import nn
 
 from sparse_peft import SnellaConfig, SparsityController
-from sparse_peft.dynamics.records import Allocation, record_from_dict
+from sparse_peft.dynamics.records import record_from_dict
 from sparse_peft.support import BudgetSchedule
 from sparse_peft.tuners.delta_layer import TunerLayer
 from sparse_peft.tuners.snella.dynamics import AllocationDynamics
+from sparse_peft.tuners.snella.records import Allocation
 
 SIZES = {"0": 12 * 16, "2": 16 * 6, "4": 6 * 6}
 

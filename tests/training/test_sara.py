@@ -12,8 +12,8 @@ from test_controller import batch_at, optimizer_of, train
 from torch import nn
 
 from sparse_peft import SaRAConfig, SparsityController, panel_limit, sara_learning_rate, select_support
-from sparse_peft.dynamics.records import Freezing
 from sparse_peft.report import read_history, write_history
+from sparse_peft.tuners.sara.records import Freezing
 
 NAMES = ["first", "second"]
 

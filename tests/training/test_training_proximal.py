@@ -7,10 +7,11 @@ from peft import get_peft_model
 from torch import nn
 
 from sparse_peft import SoRAConfig, SparsityController, rewarmed_schedule
-from sparse_peft.dynamics.records import Ranks, record_from_dict
+from sparse_peft.dynamics.records import record_from_dict
 from sparse_peft.ops import reference_threshold, soft_threshold
 from sparse_peft.tuners.delta_layer import TunerLayer
 from sparse_peft.tuners.sora.penalty import PenaltySchedule
+from sparse_peft.tuners.sora.records import Ranks
 
 
 def make(seed=0, **config):

@@ -10,7 +10,6 @@ from torch import Tensor
 
 from ...dynamics.optimizer_state import add_gradient_
 from ...dynamics.protocol import Setting
-from ...dynamics.records import Freezing, LayerFreezing
 from ...dynamics.sharded import full, write_full_
 from ...numerics import sample_without_replacement
 from ...ops import nuclear_norm, read_support
@@ -18,6 +17,7 @@ from ...support import Support
 from ..controller_warning import attend
 from ..delta import Delta
 from ..delta_layer import SparseTunerLayer
+from .records import Freezing, LayerFreezing
 
 
 @dataclass

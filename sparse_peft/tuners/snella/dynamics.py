@@ -10,10 +10,10 @@ from torch import Tensor
 
 from ...dynamics.optimizer_state import gradient_of
 from ...dynamics.protocol import Setting
-from ...dynamics.records import Allocation, LayerAllocation
 from ...dynamics.sharded import full
 from ...support import apportion
 from ..controller_warning import attend
+from .records import Allocation, LayerAllocation
 from .state import KernelState
 
 # The parameters that are looked at.

@@ -11,12 +11,12 @@ from torch import Tensor
 
 from ...dynamics.optimizer_state import add_gradient_, replace_parameter
 from ...dynamics.protocol import Setting
-from ...dynamics.records import LayerRanks, Ranks
 from ...dynamics.sharded import full, write_full_
 from ...dynamics.step_group import OwnGroup
 from ...ops import log_once, reference_threshold, soft_threshold
 from ...support import steps_of
 from ..controller_warning import attend
+from .records import LayerRanks, Ranks
 from .state import GatedLowRank
 
 OPERATORS = {"soft": soft_threshold, "reference": reference_threshold}

@@ -10,7 +10,6 @@ from torch import Tensor
 
 from ...dynamics.optimizer_state import Seeds, remap_, replace_parameter
 from ...dynamics.protocol import Setting
-from ...dynamics.records import AGE_EDGES, LayerChange, Reselection
 from ...dynamics.sharded import full, write_full_
 from ...dynamics.sm3_covers import update_covers_
 from ...ops import observe
@@ -20,6 +19,7 @@ from ..controller_warning import attend
 from ..delta import SparseDelta
 from ..delta_layer import SparseTunerLayer
 from .candidates import CandidateWindow
+from .records import AGE_EDGES, LayerChange, Reselection
 
 
 class _Track:
