@@ -61,9 +61,11 @@ def main(
         del dense
         base = in_four_bits(folder)
         own, packed_bytes = packed_weights(base), base.get_memory_footprint()
-        before = held_out_loss(base, held_out)
         config = SparseConfig(density=density, target_modules="all-linear", task_type="CAUSAL_LM")
         model = get_peft_model(base, config)
+        # not before: at a pass in evaluation mode bitsandbytes may repack a base for its CPU and round its scales
+        with model.disable_adapter():
+            before = held_out_loss(model, held_out)
         train_on_blocks(model, train, steps, learning_rate)
         after = held_out_loss(model, held_out)
         model.save_pretrained(f"{folder}/adapter", save_embedding_layers=False)

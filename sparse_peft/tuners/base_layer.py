@@ -14,7 +14,8 @@ from transformers.pytorch_utils import Conv1D
 from ..ops import CONVOLUTIONS, ConvProduct, LinearProduct, is_convolution
 from .base_config import BaseSparseConfig
 from .base_state import TrainedState
-from .packed_weight import PackedWeight, keep_packing
+from .four_bit import base_weight
+from .packed_weight import PackedWeight
 
 STOCK_FORWARDS = {nn.Linear.forward, Conv1D.forward, *(kind.forward for kind in CONVOLUTIONS)}
 SET_ASIDE = "set_aside"  # the module that what stands in a weight's place is kept as, while a merged weight does
@@ -51,7 +52,6 @@ class TunerLayer(BaseTunerLayer, nn.Module):
         self.quantization_backend = resolve_quantization_backend(
             base, get_apply_tensor_subclass=kwargs.get("get_apply_tensor_subclass")
         )
-        keep_packing(base)
         self.in_features, self.out_features = _get_in_out_features(base)
         if is_convolution(base):
             self.product = ConvProduct.of(base)
@@ -139,6 +139,10 @@ class TunerLayer(BaseTunerLayer, nn.Module):
         if self.quantization_backend is not None:
             return self.dequantised()
         return self.base_parameter.detach().reshape(self.stored_shape)
+
+    def get_base_weight(self) -> Tensor:
+        backend = self.quantization_backend
+        return super().get_base_weight() if backend is None else base_weight(self.get_base_layer(), backend)
 
     def dequantised(self) -> Tensor:
         """The base weight as a fresh float tensor ``(out_features, in_features)``."""

@@ -32,6 +32,7 @@ from .delta_layer import SparseTunerLayer
 from .experts import CURE, bare_weights, check_bare_weights
 from .files.card import TAG
 from .files.checks import check_adapter_name, check_values
+from .four_bit import base_weight, prepare_four_bit
 from .residency import hold_layers, release_layers
 from .selection import SupportRecipe
 
@@ -85,7 +86,7 @@ def dense_weight(module: nn.Module) -> Tensor:
         return module.dense_base_weight()
     base = base_of(module)
     backend = resolve_quantization_backend(base)
-    return base.weight.detach().reshape(stored_shape(module)) if backend is None else backend.get_base_weight(base)
+    return base.weight.detach().reshape(stored_shape(module)) if backend is None else base_weight(base, backend)
 
 
 def configs_of(model: nn.Module) -> dict[str, Any]:
@@ -226,6 +227,7 @@ class BaseSparseModel(BaseTuner):
                     "looks at data for linear layers only; leave convolutions out with exclude_modules, or choose a "
                     "selection that needs no data"
                 )
+        prepare_four_bit(modules_beside_adapters(model))
         # not a field: positions are saved with the adapter's values, not in its config
         config.supports = cls.choose_from_data(model, config, targets, data, gradients, **options)
         return config
@@ -252,6 +254,7 @@ class BaseSparseModel(BaseTuner):
         targets = self.find_targets(peft_config, model, state_dict)
         check_bare_weights(peft_config, model, bool(targets))
         self.check_targets(model, targets)
+        prepare_four_bit(modules_beside_adapters(model))
         self.release()
         if targets:
             self._plans = self.plan_layers(peft_config, targets, adapter_name, self._file_entries(state_dict))

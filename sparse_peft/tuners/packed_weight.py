@@ -30,16 +30,3 @@ class PackedWeight:
             self.layer._parameters["weight"] = self.weight
         if self.state is not None:
             self.layer.state = self.state
-
-
-def keep_packing(base: nn.Module) -> None:
-    """Keep bitsandbytes from repacking a 4-bit base in place.
-
-    On CPUs with AVX512-BF16 its layer replaces the packed weight, at the first pass in eval mode, by another layout
-    with rounded scales, which PEFT's backend reads as noise and nobody can turn back bit for bit.
-    """
-    if not hasattr(base, "support_avx512bf16_for_cpu"):
-        return
-    base.support_avx512bf16_for_cpu = False
-    if getattr(getattr(base.weight, "quant_state", None), "packing_format_for_cpu", False):
-        base.state_dict()  # done already: saving is what makes bitsandbytes return to the portable layout

@@ -6,13 +6,14 @@ import pytest
 import torch
 from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file
+from test_four_bit import four_bit_layer
 from test_quantized import build
 
 from benchmarks.measure import LargestTensor
 from sparse_peft import SketchConfig, panel_limit
-from sparse_peft.ops import code_gather, unpack_codes
-from sparse_peft.tuners.delta_layer import TunerLayer
-from sparse_peft.tuners.sketch.four_bit import FourBit
+from sparse_peft.ops import unpack_codes
+from sparse_peft.tuners.base_layer import TunerLayer
+from sparse_peft.tuners.four_bit import FourBit
 
 bnb = pytest.importorskip("bitsandbytes")
 
@@ -38,39 +39,6 @@ def weights(model):
 def dense_output(model, dense, x):
     first, _second = (layer.get_base_layer() for layer in layers(model).values())
     return torch.relu(x @ dense["first"].t() + first.bias.double()) @ dense["second"].t()
-
-
-def four_bit_layer(rows, cols, block, quant_type="nf4", nested=True, dtype=torch.float32):
-    layer = bnb.nn.Linear4bit(
-        cols, rows, bias=False, compute_dtype=dtype, quant_type=quant_type, compress_statistics=nested
-    )
-    weight = torch.randn(rows, cols)
-    layer.weight = bnb.nn.Params4bit(
-        weight, requires_grad=False, blocksize=block, quant_type=quant_type, compress_statistics=nested
-    )
-    return layer.to("cpu")
-
-
-@pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
-@pytest.mark.parametrize("nested", [False, True])
-@pytest.mark.parametrize("rows, cols, block", [(8, 128, 64), (6, 96, 64), (5, 34, 64), (3, 64, 128)])
-def test_weights_are_those_that_bitsandbytes_dequantises(quant_type, nested, rows, cols, block):
-    """Also where a block of weights that share a maximum ends within a row."""
-    layer = four_bit_layer(rows, cols, block, quant_type, nested)
-    found = FourBit.of(layer)
-    for start, stop in ((0, rows), (1, rows)):
-        got = code_gather(
-            found.table.expand(stop - start, 1, 16), found.codes[start:stop], 4, cols, torch.float32
-        ).contiguous()
-        found.scale_(got, start)
-        want = bnb.functional.dequantize_4bit(layer.weight.data, layer.weight.quant_state)[start:stop]
-        torch.testing.assert_close(got, want.float(), rtol=1e-6, atol=0)
-    assert found.codes.untyped_storage().data_ptr() == layer.weight.data.untyped_storage().data_ptr()
-
-
-def test_odd_rows_have_no_codes_of_their_own():
-    assert FourBit.of(four_bit_layer(4, 33, 64)) is None
-    assert FourBit.of(torch.nn.Linear(3, 4)) is None and FourBit.of(build("8bit").first) is None
 
 
 def test_a_new_adapter_is_the_4_bit_base_to_the_bit():

@@ -23,6 +23,7 @@ from ...calibrate.model_pass import each_batch, run_model, token_mask
 from ...numerics import panel_bytes
 from ...ops import code_gather, pack_codes
 from ..base_model import base_of, dense_weight, in_dim_of
+from ..four_bit import prepare_four_bit
 from .config import SketchConfig
 from .model import SketchModel
 
@@ -137,6 +138,7 @@ def sketch_model(
         )
     config = copy.copy(config)
     targets = SketchModel.checked_targets(config, model)
+    prepare_four_bit(model.modules())
     recipe = Recipe(config, compensate, refit, importance, damping, act_order, block)
     with logging.tqdm(total=len(targets), desc="sketching", unit="layer", disable=not progress) as bar:
         sketches = _Calibration(model, targets, recipe, bar.update).run(list(data), loss_fn, sequential)

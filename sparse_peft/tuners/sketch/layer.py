@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from ...calibrate.codebooks import Sketch
 from ...ops import CodedWeight, Codes, codebook_linear
 from ..base_layer import SET_ASIDE, TunerLayer
+from ..four_bit import FourBit
 from .config import SketchConfig
-from .four_bit import FourBit
 from .sketched import SketchedLinear
 from .state import SketchState
 

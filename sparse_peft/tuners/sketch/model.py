@@ -16,9 +16,9 @@ from ...ops import Combination, check_weights, is_convolution
 from ...support import matches_layer
 from ..base_model import BaseSparseModel, base_of, in_dim_of, stored_shape
 from ..combination import check_combination, combinable_configs
+from ..four_bit import FourBit
 from ..low_rank import factor_sizes
 from .config import SketchConfig
-from .four_bit import FourBit
 from .layer import SketchLinear
 from .sidecar import read_sketches
 from .sketched import SketchedLinear
