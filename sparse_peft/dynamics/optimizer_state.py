@@ -47,6 +47,15 @@ def inner_optimizer(optimizer: Any) -> torch.optim.Optimizer:
     return inner
 
 
+def scaler_of(optimizer: Any) -> torch.amp.GradScaler | None:
+    """The loss scaler that accelerate's wrapper of an optimizer steps it with; None without one."""
+    while isinstance(getattr(optimizer, "optimizer", None), torch.optim.Optimizer):
+        if getattr(optimizer, "scaler", None) is not None:
+            return optimizer.scaler
+        optimizer = optimizer.optimizer
+    return None
+
+
 def gradient_of(optimizer: torch.optim.Optimizer, parameter: Tensor) -> Tensor | None:
     """A parameter's whole gradient as the optimizer will use it, right before it steps; None without any."""
     if parameter.grad is None:

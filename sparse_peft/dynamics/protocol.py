@@ -25,6 +25,7 @@ class Setting:
         optimizer: the torch optimizer that trains it.
         total_steps: number of optimizer steps of the whole run; None if not known.
         collectives: the processes whose gradients are averaged.
+        scaler: the loss scaler of the run; None without one.
     """
 
     adapter: str
@@ -33,6 +34,7 @@ class Setting:
     optimizer: torch.optim.Optimizer
     total_steps: int | None
     collectives: Collectives
+    scaler: torch.amp.GradScaler | None = None
 
 
 class Dynamics(Protocol):

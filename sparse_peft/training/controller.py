@@ -5,12 +5,13 @@ from __future__ import annotations
 import warnings
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.fsdp import FullyShardedDataParallel
 
 from ..dynamics.collectives import Collectives
-from ..dynamics.optimizer_state import inner_optimizer
+from ..dynamics.optimizer_state import inner_optimizer, scaler_of
 from ..dynamics.protocol import Dynamics, Setting, make_dynamics
 from ..dynamics.records import Record, record_from_dict
 
@@ -41,6 +42,8 @@ class SparsityController:
         total_steps: optimizer steps of the whole run; needed where a config gives start or stop as shares.
         completed_steps: steps done before, where the optimizer's state does not say.
         process_group: the processes whose gradients are averaged; None for all of them.
+        scaler: the ``GradScaler`` of a loop of your own, needed with SoRA's ``l1_weight``; accelerate's optimizer
+            brings its own.
 
     Attributes:
         completed_steps: number of optimizer steps taken.
@@ -60,8 +63,10 @@ class SparsityController:
         *,
         completed_steps: int = 0,
         process_group: dist.ProcessGroup | None = None,
+        scaler: torch.amp.GradScaler | None = None,
     ):
         self.optimizer = inner_optimizer(optimizer)
+        self._scaler = scaler_of(optimizer) if scaler is None else scaler
         self.completed_steps = completed_steps
         self.history: list[Record] = []
         self._stepped = False
@@ -98,7 +103,7 @@ class SparsityController:
                     f"adapter {adapter!r} changes its positions during training, which FSDP1's flat parameters do not "
                     "let it; use FSDP2 (fully_shard, or fsdp_version: 2), DDP, or a static selection"
                 )
-            setting = Setting(adapter, config, mine, self.optimizer, total_steps, self._collectives)
+            setting = Setting(adapter, config, mine, self.optimizer, total_steps, self._collectives, self._scaler)
             dynamics = make_dynamics(setting)
             if dynamics is not None:
                 found[adapter] = dynamics

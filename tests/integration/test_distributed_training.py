@@ -265,7 +265,11 @@ CASES = [
     ("set", "by age", {}),
     ("s2ft", "adamw", {"k": 4}),
     ("sara", "adamw", {"density": 0.2, "progressive": 3, "nuclear_weight": 0.01, "nuclear_min_size": 4}),
-    ("sora", "adamw", {"r": 4, "alpha": 8, "penalty": 2.0, "prox_start": 2, "target_rank": 7, "target_step": 9}),
+    (
+        "sora",
+        "adamw",
+        {"r": 4, "alpha": 8, "penalty": 2.0, "prox_start": 2, "target_rank": 7, "target_step": 9, "l1_weight": 5.0},
+    ),
     ("sltrain", "adamw", {"r": 2, "density": 0.2}),
     (
         "snella",

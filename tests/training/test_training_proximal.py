@@ -3,6 +3,9 @@ import warnings
 
 import pytest
 import torch
+from accelerate import Accelerator
+from accelerate.optimizer import AcceleratedOptimizer
+from accelerate.state import AcceleratorState
 from peft import get_peft_model
 from torch import nn
 
@@ -257,7 +260,7 @@ def test_the_penalty_follows_the_target():
 
 @pytest.mark.parametrize("optimizer_cls", [torch.optim.AdamW, torch.optim.SGD])
 def test_compaction_changes_nothing_but_the_size(optimizer_cls, tmp_path):
-    fields = {"penalty": 1.0, "target_rank": 3, "target_step": 6, "report_every": 5}
+    fields = {"penalty": 1.0, "target_rank": 3, "target_step": 6, "report_every": 5, "l1_weight": 0.1}
     options = {"lr": 1e-2, **({"momentum": 0.9} if optimizer_cls is torch.optim.SGD else {})}
     runs = []
     for compact in (None, 4):
@@ -283,7 +286,99 @@ def test_compaction_changes_nothing_but_the_size(optimizer_cls, tmp_path):
     assert torch.equal(fresh(x), runs[1](x))
 
 
-def test_l1_in_the_loss():
+def paper_groups(model):
+    """As the authors' script: gates without weight decay."""
+    gates = [p for n, p in model.named_parameters() if n.endswith(".gate")]
+    others = [p for n, p in model.named_parameters() if p.requires_grad and not n.endswith(".gate")]
+    return [{"params": others, "weight_decay": 0.1}, {"params": gates, "weight_decay": 0.0}]
+
+
+@pytest.mark.parametrize("micro", [1, 2])
+def test_the_papers_settings_clip_the_l1_norm_with_the_loss(micro):
+    model = get_peft_model(make().unload(), SoRAConfig.paper(r=4, alpha=8, target_modules=["0", "2"]))
+    twin = copy.deepcopy(model)
+    optimizer = torch.optim.AdamW(paper_groups(model), lr=1e-3)
+    controller = SparsityController(model, optimizer, total_steps=200)
+    other = torch.optim.AdamW(paper_groups(twin), lr=1e-3)
+    clipped = 0
+    for step in range(200):
+        for x, y in zip(*(part.chunk(micro) for part in batch(step)), strict=True):
+            ((model(x) - y).square().mean() / micro).backward()
+        x, y = batch(step)
+        (10 * torch.cat([state.gate for state in states(twin).values()]).abs().mean()).backward()
+        (twin(x) - y).square().mean().backward()
+        for tuned, stepped in ((model, optimizer), (twin, other)):
+            clipped += int(nn.utils.clip_grad_norm_(tuned.parameters(), 0.1) > 0.1)
+            stepped.step()
+            stepped.zero_grad()
+        controller.step()
+        for state in states(twin).values():
+            state.gate.data = reference_threshold(state.gate.data, 3e-4)
+    assert clipped == 2 * 200
+    for mine, theirs in zip(states(model).values(), states(twin).values(), strict=True):
+        for name in ("A", "B", "gate"):
+            torch.testing.assert_close(getattr(mine, name), getattr(theirs, name), rtol=1e-4, atol=1e-5)
+
+
+def test_the_l1_norm_has_the_loss_scale():
+    runs = []
+    for enabled in (False, True):
+        model = make(penalty=0.0, l1_weight=4.0)
+        optimizer, scaler = adamw(model), torch.amp.GradScaler("cpu", enabled=enabled)
+        controller = SparsityController(model, optimizer, scaler=scaler)
+        for step in range(5):
+            x, y = batch(step)
+            scaler.scale((model(x) - y).square().mean()).backward()
+            scaler.unscale_(optimizer)
+            nn.utils.clip_grad_norm_(model.parameters(), 0.1)
+            scaler.step(optimizer)
+            scaler.update()
+            controller.step()
+            optimizer.zero_grad()
+        runs.append(gates(model))
+    torch.testing.assert_close(runs[1], runs[0], rtol=1e-5, atol=1e-6)
+
+
+def test_accelerates_optimizer_brings_its_scaler():
+    model = make(penalty=0.0, l1_weight=4.0)
+    scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
+    Accelerator(cpu=True)
+    try:
+        SparsityController(model, AcceleratedOptimizer(adamw(model), scaler=scaler))
+    finally:
+        AcceleratorState._reset_state(reset_partial_state=True)
+    (0 * model(batch(0)[0]).sum()).backward()
+    assert torch.equal(states(model)["0"].gate.grad, 8.0 * 4.0 / 8 * gates(model)[:4].sign())
+
+
+def test_the_l1_norm_counts_once_in_a_step():
+    model = make(penalty=0.0, l1_weight=4.0)
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.5)
+    controller = SparsityController(model, optimizer)
+    gate = states(model)["0"].gate
+    gate.data[0] = -1
+    want = 4 / 8 * gate.detach().sign()
+
+    def backward():
+        (0 * model(batch(0)[0]).sum()).backward()
+        return gate.grad
+
+    assert torch.equal(backward(), want) and torch.equal(backward(), want)
+    optimizer.zero_grad()
+    controller.discard_step()
+    assert torch.equal(backward(), want)
+    before = gates(model)
+    optimizer.step()
+    controller.step()
+    optimizer.zero_grad()
+    assert torch.allclose(gates(model), before - before.sign() * 0.5 * 4 / 8)
+    assert torch.equal(backward(), 4 / 8 * gate.detach().sign())
+    optimizer.zero_grad()
+    controller.close()
+    assert not backward().any()
+
+
+def test_the_l1_norm_of_gates_that_no_backward_pass_reaches():
     model = make(penalty=0.0, l1_weight=4.0)
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.5)
     controller = SparsityController(model, optimizer)

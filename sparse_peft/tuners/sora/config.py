@@ -48,8 +48,8 @@ class SoRAConfig(BaseSparseConfig):
             start (float in (0, 1]); the penalty is then adapted to it.
         target_step: when: optimizer steps (int) or a share of the run (float). From then on ranks stay as they are.
         gate_lr_scale: the gates' learning rate, relative to that of ``A`` and ``B``.
-        l1_weight: weight of an L1 norm of the gates, averaged over all of them, added to the loss's gradient, as the
-            authors do besides the threshold; 0 for none.
+        l1_weight: weight of the gates' mean absolute value in the loss, as in the authors' code besides the threshold;
+            0 for none. Its gradient is added in backward, so that clipping includes it.
         compact_every: cut ranks out of the model that were zero for so many steps; None for never. They cannot come
             back. In one process only.
         report_every: optimizer steps from one report of the ranks to the next.

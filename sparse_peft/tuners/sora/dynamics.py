@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...dynamics.loss_term import LossTerm
 from ...dynamics.optimizer_state import add_gradient_, replace_parameter
 from ...dynamics.protocol import Setting
 from ...dynamics.sharded import full, write_full_
@@ -91,19 +92,23 @@ class ProximalDynamics:
             self.parts[name] = _Part(state, (config.ranks or {}).get(name, state.rank), dead_for)
             attend(state)
         self.total = sum(part.initial for part in self.parts.values())
-        self.group = OwnGroup(self.optimizer, (part.gate for part in self.parts.values()), config.gate_lr_scale)
+        gates = [part.gate for part in self.parts.values()]
+        self.group = OwnGroup(self.optimizer, gates, config.gate_lr_scale)
+        self.l1_term = LossTerm(gates if config.l1_weight else (), self._l1_gradient, setting.scaler)
 
     # ------------------------------------------------------------------ the course of a step
 
     def begin_step(self, step: int) -> None:
-        pass
+        self.l1_term.begin_step()
 
     @torch.no_grad()
     def before_step(self, step: int) -> None:
-        if self.config.l1_weight:
-            for part in self.parts.values():
-                gradient = full(part.gate).sign() * (self.config.l1_weight / self.total)
-                add_gradient_(self.optimizer, part.gate, gradient)
+        for part in self.parts.values():
+            if self.l1_term.misses(part.gate):
+                add_gradient_(self.optimizer, part.gate, full(self._l1_gradient(part.gate)))
+
+    def _l1_gradient(self, gate: Tensor) -> Tensor:
+        return gate.detach().sign() * (self.config.l1_weight / self.total)
 
     @torch.no_grad()
     def after_step(self, step: int) -> Ranks | None:
@@ -125,10 +130,11 @@ class ProximalDynamics:
         return self._report(step, penalty) if self._reports(step) else None
 
     def discard_step(self) -> None:
-        pass
+        self.l1_term.begin_step()
 
     def close(self) -> None:
         self.group.close()
+        self.l1_term.close()
 
     def _check(self, gates: dict[str, Tensor]) -> None:
         for name, gate in gates.items():
@@ -248,6 +254,7 @@ class ProximalDynamics:
                 if isinstance(tensor, Tensor) and tensor.shape == old[name].shape and tensor.numel() > 1:
                     moments[key] = tensor.index_select(dim, keep)
         self.group.replace(old["gate"], state.gate)
+        self.l1_term.replace(old["gate"], state.gate)
         part.dead_for = part.dead_for[keep]
         part.locked = None if part.locked is None else part.locked[keep]
 
