@@ -13,6 +13,8 @@ if not torch.cuda.is_available():
     # Triton's kernels then run in Python; read when a kernel is defined, so before anything imports one
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
+from tests.helpers.adapter_folders import save_base_and_adapters
+
 
 @pytest.fixture(autouse=True)
 def _fixed_seed():
@@ -47,4 +49,12 @@ def stand_in(tmp_path_factory):
             eos_token_id=1,
         )
     ).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def world(tmp_path_factory):
+    """A folder with a base model, and adapters of it with random values beside it."""
+    folder = tmp_path_factory.mktemp("world")
+    save_base_and_adapters(folder)
     return folder

@@ -4,7 +4,6 @@ import json
 
 import pytest
 import torch
-from after import METHODS, SPARSE, deltas, loaded, saved, three, weighted_sum
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from torch import nn
@@ -12,6 +11,7 @@ from torch import nn
 from sparse_peft import S2FTConfig, SaRAConfig, SLTrainConfig, SoRAConfig, SparseConfig
 from sparse_peft.adapters import compose
 from sparse_peft.adapters.offline_adapter import read_stored
+from tests.helpers.trained_adapters import METHODS, SPARSE, deltas, loaded, saved, three, weighted_sum
 
 WEIGHTS = [0.7, -0.4, 1.3]
 

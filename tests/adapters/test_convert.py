@@ -6,13 +6,13 @@ import pickle
 import numpy as np
 import pytest
 import torch
-from after import deltas, llama, loaded, saved
 from peft import PeftModel, ShiraConfig, SupertuningConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from sparse_peft import S2FTConfig, SaRAConfig, SoRAConfig, SparseConfig
 from sparse_peft.adapters import convert
+from tests.helpers.trained_adapters import deltas, llama, loaded, saved
 
 TARGETS = ["q_proj", "v_proj", "down_proj"]
 FILE = "adapter_model.safetensors"

@@ -5,7 +5,6 @@ import sys
 
 import pytest
 import torch
-from after import FACTORS, METHODS, deltas, llama, saved, three, trained
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from torch import nn
@@ -13,6 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from sparse_peft import S2FTConfig, SaRAConfig, SLTrainConfig, SoRAConfig, SparseConfig
 from sparse_peft.adapters import export, save_merged
+from tests.helpers.trained_adapters import FACTORS, METHODS, deltas, llama, saved, three, trained
 
 TARGETS = ["q_proj", "o_proj", "down_proj"]
 CONFIGS = {

@@ -5,7 +5,6 @@ import warnings
 
 import pytest
 import torch
-from after import deltas, llama, loaded, support_masks, three
 from peft import PeftModel
 from safetensors.torch import load_file
 from torch import nn
@@ -13,6 +12,7 @@ from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 from sparse_peft.adapters import extract
 from sparse_peft.adapters.weight_reader import FolderWeights
+from tests.helpers.trained_adapters import deltas, llama, loaded, support_masks, three
 
 LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 

@@ -9,12 +9,12 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
-from test_s2ft import small_llama
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from sparse_peft import S2FTConfig, SLTrainConfig, SoRAConfig, SoRALinear, SparseConfig
 from sparse_peft.adapters import save_as_lora, save_lora_as_s2ft
+from tests.helpers.language_models import small_llama
 
 EVERY = ["q_proj", "v_proj", "o_proj", "up_proj", "down_proj"]
 

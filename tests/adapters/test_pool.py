@@ -5,17 +5,17 @@ import threading
 
 import pytest
 import torch
-from helpers import TwoLayers
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
-from test_s2ft import small_llama
 from torch import nn
 
 import sparse_peft
 from sparse_peft import S2FTConfig, SparseConfig
 from sparse_peft.adapters import AdapterPool
+from tests.helpers.language_models import small_llama
+from tests.helpers.two_layers import TwoLayers
 from tests.peft_suite.cases import METHODS
 
 OURS = [method for method in METHODS if not method.baseline]

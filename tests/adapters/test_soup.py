@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from after import SPARSE, deltas, loaded, saved, support_masks, three, weighted_sum
 from safetensors.torch import load_file
 
 from sparse_peft import SLTrainConfig, SoRAConfig, SparseConfig
 from sparse_peft.adapters import compose, greedy_soup, soup
+from tests.helpers.trained_adapters import SPARSE, deltas, loaded, saved, support_masks, three, weighted_sum
 
 FILE = "adapter_model.safetensors"
 

@@ -1,5 +1,6 @@
 import pytest
-from small import make_tokenizer
+
+from tests.helpers.language_models import make_tokenizer
 
 
 @pytest.fixture(scope="module")

@@ -4,9 +4,10 @@ import sys
 from pathlib import Path
 
 import torch
-from small import METHODS, config, llama, make_tokenizer, text
 
 import sparse_peft
+from tests.helpers.language_models import llama, make_tokenizer, text
+from tests.helpers.methods import METHODS, config
 
 BASE, IDS = "tester/tiny-llama", torch.arange(3, 13).view(2, 5)
 METHOD_REPOS = {name: f"tester/{name}-adapter" for name in METHODS}

@@ -17,7 +17,6 @@ from diffusers import (
 )
 from peft import PeftModel, inject_adapter_in_model
 from PIL import Image
-from small import METHODS, MOVING, ONE_OF_EACH_FAMILY
 from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 from typer.testing import CliRunner
@@ -25,6 +24,7 @@ from typer.testing import CliRunner
 from sparse_peft import SaRAConfig, SparsityController
 from sparse_peft.adapters import load_adapter, save_adapter
 from sparse_peft.tuners.delta_layer import SparseTunerLayer, TunerLayer
+from tests.helpers.methods import METHODS, MOVING, ONE_OF_EACH_FAMILY
 
 WIDTH = 16
 

@@ -7,7 +7,6 @@ import pytest
 import torch
 from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file
-from small import bnb_optimizers_run, config, llama, text
 from transformers import (
     DataCollatorForLanguageModeling,
     EarlyStoppingCallback,
@@ -19,6 +18,9 @@ from transformers import (
 from sparse_peft import SM3, SparseAdamW, SparsityCallback
 from sparse_peft.tuners.delta_layer import SparseTunerLayer
 from sparse_peft.tuners.files.positions import pack
+from tests.helpers.language_models import llama, text
+from tests.helpers.methods import config
+from tests.helpers.optimizers import bnb_optimizers_run
 
 trl = pytest.importorskip("trl")
 

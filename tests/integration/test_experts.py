@@ -5,10 +5,10 @@ import warnings
 import pytest
 import torch
 from peft import PeftModel, get_peft_model
-from small import METHODS, config
 from transformers import AutoModelForCausalLM, GptOssConfig, MixtralConfig, Qwen3MoeConfig
 
 from sparse_peft.tuners.delta_layer import TunerLayer
+from tests.helpers.methods import METHODS, config
 
 SMALL = {
     "vocab_size": 32, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2,

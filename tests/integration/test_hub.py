@@ -7,22 +7,23 @@ from pathlib import Path
 
 import pytest
 import torch
-from hub_client import BASE, METHOD_REPOS
-from hub_stand_in import TOKEN, running_hub
 
-HERE = Path(__file__).parent
+from tests.integration.hub_client import BASE, METHOD_REPOS
+from tests.integration.hub_stand_in import TOKEN, running_hub
+
+ROOT = Path(__file__).parents[2]
 
 
 def environment(hub, home, token=TOKEN):
     return {k: v for k, v in os.environ.items() if not k.startswith(("HF_", "TRANSFORMERS_"))} | {
         "HF_ENDPOINT": hub.url, "HF_TOKEN": token, "HF_HOME": str(home), "HF_HUB_DISABLE_XET": "1",
         "HF_HUB_DISABLE_PROGRESS_BARS": "1", "HF_HUB_DISABLE_TELEMETRY": "1", "NO_PROXY": "127.0.0.1",
-        "PYTHONPATH": os.pathsep.join([str(HERE), str(HERE.parents[1])]),
+        "PYTHONPATH": str(ROOT),
     }  # fmt: skip
 
 
 def client(hub, folder, home, *actions):
-    command = [sys.executable, str(HERE / "hub_client.py"), str(folder), *actions]
+    command = [sys.executable, "-m", "tests.integration.hub_client", str(folder), *actions]
     env = environment(hub, folder / home)
     return subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
 

@@ -5,11 +5,12 @@ import copy
 import pytest
 import torch
 from peft import PeftModel, get_peft_model
-from small import METHODS, config, llama, text
 from transformers import DataCollatorForLanguageModeling, Trainer, TrainingArguments
 
 from sparse_peft import SparsityCallback
 from sparse_peft.tuners.delta_layer import TunerLayer
+from tests.helpers.language_models import llama, text
+from tests.helpers.methods import METHODS, config
 
 trl = pytest.importorskip("trl")
 

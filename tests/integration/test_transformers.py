@@ -4,11 +4,12 @@ import pytest
 import torch
 from peft import PeftModel, get_peft_model, get_peft_model_state_dict
 from safetensors.torch import load_file
-from small import METHODS, MOVING, ONE_OF_EACH_FAMILY, config, llama, text
 from transformers import DataCollatorForLanguageModeling, Trainer, TrainingArguments
 
 from sparse_peft import SparsityCallback
 from sparse_peft.tuners.delta_layer import TunerLayer
+from tests.helpers.language_models import llama, text
+from tests.helpers.methods import METHODS, MOVING, ONE_OF_EACH_FAMILY, config
 
 IDS = torch.arange(3, 13).view(2, 5)
 

@@ -11,10 +11,11 @@ import pytest
 import torch
 from datasets import Dataset
 from peft import PeftModel, get_peft_model
-from small import ALWAYS, METHODS, MOVING, ONE_OF_EACH_FAMILY, WORDS, config, llama, sequence_classifier
 
 from sparse_peft import SparsityCallback
 from sparse_peft.tuners.base_state import TrainedState
+from tests.helpers.language_models import WORDS, llama, sequence_classifier
+from tests.helpers.methods import ALWAYS, METHODS, MOVING, ONE_OF_EACH_FAMILY, config
 
 trl = pytest.importorskip("trl")
 

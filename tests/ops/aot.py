@@ -1,4 +1,4 @@
-"""``python tests/ops/aot.py 80 90``: compile every Triton kernel to machine code, without a GPU; a line for each."""
+"""``python -m tests.ops.aot 80 90``: compile every Triton kernel to machine code, without a GPU; a line for each."""
 
 import sys
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import torch
-from kernel_cases import Problem
 from torch import Tensor
 
 from sparse_peft.numerics import panel_limit, topk_indices
@@ -21,6 +20,7 @@ from sparse_peft.ops import (
     use_backend,
 )
 from sparse_peft.support import Support
+from tests.ops.kernel_cases import Problem
 
 NEAR = {"rtol": 1e-5, "atol": 2e-5}
 

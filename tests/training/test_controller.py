@@ -9,16 +9,17 @@ import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
-from helpers import TwoLayers, layers_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from torch import nn
 
 from benchmarks.measure import LargestTensor
-from sparse_peft import SM3, SparseAdamW, SparseConfig, SparsityController, base_weights, panel_limit
+from sparse_peft import SparseConfig, SparsityController, base_weights, panel_limit
 from sparse_peft.ops.gradient_observers import observer_of
 from sparse_peft.support import Support
+from tests.helpers.training_loop import batch_at, optimizer_of, train
+from tests.helpers.two_layers import TwoLayers, layers_of
 
 METHODS = ("accumulated_gradient", "momentum", "set", "rigl")
 
@@ -28,40 +29,6 @@ def adapted(selection="accumulated_gradient", base=None, **config):
     base = TwoLayers() if base is None else base
     config = {"density": 0.15, "reselect_every": 6, "accumulate": 0 if selection == "set" else 3, **config}
     return get_peft_model(base, SparseConfig(target_modules=["first", "second"], selection=selection, **config))
-
-
-def optimizer_of(model, kind="adamw", lr=1e-2):
-    values = [p for p in model.parameters() if p.requires_grad]
-    if kind == "sm3":
-        return SM3(values, lr=lr, peft_model=model)
-    return {"adamw": torch.optim.AdamW, "by age": SparseAdamW, "sgd": torch.optim.SGD}[kind](values, lr=lr)
-
-
-def batch_at(step, size=12, n_in=17, n_out=5):
-    generator = torch.Generator().manual_seed(step)
-    return torch.randn(size, n_in, generator=generator), torch.randint(0, n_out, (size,), generator=generator)
-
-
-def train(model, optimizer, controller, steps, accumulation=1, clip=None, scaler=None):
-    """Optimizer steps ``steps`` (numbers from 0), each on its own batch."""
-    records = []
-    for step in steps:
-        x, y = batch_at(step)
-        for part, label in zip(x.chunk(accumulation), y.chunk(accumulation), strict=True):
-            loss = F.cross_entropy(model(part), label) / accumulation
-            (loss if scaler is None else scaler.scale(loss)).backward()
-        if scaler is not None:
-            scaler.unscale_(optimizer)
-        if clip is not None:
-            nn.utils.clip_grad_norm_(model.parameters(), clip)
-        if scaler is None:
-            optimizer.step()
-        else:
-            scaler.step(optimizer)
-            scaler.update()
-        records += controller.step()
-        optimizer.zero_grad()
-    return records
 
 
 def snapshot(model):

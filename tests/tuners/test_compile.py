@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from helpers import TwoLayers, adapted, assert_base_untouched, layers_of
 from peft import get_peft_model
 
 from sparse_peft import S2FTConfig, SaRAConfig, SLTrainConfig, SnellaConfig, SoRAConfig, SparseConfig
+from tests.helpers.two_layers import TwoLayers, adapted, assert_base_untouched, layers_of
 
 
 @pytest.fixture(autouse=True)

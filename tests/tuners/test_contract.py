@@ -6,7 +6,6 @@ import warnings
 
 import pytest
 import torch
-from helpers import TwoLayers, adapted, effective_weights, layers_of, oracle_output
 from peft import AutoPeftModelForCausalLM, PeftConfig, PeftModel, get_layer_status, get_model_status, get_peft_model
 from peft import inject_adapter_in_model as inject
 from peft.utils import PeftType, get_peft_model_state_dict, set_peft_model_state_dict
@@ -21,6 +20,7 @@ from transformers import (
 )
 
 from sparse_peft import SparseConfig, SparseLinear, SparseModel
+from tests.helpers.two_layers import TwoLayers, adapted, effective_weights, layers_of, oracle_output
 
 
 def llama(**kwargs):

@@ -2,12 +2,12 @@
 
 import pytest
 import torch
-from helpers import TwoLayers
 from peft import get_peft_model
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from sparse_peft import SparseConfig, select_support
+from tests.helpers.two_layers import TwoLayers
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,6 @@ import warnings
 import pytest
 import torch
 from peft import get_peft_model
-from test_quantized import build
 from torch import nn
 
 from sparse_peft import SoRAConfig, SparseConfig, panel_limit, select_support, sketch_model
@@ -13,21 +12,11 @@ from sparse_peft.ops import code_gather
 from sparse_peft.tuners import four_bit
 from sparse_peft.tuners.base_model import dense_weight
 from sparse_peft.tuners.four_bit import FourBit
+from tests.helpers.quantized import build, four_bit_layer
 
 bnb = pytest.importorskip("bitsandbytes")
 SHAPES = [(8, 128, 64), (6, 96, 64), (5, 34, 64), (3, 64, 128), (7, 48, 256)]
 TARGETS = ["first", "second"]
-
-
-def four_bit_layer(rows, cols, block, quant_type="nf4", nested=True, dtype=torch.float32):
-    layer = bnb.nn.Linear4bit(
-        cols, rows, bias=False, compute_dtype=dtype, quant_type=quant_type, compress_statistics=nested
-    )
-    weight = torch.randn(rows, cols, dtype=dtype)
-    layer.weight = bnb.nn.Params4bit(
-        weight, requires_grad=False, blocksize=block, quant_type=quant_type, compress_statistics=nested
-    )
-    return layer.to("cpu")
 
 
 def by_hand(layer):

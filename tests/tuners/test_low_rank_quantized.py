@@ -3,10 +3,10 @@
 import pytest
 import torch
 from peft import get_peft_model
-from test_quantized import build
 
 from sparse_peft import SLTrainConfig, SnellaConfig, SoRAConfig
 from sparse_peft.tuners.delta_layer import TunerLayer
+from tests.helpers.quantized import build
 
 pytest.importorskip("bitsandbytes")
 

@@ -2,13 +2,13 @@
 
 import pytest
 import torch
-from helpers import TwoLayers, adapted
 from peft import LoraConfig, ShiraConfig, get_peft_model
 from torch import nn
-from torch.autograd.graph import saved_tensors_hooks
 
 from benchmarks.measure import LargestTensor
 from sparse_peft import SparseConfig, panel_limit, use_backend
+from tests.helpers.memory import saved_bytes
+from tests.helpers.two_layers import TwoLayers, adapted
 
 TOKENS, WIDTH = 8, 256
 
@@ -22,21 +22,6 @@ class Stack(nn.Module):
         for layer in self.layers:
             x = layer(x)
         return x
-
-
-def saved_bytes(model, x):
-    """Bytes kept for backward, each storage once, parameters and the input not counted."""
-    own = {p.untyped_storage().data_ptr() for p in model.parameters()} | {x.untyped_storage().data_ptr()}
-    kept = {}
-
-    def pack(t):
-        if t.layout == torch.strided and t.untyped_storage().data_ptr() not in own:
-            kept[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
-        return t
-
-    with saved_tensors_hooks(pack, lambda t: t):
-        y = model(x)
-    return sum(kept.values()), y
 
 
 @pytest.mark.parametrize("resident", [True, False])

@@ -6,11 +6,18 @@ import pickle
 
 import pytest
 import torch
-from helpers import TwoLayers, adapted, assert_base_untouched, effective_weights, layers_of, oracle_output
 from peft import PeftModel
 
 import sparse_peft
 from sparse_peft.tuners import residency
+from tests.helpers.two_layers import (
+    TwoLayers,
+    adapted,
+    assert_base_untouched,
+    effective_weights,
+    layers_of,
+    oracle_output,
+)
 
 
 def values_of(model):

@@ -4,10 +4,10 @@ import copy
 
 import pytest
 import torch
-from helpers import TwoLayers, layers_of
 from peft import get_peft_model
 
 from sparse_peft import SparseConfig, select_support
+from tests.helpers.two_layers import TwoLayers, layers_of
 
 NAMES = ["first", "second"]
 

@@ -1,0 +1,128 @@
+"""plan: its numbers are those of the adapter that training makes, and it holds no weight."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from transformers import AutoConfig, LlamaForCausalLM
+
+from sparse_peft import SaRAConfig, SparseConfig
+from sparse_peft.planning import PlanOptions, plan_training
+from sparse_peft.planning.plan import countable
+from sparse_peft.registry import METHODS, method_named
+from sparse_peft.structure import read_model_config
+from sparse_peft.tuners.delta_layer import TunerLayer
+
+GIVEN_SPEED = PlanOptions(flops=1e12, batch=2, length=16)
+
+
+def settings_of(method):
+    return {} if method.short_name == "s2ft" else {"target_modules": "all-linear"}
+
+
+def data_size(folder):
+    """Bytes of an adapter's tensors, without the file's header."""
+    path = Path(folder) / "adapter_model.safetensors"
+    with open(path, "rb") as file:
+        return path.stat().st_size - 8 - int.from_bytes(file.read(8), "little")
+
+
+@pytest.mark.parametrize("method", METHODS, ids=lambda method: method.short_name)
+@pytest.mark.parametrize("save_dtype", ["float32", "bfloat16"])
+def test_numbers_are_those_of_the_adapter_that_is_made(world, tmp_path, method, save_dtype):
+    config = method.config_class(**settings_of(method), save_dtype=save_dtype)
+    plan = plan_training(read_model_config(world / "base"), config, GIVEN_SPEED)
+    made = method.config_class(**settings_of(method), save_dtype=save_dtype)
+    model = get_peft_model(LlamaForCausalLM.from_pretrained(world / "base"), made)
+    own = plan.needs[0]
+    assert own.trained == sum(p.numel() for p in model.parameters() if p.requires_grad)
+    layers = [module for module in model.modules() if isinstance(module, TunerLayer)]
+    assert sum(kind.layers for kind in plan.kinds) == len(layers)
+    for kind in plan.kinds:
+        members = [layer for layer in layers if layer.name.endswith(kind.kind)]
+        assert kind.layers == len(members) and kind.shape == list(members[0].stored_shape)
+        assert kind.trained == sum(p.numel() for layer in members for p in layer.deltas["default"].parameters())
+    model.save_pretrained(tmp_path)
+    # the file pads each tensor to its dtype's size at most
+    assert own.file_bytes == pytest.approx(data_size(tmp_path), abs=8 * len(layers) * 4)
+    assert own.trained_bytes == own.gradient_bytes == 4 * own.trained and own.optimizer_bytes == 8 * own.trained
+
+
+def kept_by(model, ids):
+    """Bytes that a real forward pass keeps for backward, without weights."""
+    weights = {p.untyped_storage().data_ptr() for p in (*model.parameters(), *model.buffers())}
+    kept = {}
+
+    def save(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            kept[storage.data_ptr()] = (storage.nbytes(), tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(save, lambda tensor: tensor):
+        loss = model(input_ids=ids, labels=ids, use_cache=False).loss
+    assert loss.requires_grad
+    return sum(size for size, _ in kept.values())
+
+
+@pytest.mark.parametrize("name", [method.short_name for method in METHODS] + ["lora", "full"])
+def test_activations_are_those_that_a_real_pass_keeps(world, name):
+    config = read_model_config(world / "base")
+    method = method_named("sparse" if name in ("lora", "full") else name)
+    plan = plan_training(
+        config, method.config_class(**settings_of(method)), PlanOptions(flops=1.0, batch=4, length=64)
+    )
+    need = {"lora": plan.needs[1], "full": plan.needs[2]}.get(name, plan.needs[0])
+    model = LlamaForCausalLM.from_pretrained(world / "base").train()
+    if name == "lora":
+        model = get_peft_model(model, LoraConfig(r=16, target_modules="all-linear"))
+    elif name != "full":
+        model = get_peft_model(model, method.config_class(**settings_of(method)))
+    if name != "full":
+        model.enable_input_require_grads()
+    real = kept_by(model, torch.randint(0, 96, (4, 64)))
+    assert need.activation_bytes == pytest.approx(real, rel=0.06)
+
+
+def test_operations_are_those_of_the_shapes(world):
+    plan = plan_training(read_model_config(world / "base"), SparseConfig(target_modules="all-linear"), GIVEN_SPEED)
+    config, tokens = AutoConfig.from_pretrained(world / "base"), 2 * 16
+    attention = 2 * 48 * 48 + 2 * 48 * 24
+    linear = 2 * (attention + 3 * 48 * 80) + 48 * config.vocab_size
+    scores = 2 * (2 * 2 * 16 * 16 * 48) * 2  # two products of each of 2 layers, over 2 rows
+    forward = 2 * tokens * linear + scores
+    full = plan.needs[2]
+    # transformers 5.0 multiplies 6 rotary frequencies by 16 positions as matrices, which is counted like the scores
+    expected = 3 * forward, 3 * (forward + 2 * 6 * 16)
+    assert any(full.flops == pytest.approx(flops, rel=1e-6) for flops in expected)
+    assert full.seconds == full.flops / 1e12
+    lora = plan.needs[1]
+    factors = sum(2 * 16 * sum(k.shape) * k.layers for k in plan.kinds) * 3 * tokens
+    rotary = full.flops - 3 * forward
+    assert lora.flops == pytest.approx(2 * 2 * tokens * linear + 3 * scores + rotary + factors, rel=1e-6)
+    assert lora.trained == sum(16 * sum(kind.shape) * kind.layers for kind in plan.kinds)
+    assert plan.needs[0].flops < full.flops
+
+
+def test_checkpointing_and_optimizers_and_formats(world):
+    config = read_model_config(world / "base")
+
+    def plan(**options):
+        return plan_training(config, SparseConfig(target_modules="all-linear"), PlanOptions(flops=1.0, **options))
+
+    plain, less = plan(), plan(checkpointing=True)
+    assert less.needs[0].activation_bytes < plain.needs[0].activation_bytes
+    assert less.needs[0].flops > plain.needs[0].flops
+    assert plan(optimizer="sgd").needs[0].optimizer_bytes == 0
+    adam, small = plain.needs[2].optimizer_bytes, plan(optimizer="adamw8bit").needs[2].optimizer_bytes
+    assert adam == 8 * plain.parameters and small < adam
+    bases = [plan(base=name).needs[0].base_bytes for name in ("float32", "bfloat16", "int8", "nf4")]
+    assert bases == sorted(bases, reverse=True) and bases[0] == pytest.approx(2 * bases[1], rel=0.01)
+
+
+def test_what_is_decided_by_weights_or_data_is_said():
+    config, notes = countable(SparseConfig(selection="fisher", allocation="global", density=0.01))
+    assert config.selection == "random" and len(notes) == 2 and "from data" in notes[1]
+    with pytest.raises(ValueError, match="threshold=0.002: how many entries"):
+        countable(SaRAConfig(threshold=2e-3))
