@@ -23,12 +23,12 @@ from sparse_peft.ops import (
     cache_file,
     code_gather,
     code_scatter_add,
+    delta_matmul_add_,
     kernel_backend,
     masked_dw,
     pack_codes,
     resync_,
     scatter_add_,
-    spmm_add_,
     support_grad,
     use_backend,
 )
@@ -143,7 +143,7 @@ def _writes(layer: Layer, density: float) -> Iterator[tuple[str, Callable[[], ob
 def _decode(layer: Layer, density: float) -> Iterator[tuple[str, Callable[[], object]]]:
     support, x = layer.support(density), layer.x[:DECODE_TOKENS]
     values, out = torch.randn(support.nnz, device=layer.device), layer.x.new_zeros(DECODE_TOKENS, layer.d)
-    yield "decode: spmm_add_", lambda: spmm_add_(out, x, values, support.row_ptr, support.cols)
+    yield "decode: delta_matmul_add_", lambda: delta_matmul_add_(out, x, values, support.row_ptr, support.cols)
 
 
 def _codes(layer: Layer) -> Iterator[tuple[str, Callable[[], object]]]:
@@ -270,7 +270,7 @@ def main(
     calibration = asdict(measure(where, DTYPES[dtype]))
     console.print(f"crossover: {calibration['path']} up to {100 * calibration['density']:.2g} % of the weight")
     console.print(f"(training measures it for itself when it matters, and keeps it in {cache_file().name})")
-    kernel = kernel_backend("write_entries", DTYPES[dtype], where)
+    kernel = kernel_backend("write_many", DTYPES[dtype], where)
     content = {
         **environment(where),
         "dtype": dtype,

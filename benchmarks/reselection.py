@@ -112,7 +112,7 @@ def measure(
         observer.support_grad(gradient, data, support)
     for _ in range(rounds):
         begin = time.perf_counter()
-        for _ in gradient_panels(gradient, data, (out, inp), PANEL_BYTES_PER_WEIGHT):
+        for _ in gradient_panels([(gradient, data)], (out, inp), PANEL_BYTES_PER_WEIGHT):
             pass
         times["product"].append(time.perf_counter() - begin)
     plain, product = median(times["plain"]), median(times["product"])

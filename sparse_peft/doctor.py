@@ -38,7 +38,16 @@ VARIABLES = (
     "OMP_NUM_THREADS",
     "CUDA_VISIBLE_DEVICES",
 )
-OPS = ("sddmm", "scatter_add", "write_entries", "groups", "masked_dw", "spmm", "codes")
+OPS = (
+    "support_grad",
+    "support_grad_tiles",
+    "masked_dw",
+    "delta_matmul",
+    "scatter_add",
+    "write_many",
+    "code_gather",
+    "code_scatter_add",
+)
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,7 @@
 """Statistics of a model over data, and the supports, channels and codebooks chosen from them."""
 
 from .channels import CHANNEL_CRITERIA, Side, channel_squares, weight_squares
-from .codebooks import METHODS as CODEBOOK_METHODS
-from .codebooks import Sketch, ascending, assign_codes, codes_checksum, column_groups, fit_codebooks
+from .codebooks import CODEBOOK_METHODS, Sketch, ascending, assign_codes, codes_checksum, fit_codebooks
 from .gptq import compensated_sketch, output_error, refit_codebooks
 from .supports import collect_supports, given_gradients, supports_from_gradients
 
@@ -16,7 +15,6 @@ __all__ = [
     "channel_squares",
     "codes_checksum",
     "collect_supports",
-    "column_groups",
     "compensated_sketch",
     "fit_codebooks",
     "given_gradients",

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .model_pass import each_batch, flatten_tokens, layer_input, run_model, tiles, token_mask, transposed_product
+from ..numerics.tokens import flatten_tokens
+from .model_pass import each_batch, layer_input, run_model, tiles, token_mask, transposed_product
 
 
 def _sum_of_squares(x: Tensor, limit: int) -> Tensor:

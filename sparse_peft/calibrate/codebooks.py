@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 
 from ..numerics.kmeans import SortedRows, lloyd, optimal, starts
+from ..ops.codes import column_groups
 from .model_pass import tiles
 
-METHODS = ("dp", "lloyd", "quantile", "uniform", "nf4")
+CODEBOOK_METHODS = ("dp", "lloyd", "quantile", "uniform", "nf4")
 """Ways to fit tables; see [`fit_codebooks`][sparse_peft.calibrate.fit_codebooks]."""
 DEFAULT_PANEL_BYTES = 64 * 2**20
 DEFAULT_BINS = 64
@@ -49,11 +50,6 @@ class Sketch:
                 f"{self.cols} columns at {self.bits} bits in {self.groups} groups: {tables} and uint8 "
                 f"{(rows, packed)} are expected"
             )
-
-
-def column_groups(cols: int, groups: int, device: torch.device | None = None) -> Tensor:
-    """``(cols,)`` the part of a row that each column belongs to."""
-    return torch.arange(cols, device=device) * groups // cols
 
 
 class Parts:
@@ -195,8 +191,8 @@ def fit_codebooks(
         ValueError: weights that are NaN or infinite, or arguments out of range.
     """
     _check_weight(weight, bits, name)
-    if method not in METHODS:
-        raise ValueError(f"{where(name)}method={method!r}: one of {', '.join(METHODS)} is expected")
+    if method not in CODEBOOK_METHODS:
+        raise ValueError(f"{where(name)}method={method!r}: one of {', '.join(CODEBOOK_METHODS)} is expected")
     rows, cols = weight.shape
     if bins is not None and bins < 1:
         raise ValueError(f"{where(name)}bins={bins}: at least 1 is expected, or None for exact tables")

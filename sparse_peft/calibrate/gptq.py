@@ -11,7 +11,8 @@ import itertools
 import torch
 from torch import Tensor
 
-from .codebooks import DEFAULT_PANEL_BYTES, assign_codes, check_finite, column_groups, fit_codebooks, midpoints, where
+from ..ops.codes import column_groups
+from .codebooks import DEFAULT_PANEL_BYTES, assign_codes, check_finite, fit_codebooks, midpoints, where
 from .model_pass import tiles
 
 # Of the refit. Below it float32 products leave singular systems indefinite, and their rows as they were.

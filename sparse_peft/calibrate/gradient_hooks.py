@@ -15,7 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .model_pass import each_batch, flatten_tokens, frozen, layer_input, model_loss, tiles, transposed_product
+from ..numerics.tokens import flatten_tokens
+from .model_pass import each_batch, frozen, layer_input, model_loss, tiles, transposed_product
 
 Pair = tuple[Tensor, Tensor]
 

@@ -115,11 +115,6 @@ def layer_input(args: tuple, kwargs: dict[str, Any]) -> Tensor:
     return args[0] if args else next(iter(kwargs.values()))
 
 
-def flatten_tokens(x: Tensor) -> Tensor:
-    """``(..., features)`` as ``(tokens, features)``."""
-    return x.reshape(-1, x.shape[-1])
-
-
 def tiles(length: int, bytes_per_item: int, limit: int) -> Iterator[tuple[int, int]]:
     """Half-open ranges of ``range(length)`` whose items take at most ``limit`` bytes; each holds at least one."""
     step = max(1, limit // max(1, bytes_per_item))

@@ -1,17 +1,21 @@
-"""Numerical helpers that know no layer: panels, top-k, order statistics, random numbers, k-means."""
+"""Numerical helpers without layers: panels, products over tokens, top-k, order statistics, random numbers, k-means."""
 
 from .order_statistics import order_statistics
 from .panels import panel_bytes, panel_limit, panels
 from .rng import sample_without_replacement, uniform
+from .tokens import accumulation_dtype, flatten_tokens, transposed_product
 from .topk import RunningTopK, topk_indices
 
 __all__ = [
     "RunningTopK",
+    "accumulation_dtype",
+    "flatten_tokens",
     "order_statistics",
     "panel_bytes",
     "panel_limit",
     "panels",
     "sample_without_replacement",
     "topk_indices",
+    "transposed_product",
     "uniform",
 ]

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..calibrate.model_pass import tiles
+from .panels import panels
 
 # Bytes of the table of all intervals that the dynamic programme works on; larger ones leave the cache.
 _COST_BYTES = 2**21
@@ -163,10 +163,9 @@ def optimal(rows: SortedRows, entries: int, bins: int) -> Tensor:
     Returns:
         ``(rows, entries)`` float64, ascending.
     """
-    found = []
-    for start, stop in tiles(rows.values.shape[0], (bins + 1) ** 2 * torch.float64.itemsize, _COST_BYTES):
-        found.append(_optimal(rows.part(start, stop), entries, bins))
-    return torch.cat(found)
+    bytes_per_row = (bins + 1) ** 2 * torch.float64.itemsize
+    bounds = panels(rows.values.shape[0], bytes_per_row, max(1, _COST_BYTES // bytes_per_row))
+    return torch.cat([_optimal(rows.part(start, stop), entries, bins) for start, stop in bounds])
 
 
 def _optimal(rows: SortedRows, entries: int, bins: int) -> Tensor:

@@ -1,8 +1,15 @@
-"""How a sparse delta is computed: functional ops, each with the implementations that ``dispatch`` chooses from."""
+"""How a sparse delta is computed: functional ops, each with several implementations.
 
-from .channel_batch import BatchOrder, add_channel_deltas_
+``backends`` says which implementations the device or the user allows; ``plans`` chooses the path of a gradient.
+
+The public names are the ones in the documentation: [`Combination`][sparse_peft.ops.Combination],
+[`use_backend`][sparse_peft.use_backend] and the ops in ``docs/kernels.md``. All other exports are internal to
+sparse_peft and may change in any release.
+"""
+
+from .backends import BACKENDS, kernel_backend, log_once, use_backend
 from .codebook_linear import CodedWeight, Codes, codebook_linear
-from .codes import code_gather, code_scatter_add, pack_codes, packed_width, unpack_codes
+from .codes import code_gather, code_scatter_add, column_groups, pack_codes, packed_width, unpack_codes
 from .combine import (
     COMBINATIONS,
     ENTRY_COMBINATIONS,
@@ -15,20 +22,32 @@ from .combine import (
 from .compiled_layer import functional_layer
 from .conv import CONVOLUTIONS, ConvProduct, is_convolution
 from .crossover import Crossover, cache_file, known_crossover
-from .delta_matmul import delta_matmul, spmm_add_
-from .distance import MIX, PIECES, THRESHOLDS, Factors, find_threshold, full_precision, kernel
-from .distance_layer import Competition, First, kernel_delta, kernel_entries, kernel_layer
-from .entries import effective_entries, read_entries, restore_, resync_, scatter_add_, write_entries_
-from .entry_batch import add_entry_deltas_, diagonal_of, suits_one_product
+from .delta_matmul import delta_matmul, delta_matmul_add_
+from .distance import MIX, PIECES, THRESHOLDS, Factors, distance_matrix, find_threshold, full_precision
+from .distance_layer import Competition, First, distance_delta, distance_entries, distance_layer
+from .entries import (
+    add_to_support_,
+    effective_entries,
+    read_entries,
+    read_support,
+    restore_,
+    restore_supports_,
+    resync_,
+    resync_supports_,
+    scatter_add_,
+    write_entries_,
+    write_support_,
+)
 from .gradient_observers import UNOBSERVED, GradientObserver, new_key, observe
+from .gradient_paths import gradient_panels
 from .masked_dw import PANEL_BYTES_PER_WEIGHT, masked_dw
+from .mixed_batch import BatchOrder, add_channel_deltas_, add_entry_deltas_, diagonal_of, suits_one_product
 from .nuclear import nuclear_norm
-from .plans import BACKENDS, Plan, kernel_backend, log_once, plan_support_grad, use_backend
-from .products import LinearProduct, Product, WeightSource
+from .plans import GradientPlan, plan_support_grad
+from .products import LayerProduct, LinearProduct, WeightSource
 from .proximal import reference_threshold, soft_threshold
-from .sparse_low_rank import cheaper_way, compose, sparse_low_rank_linear
-from .support_entries import add_to_support_, read_support, restore_supports_, resync_supports_, write_support_
-from .support_grad import accumulation_dtype, gradient_panels, support_grad
+from .sparse_low_rank import cheaper_way, compose_weight, sparse_low_rank_linear
+from .support_grad import support_grad
 from .support_layer import support_layer
 from .torch_library import remember
 
@@ -53,11 +72,10 @@ __all__ = [
     "Factors",
     "First",
     "GradientObserver",
+    "GradientPlan",
+    "LayerProduct",
     "LinearProduct",
-    "Plan",
-    "Product",
     "WeightSource",
-    "accumulation_dtype",
     "add_channel_deltas_",
     "add_entry_deltas_",
     "add_to_support_",
@@ -67,22 +85,24 @@ __all__ = [
     "code_gather",
     "code_scatter_add",
     "codebook_linear",
+    "column_groups",
     "combine_factors",
     "combine_on_supports",
-    "compose",
+    "compose_weight",
     "delta_matmul",
+    "delta_matmul_add_",
     "diagonal_of",
+    "distance_delta",
+    "distance_entries",
+    "distance_layer",
+    "distance_matrix",
     "effective_entries",
     "find_threshold",
     "full_precision",
     "functional_layer",
     "gradient_panels",
     "is_convolution",
-    "kernel",
     "kernel_backend",
-    "kernel_delta",
-    "kernel_entries",
-    "kernel_layer",
     "known_crossover",
     "log_once",
     "masked_dw",
@@ -103,7 +123,6 @@ __all__ = [
     "scatter_add_",
     "soft_threshold",
     "sparse_low_rank_linear",
-    "spmm_add_",
     "suits_one_product",
     "support_grad",
     "support_layer",

@@ -13,11 +13,11 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from ..calibrate.model_pass import flatten_tokens
 from ..numerics.panels import panels
+from ..numerics.tokens import accumulation_dtype, flatten_tokens
 from .codes import code_gather, code_scatter_add
+from .gradient_paths import gradient_panels
 from .products import LinearProduct
-from .support_grad import accumulation_dtype, gradient_panels
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ class CodedWeight:
     def table_grads(self, tables: Sequence[Tensor], left: Tensor, right: Tensor) -> list[Tensor]:
         """The tables' gradients from the weight's, ``left.T @ right``, of which a panel is alive at a time."""
         grads = [torch.empty_like(table) for table in tables]
-        for start, stop, dense in gradient_panels(left, right, self.shape):
+        for start, stop, dense in gradient_panels([(left, right)], self.shape):
             if self.scale_ is not None:
                 self.scale_(dense, start)
             for grad, codes in zip(grads, self.codes, strict=True):

@@ -13,10 +13,9 @@ import itertools
 import torch
 from torch import Tensor
 
-from ..calibrate.codebooks import column_groups
 from ..numerics.panels import panels
 from . import triton_kernels
-from .plans import kernel_backend
+from .backends import kernel_backend
 
 BITS = (2, 3, 4, 8)
 
@@ -29,6 +28,11 @@ _WIDE = {2: torch.int16, 4: torch.int32, 8: torch.int64, 16: torch.complex128}
 def _check_bits(bits: int) -> None:
     if bits not in BITS:
         raise ValueError(f"bits={bits!r}: one of {', '.join(map(str, BITS))} is expected")
+
+
+def column_groups(cols: int, groups: int, device: torch.device | None = None) -> Tensor:
+    """``(cols,)`` int64 part of a row that each column belongs to."""
+    return torch.arange(cols, device=device) * groups // cols
 
 
 def packed_width(cols: int, bits: int) -> int:
@@ -117,7 +121,7 @@ def code_gather(codebook: Tensor, codes: Tensor, bits: int, cols: int, dtype: to
     rows, groups, entries = codebook.shape
     out = torch.empty(rows, cols, dtype=dtype, device=codebook.device)
     if kernel_backend("code_gather", codebook.dtype, codebook.device) == "triton" and dtype != torch.float64:
-        triton_kernels.kernels("codes").gather_(out, codebook.contiguous(), codes.contiguous(), bits)
+        triton_kernels.kernels("codes").code_gather_(out, codebook.contiguous(), codes.contiguous(), bits)
         return out
     if _bytes_are_indices(cols, groups, bits, dtype):
         _gather_bytes_(out.view(rows * groups, -1), codebook.reshape(rows * groups, entries), codes, bits)
@@ -175,7 +179,7 @@ def code_scatter_add(grad: Tensor, codes: Tensor, bits: int, groups: int) -> Ten
     dtype = torch.float64 if grad.dtype == torch.float64 else torch.float32
     out = torch.zeros(shape, dtype=dtype, device=grad.device)
     if kernel_backend("code_scatter_add", grad.dtype, grad.device) == "triton":
-        triton_kernels.kernels("codes").scatter_add_(out, grad.contiguous(), codes.contiguous(), bits)
+        triton_kernels.kernels("codes").code_scatter_add_(out, grad.contiguous(), codes.contiguous(), bits)
         return out
     group = column_groups(cols, groups, codes.device)
     ends = torch.searchsorted(group, torch.arange(groups + 1, device=codes.device)).tolist()

@@ -10,13 +10,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..calibrate.model_pass import flatten_tokens
+from ..numerics.tokens import accumulation_dtype, flatten_tokens
 from ..support import ChannelSupport, Support
 from .conv import ConvProduct
 from .entries import effective_entries
-from .products import Product
-from .support_grad import accumulation_dtype
-from .torch_library import sddmm
+from .products import LayerProduct
+from .torch_library import support_grad
 
 # In place of a dimension: positions are flat, of single entries.
 ENTRIES = -1
@@ -55,7 +54,7 @@ class _Linear(torch.autograd.Function):
                 else (flatten_tokens(kept), flatten_tokens(out))
             )
             if ctx.dim == ENTRIES:
-                grad_values = sddmm(left, right, row_ptr, cols, positions, *weight.shape, ctx.key)
+                grad_values = support_grad(left, right, row_ptr, cols, positions, *weight.shape, ctx.key)
             else:
                 dtype = accumulation_dtype(left.dtype)
                 grad_values = (left.t().to(dtype) @ right.to(dtype)).reshape(-1)
@@ -98,7 +97,7 @@ def functional_layer(
     originals: Tensor,
     support: Support,
     csr: tuple[Tensor, Tensor] | None,
-    product: Product,
+    product: LayerProduct,
     key: int,
 ) -> Tensor:
     """``support_layer`` for ``torch.compile``.

@@ -16,11 +16,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..numerics.panels import panels
+from ..numerics.tokens import accumulation_dtype
 from ..support import ChannelSupport, Support
 from .gradient_observers import observer_of
 from .plans import plan_support_grad
 from .products import WeightSource, trains_input_channels
-from .support_grad import accumulation_dtype, observed_support_grad
+from .support_grad import observed_support_grad
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _FORWARD = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}

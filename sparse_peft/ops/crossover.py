@@ -18,6 +18,7 @@ import torch
 
 from ..support import Support
 from . import cuda_kernels, triton_kernels
+from .gradient_paths import grad_by_path
 
 logger = logging.getLogger(__name__)
 
@@ -66,9 +67,9 @@ class Crossover:
 def cache_file() -> Path:
     """``$SPARSE_PEFT_CACHE``, or ``sparse_peft`` in the user's cache folder, and there ``calibration.json``."""
     folder = os.environ.get("SPARSE_PEFT_CACHE")
-    if folder is None:
-        folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sparse_peft"
-    return Path(folder) / "calibration.json"
+    if folder is not None:
+        return Path(folder) / "calibration.json"
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sparse_peft" / "calibration.json"
 
 
 def _key(device: torch.device, dtype: torch.dtype) -> str:
@@ -95,7 +96,7 @@ def _write(key: str, found: Crossover) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False, encoding="utf-8") as file:
             json.dump({**_read(), key: asdict(found)}, file, indent=1)
-        os.replace(file.name, path)
+        Path(file.name).replace(path)
     except OSError as error:
         logger.info("the measured crossover is not kept, %s cannot be written: %s", path, error)
 
@@ -107,7 +108,7 @@ def _paths(device: torch.device, dtype: torch.dtype) -> list[str]:
     if dtype in cuda_kernels.FLOATS:
         if triton_kernels.usable(device):
             kernels.append("triton")
-        if cuda_kernels.usable("sddmm", dtype, torch.int32, device):
+        if cuda_kernels.usable("support_grad", dtype, torch.int32, device):
             kernels.append("cuda")
     return kernels
 
@@ -147,8 +148,6 @@ def measure(device: torch.device, dtype: torch.dtype, bench: Bench | None = None
         dtype: of the activations.
         bench: what to measure on, ``BENCHES`` if None.
     """
-    from .support_grad import grad_by_path
-
     bench = bench or BENCHES[device.type]
     generator = torch.Generator().manual_seed(0)
     left, right = (

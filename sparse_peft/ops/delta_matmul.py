@@ -11,19 +11,20 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..numerics.panels import panels
+from ..numerics.tokens import accumulation_dtype
 from ..support import ChannelSupport, Support
 from . import triton_kernels
+from .backends import kernel_backend
 from .csr import csr_matrix, csr_product
 from .gradient_observers import UNOBSERVED
-from .plans import kernel_backend
-from .support_grad import accumulation_dtype, observed_support_grad
+from .support_grad import observed_support_grad
 
 # A sparse matrix times columns takes a third of the time of the transposed product on a CPU, as long as a tile of
 # tokens stays in the processor's cache.
 TOKEN_TILE = 128
 
 
-def spmm_add_(out: Tensor, x: Tensor, values: Tensor, row_ptr: Tensor, cols: Tensor) -> None:
+def delta_matmul_add_(out: Tensor, x: Tensor, values: Tensor, row_ptr: Tensor, cols: Tensor) -> None:
     """``out += x @ S.T`` for the sparse matrix S in CSR form; sums in float32 (float64 for float64), rounded once.
 
     Args:
@@ -35,9 +36,11 @@ def spmm_add_(out: Tensor, x: Tensor, values: Tensor, row_ptr: Tensor, cols: Ten
     """
     if 0 in (out.numel(), cols.numel()):
         return
-    kernel = kernel_backend("spmm_add", x.dtype, x.device)
+    kernel = kernel_backend("delta_matmul", x.dtype, x.device)
     if kernel == "triton" and out.stride(-1) == 1:
-        triton_kernels.kernels("spmm").spmm_add_(out, x.contiguous(), values.contiguous(), row_ptr, cols)
+        triton_kernels.kernels("delta_matmul").delta_matmul_add_(
+            out, x.contiguous(), values.contiguous(), row_ptr, cols
+        )
         return
     dtype = accumulation_dtype(x.dtype)
     shape = (out.shape[1], x.shape[1])
@@ -53,7 +56,7 @@ def _product(x: Tensor, values: Tensor, support: Support, t: bool) -> Tensor:
         support, order = support.transposed
         values = values[order]
     out = x.new_zeros(x.shape[0], support.shape[0])
-    spmm_add_(out, x, values, support.row_ptr, support.cols)
+    delta_matmul_add_(out, x, values, support.row_ptr, support.cols)
     return out
 
 

@@ -56,7 +56,7 @@ class Factors(NamedTuple):
         return [(start * taps, stop * taps) for start, stop in bounds]
 
 
-class Kernel(NamedTuple):
+class DistanceMatrix(NamedTuple):
     """A part of the kernel, with what its gradient needs; all ``(outputs, inputs of the part)``.
 
     Attributes:
@@ -88,19 +88,24 @@ def distances(a: Tensor, b: Tensor) -> Tensor:
     return squares.masked_fill_(squares <= noise, 0).sqrt_()
 
 
-def kernel(factors: Factors, start: int = 0, stop: int | None = None) -> Kernel:
+def distance_matrix(factors: Factors, start: int = 0, stop: int | None = None) -> DistanceMatrix:
     """The part of the kernel that belongs to inputs ``start`` to ``stop``."""
     apart = [distances(b, a[start:stop]) for a, b in zip(factors.inputs, factors.outputs, strict=True)]
     value = sum(c * d for c, d in zip(COEFFICIENTS, apart, strict=True))
     if factors.mix is None:
-        return Kernel(value, apart, None)
+        return DistanceMatrix(value, apart, None)
     alpha, log_gamma, beta = factors.mix
     attention = (value / log_gamma.exp()).softmax(0)
-    return Kernel(value + alpha * attention + beta, apart, attention)
+    return DistanceMatrix(value + alpha * attention + beta, apart, attention)
 
 
-def kernel_grads_(
-    factors: Factors, part: Kernel, grad: Tensor, start: int, stop: int, into: tuple[Tensor, Tensor, Tensor | None]
+def distance_grads_(
+    factors: Factors,
+    part: DistanceMatrix,
+    grad: Tensor,
+    start: int,
+    stop: int,
+    into: tuple[Tensor, Tensor, Tensor | None],
 ) -> None:
     """Add the gradients that a part gives.
 
@@ -194,8 +199,8 @@ def find_threshold(factors: Factors, kept: int, threshold: Threshold) -> Tensor:
         ranks = [math.floor(place) + 1, min(math.floor(place) + 2, numel)]
     parts = factors.parts()
     if len(parts) == 1:
-        sizes = kernel(factors).value.abs_().flatten()
+        sizes = distance_matrix(factors).value.abs_().flatten()
         found = [sizes.kthvalue(rank).values for rank in dict.fromkeys(ranks)]
     else:
-        found = order_statistics(lambda: (kernel(factors, *part).value.abs_() for part in parts), ranks)
+        found = order_statistics(lambda: (distance_matrix(factors, *part).value.abs_() for part in parts), ranks)
     return torch.lerp(found[0], found[-1], weight)

@@ -13,9 +13,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .distance import Factors, Threshold, full_precision, kernel, kernel_grads_
-from .products import Product
-from .support_grad import accumulation_dtype
+from ..numerics.tokens import accumulation_dtype
+from .distance import Factors, Threshold, distance_grads_, distance_matrix, full_precision
+from .products import LayerProduct
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class Competition:
         after_backward: called once gradients of the factors were formed.
     """
 
-    product: Product
+    product: LayerProduct
     threshold: Threshold
     first: First | None = None
     after_backward: Callable[[], None] | None = None
@@ -51,12 +51,12 @@ class Competition:
         """The part of the delta that the kernel's value gives, ``(outputs, inputs of the part)``."""
         delta = self.threshold.apply(value, tau)
         if self.first is not None:
-            began = self.threshold.apply(kernel(self.first.factors, start, stop).value, self.first.tau)
+            began = self.threshold.apply(distance_matrix(self.first.factors, start, stop).value, self.first.tau)
             delta -= began.mul_(value.abs() > tau)
         return delta
 
 
-def _matrix(delta: Tensor, weight: Tensor | None, product: Product, start: int, stop: int, dtype: torch.dtype):
+def _matrix(delta: Tensor, weight: Tensor | None, product: LayerProduct, start: int, stop: int, dtype: torch.dtype):
     """The part of the matrix to multiply with: the delta's, on top of the base weight's if that is given."""
     if weight is None:
         return delta.to(dtype)
@@ -67,7 +67,7 @@ def _matrix(delta: Tensor, weight: Tensor | None, product: Product, start: int, 
     return (part + delta.to(part.dtype)).to(dtype)
 
 
-class _KernelLayer(torch.autograd.Function):
+class _DistanceLayer(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, inputs, outputs, mix, tau, weight, bias, how: Competition):
         ctx.how = how
@@ -77,7 +77,7 @@ class _KernelLayer(torch.autograd.Function):
         total = None
         with full_precision(x.device):
             for start, stop in parts:
-                delta = how.delta(kernel(factors, start, stop).value, tau, start, stop)
+                delta = how.delta(distance_matrix(factors, start, stop).value, tau, start, stop)
                 matrix = _matrix(delta, weight, product, start, stop, x.dtype)
                 if len(parts) == 1:
                     return product.multiply(x, matrix, bias)
@@ -98,7 +98,7 @@ class _KernelLayer(torch.autograd.Function):
         grad = grad.to(x.dtype)
         with full_precision(x.device):
             for start, stop in factors.parts(product.taps):
-                part, seen = kernel(factors, start, stop), product.part(x, start, stop)
+                part, seen = distance_matrix(factors, start, stop), product.part(x, start, stop)
                 if for_x:
                     matrix = _matrix(how.delta(part.value, tau, start, stop), weight, product, start, stop, x.dtype)
                     product.part(grad_x, start, stop).copy_(product.multiply_back(grad, matrix, seen))
@@ -106,7 +106,7 @@ class _KernelLayer(torch.autograd.Function):
                 if any(for_factors):
                     rate = how.threshold.slope(part.value, tau)
                     rate *= product.matrix_grad(grad, seen)
-                    kernel_grads_(factors, part, rate, start, stop, grads)
+                    distance_grads_(factors, part, rate, start, stop, grads)
         if any(for_factors) and how.after_backward is not None:
             how.after_backward()
         of_factors = (g if wanted else None for g, wanted in zip(grads, for_factors, strict=True))
@@ -114,7 +114,7 @@ class _KernelLayer(torch.autograd.Function):
         return grad_x, *of_factors, None, None, grad_bias, None
 
 
-def kernel_layer(
+def distance_layer(
     x: Tensor,
     factors: Factors,
     tau: Tensor,
@@ -136,22 +136,22 @@ def kernel_layer(
         The output, in ``x``'s dtype.
     """
     product = how.product
-    out = _KernelLayer.apply(product.enter(x), *factors, tau, weight, bias, how)
+    out = _DistanceLayer.apply(product.enter(x), *factors, tau, weight, bias, how)
     return product.leave(out, x)
 
 
 @torch.no_grad()
-def kernel_delta(factors: Factors, tau: Tensor, how: Competition, dtype: torch.dtype) -> Tensor:
+def distance_delta(factors: Factors, tau: Tensor, how: Competition, dtype: torch.dtype) -> Tensor:
     """The delta as a whole, ``(outputs, inputs)`` in ``dtype``, computed in parts."""
     with full_precision(factors.inputs.device):
         delta = torch.empty(factors.shape, dtype=dtype, device=factors.inputs.device)
         for start, stop in factors.parts(how.product.taps):
-            delta[:, start:stop] = how.delta(kernel(factors, start, stop).value, tau, start, stop)
+            delta[:, start:stop] = how.delta(distance_matrix(factors, start, stop).value, tau, start, stop)
     return delta
 
 
 @torch.no_grad()
-def kernel_entries(factors: Factors, tau: Tensor, how: Competition) -> tuple[Tensor, Tensor]:
+def distance_entries(factors: Factors, tau: Tensor, how: Competition) -> tuple[Tensor, Tensor]:
     """The entries that are kept.
 
     Returns:
@@ -161,7 +161,7 @@ def kernel_entries(factors: Factors, tau: Tensor, how: Competition) -> tuple[Ten
     _, inputs = factors.shape
     with full_precision(factors.inputs.device):
         for start, stop in factors.parts(how.product.taps):
-            part = kernel(factors, start, stop)
+            part = distance_matrix(factors, start, stop)
             rows, cols = (part.value.abs() > tau).nonzero(as_tuple=True)
             values = how.delta(part.value, tau, start, stop)[rows, cols]
             found.append((rows * inputs + cols + start, values))

@@ -1,20 +1,28 @@
-"""Reading and writing the entries of a weight at a support.
+"""Reading and writing a weight at flat positions, or at a [`Support`][sparse_peft.support.Support].
 
 The effective entry is ``round(original + value)``: the sum is formed in the wider of the two dtypes and rounded once
-to the weight's, so that training, merging and a reloaded adapter give the same bits.
+to the weight's. Training, merging and a reloaded adapter therefore give the same bits.
+
+A support of single entries is addressed by its flat positions, a support of whole channels by slices. Values have the
+order of the positions. A weight may have more than two dimensions, as in a convolution: positions then belong to its
+matrix ``(out, everything else)``.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
 from ..numerics.panels import panels
+from ..support import ChannelSupport, Support
 from . import cuda_kernels, triton_kernels
-from .plans import forced_backend, kernel_backend
+from .backends import forced_backend, kernel_backend
+
+# ---------------------------------------------------------------------------------------------------- flat positions
 
 
 def read_entries(weight: Tensor, indices: Tensor, out: Tensor | None = None) -> Tensor:
@@ -26,9 +34,9 @@ def read_entries(weight: Tensor, indices: Tensor, out: Tensor | None = None) -> 
 
 
 def write_entries_(weight: Tensor, indices: Tensor, entries: Tensor) -> None:
-    """Overwrite the weight's entries at flat row-major ``indices``, in place; every other bit stays as it is."""
+    """Overwrite the weight's entries at flat row-major ``indices``, in place; all others keep their bits."""
     weight, entries = weight.detach(), entries.detach()
-    # scatter_ wants int64 positions; in pieces, so that they are never larger than a panel
+    # scatter_ takes int64 positions; they are converted in pieces of at most a panel
     for start, stop in panels(indices.numel(), torch.int64.itemsize):
         piece = indices[start:stop].long()
         if weight.is_contiguous():
@@ -44,7 +52,7 @@ def effective_entries(originals: Tensor, values: Tensor) -> Tensor:
 
 
 def _kernel_for(op: str, weight: Tensor, indices: Tensor, values: Tensor | None) -> str | None:
-    """The kernel backend for these tensors; None for PyTorch's operations, which take whatever there is."""
+    """The kernel backend for these tensors; None for PyTorch's operations, which take all tensors."""
     if not weight.is_contiguous() or not indices.is_contiguous() or indices.numel() == 0:
         return None
     if values is not None and not (values.dtype == torch.float32 and values.is_contiguous()):
@@ -57,77 +65,105 @@ def scatter_add_(weight: Tensor, indices: Tensor, values: Tensor) -> None:
 
     Args:
         weight: ``(rows, cols)`` floats.
-        indices: ``(entries,)`` flat row-major positions, each at most once: the result does not depend on any order.
+        indices: ``(entries,)`` flat row-major positions, each at most once, so the order does not matter.
         values: ``(entries,)`` floats.
     """
     kernel = _kernel_for("scatter_add", weight, indices, values)
     if kernel is None:
         write_entries_(weight, indices, effective_entries(read_entries(weight.detach(), indices), values.detach()))
         return
-    if kernel == "cuda":
-        cuda_kernels.scatter_add_(weight, indices, values)
-    else:
-        triton_kernels.kernels("entries").add_entries_(weight, indices, values)
+    kernels = cuda_kernels if kernel == "cuda" else triton_kernels.kernels("entries")
+    kernels.scatter_add_(weight, indices, values)
     increment_version(weight)
 
 
-# Tables of addresses on the device, by the addresses: from one step to the next they hardly ever change.
+# ------------------------------------------------------------------------------------------ many weights in one launch
+
+
+class _Write(NamedTuple):
+    """One weight whose entries are written.
+
+    Attributes:
+        weight: the base weight.
+        indices: ``(entries,)`` flat positions.
+        originals: ``(entries,)`` in the weight's dtype.
+        values: ``(entries,)`` deltas; None to write the originals alone.
+        take: whether to fill ``originals`` from the weight first.
+    """
+
+    weight: Tensor
+    indices: Tensor
+    originals: Tensor
+    values: Tensor | None
+    take: bool
+
+    def kernel(self) -> str | None:
+        """The kernel backend that takes these tensors."""
+        if (self.weight.is_cpu and forced_backend() is None) or not self.originals.is_contiguous():
+            return None
+        return _kernel_for("write_many", self.weight, self.indices, self.values)
+
+    def run(self) -> None:
+        """Write with PyTorch's operations."""
+        if self.indices.numel() == 0:
+            return
+        if self.take:
+            read_entries(self.weight.detach(), self.indices, out=self.originals)
+        entries = self.originals if self.values is None else effective_entries(self.originals, self.values)
+        write_entries_(self.weight, self.indices, entries)
+
+    def addresses(self) -> tuple[int, int, int, int, int]:
+        """The column of a kernel's table: four addresses and the number of entries."""
+        values = self.originals if self.values is None else self.values
+        tensors = (self.weight, self.indices, self.originals, values)
+        weight, indices, originals, value = (tensor.data_ptr() for tensor in tensors)
+        return weight, indices, originals, value, self.indices.numel()
+
+
+# Tables of addresses on the device, by their content: they rarely change between steps.
 _tables: dict[tuple, Tensor] = {}
 MAX_TABLES = 64
 
 
 def _table(columns: tuple[tuple[int, ...], ...], device: torch.device) -> Tensor:
-    key = (device, *columns)
+    """``(5, tensors)`` int64 addresses and sizes on the device."""
+    key = (device, columns)
     if key not in _tables:
         if len(_tables) >= MAX_TABLES:
             _tables.pop(next(iter(_tables)))
-        table = torch.tensor(columns, dtype=torch.int64)
-        # pinned: the copy is ordered on the stream, and the host goes on
+        table = torch.tensor(columns, dtype=torch.int64).t().contiguous()
+        # pinned: the copy is ordered on the stream, and the host does not wait
         _tables[key] = table.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else table
     return _tables[key]
 
 
-def _write_many(
-    weights: Sequence[Tensor],
-    indices: Sequence[Tensor],
-    originals: Sequence[Tensor],
-    values: Sequence[Tensor] | None,
-    take: bool,
-) -> None:
-    """All tensors that a kernel takes in one launch for each combination of types, the others one by one."""
-    together: dict[tuple, list[int]] = {}
-    forced = forced_backend() is not None
-    for n, (weight, index) in enumerate(zip(weights, indices, strict=True)):
-        value = None if values is None else values[n].detach()
-        kernel = None
-        if (forced or not weight.is_cpu) and originals[n].is_contiguous():
-            kernel = _kernel_for("write_entries", weight, index, value)
-        if kernel is not None:
-            together.setdefault((kernel, weight.dtype, index.dtype, weight.device), []).append(n)
-        elif index.numel():
-            if take:
-                read_entries(weight.detach(), index, out=originals[n])
-            entries = originals[n] if value is None else effective_entries(originals[n], value)
-            write_entries_(weight, index, entries)
-    for (kernel, dtype, index_dtype, device), members in together.items():
+def _launch(kernel: str, writes: Sequence[_Write]) -> None:
+    """Write all of one kind of weight and position in one launch."""
+    first, largest = writes[0], max(write.indices.numel() for write in writes)
+    table = _table(tuple(write.addresses() for write in writes), first.weight.device)
+    if kernel == "cuda":
+        mode = "restore" if first.values is None else "take" if first.take else "resync"
+        cuda_kernels.write_many_(table, largest, first.weight.dtype, first.indices.dtype, mode)
+    else:
+        triton_kernels.kernels("entries").write_many_(
+            table, largest, first.weight, first.indices, first.values, first.take
+        )
+    increment_version([write.weight for write in writes])
+
+
+def _write_many(writes: Sequence[_Write]) -> None:
+    """One launch for each kernel and combination of dtypes; PyTorch's operations for the other weights."""
+    launches: dict[tuple, list[_Write]] = {}
+    for write in writes:
+        kernel = write.kernel()
+        if kernel is None:
+            write.run()
+        else:
+            kind = (kernel, write.weight.dtype, write.indices.dtype, write.weight.device)
+            launches.setdefault(kind, []).append(write)
+    for (kernel, *_), members in launches.items():
         for start in range(0, len(members), cuda_kernels.GRID_LIMIT):
-            part = members[start : start + cuda_kernels.GRID_LIMIT]
-            columns = tuple(
-                tuple(tensors[n].data_ptr() for n in part)
-                for tensors in (weights, indices, originals, originals if values is None else values)
-            )
-            sizes = tuple(indices[n].numel() for n in part)
-            table = _table((*columns, sizes), device)
-            if kernel == "cuda":
-                mode = "restore" if values is None else "take" if take else "resync"
-                cuda_kernels.write_many_(table, max(sizes), dtype, index_dtype, mode)
-            else:
-                first = part[0]
-                value = None if values is None else values[first]
-                triton_kernels.kernels("entries").write_many_(
-                    table, max(sizes), weights[first], indices[first], value, take
-                )
-            increment_version([weights[n] for n in part])
+            _launch(kernel, members[start : start + cuda_kernels.GRID_LIMIT])
 
 
 def resync_(
@@ -141,14 +177,108 @@ def resync_(
 
     Args:
         weights: ``(rows, cols)`` each.
-        indices: ``(entries,)`` flat positions each, in no weight one twice.
-        originals: ``(entries,)`` each, in the weight's dtype: the base's own entries.
+        indices: ``(entries,)`` flat positions each, unique within a weight.
+        originals: ``(entries,)`` each, in the weight's dtype: the entries of the base model.
         values: ``(entries,)`` each: the deltas.
         take: fill ``originals`` from the weights first.
     """
-    _write_many(weights, indices, originals, values, take)
+    columns = zip(weights, indices, originals, values, strict=True)
+    _write_many([_Write(weight, index, own, value.detach(), take) for weight, index, own, value in columns])
 
 
 def restore_(weights: Sequence[Tensor], indices: Sequence[Tensor], originals: Sequence[Tensor]) -> None:
     """``weight.flat[index] = original`` for many weights, in one launch where there is a kernel."""
-    _write_many(weights, indices, originals, None, False)
+    columns = zip(weights, indices, originals, strict=True)
+    _write_many([_Write(weight, index, own, None, False) for weight, index, own in columns])
+
+
+# ------------------------------------------------------------------------------------------------------------ supports
+
+
+def _channels_of(weight: Tensor, support: ChannelSupport) -> tuple[int, ...]:
+    """The shape of the weight's trained channels."""
+    shape = list(weight.shape)
+    shape[support.dim] = support.count
+    return tuple(shape)
+
+
+def _is_sliced(weight: Tensor, support: ChannelSupport) -> bool:
+    """Whether the channels are slices of the weight; false for a convolution's weight that is flattened."""
+    return support.width == 1 or weight.ndim > 2
+
+
+def _read_channels(weight: Tensor, support: ChannelSupport) -> Tensor:
+    if _is_sliced(weight, support):
+        return weight.index_select(support.dim, support.channels).reshape(-1)
+    return weight.index_select(1, support.lines).reshape(-1)
+
+
+def _write_channels_(weight: Tensor, support: ChannelSupport, entries: Tensor) -> None:
+    weight, entries = weight.detach(), entries.detach()
+    if _is_sliced(weight, support):
+        weight.index_copy_(support.dim, support.channels.long(), entries.view(_channels_of(weight, support)))
+    else:
+        weight.index_copy_(1, support.lines, entries.view(support.matrix_shape))
+
+
+def read_support(weight: Tensor, support: Support) -> Tensor:
+    """The weight's entries at the support, as a new tensor ``(entries,)`` of the weight's dtype."""
+    if isinstance(support, ChannelSupport):
+        return _read_channels(weight, support)
+    return read_entries(weight, support.indices)
+
+
+def write_support_(weight: Tensor, support: Support, entries: Tensor) -> None:
+    """Overwrite the weight's entries at the support, in place; all others keep their bits."""
+    if isinstance(support, ChannelSupport):
+        _write_channels_(weight, support, entries)
+    else:
+        write_entries_(weight, support.indices, entries)
+
+
+def add_to_support_(weight: Tensor, support: Support, values: Tensor) -> None:
+    """``weight[support] = round(weight[support] + values)``, in place and rounded once."""
+    if isinstance(support, ChannelSupport):
+        _write_channels_(weight, support, effective_entries(_read_channels(weight.detach(), support), values.detach()))
+    else:
+        scatter_add_(weight, support.indices, values)
+
+
+@torch.no_grad()
+def resync_supports_(
+    weights: Sequence[Tensor],
+    supports: Sequence[Support],
+    originals: Sequence[Tensor],
+    values: Sequence[Tensor],
+    take: bool,
+) -> None:
+    """``weight[support] = round(original + value)`` for many weights.
+
+    Args:
+        weights: the base weights.
+        supports: of each.
+        originals: ``(entries,)`` each, in the weight's dtype: the entries of the base model.
+        values: ``(entries,)`` each: the deltas.
+        take: fill ``originals`` from the weights first.
+    """
+    writes = []
+    for weight, support, own, value in zip(weights, supports, originals, values, strict=True):
+        if not isinstance(support, ChannelSupport):
+            writes.append(_Write(weight, support.indices, own, value.detach(), take))
+            continue
+        if take:
+            own.copy_(_read_channels(weight.detach(), support))
+        _write_channels_(weight, support, effective_entries(own, value))
+    _write_many(writes)
+
+
+@torch.no_grad()
+def restore_supports_(weights: Sequence[Tensor], supports: Sequence[Support], originals: Sequence[Tensor]) -> None:
+    """``weight[support] = original`` for many weights."""
+    writes = []
+    for weight, support, own in zip(weights, supports, originals, strict=True):
+        if isinstance(support, ChannelSupport):
+            _write_channels_(weight, support, own)
+        else:
+            writes.append(_Write(weight, support.indices, own, None, False))
+    _write_many(writes)

@@ -13,10 +13,11 @@ import torch
 from torch import Tensor
 
 from ..numerics import RunningTopK, topk_indices
+from ..numerics.tokens import accumulation_dtype
 from ..support import Support
 from . import triton_kernels
-from .plans import kernel_backend, log_once
-from .support_grad import accumulation_dtype, gradient_panels
+from .backends import kernel_backend, log_once
+from .gradient_paths import gradient_panels
 
 # Of a panel's weights, in bytes, all float32: the panel itself, its absolute values, and what their top-k makes.
 PANEL_BYTES_PER_WEIGHT = 12
@@ -46,7 +47,7 @@ def _by_panels(left: Tensor, right: Tensor, support: Support, limit: int) -> tup
     values = torch.empty(support.nnz, dtype=dtype, device=left.device)
     best = RunningTopK(limit)
     finite = True
-    panels = gradient_panels(left, right, (rows, cols), PANEL_BYTES_PER_WEIGHT * dtype.itemsize // 4)
+    panels = gradient_panels([(left, right)], (rows, cols), PANEL_BYTES_PER_WEIGHT * dtype.itemsize // 4)
     for start, stop, panel in panels:
         flat = panel.reshape(-1)
         first, last = torch.searchsorted(

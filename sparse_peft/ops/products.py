@@ -14,9 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..calibrate.model_pass import flatten_tokens
+from ..numerics.tokens import flatten_tokens, transposed_product
 from ..support import ChannelSupport, Support
-from .support_grad import dense_grad, observed_support_grad
+from .support_grad import observed_support_grad
 
 
 class WeightSource(Protocol):
@@ -26,7 +26,7 @@ class WeightSource(Protocol):
     """
 
     shape: tuple[int, int]
-    product: Product
+    product: LayerProduct
     key: int
 
     def panels(self, dtype: torch.dtype) -> Iterator[tuple[int, int, Tensor]]:
@@ -38,7 +38,7 @@ class WeightSource(Protocol):
         ...
 
 
-class Product(Protocol):
+class LayerProduct(Protocol):
     """One kind of layer.
 
     ``in_dim`` is the dimension of the weight, as a matrix, that is the input's.
@@ -162,7 +162,7 @@ class LinearProduct:
         if self.in_dim == 0:
             left, right = right, left
         if trains_input_channels(support, self.in_dim):
-            return dense_grad(left, right).reshape(-1)
+            return transposed_product(left, right).reshape(-1)
         return observed_support_grad(left, right, support, key)
 
     def bias_grad(self, grad: Tensor) -> Tensor:
@@ -183,4 +183,4 @@ class LinearProduct:
         return F.linear(grad, matrix.t())
 
     def matrix_grad(self, grad: Tensor, x: Tensor) -> Tensor:
-        return dense_grad(flatten_tokens(grad), flatten_tokens(x))
+        return transposed_product(flatten_tokens(grad), flatten_tokens(x))

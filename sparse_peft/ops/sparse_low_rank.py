@@ -10,17 +10,19 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..calibrate.model_pass import flatten_tokens
 from ..numerics.panels import panels
+from ..numerics.tokens import flatten_tokens
 from ..support import Support
 from .crossover import crossover
-from .delta_matmul import spmm_add_
+from .delta_matmul import delta_matmul_add_
+from .entries import add_to_support_, read_support
 from .gradient_observers import UNOBSERVED, observer_of
-from .support_entries import add_to_support_, read_support
 from .support_grad import observed_support_grad
 
 
-def compose(up: Tensor, down: Tensor, values: Tensor, support: Support, start: int = 0, stop: int | None = None):
+def compose_weight(
+    up: Tensor, down: Tensor, values: Tensor, support: Support, start: int = 0, stop: int | None = None
+):
     """Rows ``start`` to ``stop`` of ``up @ down + scatter(values)``, in the factors' dtype."""
     stop = support.shape[0] if stop is None else stop
     weight = up[start:stop] @ down
@@ -38,7 +40,7 @@ class _ComposedLinear(torch.autograd.Function):
         tokens = flatten_tokens(x)
         out = x.new_empty(tokens.shape[0], rows)
         for start, stop in panels(rows, cols * x.element_size()):
-            torch.mm(tokens, compose(up, down, values, support, start, stop).t(), out=out[:, start:stop])
+            torch.mm(tokens, compose_weight(up, down, values, support, start, stop).t(), out=out[:, start:stop])
         if bias is not None:
             out += bias
         return out.view(*x.shape[:-1], rows)
@@ -62,7 +64,7 @@ class _ComposedLinear(torch.autograd.Function):
         for start, stop in panels(rows, 2 * cols * x.element_size()):
             part = grad[:, start:stop]
             if for_x:
-                grad_x.addmm_(part, compose(up, down, values, support, start, stop))
+                grad_x.addmm_(part, compose_weight(up, down, values, support, start, stop))
             if not needs_dense:
                 continue
             dense = part.t() @ tokens
@@ -85,7 +87,7 @@ class _FactoredLinear(torch.autograd.Function):
         ctx.save_for_backward(x, hidden, down, up, values)
         ctx.support, ctx.key = support, key
         out = hidden @ up.t() if bias is None else torch.addmm(bias, hidden, up.t())
-        spmm_add_(out, tokens, values, support.row_ptr, support.cols)
+        delta_matmul_add_(out, tokens, values, support.row_ptr, support.cols)
         return out.view(*x.shape[:-1], out.shape[-1])
 
     @staticmethod
@@ -100,7 +102,7 @@ class _FactoredLinear(torch.autograd.Function):
         if for_x:
             grad_x = grad_hidden @ down
             turned, order = ctx.support.transposed
-            spmm_add_(grad_x, grad, values[order], turned.row_ptr, turned.cols)
+            delta_matmul_add_(grad_x, grad, values[order], turned.row_ptr, turned.cols)
             grad_x = grad_x.view(x.shape)
         if for_down:
             grad_down = grad_hidden.t() @ tokens

@@ -11,15 +11,16 @@ import weakref
 import torch
 from torch import Tensor
 
+from ..numerics.tokens import accumulation_dtype
 from ..support import Support
 from .codes import code_gather as _code_gather
 from .codes import code_scatter_add as _code_scatter_add
-from .delta_matmul import spmm_add_ as _spmm_add_
+from .delta_matmul import delta_matmul_add_ as _delta_matmul_add_
 from .entries import restore_ as _restore_
 from .entries import resync_ as _resync_
 from .entries import scatter_add_ as _scatter_add_
 from .masked_dw import masked_dw as _masked_dw
-from .support_grad import accumulation_dtype, observed_support_grad
+from .support_grad import observed_support_grad
 
 # Supports that layers hold, by the address of their positions: a graph passes tensors, and what was found out about a
 # support must not be found out anew in every step.
@@ -38,15 +39,15 @@ def _recall(shape: tuple[int, int], indices: Tensor, row_ptr: Tensor, cols: Tens
     return Support.from_csr(shape, indices, row_ptr, cols)
 
 
-@torch.library.custom_op("sparse_peft::sddmm", mutates_args=())
-def sddmm(
+@torch.library.custom_op("sparse_peft::support_grad", mutates_args=())
+def support_grad(
     left: Tensor, right: Tensor, row_ptr: Tensor, cols: Tensor, indices: Tensor, rows: int, columns: int, key: int
 ) -> Tensor:
     """``support_grad``, seen by the observer under ``key``."""
     return observed_support_grad(left, right, _recall((rows, columns), indices, row_ptr, cols), key)
 
 
-@sddmm.register_fake
+@support_grad.register_fake
 def _(left, right, row_ptr, cols, indices, rows, columns, key):
     return left.new_empty(indices.shape, dtype=accumulation_dtype(left.dtype))
 
@@ -66,11 +67,11 @@ def _(left, right, row_ptr, cols, indices, rows, columns, limit):
     return gradients[0], left.new_empty(limit, dtype=torch.int64), gradients[1]
 
 
-spmm_add_ = torch.library.custom_op("sparse_peft::spmm_add_", _spmm_add_, mutates_args={"out"})
+delta_matmul_add_ = torch.library.custom_op("sparse_peft::delta_matmul_add_", _delta_matmul_add_, mutates_args={"out"})
 scatter_add_ = torch.library.custom_op("sparse_peft::scatter_add_", _scatter_add_, mutates_args={"weight"})
 resync_ = torch.library.custom_op("sparse_peft::resync_", _resync_, mutates_args={"weights", "originals"})
 restore_ = torch.library.custom_op("sparse_peft::restore_", _restore_, mutates_args={"weights"})
-for _op in (spmm_add_, scatter_add_, resync_, restore_):
+for _op in (delta_matmul_add_, scatter_add_, resync_, restore_):
     _op.register_fake(lambda *args: None)
 
 code_gather = torch.library.custom_op("sparse_peft::code_gather", _code_gather, mutates_args=())

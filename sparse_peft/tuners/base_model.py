@@ -459,7 +459,7 @@ class BaseSparseModel(BaseTuner):
         if not isinstance(layer, SparseTunerLayer) or layer.quantization_backend is not None:
             return False
         weight = layer.base_parameter
-        return kernel_backend("write_entries", weight.dtype, weight.device) is not None
+        return kernel_backend("write_many", weight.dtype, weight.device) is not None
 
     @contextmanager
     def _mixed_batch(self, names: list[str] | None, beams: int) -> Iterator[None]:

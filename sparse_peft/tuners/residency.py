@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from ..numerics import panels
-from ..ops import Product, add_to_support_, read_support, remember, restore_supports_, resync_supports_
+from ..ops import LayerProduct, add_to_support_, read_support, remember, restore_supports_, resync_supports_
 from ..support import ChannelSupport, Support
 from .delta import SparseDelta
 
@@ -306,7 +306,7 @@ class DequantisedSource:
 class DeltaSource:
     """The delta alone, dense, a panel at a time: added to the result of a base layer that must run by itself."""
 
-    def __init__(self, shape: tuple[int, int], support: Support, values: Tensor, product: Product, key: int):
+    def __init__(self, shape: tuple[int, int], support: Support, values: Tensor, product: LayerProduct, key: int):
         self.shape, self.support, self.values = shape, support, values.detach()
         self.product, self.key = product, key
 

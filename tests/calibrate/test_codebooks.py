@@ -9,9 +9,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sparse_peft.calibrate import Sketch, assign_codes, codes_checksum, column_groups, fit_codebooks
-from sparse_peft.calibrate.codebooks import METHODS, midpoints
+from sparse_peft.calibrate import Sketch, assign_codes, codes_checksum, fit_codebooks
+from sparse_peft.calibrate.codebooks import CODEBOOK_METHODS, midpoints
 from sparse_peft.numerics.kmeans import SortedRows, lloyd, optimal, starts
+from sparse_peft.ops import column_groups
 
 KMEANS = ("dp", "lloyd")
 
@@ -166,7 +167,7 @@ def test_lloyds_error_never_grows(start):
 # ------------------------------------------------------------------ invariances (oracle 8)
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", CODEBOOK_METHODS)
 def test_scaling_scales_tables_and_keeps_codes(method):
     weight = heavy(5, 70)
     codebooks = fit_codebooks(weight, 3, 2, method=method)
@@ -177,7 +178,7 @@ def test_scaling_scales_tables_and_keeps_codes(method):
     assert torch.equal(assign_codes(weight * 4, scaled), assign_codes(weight, codebooks))
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", CODEBOOK_METHODS)
 def test_equal_weights_are_no_weights(method):
     weight = heavy(5, 70)
 
@@ -198,7 +199,7 @@ def test_permuting_columns_within_a_group_permutes_codes(method):
     assert torch.equal(assign_codes(weight[:, order], codebooks), assign_codes(weight, codebooks)[:, order])
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", CODEBOOK_METHODS)
 def test_panels_change_nothing(method):
     weight, weights = heavy(13, 37), torch.rand(13, 37)
     codebooks = fit_codebooks(weight, 2, 5, weights=weights, method=method)

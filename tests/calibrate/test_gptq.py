@@ -10,13 +10,13 @@ from sparse_peft.calibrate import (
     ascending,
     assign_codes,
     codes_checksum,
-    column_groups,
     compensated_sketch,
     fit_codebooks,
     output_error,
     refit_codebooks,
 )
 from sparse_peft.calibrate.codebooks import midpoints
+from sparse_peft.ops import column_groups
 
 
 def correlated(cols, samples=None, seed=0):

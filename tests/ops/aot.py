@@ -9,7 +9,7 @@ from triton.compiler import ASTSource
 
 from sparse_peft.ops import triton_kernels
 
-MODULES = ("sddmm", "entries", "groups", "masked_dw", "spmm", "codes")
+MODULES = ("support_grad", "support_grad_tiles", "entries", "masked_dw", "delta_matmul", "codes")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 

@@ -50,7 +50,7 @@ template <class Kernel> static void every_thread(int grid_x, int grid_y, int thr
 }
 
 #ifdef HAS_WARPS
-extern "C" void run_sddmm(int grid, int threads, const Value* left, const Value* right, const INDEX* indices, float* out,
+extern "C" void run_support_grad(int grid, int threads, const Value* left, const Value* right, const INDEX* indices, float* out,
                           int entries, int cols, int stride, int add) {
     blockDim.x = threads;
     for (int x = 0; x < grid; ++x)
@@ -61,7 +61,7 @@ extern "C" void run_sddmm(int grid, int threads, const Value* left, const Value*
             for (int lane = 0; lane < 32; ++lane)
                 all.emplace_back([=] {
                     blockIdx.x = x, threadIdx.x = 32 * w + lane;
-                    sddmm(left, right, indices, out, entries, cols, stride, add);
+                    support_grad(left, right, indices, out, entries, cols, stride, add);
                 });
             for (auto& thread : all) thread.join();
         }
@@ -71,7 +71,7 @@ extern "C" void run_scatter_add(int grid, int threads, Weight* weight, const IND
                                 int entries) {
     every_thread(grid, 1, threads, [=] { scatter_add(weight, indices, values, entries); });
 }
-extern "C" void run_write_entries(int grid, int threads, const long long* table, int tensors, int mode) {
-    every_thread(grid, tensors, threads, [=] { write_entries(table, tensors, mode); });
+extern "C" void run_write_many(int grid, int threads, const long long* table, int tensors, int mode) {
+    every_thread(grid, tensors, threads, [=] { write_many(table, tensors, mode); });
 }
 #endif

@@ -9,13 +9,13 @@ from sparse_peft.numerics import panel_limit, topk_indices
 from sparse_peft.ops import (
     code_gather,
     code_scatter_add,
+    delta_matmul_add_,
     effective_entries,
     masked_dw,
     pack_codes,
     restore_,
     resync_,
     scatter_add_,
-    spmm_add_,
     support_grad,
     use_backend,
 )
@@ -82,14 +82,14 @@ def check_entries(backend: str, problems: list[Problem], dtype: torch.dtype) -> 
         inspect([effective_entries(e, v) for e, v in zip(expected, new, strict=True)])
 
 
-def check_spmm_add(backend: str, x: Tensor, support: Support) -> None:
+def check_delta_matmul_add(backend: str, x: Tensor, support: Support) -> None:
     values = torch.randn(support.nnz, device=x.device)
     out = torch.randn(x.shape[0], support.shape[0], device=x.device).to(x.dtype)
     dense = torch.zeros(support.shape, dtype=torch.float64, device=x.device)
     dense.view(-1).index_copy_(0, support.indices.long(), values.double())
     expected = out.double() + x.double() @ dense.t()
     with use_backend(backend), panel_limit(2048):
-        spmm_add_(out, x, values, support.row_ptr, support.cols)
+        delta_matmul_add_(out, x, values, support.row_ptr, support.cols)
     eps = torch.finfo(x.dtype).eps
     torch.testing.assert_close(out.double(), expected, rtol=2 * eps + 1e-5, atol=2 * eps + 1e-5)
 

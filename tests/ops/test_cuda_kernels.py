@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from sparse_peft.ops import cuda_kernels, effective_entries
-from sparse_peft.ops.cuda_kernels import INDICES, MODES, PER_THREAD, THREADS, options, source
+from sparse_peft.ops.cuda_kernels import INDICES, PER_THREAD, THREADS, WRITE_MODES, options, source
 from sparse_peft.ops.cuda_kernels.nvrtc import compile_cubin
 from sparse_peft.ops.transposed import token_contiguous
 from sparse_peft.support import Support
@@ -29,7 +29,7 @@ HOST_FLOATS = [torch.float32, torch.bfloat16]
 @needs_nvcc
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90"])
 @pytest.mark.parametrize("dtype", list(cuda_kernels.FLOATS), ids=str)
-@pytest.mark.parametrize("file", ["entries.cu", "sddmm.cu"])
+@pytest.mark.parametrize("file", ["entries.cu", "support_grad.cu"])
 def test_sources_compile_without_spilling(file, dtype, arch, tmp_path):
     (tmp_path / file).write_text(source(file))
     for index in INDICES:
@@ -48,7 +48,7 @@ def nvrtc():
 
 
 @pytest.mark.skipif(nvrtc() is None, reason="needs the NVRTC library")
-@pytest.mark.parametrize("file", ["entries.cu", "sddmm.cu"])
+@pytest.mark.parametrize("file", ["entries.cu", "support_grad.cu"])
 def test_nvrtc_compiles_without_headers_and_says_what_is_wrong(file):
     library = ctypes.CDLL(nvrtc())
     for dtype in cuda_kernels.FLOATS:
@@ -67,7 +67,7 @@ def on_host(tmp_path_factory):
         if key not in built:
             (folder / file).write_text(source(file))
             library = folder / f"{file}-{dtype}-{index}.so"
-            flags = ["-DHAS_WARPS"] if file == "sddmm.cu" else []
+            flags = ["-DHAS_WARPS"] if file == "support_grad.cu" else []
             command = [
                 "g++",
                 "-std=c++20",
@@ -116,7 +116,7 @@ def test_scatter_add(on_host, dtype, index, nnz, offset):
 @needs_gxx
 @pytest.mark.parametrize("dtype", HOST_FLOATS, ids=str)
 @pytest.mark.parametrize("index", list(INDICES), ids=str)
-def test_write_entries(on_host, dtype, index):
+def test_write_many(on_host, dtype, index):
     cases = [random_entries((41, 59), nnz, dtype, index, offset) for nnz, offset in [(700, 0), (5, 1), (1, 0), (0, 0)]]
     weights, indices, values = zip(*cases, strict=True)
     own = [weight.view(-1)[i.long()].clone() for weight, i in zip(weights, indices, strict=True)]
@@ -127,7 +127,7 @@ def test_write_entries(on_host, dtype, index):
     library = on_host("entries.cu", dtype, index)
 
     def launch(mode):
-        library.run_write_entries(2, THREADS, address(table), len(cases), MODES[mode])
+        library.run_write_many(2, THREADS, address(table), len(cases), WRITE_MODES[mode])
 
     def holds(entries):
         return all(
@@ -166,14 +166,14 @@ def test_bfloat16_rounds_as_torch_does(on_host):
 @pytest.mark.parametrize("dtype", HOST_FLOATS, ids=str)
 @pytest.mark.parametrize("index", list(INDICES), ids=str)
 @pytest.mark.parametrize(("shape", "nnz", "tokens"), [((1, 1), 1, 1), ((7, 5), 20, 3), ((23, 31), 90, 300)])
-def test_sddmm(on_host, dtype, index, shape, nnz, tokens):
+def test_support_grad(on_host, dtype, index, shape, nnz, tokens):
     support = Support.random(shape, nnz, seed=1, name="layer")
     left, right = torch.randn(tokens, shape[0]).to(dtype), torch.randn(tokens, shape[1]).to(dtype)
     turned = token_contiguous(left, dtype), token_contiguous(right, dtype)
     indices, out = support.indices.to(index), torch.full((nnz,), torch.nan)
     grid = -(-nnz // 16)
     for add in (0, 1):
-        on_host("sddmm.cu", dtype, index).run_sddmm(
+        on_host("support_grad.cu", dtype, index).run_support_grad(
             grid, THREADS, address(turned[0]), address(turned[1]), address(indices), address(out), nnz, shape[1],
             turned[0].stride(0), add,
         )  # fmt: skip

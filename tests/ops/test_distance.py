@@ -16,11 +16,11 @@ from sparse_peft.ops import (
     Factors,
     First,
     LinearProduct,
+    distance_delta,
+    distance_entries,
+    distance_layer,
+    distance_matrix,
     find_threshold,
-    kernel,
-    kernel_delta,
-    kernel_entries,
-    kernel_layer,
 )
 from sparse_peft.ops.distance import distances
 
@@ -34,7 +34,7 @@ def factors(inputs=INPUTS, outputs=OUTPUTS, rank=RANK, mixed=False, dtype=torch.
     return Factors(*(t if t is None else t.requires_grad_() for t in (a, b, mix)))
 
 
-def dense_kernel(f):
+def dense_distance(f):
     """By the definition, with torch's differentiable cdist."""
     exact = "donot_use_mm_for_euclid_dist"
     d = [torch.cdist(b, a, compute_mode=exact) for a, b in zip(f.inputs, f.outputs, strict=True)]
@@ -67,7 +67,7 @@ def gradients(out, wanted):
 
 def test_oracle_1_kernel_is_what_loops_say():
     f = factors()
-    value = kernel(f).value
+    value = distance_matrix(f).value
     assert value.shape == (OUTPUTS, INPUTS)
     for o in range(OUTPUTS):
         for i in range(INPUTS):
@@ -111,9 +111,9 @@ def test_oracles_2_and_7_layer_and_gradients_are_autograds_whatever_the_parts(mi
     base = (weight, bias) if fused else (None, None)
     with panel_limit(limit or 2**26):
         assert len(f.parts()) == {None: 1, 8 * 8 * OUTPUTS: INPUTS, 3 * 8 * 8 * OUTPUTS: 5}[limit]
-        out = kernel_layer(x, f, tau, how(threshold), *base)
+        out = distance_layer(x, f, tau, how(threshold), *base)
         found = gradients(out, wanted)
-    delta = dense_delta(dense_kernel(f), tau, threshold)
+    delta = dense_delta(dense_distance(f), tau, threshold)
     want = F.linear(x, weight + delta, bias) if fused else F.linear(x, delta)
     torch.testing.assert_close(out, want, rtol=1e-12, atol=1e-12)
     for mine, theirs in zip(found, gradients(want, wanted), strict=True):
@@ -126,7 +126,7 @@ def test_oracle_3_gradcheck_of_the_papers_map():
     x = torch.randn(3, 5, dtype=torch.float64, requires_grad=True)
     tau = find_threshold(f, 12, THRESHOLDS["soft"]).detach() * 0.999  # between two values: not where it has a kink
     assert torch.autograd.gradcheck(
-        lambda x, a, b, mix: kernel_layer(x, Factors(a, b, mix), tau, how()), (x, *f), eps=1e-7, atol=1e-5
+        lambda x, a, b, mix: distance_layer(x, Factors(a, b, mix), tau, how()), (x, *f), eps=1e-7, atol=1e-5
     )
 
 
@@ -138,8 +138,8 @@ def test_layouts_and_half_precision(transposed, dtype):
     tau = find_threshold(f, 30, THRESHOLDS["soft"])
     stored = weight.t().contiguous() if transposed else weight
     with panel_limit(4 * 8 * 4 * OUTPUTS):
-        out = kernel_layer(x, f, tau, how(product=LinearProduct(0 if transposed else 1)), stored)
-    want = x.double() @ (weight.double() + dense_delta(dense_kernel(f), tau, "soft")).t()
+        out = distance_layer(x, f, tau, how(product=LinearProduct(0 if transposed else 1)), stored)
+    want = x.double() @ (weight.double() + dense_delta(dense_distance(f), tau, "soft")).t()
     assert out.dtype == dtype
     torch.testing.assert_close(out.double(), want, rtol=1e-5 if dtype == torch.float32 else 0.05, atol=0.05)
     gradient = torch.autograd.grad(out.sum(), f.inputs)[0]
@@ -157,9 +157,9 @@ def test_convolutions(module, limit):
     x = torch.randn(2, 4, *[9] * len(product.kernel), dtype=torch.float64, requires_grad=True)
     tau = find_threshold(f, 30, THRESHOLDS["soft"]).detach()
     with panel_limit(limit):
-        out = kernel_layer(x, f, tau, how(product=product), module.weight.detach(), module.bias)
+        out = distance_layer(x, f, tau, how(product=product), module.weight.detach(), module.bias)
         found = gradients(out, [*f[:2], x, module.bias])
-    delta = dense_delta(dense_kernel(f), tau, "soft").view_as(module.weight)
+    delta = dense_delta(dense_distance(f), tau, "soft").view_as(module.weight)
     want = module._conv_forward(x, module.weight.detach() + delta, module.bias)
     torch.testing.assert_close(out, want)
     for mine, theirs in zip(found, gradients(want, [*f[:2], x, module.bias]), strict=True):
@@ -177,9 +177,9 @@ def test_oracle_4_the_papers_map_keeps_exactly_what_it_says(sparsity, limit):
     kept = numel - math.ceil(sparsity * numel)
     with panel_limit(limit):
         tau = find_threshold(f, kept, THRESHOLDS["soft"])
-        delta = kernel_delta(f, tau, how(), torch.float64)
-        positions, values = kernel_entries(f, tau, how())
-    k = dense_kernel(f).detach()
+        delta = distance_delta(f, tau, how(), torch.float64)
+        positions, values = distance_entries(f, tau, how())
+    k = dense_distance(f).detach()
     assert int((delta != 0).sum()) == kept
     on = k.abs() > tau
     torch.testing.assert_close(delta[on], (k * k.abs() - tau * k)[on])
@@ -208,12 +208,12 @@ def test_the_references_threshold_is_torchs_quantile(dropped, limit):
     numel = INPUTS * OUTPUTS
     with panel_limit(limit):
         tau = find_threshold(f, numel - dropped, THRESHOLDS["reference"])
-    torch.testing.assert_close(tau, dense_kernel(f).abs().flatten().quantile(dropped / numel))
+    torch.testing.assert_close(tau, dense_distance(f).abs().flatten().quantile(dropped / numel))
 
 
 def test_oracle_8_the_kernel_has_a_higher_rank_than_its_factors():
     f = factors(256, 256, 8)
-    assert torch.linalg.matrix_rank(dense_kernel(f).detach()) > 200
+    assert torch.linalg.matrix_rank(dense_distance(f).detach()) > 200
     a, b = torch.randn(256, 8, dtype=torch.float64), torch.randn(256, 8, dtype=torch.float64)
     assert torch.linalg.matrix_rank(b @ a.t()) == 8
 
@@ -221,12 +221,14 @@ def test_oracle_8_the_kernel_has_a_higher_rank_than_its_factors():
 def test_a_first_delta_is_subtracted_from_what_is_kept_only():
     f, first = factors(), factors(seed=1)
     tau, first_tau = (find_threshold(each, 40, THRESHOLDS["soft"]) for each in (f, first))
-    delta = kernel_delta(f, tau, how(first=First(first, first_tau)), torch.float64)
-    k = dense_kernel(f).detach()
-    want = dense_delta(k, tau, "soft") - dense_delta(dense_kernel(first).detach(), first_tau, "soft") * (k.abs() > tau)
+    delta = distance_delta(f, tau, how(first=First(first, first_tau)), torch.float64)
+    k = dense_distance(f).detach()
+    want = dense_delta(k, tau, "soft") - dense_delta(dense_distance(first).detach(), first_tau, "soft") * (
+        k.abs() > tau
+    )
     torch.testing.assert_close(delta, want)
     assert int((delta != 0).sum()) == 40
-    same = kernel_delta(first, first_tau, how(first=First(first, first_tau)), torch.float64)
+    same = distance_delta(first, first_tau, how(first=First(first, first_tau)), torch.float64)
     assert bool((same == 0).all())
 
 
@@ -242,7 +244,7 @@ def test_oracle_7_only_input_factors_and_tau_are_saved(fused, mixed):
     saved = []
     tau = find_threshold(f, 100, THRESHOLDS["soft"])
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
-        out = kernel_layer(x, f, tau, how(), weight)
+        out = distance_layer(x, f, tau, how(), weight)
     own = [t for t in saved if weight is None or t.data_ptr() != weight.data_ptr()]
     scalars = 3 if mixed else 0
     assert sum(t.nbytes for t in own) == x.nbytes + f.inputs.nbytes + f.outputs.nbytes + 4 + 4 * scalars
@@ -260,7 +262,7 @@ def test_no_temporary_is_larger_than_a_panel_whatever_the_batch(fused, mixed):
         for tokens in (2, 32):
             x = torch.randn(tokens, n, requires_grad=True)
             with LargestTensor() as largest:
-                kernel_layer(x, f, tau, how(first=first), weight).sum().backward()
+                distance_layer(x, f, tau, how(first=first), weight).sum().backward()
             assert limit // 8 <= largest.nbytes <= limit < n * n * 4
         # the threshold's histograms are of one size, whatever the weight's is
         with LargestTensor() as largest:
@@ -276,15 +278,15 @@ def test_oracle_12_more_entries_than_torchs_quantile_takes():
         torch.quantile(torch.zeros(numel), 0.5)
     kept = numel // 10
     tau = find_threshold(f, kept, THRESHOLDS["soft"])
-    count = sum(int((kernel(f, *part).value.abs() > tau).sum()) for part in f.parts())
+    count = sum(int((distance_matrix(f, *part).value.abs() > tau).sum()) for part in f.parts())
     assert kept - 3 <= count <= kept  # equal floats at the threshold are left out together
     x = torch.randn(2, 4100)
-    out = kernel_layer(x, f, tau, how())
+    out = distance_layer(x, f, tau, how())
     out.sum().backward()
     assert bool(f.inputs.grad.isfinite().all()) and bool((f.inputs.grad != 0).any())
 
 
 def test_an_input_without_gradient_is_no_obstacle():
     f = factors()
-    out = kernel_layer(torch.randn(3, INPUTS, dtype=torch.float64), f, torch.tensor(0.0), how())
+    out = distance_layer(torch.randn(3, INPUTS, dtype=torch.float64), f, torch.tensor(0.0), how())
     assert all(bool((g != 0).any()) for g in torch.autograd.grad(out.sum(), f[:2]))

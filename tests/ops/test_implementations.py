@@ -59,8 +59,8 @@ def test_entries_of_many_weights(backend, device, dtypes, examples):
 
 
 @pytest.mark.parametrize(("backend", "device", "dtypes", "examples"), places(["auto"], ["triton"]))
-def test_spmm_add(backend, device, dtypes, examples):
-    run(given(problems(dtypes, device))(lambda p: check.check_spmm_add(backend, p.right, p.support)), examples)
+def test_delta_matmul_add(backend, device, dtypes, examples):
+    run(given(problems(dtypes, device))(lambda p: check.check_delta_matmul_add(backend, p.right, p.support)), examples)
 
 
 @pytest.mark.parametrize(("backend", "device", "dtypes", "examples"), places(["auto"], ["triton"]))

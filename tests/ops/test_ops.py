@@ -5,7 +5,6 @@ import torch
 
 from sparse_peft.numerics import panel_limit, panels
 from sparse_peft.ops import delta_matmul, effective_entries, read_entries, support_grad, use_backend, write_entries_
-from sparse_peft.ops.torch_library import sddmm
 from sparse_peft.support import Support
 
 SHAPES = [(1, 1), (1, 7), (13, 1), (20, 2), (37, 29), (64, 48), (5, 211)]
@@ -49,14 +48,6 @@ def test_support_grad_ignores_entries_outside_the_support_even_if_they_are_nan()
     for backend in ("sampled", "panels"):
         with use_backend(backend):
             assert torch.equal(support_grad(left, right, s), torch.full((2,), 3.0))
-
-
-def test_sddmm_passes_opcheck():
-    s = random_support((9, 8), 0.3)
-    torch.library.opcheck(
-        sddmm,
-        (torch.randn(5, 9), torch.randn(5, 8), s.row_ptr, s.cols, s.indices, 9, 8, 0),
-    )
 
 
 def test_unknown_backend_is_refused(monkeypatch):

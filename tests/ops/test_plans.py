@@ -10,16 +10,24 @@ from pathlib import Path
 import pytest
 import torch
 
+from sparse_peft.ops import (
+    GradientPlan,
+    backends,
+    gradient_paths,
+    plan_support_grad,
+    support_grad,
+    transposed,
+    triton_kernels,
+    use_backend,
+)
 from sparse_peft.ops import crossover as calibration
-from sparse_peft.ops import plan_support_grad, support_grad, transposed, use_backend
-from sparse_peft.ops import plans as dispatch
 from sparse_peft.ops import torch_library as library
 from sparse_peft.ops.crossover import Bench, crossover, meeting_point
-from sparse_peft.support import Support
+from sparse_peft.support import Support, layout_of
 
 CPU = torch.device("cpu")
 SMALL = Bench(0.1, 64, 32, (0.05, 0.2))
-interpreted = pytest.mark.skipif(not dispatch.triton_kernels.usable(CPU), reason="needs Triton and TRITON_INTERPRET=1")
+interpreted = pytest.mark.skipif(not triton_kernels.usable(CPU), reason="needs Triton and TRITON_INTERPRET=1")
 
 
 def spread(density, size=100):
@@ -46,13 +54,13 @@ def test_density_counts_within_the_rows_and_columns_that_are_used():
 
 def test_a_forced_backend_is_taken_and_named(monkeypatch):
     with use_backend("panels"):
-        assert plan_support_grad(spread(0.01), torch.float32, CPU) == dispatch.Plan("panels", "forced")
+        assert plan_support_grad(spread(0.01), torch.float32, CPU) == GradientPlan("panels", "forced")
     monkeypatch.setenv("SPARSE_PEFT_BACKEND", "sampled")
     assert plan_support_grad(spread(0.5), torch.float32, CPU).path == "sampled"
 
 
 def test_tiles_without_groups_are_chosen_by_density_and_said_once(caplog):
-    dispatch._logged.clear()
+    backends._logged.clear()
     with caplog.at_level(logging.INFO, logger="sparse_peft"), use_backend("tiles"):
         for _ in range(2):
             assert plan_support_grad(spread(0.01), torch.float32, CPU).path == "sampled"
@@ -140,10 +148,9 @@ def test_a_cache_that_cannot_be_written_is_said_and_done_without(cache, monkeypa
 
 
 def test_a_kernel_that_is_wrong_is_not_used(cache, monkeypatch, caplog):
-    module = sys.modules["sparse_peft.ops.support_grad"]  # the package has a function of this name
-    right = module.grad_by_path
+    right = calibration.grad_by_path
     wrong = lambda path, *args: right(path, *args) * (1.01 if path == "sampled" else 1)  # noqa: E731
-    monkeypatch.setattr(module, "grad_by_path", wrong)
+    monkeypatch.setattr(calibration, "grad_by_path", wrong)
     found = crossover(CPU, torch.float32, 0.1)
     assert found.path == "panels" and "is wrong on cpu" in caplog.text
 
@@ -153,8 +160,7 @@ def test_a_kernel_that_is_wrong_is_not_used(cache, monkeypatch, caplog):
 
 @interpreted
 def test_layers_with_one_input_transpose_it_once(monkeypatch):
-    kernels = sys.modules["sparse_peft.ops.support_grad"]
-    monkeypatch.setattr(kernels, "KERNEL_TILE", 8)
+    monkeypatch.setattr(gradient_paths, "KERNEL_TILE", 8)
     made = []
     original = transposed._Kept.__init__
 
@@ -205,9 +211,9 @@ def cases():
     values, entries = torch.randn(s.nnz), torch.randn(s.nnz)
     codes = torch.randint(0, 255, (3, 4), dtype=torch.uint8)
     return {
-        "sddmm": (left, right, *csr, 12, 12, 0),
+        "support_grad": (left, right, *csr, 12, 12, 0),
         "masked_dw": (left, right, *csr, 12, 12, 7),
-        "spmm_add_": (torch.randn(5, 12), right, values, s.row_ptr, s.cols),
+        "delta_matmul_add_": (torch.randn(5, 12), right, values, s.row_ptr, s.cols),
         "scatter_add_": (torch.randn(12, 12), s.indices, values),
         "resync_": ([torch.randn(12, 12)], [s.indices], [entries], [values], True),
         "restore_": ([torch.randn(12, 12)], [s.indices], [entries]),
@@ -228,9 +234,7 @@ def test_opcheck(name):
 @interpreted
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_the_kernel_of_row_groups(dtype):
-    from sparse_peft.support import layout_of
-
-    kernels = dispatch.triton_kernels.kernels("groups")
+    kernels = triton_kernels.kernels("support_grad_tiles")
     for support in (
         Support.from_blocks((150, 140), (16, 32), [0, 2, 3, 7, 8, 20, 33, 49]),
         Support.from_columns((130, 90), list(range(0, 90, 1))),
@@ -240,12 +244,12 @@ def test_the_kernel_of_row_groups(dtype):
         cols = torch.arange(support.shape[1]) if layout.cols is None else layout.cols
         left, right = (torch.randn(45, n).to(dtype) for n in support.shape)
         out = torch.full((support.nnz,), torch.nan)
-        kernels.groups_(out, left[:, rows], right[:, cols], *layout.work(kernels.work_list))
+        kernels.support_grad_tiles_(out, left[:, rows], right[:, cols], *layout.work(kernels.work_list))
         expected = (left.double().t() @ right.double()).view(-1)[support.indices.long()]
         torch.testing.assert_close(out.double(), expected, rtol=1e-5, atol=2e-5)
 
 
-@pytest.mark.skipif(not dispatch.triton_kernels.installed(), reason="needs Triton")
+@pytest.mark.skipif(not triton_kernels.installed(), reason="needs Triton")
 def test_every_kernel_compiles_for_sm_80_and_sm_90(tmp_path):
     root = Path(__file__).parents[2]
     environment = {**os.environ, "TRITON_CACHE_DIR": str(tmp_path), "PYTHONPATH": str(root)}

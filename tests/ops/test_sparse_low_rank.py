@@ -4,7 +4,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sparse_peft.numerics import panel_limit, sample_without_replacement
-from sparse_peft.ops import cheaper_way, compose, sparse_low_rank_linear
+from sparse_peft.ops import cheaper_way, compose_weight, sparse_low_rank_linear
 from sparse_peft.support import Support
 
 WAYS = ("composed", "factored")
@@ -112,7 +112,7 @@ def test_no_temporary_is_larger_than_a_panel():
 def test_compose_gives_rows():
     support, down, up, values, _ = problem(9, 7, 3, 20)
     want = dense(support, down, up, values)
-    assert torch.allclose(compose(up.detach(), down.detach(), values.detach(), support, 2, 6), want[2:6])
+    assert torch.allclose(compose_weight(up.detach(), down.detach(), values.detach(), support, 2, 6), want[2:6])
 
 
 def test_the_cheaper_way_follows_tokens_and_density():

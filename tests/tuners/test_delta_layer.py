@@ -5,6 +5,7 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from sparse_peft import panel_limit, use_backend
+from sparse_peft.ops import backends
 from sparse_peft.tuners.residency import OverlaySource, ResidentSource
 from tests.helpers.two_layers import TwoLayers, adapted, effective_weights, layers_of, oracle_output
 
@@ -255,9 +256,7 @@ def test_no_grad_forward_is_the_base_layers_own_call(monkeypatch):
 
 
 def test_log_of_a_slower_path_is_written_once(caplog):
-    from sparse_peft.ops import plans as dispatch
-
-    dispatch._logged.clear()
+    backends._logged.clear()
     model, _ = adapted(resident=False)
     with caplog.at_level("INFO", logger="sparse_peft"):
         for _ in range(3):

@@ -20,21 +20,21 @@ logger = logging.getLogger(__name__)
 
 THREADS = 128
 PER_THREAD = 4  # entries, in entries.cu
-ENTRIES_A_WARP = 4  # in sddmm.cu
+ENTRIES_A_WARP = 4  # in support_grad.cu
 GRID_LIMIT = 65_535  # tensors in one launch
 FLOATS = {torch.float32: "FP32", torch.bfloat16: "BF16", torch.float16: "FP16"}
 INDICES = {torch.int32: "int", torch.int64: "long long"}
-MODES = {"resync": 0, "take": 1, "restore": 2}
+WRITE_MODES = {"resync": 0, "take": 1, "restore": 2}
 
 
 def source(name: str) -> str:
-    """The text of ``entries.cu`` or ``sddmm.cu``."""
+    """The text of ``entries.cu`` or ``support_grad.cu``."""
     return files(__name__).joinpath(name).read_text(encoding="utf-8")
 
 
 def options(file: str, dtype: torch.dtype, index: torch.dtype) -> list[str]:
     """Compiler options for one type of number and of position."""
-    kind = {"entries.cu": "WEIGHT", "sddmm.cu": "VALUE"}[file]
+    kind = {"entries.cu": "WEIGHT", "support_grad.cu": "VALUE"}[file]
     return [f"-D{kind}_{FLOATS[dtype]}", f"-DINDEX={INDICES[index]}"]
 
 
@@ -59,8 +59,8 @@ def _kernel(file: str, kernel: str, dtype: torch.dtype, index: torch.dtype, devi
 
 
 def usable(op: str, dtype: torch.dtype, index: torch.dtype, device: torch.device) -> bool:
-    """Whether ``scatter_add``, ``write_entries`` or ``sddmm`` can run on such tensors; compiles it if need be."""
-    return _kernel("sddmm.cu" if op == "sddmm" else "entries.cu", op, dtype, index, device) is not None
+    """Whether ``scatter_add``, ``write_many`` or ``support_grad`` can run on such tensors; compiles it if need be."""
+    return _kernel("support_grad.cu" if op == "support_grad" else "entries.cu", op, dtype, index, device) is not None
 
 
 def _launch(kernel: Callable, device: torch.device, grid: tuple[int, int], args: list) -> None:
@@ -81,14 +81,14 @@ def scatter_add_(weight: Tensor, indices: Tensor, values: Tensor) -> None:
 
 def write_many_(table: Tensor, largest: int, dtype: torch.dtype, index: torch.dtype, mode: str) -> None:
     """Write the entries of all tensors of a table, ``(5, tensors)`` int64, the largest of so many entries."""
-    kernel = _kernel("entries.cu", "write_entries", dtype, index, table.device)
+    kernel = _kernel("entries.cu", "write_many", dtype, index, table.device)
     grid = (_blocks(largest, THREADS * PER_THREAD), table.shape[1])
-    _launch(kernel, table.device, grid, [table, table.shape[1], MODES[mode]])
+    _launch(kernel, table.device, grid, [table, table.shape[1], WRITE_MODES[mode]])
 
 
-def sddmm_(out: Tensor, left: Tensor, right: Tensor, indices: Tensor, cols: int, add: bool) -> None:
-    """As ``sparse_peft.ops.triton_kernels.sddmm.sddmm_``; tokens padded with zeros to 16 bytes."""
-    kernel = _kernel("sddmm.cu", "sddmm", left.dtype, indices.dtype, left.device)
+def support_grad_(out: Tensor, left: Tensor, right: Tensor, indices: Tensor, cols: int, add: bool) -> None:
+    """As ``sparse_peft.ops.triton_kernels.support_grad.support_grad_``; tokens padded with zeros to 16 bytes."""
+    kernel = _kernel("support_grad.cu", "support_grad", left.dtype, indices.dtype, left.device)
     grid = (_blocks(indices.numel(), THREADS // 32 * ENTRIES_A_WARP), 1)
     args = [left, right, indices, out, indices.numel(), cols, left.stride(0), int(add)]
     _launch(kernel, left.device, grid, args)

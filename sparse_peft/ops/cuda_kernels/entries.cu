@@ -64,7 +64,7 @@ enum Mode { RESYNC = 0, TAKE = 1, RESTORE = 2 };
 //   RESYNC   weight[i] = round(original + value)
 //   TAKE     original = weight[i], then the same
 //   RESTORE  weight[i] = original
-extern "C" __global__ void write_entries(const long long* table, int tensors, int mode) {
+extern "C" __global__ void write_many(const long long* table, int tensors, int mode) {
     const int t = blockIdx.y;
     const long long entries = table[4LL * tensors + t];
     const long long e = ((long long)blockIdx.x * blockDim.x + threadIdx.x) * PER_THREAD;

@@ -30,5 +30,9 @@ def usable(device: torch.device) -> bool:
 
 
 def kernels(name: str) -> ModuleType:
-    """The module of this name: ``sddmm``, ``entries``, ``groups``, ``masked_dw``, ``spmm`` or ``codes``."""
+    """The module of this name.
+
+    Args:
+        name: ``support_grad``, ``support_grad_tiles``, ``entries``, ``masked_dw``, ``delta_matmul`` or ``codes``.
+    """
     return importlib.import_module(f"{__name__}.{name}")

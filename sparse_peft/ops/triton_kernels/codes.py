@@ -21,7 +21,7 @@ def _code(codes, row_bytes, j, inside, BITS: tl.constexpr):
 
 
 @triton.jit
-def gather_kernel(codebook, codes, out, cols, groups, row_bytes, BITS: tl.constexpr, BLOCK: tl.constexpr):
+def code_gather_kernel(codebook, codes, out, cols, groups, row_bytes, BITS: tl.constexpr, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     j = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = j < cols
@@ -32,7 +32,7 @@ def gather_kernel(codebook, codes, out, cols, groups, row_bytes, BITS: tl.conste
 
 
 @triton.jit
-def scatter_add_kernel(grad, codes, out, cols, groups, row_bytes, BITS: tl.constexpr, BLOCK: tl.constexpr):
+def code_scatter_add_kernel(grad, codes, out, cols, groups, row_bytes, BITS: tl.constexpr, BLOCK: tl.constexpr):
     # one program, one table: its sums stay in registers and are added in a fixed order
     row = tl.program_id(0).to(tl.int64)
     group = tl.program_id(1).to(tl.int64)
@@ -49,18 +49,18 @@ def scatter_add_kernel(grad, codes, out, cols, groups, row_bytes, BITS: tl.const
     tl.store(out + (row * groups + group) * (1 << BITS) + k, total)
 
 
-def gather_(out: Tensor, codebook: Tensor, codes: Tensor, bits: int) -> None:
+def code_gather_(out: Tensor, codebook: Tensor, codes: Tensor, bits: int) -> None:
     """``out`` ``(rows, cols)`` from ``codebook`` ``(rows, groups, 2**bits)`` and packed ``codes``, all contiguous."""
     rows, cols = out.shape
-    gather_kernel[(rows, triton.cdiv(cols, BLOCK_COLS))](
+    code_gather_kernel[(rows, triton.cdiv(cols, BLOCK_COLS))](
         codebook, codes, out, cols, codebook.shape[1], codes.shape[1], BITS=bits, BLOCK=BLOCK_COLS
     )
 
 
-def scatter_add_(out: Tensor, grad: Tensor, codes: Tensor, bits: int) -> None:
+def code_scatter_add_(out: Tensor, grad: Tensor, codes: Tensor, bits: int) -> None:
     """``out`` ``(rows, groups, 2**bits)`` float32 from ``grad`` ``(rows, cols)`` and packed ``codes``."""
     rows, cols = grad.shape
-    scatter_add_kernel[(rows, out.shape[1])](
+    code_scatter_add_kernel[(rows, out.shape[1])](
         grad, codes, out, cols, out.shape[1], codes.shape[1], BITS=bits, BLOCK=BLOCK_COLS if bits < 8 else 32
     )
 
@@ -72,7 +72,7 @@ def signatures(dtype: torch.dtype) -> list[tuple]:
     found = []
     for bits in (2, 3, 4, 8):
         gather = {"codebook": "*fp32", "codes": "*u8", "out": x, **sizes}
-        found.append((gather_kernel, gather, {"BITS": bits, "BLOCK": BLOCK_COLS}))
+        found.append((code_gather_kernel, gather, {"BITS": bits, "BLOCK": BLOCK_COLS}))
         scatter = {"grad": x, "codes": "*u8", "out": "*fp32", **sizes}
-        found.append((scatter_add_kernel, scatter, {"BITS": bits, "BLOCK": BLOCK_COLS if bits < 8 else 32}))
+        found.append((code_scatter_add_kernel, scatter, {"BITS": bits, "BLOCK": BLOCK_COLS if bits < 8 else 32}))
     return found

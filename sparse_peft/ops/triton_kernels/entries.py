@@ -11,7 +11,7 @@ BLOCK = 1024
 
 
 @triton.jit
-def add_entries_kernel(weight, indices, values, entries, BLOCK: tl.constexpr):
+def scatter_add_kernel(weight, indices, values, entries, BLOCK: tl.constexpr):
     e = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = e < entries
     at = weight + tl.load(indices + e, inside, 0).to(tl.int64)
@@ -21,7 +21,7 @@ def add_entries_kernel(weight, indices, values, entries, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def write_entries_kernel(
+def write_many_kernel(
     table, tensors, weight_like, index_like, value_like, TAKE: tl.constexpr, PLAIN: tl.constexpr, BLOCK: tl.constexpr
 ):
     # `table` has, for each tensor, the addresses of weight, indices, originals and values, and the number of entries;
@@ -47,10 +47,10 @@ def write_entries_kernel(
         tl.store(at, total.to(original.dtype), inside)
 
 
-def add_entries_(weight: Tensor, indices: Tensor, values: Tensor) -> None:
+def scatter_add_(weight: Tensor, indices: Tensor, values: Tensor) -> None:
     """``weight.flat[indices] += values``, the sums in float32; ``weight`` is contiguous."""
     entries = indices.numel()
-    add_entries_kernel[(triton.cdiv(entries, BLOCK),)](weight, indices, values, entries, BLOCK=BLOCK)
+    scatter_add_kernel[(triton.cdiv(entries, BLOCK),)](weight, indices, values, entries, BLOCK=BLOCK)
 
 
 def write_many_(
@@ -58,7 +58,7 @@ def write_many_(
 ) -> None:
     """Write the entries of all tensors of a table; ``weight``, ``indices``, ``values`` are one of each kind."""
     tensors = table.shape[1]
-    write_entries_kernel[(triton.cdiv(largest, BLOCK), tensors)](
+    write_many_kernel[(triton.cdiv(largest, BLOCK), tensors)](
         table, tensors, weight, indices, weight if values is None else values,
         TAKE=take, PLAIN=values is None, BLOCK=BLOCK,
     )  # fmt: skip
@@ -69,7 +69,7 @@ def signatures(dtype: torch.dtype) -> list[tuple]:
     w = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16"}[dtype]
     add = {"weight": w, "indices": "*i32", "values": "*fp32", "entries": "i32"}
     many = {"table": "*i64", "tensors": "i32", "weight_like": w, "index_like": "*i32", "value_like": "*fp32"}
-    return [(add_entries_kernel, add, {"BLOCK": BLOCK})] + [
-        (write_entries_kernel, many, {"TAKE": take, "PLAIN": plain, "BLOCK": BLOCK})
+    return [(scatter_add_kernel, add, {"BLOCK": BLOCK})] + [
+        (write_many_kernel, many, {"TAKE": take, "PLAIN": plain, "BLOCK": BLOCK})
         for take, plain in ((True, False), (False, False), (False, True))
     ]

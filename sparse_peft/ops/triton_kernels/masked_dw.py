@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .tile import tile_product
+from .tile_product import tile_product
 
 BLOCK_ROWS = 64
 BLOCK_COLS = 64

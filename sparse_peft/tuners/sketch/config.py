@@ -6,7 +6,7 @@ import os
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
-from ...calibrate.codebooks import METHODS
+from ...calibrate.codebooks import CODEBOOK_METHODS
 from ..base_config import BaseSparseConfig
 from .sidecar import SIDECAR, write_sketches
 
@@ -65,7 +65,7 @@ class SketchConfig(BaseSparseConfig):
         default_factory=dict, metadata={"help": "{layer name or regular expression: groups}."}
     )
     clustering: str = field(
-        default="dp", metadata={"help": f"How tables are first made: one of {', '.join(METHODS)}."}
+        default="dp", metadata={"help": f"How tables are first made: one of {', '.join(CODEBOOK_METHODS)}."}
     )
     initial_dtype: str | None = field(
         default=None, metadata={"help": "dtype of the first tables: bfloat16 for 'delta', float32 for 'replace'."}
@@ -87,7 +87,7 @@ class SketchConfig(BaseSparseConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        for name, choices in (("mode", MODES), ("clustering", METHODS), ("keep_base", KEEPS)):
+        for name, choices in (("mode", MODES), ("clustering", CODEBOOK_METHODS), ("keep_base", KEEPS)):
             self._check_choice(name, choices)
         for name, choices in (("index_storage", STORAGES), ("initial_dtype", DTYPES)):
             if getattr(self, name) is not None:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...ops import cheaper_way, compose, sparse_low_rank_linear
+from ...ops import cheaper_way, compose_weight, sparse_low_rank_linear
 from ..base_layer import SET_ASIDE, TunerLayer
 from ..delta_layer import SparseTunerLayer
 from ..low_rank import LowRankLayer
@@ -108,7 +108,7 @@ class SLTrainLinear(LowRankLayer, SparseTunerLayer):
             return TunerLayer._merge(self, names, safe_merge)
         delta, support = self.deltas[self._only_name], self.settled(self._only_name).support
         down, up = (factor.detach() for factor in delta.factors())
-        weight = compose(up, down, delta.values.detach(), support)
+        weight = compose_weight(up, down, delta.values.detach(), support)
         if safe_merge:
             self._check_merged(weight, names)
         self._modules[SET_ASIDE] = self.base_layer

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...ops import kernel_layer
+from ...ops import distance_layer
 from ..base_layer import TunerLayer
 from .config import SnellaConfig
 from .state import KernelState
@@ -58,7 +58,7 @@ class SnellaLinear(TunerLayer):
         state: KernelState = self.deltas[adapter_name]
         how, dtype, bias = state.competition(), self._compute_dtype(x), self.base_layer.bias
         bias = None if bias is None else bias.to(dtype)
-        return kernel_layer(x.to(dtype), state(), state.tau.clone(), how, self.base_parameter.detach(), bias)
+        return distance_layer(x.to(dtype), state(), state.tau.clone(), how, self.base_parameter.detach(), bias)
 
     @torch.compiler.disable
     def adapter_output(self, x: Tensor, adapter_name: str) -> Tensor:
@@ -68,7 +68,7 @@ class SnellaLinear(TunerLayer):
         if self._serves() and state.settings.cache:
             return self.product.leave(self.product.multiply(self.product.enter(x), state.kept_delta(x.dtype)), x)
         how = state.competition()  # which may find another tau
-        return kernel_layer(state.dropout(x), state(), state.tau.clone(), how)
+        return distance_layer(state.dropout(x), state(), state.tau.clone(), how)
 
     def get_delta_weight(self, adapter: str) -> Tensor:
         """The adapter's delta as a dense tensor of the stored weight's shape, in the factors' dtype."""

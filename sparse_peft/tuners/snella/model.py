@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from ...ops import ConvProduct, LinearProduct, Product, is_convolution
+from ...ops import ConvProduct, LayerProduct, LinearProduct, is_convolution
 from ..base_model import BaseSparseModel, base_of, in_dim_of, stored_shape
 from ..low_rank import factor_sizes
 from .config import SnellaConfig
@@ -21,7 +21,7 @@ class KernelPlan:
 
     sizes: tuple[int, int]
     config: SnellaConfig
-    product: Product
+    product: LayerProduct
     kept: int | None
 
     def make_delta(self, name: str) -> KernelState:

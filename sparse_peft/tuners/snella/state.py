@@ -18,11 +18,11 @@ from ...ops import (
     Competition,
     Factors,
     First,
-    Product,
+    LayerProduct,
+    distance_delta,
+    distance_entries,
     find_threshold,
     full_precision,
-    kernel_delta,
-    kernel_entries,
 )
 from ..base_state import TrainedState
 from ..residency import version
@@ -76,7 +76,7 @@ class KernelState(TrainedState):
     position_names = ("kept", "tau", "age", "seed", "first_tau")
 
     def __init__(
-        self, sizes: tuple[int, int], config: SnellaConfig, product: Product, name: str, kept: int | None = None
+        self, sizes: tuple[int, int], config: SnellaConfig, product: LayerProduct, name: str, kept: int | None = None
     ):
         super().__init__(name)
         self.sizes, self.settings, self.product = sizes, config, product
@@ -206,7 +206,7 @@ class KernelState(TrainedState):
     def dense(self, dtype: torch.dtype | None = None) -> Tensor:
         """The delta ``(outputs, inputs)``, in the factors' dtype if None."""
         how = self.competition()
-        return kernel_delta(self(), self.tau, how, dtype or self.dtype)
+        return distance_delta(self(), self.tau, how, dtype or self.dtype)
 
     def kept_delta(self, dtype: torch.dtype) -> Tensor:
         """As ``dense``; kept until a parameter changes or the layer trains again."""
@@ -219,7 +219,7 @@ class KernelState(TrainedState):
     def sparse(self) -> tuple[Tensor, Tensor]:
         """``(entries,)`` positions in the flat ``(outputs, inputs)``, ascending, and values of what is kept."""
         how = self.competition()
-        return kernel_entries(self(), self.tau, how)
+        return distance_entries(self(), self.tau, how)
 
     # ------------------------------------------------------------------ torch's bookkeeping
 

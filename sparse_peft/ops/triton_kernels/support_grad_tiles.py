@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .tile import tile_product
+from .tile_product import tile_product
 
 BLOCK_ROWS = 64
 BLOCK_COLS = 64
@@ -15,7 +15,7 @@ BLOCK_TOKENS = 32
 
 
 @triton.jit
-def groups_kernel(
+def support_grad_tiles_kernel(
     left, right, cols, work, out, tokens, left_stride, right_stride,
     PRECISION: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_T: tl.constexpr,
 ):  # fmt: skip
@@ -54,9 +54,9 @@ def work_list(groups, device: torch.device) -> tuple[Tensor, Tensor]:
     return torch.cat(cols), torch.tensor(pieces, dtype=torch.int64, device=device)
 
 
-def groups_(out: Tensor, left: Tensor, right: Tensor, cols: Tensor, work: Tensor) -> None:
+def support_grad_tiles_(out: Tensor, left: Tensor, right: Tensor, cols: Tensor, work: Tensor) -> None:
     """Set ``out`` ``(entries,)`` float32 from ``left`` ``(tokens, rows)`` and ``right`` ``(tokens, cols)``."""
-    groups_kernel[(work.shape[0],)](
+    support_grad_tiles_kernel[(work.shape[0],)](
         left, right, cols, work, out, left.shape[0], left.stride(0), right.stride(0),
         PRECISION="ieee", BLOCK_R=BLOCK_ROWS, BLOCK_C=BLOCK_COLS, BLOCK_T=BLOCK_TOKENS,
     )  # fmt: skip
@@ -70,4 +70,4 @@ def signatures(dtype: torch.dtype) -> list[tuple]:
         "left_stride": "i32", "right_stride": "i32",
     }  # fmt: skip
     blocks = {"PRECISION": "ieee", "BLOCK_R": BLOCK_ROWS, "BLOCK_C": BLOCK_COLS, "BLOCK_T": BLOCK_TOKENS}
-    return [(groups_kernel, types, blocks)]
+    return [(support_grad_tiles_kernel, types, blocks)]

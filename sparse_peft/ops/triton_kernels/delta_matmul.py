@@ -12,7 +12,7 @@ BLOCK_ENTRIES = 64
 
 
 @triton.jit
-def spmm_kernel(
+def delta_matmul_kernel(
     x, values, row_ptr, cols, out, tokens, x_stride, out_stride, BLOCK_T: tl.constexpr, BLOCK_E: tl.constexpr
 ):
     row = tl.program_id(0)
@@ -32,9 +32,9 @@ def spmm_kernel(
         tl.store(at, (old.to(tl.float32) + total).to(old.dtype), t < tokens)
 
 
-def spmm_add_(out: Tensor, x: Tensor, values: Tensor, row_ptr: Tensor, cols: Tensor) -> None:
+def delta_matmul_add_(out: Tensor, x: Tensor, values: Tensor, row_ptr: Tensor, cols: Tensor) -> None:
     """``out += x @ S.T``, ``(tokens, rows)`` and ``(tokens, cols)``, last dimensions contiguous; float32 sums."""
-    spmm_kernel[(row_ptr.numel() - 1, triton.cdiv(x.shape[0], BLOCK_TOKENS))](
+    delta_matmul_kernel[(row_ptr.numel() - 1, triton.cdiv(x.shape[0], BLOCK_TOKENS))](
         x, values, row_ptr, cols, out, x.shape[0], x.stride(0), out.stride(0),
         BLOCK_T=BLOCK_TOKENS, BLOCK_E=BLOCK_ENTRIES,
     )  # fmt: skip
@@ -47,4 +47,4 @@ def signatures(dtype: torch.dtype) -> list[tuple]:
         "x": x, "values": "*fp32", "row_ptr": "*i32", "cols": "*i32", "out": x, "tokens": "i32", "x_stride": "i32",
         "out_stride": "i32",
     }  # fmt: skip
-    return [(spmm_kernel, types, {"BLOCK_T": BLOCK_TOKENS, "BLOCK_E": BLOCK_ENTRIES})]
+    return [(delta_matmul_kernel, types, {"BLOCK_T": BLOCK_TOKENS, "BLOCK_E": BLOCK_ENTRIES})]

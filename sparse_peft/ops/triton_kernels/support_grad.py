@@ -12,7 +12,7 @@ BLOCK_TOKENS = 256
 
 
 @triton.jit
-def sddmm_kernel(
+def support_grad_kernel(
     left, right, indices, out, entries, cols, tokens, left_stride, right_stride,
     ADD: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_T: tl.constexpr,
 ):  # fmt: skip
@@ -35,7 +35,7 @@ def sddmm_kernel(
     tl.store(out + e, total, inside)
 
 
-def sddmm_(out: Tensor, left: Tensor, right: Tensor, indices: Tensor, cols: int, add: bool) -> None:
+def support_grad_(out: Tensor, left: Tensor, right: Tensor, indices: Tensor, cols: int, add: bool) -> None:
     """Set ``out``, or add to it, ``(entries,)`` float32.
 
     Args:
@@ -45,7 +45,7 @@ def sddmm_(out: Tensor, left: Tensor, right: Tensor, indices: Tensor, cols: int,
         add: whether to add to what ``out`` holds.
     """
     entries = indices.numel()
-    sddmm_kernel[(triton.cdiv(entries, BLOCK_ENTRIES),)](
+    support_grad_kernel[(triton.cdiv(entries, BLOCK_ENTRIES),)](
         left, right, indices, out, entries, cols, left.shape[1], left.stride(0), right.stride(0),
         ADD=add, BLOCK_E=BLOCK_ENTRIES, BLOCK_T=BLOCK_TOKENS,
     )  # fmt: skip
@@ -58,4 +58,4 @@ def signatures(dtype: torch.dtype) -> list[tuple]:
         "left": x, "right": x, "indices": "*i32", "out": "*fp32", "entries": "i32", "cols": "i32", "tokens": "i32",
         "left_stride": "i32", "right_stride": "i32",
     }  # fmt: skip
-    return [(sddmm_kernel, types, {"ADD": True, "BLOCK_E": BLOCK_ENTRIES, "BLOCK_T": BLOCK_TOKENS})]
+    return [(support_grad_kernel, types, {"ADD": True, "BLOCK_E": BLOCK_ENTRIES, "BLOCK_T": BLOCK_TOKENS})]

@@ -27,7 +27,7 @@ __device__ __forceinline__ float at(const uint4& v, int n) {
 
 static const int ENTRIES = 4;
 
-extern "C" __global__ void __launch_bounds__(128) sddmm(
+extern "C" __global__ void __launch_bounds__(128) support_grad(
     const Value* left, const Value* right, const INDEX* indices, float* out, int entries, int cols, int stride,
     int add) {
     const int lane = threadIdx.x % 32;
