@@ -21,7 +21,7 @@ from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from torch import nn
 
 from .ops import BACKENDS, cache_file, kernel_backend, known_crossover
-from .registry import METHODS
+from .registry import methods
 from .tuners.sparse import SparseConfig
 
 OK, ABSENT, BROKEN = "ok", "absent", "broken"
@@ -233,10 +233,10 @@ def _environment() -> list[Check]:
 
 def _methods() -> list[Check]:
     checks = []
-    for method in METHODS:
+    for method in methods():
         config = PEFT_TYPE_TO_CONFIG_MAPPING.get(PeftType.__members__.get(method.peft_type))
         status = OK if config is method.config_class else BROKEN
-        checks.append(Check("methods", method.short_name, status, f"{method.config} as {method.peft_type}"))
+        checks.append(Check("methods", method.name, status, f"{method.config_class.__name__} as {method.peft_type}"))
     return [*checks, _trial()]
 
 

@@ -1,88 +1,103 @@
-"""Registration of the sparse methods with PEFT: one line a method, done once, on ``import sparse_peft``."""
+"""The registry of sparse methods: found by their folders, known to PEFT once registered."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterator
 from difflib import get_close_matches
 from importlib import import_module
+from pkgutil import iter_modules
+from types import ModuleType
 
+from peft import PeftConfig
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING
 from peft.utils import PeftType, register_peft_method
 
+from .tuners.method import Method
 
-@dataclass(frozen=True)
-class Method:
-    """One sparse method: its PEFT type and where its trio of classes lives.
+_methods: dict[str, Method] = {}  # {PEFT type: method}
 
-    The type carries the package's name, so that the bare ``KeyError`` that PEFT raises where the plugin was not
-    imported says what is missing, and so that no method added to PEFT later can collide with it.
 
-    ``dynamics`` is the full name of the class that acts during training (``sparse_peft.training.dynamics``).
+def methods() -> tuple[Method, ...]:
+    """The registered methods."""
+    return tuple(_methods.values())
+
+
+def method_of(config: PeftConfig) -> Method:
+    """The method of a config.
+
+    Raises:
+        ValueError: the config is of another package's method.
     """
-
-    peft_type: str
-    module: str
-    config: str
-    model: str
-    dynamics: str | None = None
-
-    @property
-    def name(self) -> str:
-        return self.peft_type.lower()
-
-    @property
-    def prefix(self) -> str:
-        return f"{self.name}_"
-
-    @property
-    def short_name(self) -> str:
-        """What the method is called on a command line: its folder's name."""
-        return self.module.rpartition(".")[2]
-
-    @property
-    def config_class(self) -> type:
-        return getattr(import_module(self.module), self.config)
+    kind = str(getattr(config.peft_type, "value", config.peft_type))
+    if kind not in _methods:
+        raise ValueError(f"peft_type={kind!r}: the sparse methods are {', '.join(_methods)}")
+    return _methods[kind]
 
 
-METHODS = (
-    Method(
-        "SPARSE_PEFT_DELTA",
-        "sparse_peft.tuners.sparse",
-        "SparseConfig",
-        "SparseModel",
-        dynamics="sparse_peft.tuners.sparse.dynamics.ReselectionDynamics",
-    ),
-    Method(
-        "SPARSE_PEFT_SARA",
-        "sparse_peft.tuners.sara",
-        "SaRAConfig",
-        "SaRAModel",
-        dynamics="sparse_peft.tuners.sara.dynamics.SmallestDynamics",
-    ),
-    Method(
-        "SPARSE_PEFT_SORA",
-        "sparse_peft.tuners.sora",
-        "SoRAConfig",
-        "SoRAModel",
-        dynamics="sparse_peft.tuners.sora.dynamics.ProximalDynamics",
-    ),
-    Method(
-        "SPARSE_PEFT_SLTRAIN",
-        "sparse_peft.tuners.sltrain",
-        "SLTrainConfig",
-        "SLTrainModel",
-        dynamics="sparse_peft.tuners.sparse.dynamics.ReselectionDynamics",
-    ),
-    Method(
-        "SPARSE_PEFT_SNELLA",
-        "sparse_peft.tuners.snella",
-        "SnellaConfig",
-        "SnellaModel",
-        dynamics="sparse_peft.tuners.snella.dynamics.AllocationDynamics",
-    ),
-    Method("SPARSE_PEFT_S2FT", "sparse_peft.tuners.s2ft", "S2FTConfig", "S2FTModel"),
-    Method("SPARSE_PEFT_SKETCH", "sparse_peft.tuners.sketch", "SketchConfig", "SketchModel"),
-)
+def method_named(name: str) -> Method:
+    """The method of a name: its folder's, its PEFT type's or its config's.
+
+    Raises:
+        ValueError: there is none; the closest one is named.
+    """
+    wanted = name.lower()
+    for method in methods():
+        if wanted in (method.name, method.peft_type.lower(), method.config_class.__name__.lower()):
+            return method
+    known = [method.name for method in methods()]
+    close = get_close_matches(wanted, known, n=1, cutoff=0.5)
+    hint = f"did you mean {close[0]!r}? " if close else ""
+    raise ValueError(f"method={name!r}: {hint}The methods are {', '.join(known)}")
+
+
+# ------------------------------------------------------------------ registration
+
+
+def register_method(method: Method) -> None:
+    """Make a method known to PEFT, to the controller and to the command line; a second time changes nothing.
+
+    The package's own methods are registered on import. A method in a package of its own calls this in its
+    ``__init__``; its users import it beside sparse_peft.
+
+    Args:
+        method: its classes; see ``Method``.
+
+    Raises:
+        RuntimeError: another method of PEFT's or of a plugin's has its type, its name or its prefix.
+    """
+    peft_type = extend_peft_type(method.peft_type)
+    registered = PEFT_TYPE_TO_CONFIG_MAPPING.get(peft_type)
+    if registered is None:
+        _check_free(method)
+        register_peft_method(
+            name=method.peft_type.lower(),
+            config_cls=method.config_class,
+            model_cls=method.model_class,
+            prefix=method.prefix,
+        )
+    elif _path(registered) != _path(method.config_class):
+        raise RuntimeError(
+            f"PEFT type {method.peft_type!r} is already registered by {_path(registered)}; "
+            f"{_path(method.config_class)} cannot be used beside it. Please report this to the package of the latter "
+            "with the output of `pip list`."
+        )
+    _methods[method.peft_type] = method
+
+
+def _path(kind: type) -> str:
+    return f"{kind.__module__}.{kind.__qualname__}"
+
+
+def _check_free(method: Method) -> None:
+    same_name = [other.peft_type for other in methods() if other.name == method.name]
+    if same_name:
+        raise RuntimeError(f"method {method.name!r} of {method.peft_type}: {same_name[0]} has this name already")
+    # register_peft_method compares the prefix with the mapping's keys, not its values, and so never sees a clash
+    clash = [other for other, prefix in PEFT_TYPE_TO_PREFIX_MAPPING.items() if prefix == method.prefix]
+    if clash:
+        raise RuntimeError(
+            f"the parameter prefix {method.prefix!r} of {method.peft_type} is already used by PEFT type {clash[0]!s}"
+        )
 
 
 def extend_peft_type(value: str) -> PeftType:
@@ -105,52 +120,26 @@ def extend_peft_type(value: str) -> PeftType:
     return member
 
 
-def register(method: Method) -> None:
-    """Register one method; registering it again changes nothing.
+# ------------------------------------------------------------------ folders
 
-    Raises:
-        RuntimeError: PEFT, or another plugin, already has a method of this type or with this prefix.
+
+def method_folders(package: ModuleType) -> Iterator[ModuleType]:
+    """The folders of a package that define a ``METHOD``."""
+    for folder in iter_modules(package.__path__):
+        if folder.ispkg:
+            module = import_module(f"{package.__name__}.{folder.name}")
+            if hasattr(module, "METHOD"):
+                yield module
+
+
+def register_folders(package: ModuleType) -> dict[str, object]:
+    """Register the methods in the folders of a package.
+
+    Returns:
+        ``{name: object}``: the folders' public names, those in ``__all__``.
     """
-    peft_type = extend_peft_type(method.peft_type)
-    registered = PEFT_TYPE_TO_CONFIG_MAPPING.get(peft_type)
-    if registered is not None:
-        if registered.__module__.startswith(f"{method.module}."):
-            return
-        raise RuntimeError(
-            f"PEFT type {method.peft_type!r} is already registered by {registered.__module__}.{registered.__name__}; "
-            "sparse_peft cannot be used beside it. Please report this to sparse_peft with the output of `pip list`."
-        )
-    # register_peft_method compares the prefix with the mapping's keys, not its values, and so never sees a clash
-    clash = [other for other, prefix in PEFT_TYPE_TO_PREFIX_MAPPING.items() if prefix == method.prefix]
-    if clash:
-        raise RuntimeError(
-            f"the parameter prefix {method.prefix!r} of {method.peft_type} is already used by PEFT type {clash[0]!s}"
-        )
-    module = import_module(method.module)
-    register_peft_method(
-        name=method.name,
-        config_cls=method.config_class,
-        model_cls=getattr(module, method.model),
-        prefix=method.prefix,
-    )
-
-
-def method_named(name: str) -> Method:
-    """The method of this name: its folder's, its PEFT type's or its config's.
-
-    Raises:
-        ValueError: there is none; the closest one is named.
-    """
-    wanted = name.lower()
-    for method in METHODS:
-        if wanted in (method.short_name, method.name, method.config.lower()):
-            return method
-    known = [method.short_name for method in METHODS]
-    close = get_close_matches(wanted, known, n=1, cutoff=0.5)
-    hint = f"did you mean {close[0]!r}? " if close else ""
-    raise ValueError(f"method={name!r}: {hint}The methods are {', '.join(known)}")
-
-
-def register_all() -> None:
-    for method in METHODS:
-        register(method)
+    exports: dict[str, object] = {}
+    for folder in method_folders(package):
+        register_method(folder.METHOD)
+        exports.update({name: getattr(folder, name) for name in folder.__all__})
+    return exports

@@ -1,38 +1,68 @@
 """Registration: once, in one place, and never over somebody else's method."""
 
+import ast
 import copy
 import importlib
 import json
 import pickle
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+from peft import LoraConfig
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 from peft.utils import PeftType
 
 import sparse_peft
-from sparse_peft import registry
-from sparse_peft.registry import METHODS, Method, extend_peft_type, register, register_all
+from sparse_peft import registry, tuners
+from sparse_peft.registry import extend_peft_type, method_folders, method_named, method_of, methods, register_method
+from sparse_peft.tuners.method import Method
 
 
-@pytest.mark.parametrize("method", METHODS, ids=lambda m: m.peft_type)
+@pytest.mark.parametrize("method", methods(), ids=lambda m: m.name)
 def test_every_method_is_registered_under_its_own_prefix(method):
     member = PeftType[method.peft_type]
-    assert PEFT_TYPE_TO_CONFIG_MAPPING[member] is getattr(sparse_peft, method.config)
-    assert PEFT_TYPE_TO_TUNER_MAPPING[member].prefix == PEFT_TYPE_TO_PREFIX_MAPPING[member] == method.prefix
+    assert PEFT_TYPE_TO_CONFIG_MAPPING[member] is method.config_class
+    assert PEFT_TYPE_TO_TUNER_MAPPING[member] is method.model_class
+    assert PEFT_TYPE_TO_PREFIX_MAPPING[member] == method.prefix == f"{method.peft_type.lower()}_"
     assert list(PEFT_TYPE_TO_PREFIX_MAPPING.values()).count(method.prefix) == 1
-    config = PEFT_TYPE_TO_CONFIG_MAPPING[member]()
+    config = method.config_class()
     assert config.peft_type is member and pickle.loads(pickle.dumps(config)) == copy.deepcopy(config) == config
+    assert method_of(config) is method
+    names = method.name, method.peft_type, method.config_class.__name__
+    assert all(method_named(name) is method for name in names)
+
+
+def test_a_method_is_found_by_its_folder():
+    folders = {folder.__name__.rpartition(".")[2]: folder for folder in method_folders(tuners)}
+    assert list(folders) == [method.name for method in methods()]
+    assert all(folder.METHOD.name == name for name, folder in folders.items())
+
+
+def test_top_level_names_are_those_of_the_methods_and_of_the_stub():
+    stub = ast.parse(Path(sparse_peft.__file__).with_suffix(".pyi").read_text())
+    names = {"__version__"}
+    for node in stub.body:
+        if isinstance(node, ast.ImportFrom):
+            module = importlib.import_module(f"sparse_peft.{node.module}")
+            for alias in node.names:
+                assert alias.asname == alias.name, "a stub's import is public in this form only"
+                assert getattr(module, alias.name) is getattr(sparse_peft, alias.name)
+                names.add(alias.name)
+    assert names == set(sparse_peft.__all__) and names <= set(dir(sparse_peft))
+    of_methods = {name for folder in method_folders(tuners) for name in folder.__all__}
+    assert of_methods <= names
+    assert {kind.__name__ for method in methods() for kind in (method.config_class, method.model_class)} <= of_methods
 
 
 def test_registering_again_and_reloading_change_nothing():
-    before = dict(PEFT_TYPE_TO_CONFIG_MAPPING), list(PeftType)
-    register_all()
+    before = dict(PEFT_TYPE_TO_CONFIG_MAPPING), list(PeftType), methods()
+    for method in methods():
+        register_method(method)
     importlib.reload(registry)
-    registry.register_all()
     importlib.reload(sparse_peft)
-    assert before == (dict(PEFT_TYPE_TO_CONFIG_MAPPING), list(PeftType))
+    assert before == (dict(PEFT_TYPE_TO_CONFIG_MAPPING), list(PeftType), registry.methods())
 
 
 def test_the_member_behaves_like_the_built_in_ones():
@@ -44,15 +74,26 @@ def test_the_member_behaves_like_the_built_in_ones():
     assert str(member).partition(".")[-1] == "SPARSE_PEFT_DELTA" and member.value == member.name
 
 
-def test_a_type_or_prefix_that_is_taken_is_refused(monkeypatch):
+def method_like(**parts):
+    """A method whose config has the given class attributes, without classes of its own."""
+    config = type("OtherConfig", (sparse_peft.SparseConfig,), {"method": parts.get("method", "SPARSE_PEFT_X")})
+    model = type("OtherModel", (sparse_peft.SparseModel,), {"prefix": parts.get("prefix", "sparse_peft_x_")})
+    return Method(parts.get("name", "other"), config, model)
+
+
+def test_a_type_a_name_or_a_prefix_that_is_taken_is_refused(monkeypatch):
     with pytest.raises(RuntimeError, match="'LORA' is already registered by peft.tuners.lora.config.LoraConfig"):
-        register(Method("LORA", "sparse_peft.tuners.sparse", "SparseConfig", "SparseModel"))
+        register_method(method_like(method="LORA"))
     taken = dict(PEFT_TYPE_TO_PREFIX_MAPPING)
     taken[PeftType.LORA] = "sparse_peft_x_"
     monkeypatch.setattr(registry, "PEFT_TYPE_TO_PREFIX_MAPPING", taken)
     monkeypatch.setattr(registry, "extend_peft_type", lambda value: value)
     with pytest.raises(RuntimeError, match="prefix 'sparse_peft_x_' of SPARSE_PEFT_X is already used by"):
-        register(Method("SPARSE_PEFT_X", "sparse_peft.tuners.sparse", "SparseConfig", "SparseModel"))
+        register_method(method_like())
+    with pytest.raises(RuntimeError, match="method 'sara' of SPARSE_PEFT_X: SPARSE_PEFT_SARA has this name already"):
+        register_method(method_like(name="sara"))
+    with pytest.raises(ValueError, match="peft_type='LORA': the sparse methods are SPARSE_PEFT_S2FT"):
+        method_of(LoraConfig())
 
 
 def test_import_needs_neither_compiler_nor_gpu_nor_optional_packages():

@@ -14,7 +14,7 @@ from peft import MODEL_TYPE_TO_PEFT_MODEL_MAPPING, PeftConfig, PeftModel
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
-from ..registry import METHODS
+from ..registry import methods
 from ..tuners.base_layer import BASE_ADAPTER, TunerLayer
 from ..tuners.base_model import BaseSparseModel, modules_beside_adapters
 
@@ -139,7 +139,7 @@ class AdapterPool:
 
     def _check(self, name: str, folder: str | os.PathLike, config: PeftConfig) -> None:
         kind, where = str(getattr(config.peft_type, "value", config.peft_type)), f"adapter {name!r} ({folder})"
-        known = [method.peft_type for method in METHODS]
+        known = [method.peft_type for method in methods()]
         if kind not in known:
             raise ValueError(f"{where} is of PEFT type {kind}; a pool serves {', '.join(known)}")
         for other, entry in self._entries.items():

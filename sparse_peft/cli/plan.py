@@ -10,12 +10,12 @@ from rich.console import Console
 from rich.markup import escape
 
 from ..planning import FORMATS, OPTIMIZERS, PlanOptions, TrainingPlan, plan_training
-from ..registry import METHODS, method_named
+from ..registry import method_named, methods
 from ..structure import read_model_config
 from .fields import check_field, parse_fields
 from .output import JsonOption, answering, asked, bytes_text, count_text, fields_text, seconds_text, share_text, table
 
-METHOD_HELP = f"One of {', '.join(method.short_name for method in METHODS)}."
+METHOD_HELP = f"One of {', '.join(method.name for method in methods())}."
 
 
 def plan(

@@ -50,7 +50,7 @@ class Collectives:
             gathered.append([part[:n] for part, n in zip(parts, lengths, strict=True)])
         return list(zip(*gathered, strict=True))
 
-    def whoever_has(self, thing: Any) -> Any:
+    def first_not_none(self, thing: Any) -> Any:
         """The first process's object that is not None, on every process; None if all are."""
         if self.alone:
             return thing

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .sharded import full, write_full_
+from .full_tensor import full_tensor, write_full_tensor_
 
 BNB_BLOCK = 256
 
@@ -60,7 +60,7 @@ def gradient_of(optimizer: torch.optim.Optimizer, parameter: Tensor) -> Tensor |
     """A parameter's whole gradient as the optimizer will use it, right before it steps; None without any."""
     if parameter.grad is None:
         return None
-    gradient, scale = full(parameter.grad), getattr(optimizer, "grad_scale", None)
+    gradient, scale = full_tensor(parameter.grad), getattr(optimizer, "grad_scale", None)
     return gradient if scale is None else gradient / scale.to(gradient.device)
 
 
@@ -73,7 +73,7 @@ def add_gradient_(optimizer: torch.optim.Optimizer, parameter: Tensor, gradient:
         gradient = gradient * scale.to(gradient.device)
     if parameter.grad is None:
         parameter.grad = torch.zeros_like(parameter)
-    write_full_(parameter.grad, full(parameter.grad) + gradient)
+    write_full_tensor_(parameter.grad, full_tensor(parameter.grad) + gradient)
 
 
 def replace_parameter(optimizer: torch.optim.Optimizer, old: Tensor, new: Tensor) -> None:
@@ -144,13 +144,13 @@ def remap_(
         else:
             if new is not None and tensor.ndim == 2:
                 new = torch.stack((new, torch.zeros_like(new)))  # AdEMAMix: a fast average, and one too slow to seed
-            _put(state, key, rearranged(full(tensor).to(torch.float32), source, new).to(tensor.dtype))
+            _put(state, key, rearranged(full_tensor(tensor).to(torch.float32), source, new).to(tensor.dtype))
 
 
 def _put(state: dict[str, Any], key: str, value: Tensor) -> None:
     """In place where the size allows it: the tensor may be sharded, or paged."""
     if state[key].shape == value.shape:
-        write_full_(state[key], value)
+        write_full_tensor_(state[key], value)
     else:
         state[key] = value
 

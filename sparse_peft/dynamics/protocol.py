@@ -2,69 +2,82 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from importlib import import_module
-from typing import Any, Protocol
+from typing import Any, Generic, TypeVar
 
 import torch
 
-from ..registry import METHODS
-from ..tuners.base_layer import TunerLayer
 from .collectives import Collectives
 from .records import Record
 
+ConfigT = TypeVar("ConfigT")
+LayerT = TypeVar("LayerT")
+
 
 @dataclass(frozen=True)
-class Setting:
-    """What a dynamics has to work with.
+class TrainingContext(Generic[ConfigT, LayerT]):
+    """One adapter in training.
 
     Attributes:
         adapter: the adapter's name.
         config: the adapter's config.
         layers: ``{layer name: layer}`` of the layers that have the adapter.
         optimizer: the torch optimizer that trains it.
-        total_steps: number of optimizer steps of the whole run; None if not known.
+        total_steps: number of optimizer steps of the whole run; None if unknown.
         collectives: the processes whose gradients are averaged.
         scaler: the loss scaler of the run; None without one.
     """
 
     adapter: str
-    config: Any
-    layers: dict[str, TunerLayer]
+    config: ConfigT
+    layers: Mapping[str, LayerT]
     optimizer: torch.optim.Optimizer
     total_steps: int | None
     collectives: Collectives
     scaler: torch.amp.GradScaler | None = None
 
 
-class Dynamics(Protocol):
-    """One adapter's changes during training. The calls of one optimizer step, in order:"""
+class Dynamics(Generic[ConfigT, LayerT]):
+    """The changes of one adapter during training, besides the optimizer's steps.
+
+    A method overrides the moments that it acts in. Their order in optimizer step ``n``, counted from 1:
+    ``begin_step(n)``, backward passes, ``before_step(n)``, the optimizer's step, ``after_step(n)``.
+
+    Args:
+        context: see ``TrainingContext``.
+
+    Attributes:
+        adapter, config, layers, optimizer, collectives: those of the context.
+    """
+
+    def __init__(self, context: TrainingContext[ConfigT, LayerT]):
+        self.adapter, self.config, self.layers = context.adapter, context.config, context.layers
+        self.optimizer, self.collectives = context.optimizer, context.collectives
 
     def begin_step(self, step: int) -> None:
-        """Before the backward passes of optimizer step number ``step``, counted from 1."""
+        """Act before the backward passes of a step."""
 
     def before_step(self, step: int) -> None:
-        """Right before the optimizer steps; gradients are what it will use. Not called for a step that is skipped."""
+        """Act right before the optimizer steps, on the gradients that it will use; skipped steps have no call."""
 
     def after_step(self, step: int) -> Record | None:
-        """After the optimizer stepped."""
+        """Act after the optimizer's step; returns a record of what happened."""
+        return None
 
     def discard_step(self) -> None:
-        """Instead of both: the backward passes since the last step were thrown away."""
+        """Forget the backward passes since the last step, whose gradients were thrown away."""
 
     def close(self) -> None:
-        """Training is over; leave nothing behind."""
+        """Remove hooks and observers at the end of training."""
 
     def state_dict(self) -> dict[str, Any]:
-        """Tensors, numbers, strings, lists and dicts, between two steps."""
+        """Tensors, numbers, strings, lists and dicts that a resumed run needs, between two steps."""
+        return {}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue from a ``state_dict``; the adapter and the optimizer's state are loaded before.
 
-
-def make_dynamics(setting: Setting) -> Dynamics | None:
-    """The dynamics of one adapter, as the registry names it; None if nothing of it changes but the values."""
-    for method in METHODS:
-        if method.peft_type == setting.config.peft_type and method.dynamics is not None:
-            module, _, name = method.dynamics.rpartition(".")
-            return getattr(import_module(module), name).make(setting)
-    return None
+        Raises:
+            ValueError: the state is of other layers or positions.
+        """

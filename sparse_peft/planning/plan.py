@@ -13,7 +13,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from ..numerics import panel_bytes
 from ..ops import Crossover, known_crossover
-from ..registry import METHODS
+from ..registry import method_of
 from ..structure import build_on_meta
 from ..tuners.base_config import BaseSparseConfig, changed_fields
 from ..tuners.entry_config import EntryConfig
@@ -225,7 +225,6 @@ def plan_training(
             **rest,
         )
 
-    method = next(method.short_name for method in METHODS if method.peft_type == config.method)
     largest = max(size.weights for size in sizes)
     # a quantised weight is unpacked for its product, by every method
     unpacked = largest * form.dtype.itemsize if form.is_quantised else 0
@@ -234,7 +233,7 @@ def plan_training(
     lora = [LORA_RANK * side for size in sizes for side in size.shape]
     needs = [
         need(
-            method,
+            method_of(config).name,
             counts,
             {**step.dense(dense), **step.sparse(sizes, crossover.density)},
             frozen_bytes(model, form),
@@ -256,7 +255,7 @@ def plan_training(
     return TrainingPlan(
         architecture=type(model).__name__,
         parameters=sum(weights),
-        method=method,
+        method=method_of(config).name,
         config=changed,
         base=form.name,
         optimizer=options.optimizer,

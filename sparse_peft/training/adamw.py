@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from ..dynamics.full_tensor import full_tensor, write_full_tensor_
 from ..dynamics.optimizer_state import Seeds, rearranged
-from ..dynamics.sharded import full, write_full_
 from .entrywise_optimizer import EntrywiseOptimizer
 
 
@@ -78,7 +78,7 @@ class SparseAdamW(EntrywiseOptimizer):
             return
         group = next(group for group in self.param_groups if any(other is parameter for other in group["params"]))
         beta1, beta2 = group["betas"]
-        old = {name: full(state[name]) for name in ("exp_avg", "exp_avg_sq", "age")}
+        old = {name: full_tensor(state[name]) for name in ("exp_avg", "exp_avg_sq", "age")}
         old["age"] = old["age"].expand(old["exp_avg"].shape)
         new: dict[str, Tensor | None] = dict.fromkeys(old)
         if seeds is not None:
@@ -92,4 +92,4 @@ class SparseAdamW(EntrywiseOptimizer):
                 continue
             if state[name].shape != value.shape:
                 state[name] = torch.zeros_like(state["exp_avg"], dtype=torch.float32)
-            write_full_(state[name], value)
+            write_full_tensor_(state[name], value)

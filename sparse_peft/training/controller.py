@@ -12,8 +12,11 @@ from torch.distributed.fsdp import FullyShardedDataParallel
 
 from ..dynamics.collectives import Collectives
 from ..dynamics.optimizer_state import inner_optimizer, scaler_of
-from ..dynamics.protocol import Dynamics, Setting, make_dynamics
+from ..dynamics.protocol import Dynamics, TrainingContext
 from ..dynamics.records import Record, record_from_dict
+from ..registry import method_of
+from ..tuners.base_model import BaseSparseModel, configs_of
+from ..tuners.controller_warning import attend
 
 # Under this key of the first parameter group the state travels with the optimizer's own.
 STATE_KEY = "sparse_peft"
@@ -83,8 +86,6 @@ class SparsityController:
         self._begin_step()
 
     def _find(self, model: nn.Module, total_steps: int | None) -> dict[str, Dynamics]:
-        from ..tuners.base_model import BaseSparseModel, configs_of
-
         trained = {id(parameter) for group in self.optimizer.param_groups for parameter in group["params"]}
         layers = list(BaseSparseModel.sparse_layers(model))
         found = {}
@@ -103,10 +104,12 @@ class SparsityController:
                     f"adapter {adapter!r} changes its positions during training, which FSDP1's flat parameters do not "
                     "let it; use FSDP2 (fully_shard, or fsdp_version: 2), DDP, or a static selection"
                 )
-            setting = Setting(adapter, config, mine, self.optimizer, total_steps, self._collectives, self._scaler)
-            dynamics = make_dynamics(setting)
-            if dynamics is not None:
-                found[adapter] = dynamics
+            context = TrainingContext(
+                adapter, config, mine, self.optimizer, total_steps, self._collectives, self._scaler
+            )
+            found[adapter] = method_of(config).dynamics_class(context)
+            for layer in mine.values():
+                attend(layer.deltas[adapter])
         return found
 
     # ------------------------------------------------------------------ steps
@@ -209,6 +212,6 @@ class SparsityController:
         if not self._dynamics:
             return
         # a full distributed checkpoint is read by one process, and torch hands on what it knows of it
-        state = self._collectives.whoever_has(state)
+        state = self._collectives.first_not_none(state)
         if state is not None:
             self.load_state_dict(state)

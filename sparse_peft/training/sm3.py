@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from ..dynamics.optimizer_state import Seeds, rearranged
-from ..dynamics.sm3_covers import update_covers_
+from ..dynamics.sm3_accumulators import accumulate_
 from ..support import Support
-from ..tuners.delta import SparseDelta
+from ..tuners.base_state import TrainedState
 from .entrywise_optimizer import EntrywiseOptimizer
 
 
@@ -53,10 +53,10 @@ class SM3(EntrywiseOptimizer):
             raise ValueError(f"momentum={momentum!r}: below 1 is expected")
         super().__init__(params, {"lr": lr, "momentum": momentum, "eps": eps, "weight_decay": weight_decay})
         self._model = peft_model
-        self._deltas: dict[int, SparseDelta] = {}
+        self._states: dict[int, TrainedState] = {}
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in self.__dict__.items() if name != "_deltas"} | {"_deltas": {}}
+        return {name: value for name, value in self.__dict__.items() if name != "_states"} | {"_states": {}}
 
     def update(self, parameter: Tensor, group: dict[str, Any]) -> None:
         """Step one parameter.
@@ -95,7 +95,7 @@ class SM3(EntrywiseOptimizer):
             state["row"], state["col"] = (torch.zeros(n, device=device) for n in shape)
         row, col = state["row"], state["col"]
         if support is not None:
-            return update_covers_(row, col, support, gradient)
+            return accumulate_(row, col, support, gradient)
         entries = torch.minimum(row[:, None], col) + gradient.reshape(shape).square()
         row.copy_(torch.maximum(row, entries.amax(1)))
         col.copy_(torch.maximum(col, entries.amax(0)))
@@ -103,14 +103,18 @@ class SM3(EntrywiseOptimizer):
 
     def _support_of(self, parameter: Tensor) -> Support | None:
         """The positions of a delta's values; None for any other parameter."""
-        delta = self._deltas.get(id(parameter))
-        if delta is None or delta.values is not parameter:
+        state = self._states.get(id(parameter))
+        if state is None or state.watched is not parameter:
             # parameters are replaced by loading, and by reselection between layers
-            self._deltas = {
-                id(module.values): module for module in self._model.modules() if isinstance(module, SparseDelta)
-            }
-            delta = self._deltas.get(id(parameter))
-        return None if delta is None else delta.support
+            states = [module for module in self._model.modules() if isinstance(module, TrainedState)]
+            self._states = {id(state.watched): state for state in states}
+            state = self._states.get(id(parameter))
+        return None if state is None else state.entry_support()
+
+    def row_and_column_accumulators(self, parameter: Tensor) -> tuple[Tensor, Tensor] | None:
+        """``(rows,)`` and ``(cols,)`` float32 of a matrix or of a delta's values; None before the first step."""
+        state = self.state.get(parameter, {})
+        return (state["row"], state["col"]) if "row" in state else None
 
     def remap_state(self, parameter: Tensor, source: Tensor, seeds: Seeds | None = None) -> None:
         """Follow a change of positions: the accumulators are the matrix's and stay, momentum goes with its entry."""

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..ops import Combination
+from ..support import Support
 from .files.checks import check_dtype, check_values
 
 
@@ -44,6 +45,13 @@ class TrainedState(nn.Module):
     def watched(self) -> nn.Parameter:
         """The parameter that the method watches."""
         return self._parameters[self.value_name]
+
+    def entry_support(self) -> Support | None:
+        """The positions of the watched parameter's numbers, where each trains one entry of the weight.
+
+        None where they are rows, columns, factors or tables; optimizers then treat the parameter as any other.
+        """
+        return None
 
     @abstractmethod
     def randomise(self) -> None:

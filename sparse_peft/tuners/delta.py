@@ -165,6 +165,9 @@ class SparseDelta(Delta):
 
     position_names = NAMES
 
+    def entry_support(self) -> Support:
+        return self.support
+
     def __init__(
         self, shape: tuple[int, int], entries: int, name: str, recipe: SupportRecipe, support: Support | None = None
     ):

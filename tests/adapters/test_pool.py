@@ -260,7 +260,7 @@ def test_what_does_not_fit_is_refused_when_it_is_registered(tmp_path, pool_of_ll
     ):
         pool.add("other", tmp_path / "s2ft")
     get_peft_model(small_llama(), LoraConfig(target_modules=["q_proj"])).save_pretrained(tmp_path / "lora")
-    with pytest.raises(ValueError, match="of PEFT type LORA; a pool serves SPARSE_PEFT_DELTA"):
+    with pytest.raises(ValueError, match="of PEFT type LORA; a pool serves SPARSE_PEFT_S2FT"):
         pool.add("other", tmp_path / "lora")
     with pytest.raises(ValueError, match="name='adapter0' is registered already"):
         pool.add("adapter0", tmp_path / "lora")

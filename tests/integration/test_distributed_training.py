@@ -34,7 +34,7 @@ from sparse_peft import (
     SparseConfig,
     SparsityController,
 )
-from sparse_peft.dynamics.sharded import full
+from sparse_peft.dynamics.full_tensor import full_tensor
 from sparse_peft.tuners.base_state import TrainedState
 from sparse_peft.tuners.delta import Delta
 
@@ -104,10 +104,12 @@ def look_at(model):
     return {
         name: (
             leaf.support.indices.tolist() if isinstance(leaf, Delta) else None,
-            [number for parameter in leaf.parameters() for number in full(parameter).flatten().tolist()],
+            [number for parameter in leaf.parameters() for number in full_tensor(parameter).flatten().tolist()],
             None
             if leaf.watched.grad is None
-            else [number for parameter in leaf.parameters() for number in full(parameter.grad).flatten().tolist()],
+            else [
+                number for parameter in leaf.parameters() for number in full_tensor(parameter.grad).flatten().tolist()
+            ],
         )
         for name, leaf in leaves(model).items()
     }

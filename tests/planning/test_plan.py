@@ -10,7 +10,7 @@ from transformers import AutoConfig, LlamaForCausalLM
 from sparse_peft import SaRAConfig, SparseConfig
 from sparse_peft.planning import PlanOptions, plan_training
 from sparse_peft.planning.plan import countable
-from sparse_peft.registry import METHODS, method_named
+from sparse_peft.registry import method_named, methods
 from sparse_peft.structure import read_model_config
 from sparse_peft.tuners.delta_layer import TunerLayer
 
@@ -18,7 +18,7 @@ GIVEN_SPEED = PlanOptions(flops=1e12, batch=2, length=16)
 
 
 def settings_of(method):
-    return {} if method.short_name == "s2ft" else {"target_modules": "all-linear"}
+    return {} if method.name == "s2ft" else {"target_modules": "all-linear"}
 
 
 def data_size(folder):
@@ -28,7 +28,7 @@ def data_size(folder):
         return path.stat().st_size - 8 - int.from_bytes(file.read(8), "little")
 
 
-@pytest.mark.parametrize("method", METHODS, ids=lambda method: method.short_name)
+@pytest.mark.parametrize("method", methods(), ids=lambda method: method.name)
 @pytest.mark.parametrize("save_dtype", ["float32", "bfloat16"])
 def test_numbers_are_those_of_the_adapter_that_is_made(world, tmp_path, method, save_dtype):
     config = method.config_class(**settings_of(method), save_dtype=save_dtype)
@@ -66,7 +66,7 @@ def kept_by(model, ids):
     return sum(size for size, _ in kept.values())
 
 
-@pytest.mark.parametrize("name", [method.short_name for method in METHODS] + ["lora", "full"])
+@pytest.mark.parametrize("name", [method.name for method in methods()] + ["lora", "full"])
 def test_activations_are_those_that_a_real_pass_keeps(world, name):
     config = read_model_config(world / "base")
     method = method_named("sparse" if name in ("lora", "full") else name)

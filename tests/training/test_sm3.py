@@ -6,7 +6,7 @@ from peft import get_peft_model
 from torch import nn
 
 from sparse_peft import SM3, SparseConfig
-from sparse_peft.dynamics.sm3_covers import update_covers_
+from sparse_peft.dynamics.sm3_accumulators import accumulate_
 from sparse_peft.support import Support
 
 
@@ -92,7 +92,7 @@ def test_covers_bound_the_sums_of_squares():
     for _ in range(10):
         gradient = torch.randn(20)
         total += gradient**2
-        entries = update_covers_(row, col, support, gradient)
+        entries = accumulate_(row, col, support, gradient)
         assert bool((entries >= total - 1e-4).all())
         assert bool((torch.minimum(row[support.rows.long()], col[support.cols.long()]) >= entries - 1e-6).all())
 

@@ -8,15 +8,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...dynamics.full_tensor import full_tensor, write_full_tensor_
 from ...dynamics.optimizer_state import add_gradient_
-from ...dynamics.protocol import Setting
-from ...dynamics.sharded import full, write_full_
+from ...dynamics.protocol import Dynamics, TrainingContext
 from ...numerics import sample_without_replacement
 from ...ops import nuclear_norm, read_support
 from ...support import Support
-from ..controller_warning import attend
 from ..delta import Delta
 from ..delta_layer import SparseTunerLayer
+from .config import SaRAConfig
 from .records import Freezing, LayerFreezing
 
 
@@ -47,49 +47,40 @@ class _Part:
                 f"({', '.join(self.layer.merged_adapters)}); call unmerge_adapter() before training goes on"
             )
         self.layer.release()
-        return read_support(full(self.layer.dense_base_weight()), self.support).to(torch.float32)
+        return read_support(full_tensor(self.layer.dense_base_weight()), self.support).to(torch.float32)
 
     def weights(self) -> Tensor:
         """``(entries,)`` float32: what the entries are now."""
-        return self.originals() + full(self.delta.values).to(torch.float32)
+        return self.originals() + full_tensor(self.delta.values).to(torch.float32)
 
     def freeze(self, frozen: Tensor) -> None:
         self.frozen = frozen if bool(frozen.any()) else None
-        self.kept = None if self.frozen is None else full(self.delta.values)[self.frozen].clone()
+        self.kept = None if self.frozen is None else full_tensor(self.delta.values)[self.frozen].clone()
 
 
-class SmallestDynamics:
+class SaRADynamics(Dynamics[SaRAConfig, SparseTunerLayer]):
     """The dynamics of one [`SaRAConfig`][sparse_peft.SaRAConfig] adapter.
 
     Args:
-        setting: what there is to work with.
+        context: see ``TrainingContext``.
 
     Raises:
         ValueError: the config needs the length of the run and it is not known.
     """
 
-    @classmethod
-    def make(cls, setting: Setting) -> SmallestDynamics | None:
-        return cls(setting) if setting.config.changes_in_training else None
-
-    def __init__(self, setting: Setting):
-        self.adapter, self.config, self.optimizer = setting.adapter, setting.config, setting.optimizer
-        self.freezing_step = self.config.freezing_step(setting.total_steps)
+    def __init__(self, context: TrainingContext[SaRAConfig, SparseTunerLayer]):
+        super().__init__(context)
+        self.freezing_step = self.config.freezing_step(context.total_steps)
         self.parts = {
             name: _Part(layer, layer.deltas[self.adapter])
-            for name, layer in setting.layers.items()
+            for name, layer in self.layers.items()
             if layer.deltas[self.adapter].values.numel()
         }
         # all processes pick the same layers, whatever seeds they were given
-        device = next(iter(setting.layers.values())).deltas[self.adapter].values.device
-        self.seed = int(setting.collectives.from_first(torch.tensor([self.config.seed], device=device)))
-        for layer in setting.layers.values():
-            attend(layer.deltas[self.adapter])
+        device = next(iter(self.layers.values())).deltas[self.adapter].values.device
+        self.seed = int(self.collectives.from_first(torch.tensor([self.config.seed], device=device)))
 
     # ------------------------------------------------------------------ the course of a step
-
-    def begin_step(self, step: int) -> None:
-        pass
 
     @torch.no_grad()
     def before_step(self, step: int) -> None:
@@ -98,23 +89,17 @@ class SmallestDynamics:
         for part in self.parts.values():
             gradient = part.delta.values.grad
             if part.frozen is not None and gradient is not None:
-                write_full_(gradient, full(gradient).masked_fill(part.frozen, 0))
+                write_full_tensor_(gradient, full_tensor(gradient).masked_fill(part.frozen, 0))
 
     @torch.no_grad()
     def after_step(self, step: int) -> Freezing | None:
         for part in self.parts.values():
             # without a gradient an entry still moves by weight decay and by its momentum
             if part.frozen is not None:
-                values = full(part.delta.values).clone()
+                values = full_tensor(part.delta.values).clone()
                 values[part.frozen] = part.kept.to(values.dtype)
-                write_full_(part.delta.values, values)
+                write_full_tensor_(part.delta.values, values)
         return self._freeze(step) if step == self.freezing_step else None
-
-    def discard_step(self) -> None:
-        pass
-
-    def close(self) -> None:
-        pass
 
     # ------------------------------------------------------------------ nuclear norm
 

@@ -8,11 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...dynamics.full_tensor import full_tensor
 from ...dynamics.optimizer_state import gradient_of
-from ...dynamics.protocol import Setting
-from ...dynamics.sharded import full
+from ...dynamics.protocol import Dynamics, TrainingContext
 from ...support import apportion
-from ..controller_warning import attend
+from .config import SnellaConfig
+from .layer import SnellaLinear
 from .records import Allocation, LayerAllocation
 from .state import KernelState
 
@@ -39,39 +40,33 @@ class _Part:
         return sum((self.sensitivity[name] * self.uncertainty[name]).mean() for name in FACTORS)
 
 
-class AllocationDynamics:
+class SnellaDynamics(Dynamics[SnellaConfig, SnellaLinear]):
     """The dynamics of one [`SnellaConfig`][sparse_peft.SnellaConfig] adapter with a target.
 
     Sensitivity and uncertainty are averaged in every step, from the gradients and the parameters that they are of,
     before the optimizer steps. A step whose gradients are not finite is left out.
 
     Args:
-        setting: what there is to work with.
+        context: see ``TrainingContext``.
 
     Raises:
         ValueError: the config needs the length of the run and it is not known, or the target is less than the layers
             keep at least.
     """
 
-    @classmethod
-    def make(cls, setting: Setting) -> AllocationDynamics | None:
-        return cls(setting) if setting.config.changes_in_training else None
-
-    def __init__(self, setting: Setting):
-        self.adapter, self.config, self.optimizer = setting.adapter, setting.config, setting.optimizer
-        self.collectives = setting.collectives
+    def __init__(self, context: TrainingContext[SnellaConfig, SnellaLinear]):
+        super().__init__(context)
         self.parts: dict[str, _Part] = {}
-        for name, layer in setting.layers.items():
+        for name, layer in self.layers.items():
             state = layer.deltas[self.adapter]
             zeros = {
                 which: torch.zeros(getattr(state, which).shape, device=state.A.device, dtype=torch.float32)
                 for which in FACTORS
             }
             self.parts[name] = _Part(state, zeros, {which: tensor.clone() for which, tensor in zeros.items()})
-            attend(state)
         sizes = [part.state.numel for part in self.parts.values()]
         initial = sum(self.config.kept(size) for size in sizes)
-        self.schedule = self.config.budget_schedule(initial, sum(sizes), setting.total_steps)
+        self.schedule = self.config.budget_schedule(initial, sum(sizes), context.total_steps)
         least = sum(min(self.config.at_least, size) for size in sizes)
         if self.schedule.target < least:
             raise ValueError(
@@ -81,9 +76,6 @@ class AllocationDynamics:
             )
 
     # ------------------------------------------------------------------ the course of a step
-
-    def begin_step(self, step: int) -> None:
-        pass
 
     @torch.no_grad()
     def before_step(self, step: int) -> None:
@@ -96,7 +88,7 @@ class AllocationDynamics:
                 gradient = gradient_of(self.optimizer, parameter)
                 if gradient is None:
                     gradient = torch.zeros_like(part.sensitivity[which])
-                observed[name, which] = (full(parameter).float() * gradient.float()).abs_()
+                observed[name, which] = (full_tensor(parameter).float() * gradient.float()).abs_()
         if not self._all_finite(list(observed.values())):
             return
         for (name, which), seen in observed.items():
@@ -121,12 +113,6 @@ class AllocationDynamics:
             name: LayerAllocation(counts[name], part.state.numel, scores[name]) for name, part in self.parts.items()
         }
         return Allocation(step, self.adapter, budget, layers)
-
-    def discard_step(self) -> None:
-        pass
-
-    def close(self) -> None:
-        pass
 
     # ------------------------------------------------------------------ sharing
 

@@ -9,14 +9,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...dynamics.full_tensor import full_tensor, write_full_tensor_
 from ...dynamics.loss_term import LossTerm
 from ...dynamics.optimizer_state import add_gradient_, replace_parameter
-from ...dynamics.protocol import Setting
-from ...dynamics.sharded import full, write_full_
-from ...dynamics.step_group import OwnGroup
+from ...dynamics.protocol import Dynamics, TrainingContext
+from ...dynamics.step_param_group import StepParamGroup
 from ...ops import log_once, reference_threshold, soft_threshold
 from ...support import steps_of
-from ..controller_warning import attend
+from .config import SoRAConfig
+from .layer import SoRALinear
 from .records import LayerRanks, Ranks
 from .state import GatedLowRank
 
@@ -51,50 +52,45 @@ class _Part:
         return self.state.gate
 
     def strengths(self, gate: Tensor) -> Tensor:
-        a, b = full(self.state.A).float(), full(self.state.B).float()
+        a, b = full_tensor(self.state.A).float(), full_tensor(self.state.B).float()
         return gate.abs() * a.norm(dim=1) * b.norm(dim=0)
 
 
-class ProximalDynamics:
+class SoRADynamics(Dynamics[SoRAConfig, SoRALinear]):
     """The dynamics of one [`SoRAConfig`][sparse_peft.SoRAConfig] adapter.
 
     Args:
-        setting: what there is to work with.
+        context: see ``TrainingContext``.
 
     Raises:
         ValueError: the config needs the length of the run and it is not known.
         NotImplementedError: ``compact_every`` in a distributed run.
     """
 
-    @classmethod
-    def make(cls, setting: Setting) -> ProximalDynamics | None:
-        return cls(setting) if setting.config.changes_in_training else None
-
-    def __init__(self, setting: Setting):
-        self.adapter, self.config, self.optimizer = setting.adapter, setting.config, setting.optimizer
+    def __init__(self, context: TrainingContext[SoRAConfig, SoRALinear]):
+        super().__init__(context)
         config = self.config
-        self.schedule = config.penalty_schedule(setting.total_steps)
+        self.schedule = config.penalty_schedule(context.total_steps)
         self.target_step = None
         if config.target_rank is not None:
-            self.target_step = max(1, steps_of(config.target_step, setting.total_steps, "target_step"))
-        if config.compact_every is not None and not setting.collectives.alone:
+            self.target_step = max(1, steps_of(config.target_step, context.total_steps, "target_step"))
+        if config.compact_every is not None and not self.collectives.alone:
             raise NotImplementedError(
                 f"compact_every={config.compact_every} of adapter {self.adapter} in a run of "
-                f"{setting.collectives.size} processes: DDP and FSDP fix the parameters' sizes when they wrap the "
+                f"{self.collectives.size} processes: DDP and FSDP fix the parameters' sizes when they wrap the "
                 "model; use compact_every=None, or train in one process"
             )
         self.operator = OPERATORS[config.operator]
         self.multiplier = 1.0
         self.parts: dict[str, _Part] = {}
-        for name, layer in setting.layers.items():
+        for name, layer in self.layers.items():
             state = layer.deltas[self.adapter]
             dead_for = torch.zeros(state.rank, dtype=torch.int64, device=state.gate.device)
             self.parts[name] = _Part(state, (config.ranks or {}).get(name, state.rank), dead_for)
-            attend(state)
         self.total = sum(part.initial for part in self.parts.values())
         gates = [part.gate for part in self.parts.values()]
-        self.group = OwnGroup(self.optimizer, gates, config.gate_lr_scale)
-        self.l1_term = LossTerm(gates if config.l1_weight else (), self._l1_gradient, setting.scaler)
+        self.group = StepParamGroup(self.optimizer, gates, config.gate_lr_scale)
+        self.l1_term = LossTerm(gates if config.l1_weight else (), self._l1_gradient, context.scaler)
 
     # ------------------------------------------------------------------ the course of a step
 
@@ -105,14 +101,14 @@ class ProximalDynamics:
     def before_step(self, step: int) -> None:
         for part in self.parts.values():
             if self.l1_term.misses(part.gate):
-                add_gradient_(self.optimizer, part.gate, full(self._l1_gradient(part.gate)))
+                add_gradient_(self.optimizer, part.gate, full_tensor(self._l1_gradient(part.gate)))
 
     def _l1_gradient(self, gate: Tensor) -> Tensor:
         return gate.detach().sign() * (self.config.l1_weight / self.total)
 
     @torch.no_grad()
     def after_step(self, step: int) -> Ranks | None:
-        before = {name: full(part.gate) for name, part in self.parts.items()}
+        before = {name: full_tensor(part.gate) for name, part in self.parts.items()}
         self._check(before)
         penalty = self._penalty(step)
         gates = self._shrunk(before, penalty, step)
@@ -123,7 +119,7 @@ class ProximalDynamics:
             if part.locked is not None:
                 gate = gate.masked_fill(part.locked, 0)
             if gate is not before[name]:
-                write_full_(part.gate, gate)
+                write_full_tensor_(part.gate, gate)
             part.dead_for = torch.where(gate == 0, part.dead_for + 1, 0)
         if self.config.compact_every is not None:
             self._compact()
@@ -176,7 +172,7 @@ class ProximalDynamics:
                 f"prox='adam' of adapter {self.adapter}: {type(self.optimizer).__name__} keeps no second moment "
                 f"in floats of the gate of layer {name}; use Adam or AdamW, or prox='lr'"
             )
-        corrected = full(moment).float() / (1 - group["betas"][1] ** float(state["step"]))
+        corrected = full_tensor(moment).float() / (1 - group["betas"][1] ** float(state["step"]))
         return corrected.sqrt().add_(group["eps"])
 
     # ------------------------------------------------------------------ a budget of ranks
@@ -265,7 +261,7 @@ class ProximalDynamics:
 
     def _report(self, step: int, penalty: float) -> Ranks:
         layers = {
-            name: LayerRanks(int((full(part.gate) != 0).sum()), part.state.rank, part.initial)
+            name: LayerRanks(int((full_tensor(part.gate) != 0).sum()), part.state.rank, part.initial)
             for name, part in self.parts.items()
         }
         return Ranks(step, self.adapter, penalty, layers)

@@ -8,17 +8,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...dynamics.full_tensor import full_tensor, write_full_tensor_
 from ...dynamics.optimizer_state import Seeds, remap_, replace_parameter
-from ...dynamics.protocol import Setting
-from ...dynamics.sharded import full, write_full_
-from ...dynamics.sm3_covers import update_covers_
+from ...dynamics.protocol import Dynamics, TrainingContext
+from ...dynamics.sm3_accumulators import KeepsAccumulators, accumulate_
 from ...ops import observe
 from ...support import RANDOM_SCORE, Candidates, Exchange, Support, exchange, random_inactive, topk_outer
-from ...training.sm3 import SM3
-from ..controller_warning import attend
 from ..delta import SparseDelta
 from ..delta_layer import SparseTunerLayer
 from .candidates import CandidateWindow
+from .config import SparseConfig
 from .records import AGE_EDGES, LayerChange, Reselection
 
 
@@ -52,35 +51,28 @@ class _Track:
         return int((self.support.indices.long() * weights).sum())
 
 
-class ReselectionDynamics:
+class ReselectionDynamics(Dynamics[SparseConfig, SparseTunerLayer]):
     """The reselection of one adapter's positions, as its config describes it.
 
     Args:
-        setting: see ``Setting``.
+        context: see ``TrainingContext``.
 
     Raises:
         ValueError: the schedule needs the length of the run and it is not known.
         NotImplementedError: ``redistribute=True`` in a distributed run.
     """
 
-    @classmethod
-    def make(cls, setting: Setting) -> ReselectionDynamics | None:
-        return None if setting.config.regrowth is None else cls(setting)
-
-    def __init__(self, setting: Setting):
-        self.adapter, self.config, self.optimizer = setting.adapter, setting.config, setting.optimizer
-        self.collectives = setting.collectives
+    def __init__(self, context: TrainingContext[SparseConfig, SparseTunerLayer]):
+        super().__init__(context)
         self.regrowth = self.config.regrowth
-        self.schedule = self.config.reselection_schedule(setting.total_steps)
+        self.schedule = self.config.reselection_schedule(context.total_steps)
         if self.config.redistribute and not self.collectives.alone:
             raise NotImplementedError(
                 f"redistribute=True of adapter {self.adapter} in a run of {self.collectives.size} processes: layers "
                 "would get other numbers of entries, and DDP and FSDP fix the parameters' sizes when they wrap the "
                 "model; use redistribute=False, or train in one process"
             )
-        self.tracks = {name: _Track(layer, self.adapter) for name, layer in setting.layers.items()}
-        for track in self.tracks.values():
-            attend(track.delta)
+        self.tracks = {name: _Track(layer, self.adapter) for name, layer in self.layers.items()}
 
     # ------------------------------------------------------------------ the course of a step
 
@@ -100,14 +92,14 @@ class ReselectionDynamics:
             if track.layer.support(self.adapter) is not track.support:
                 track.begin(step - 1)  # another file was loaded
         if self.regrowth.observes == "covers":
-            self._update_covers()
+            self._accumulate()
         elif self._observing:
             for track in self.tracks.values():
                 values = track.delta.values
                 track.gradient = (
                     torch.zeros(track.support.nnz, device=track.support.device)
                     if values.grad is None
-                    else full(values.grad).to(torch.float32, copy=True)
+                    else full_tensor(values.grad).to(torch.float32, copy=True)
                 )
 
     def after_step(self, step: int) -> Reselection | None:
@@ -151,9 +143,9 @@ class ReselectionDynamics:
                 track.window.discard()
             track.gradient = None
 
-    def _update_covers(self) -> None:
-        if isinstance(self.optimizer, SM3):
-            return  # it keeps them itself
+    def _accumulate(self) -> None:
+        if isinstance(self.optimizer, KeepsAccumulators):
+            return
         for track in self.tracks.values():
             if track.row is None:
                 rows, cols = track.support.shape
@@ -161,12 +153,11 @@ class ReselectionDynamics:
                 track.col = torch.zeros(cols, device=track.support.device)
             values = track.delta.values
             if values.grad is not None:
-                update_covers_(track.row, track.col, track.support, full(values.grad).to(torch.float32))
+                accumulate_(track.row, track.col, track.support, full_tensor(values.grad).to(torch.float32))
 
-    def _covers(self, track: _Track) -> tuple[Tensor, Tensor] | None:
-        if isinstance(self.optimizer, SM3):
-            state = self.optimizer.state.get(track.delta.values, {})
-            return (state["row"], state["col"]) if "row" in state else None
+    def _accumulators(self, track: _Track) -> tuple[Tensor, Tensor] | None:
+        if isinstance(self.optimizer, KeepsAccumulators):
+            return self.optimizer.row_and_column_accumulators(track.delta.values)
         return None if track.row is None else (track.row, track.col)
 
     # ------------------------------------------------------------------ the event
@@ -179,7 +170,7 @@ class ReselectionDynamics:
         groups = [tracks] if self.config.redistribute else [[track] for track in tracks]
         changes = {}
         for group in groups:
-            values = [full(track.delta.values) for track in group]
+            values = [full_tensor(track.delta.values) for track in group]
             counts = [int(track.support.nnz * rate) for track in group]
             candidates = [self._candidates(track, count, step) for track, count in zip(group, counts, strict=True)]
             supports = [track.support for track in group]
@@ -226,9 +217,9 @@ class ReselectionDynamics:
             seen = scores > 0
             positions, scores = window.positions[seen].long(), scores[seen]
             own = (window.own_total / window.steps).abs()
-        elif self.regrowth.observes == "covers" and self._covers(track) is not None:
+        elif self.regrowth.observes == "covers" and (accumulators := self._accumulators(track)) is not None:
             wanted = math.ceil(self.config.candidates * support.nnz) if self.config.redistribute else count
-            row, col = self._covers(track)
+            row, col = accumulators
             positions, scores = topk_outer(row, col, wanted, support, name=track.layer.name)
         if self.regrowth.observes == "nothing" or (self.regrowth.fills and observed):
             positions, scores = self._fill(track, positions, scores, count, step)
@@ -264,7 +255,7 @@ class ReselectionDynamics:
         if is_new.numel() != old.numel():
             self._resize(track.delta, is_new.numel())
         parameter = track.delta.values
-        write_full_(parameter, old[slots].masked_fill_(is_new, 0))
+        write_full_tensor_(parameter, old[slots].masked_fill_(is_new, 0))
         remap_(self.optimizer, parameter, result.source, self._seeds(track, result), old_size=old.numel())
         parameter.grad = None  # belongs to the entries before
         track.born = torch.where(is_new, step, track.born[slots])

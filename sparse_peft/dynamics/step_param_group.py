@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 
-class OwnGroup:
+class StepParamGroup:
     """Lets parameters be stepped without weight decay, and with a learning rate of their own.
 
     Trainers put every trained matrix and vector into one group with weight decay, and their learning rate schedules

@@ -7,14 +7,14 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 
-def full(tensor: Tensor) -> Tensor:
+def full_tensor(tensor: Tensor) -> Tensor:
     """The whole tensor; gathered, on every process, if each holds a part of it."""
     tensor = tensor.detach()
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 @torch.no_grad()
-def write_full_(tensor: Tensor, value: Tensor) -> None:
+def write_full_tensor_(tensor: Tensor, value: Tensor) -> None:
     """Write a whole tensor's content, of its shape; each process its part. All processes give the same ``value``."""
     tensor = tensor.detach()
     value = value.to(tensor.dtype)

@@ -1,6 +1,8 @@
-"""SM3-II's covers of a sparse matrix: one accumulator for each row and column (Anil et al. 2019, algorithm 2)."""
+"""SM3-II's accumulators of a sparse matrix, one for each row and column (Anil et al. 2019, algorithm 2)."""
 
 from __future__ import annotations
+
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -8,8 +10,16 @@ from torch import Tensor
 from ..support import Support
 
 
-def update_covers_(row: Tensor, col: Tensor, support: Support, gradient: Tensor) -> Tensor:
-    """Take a gradient into the covers.
+@runtime_checkable
+class KeepsAccumulators(Protocol):
+    """An optimizer that keeps such accumulators in its own state."""
+
+    def row_and_column_accumulators(self, parameter: Tensor) -> tuple[Tensor, Tensor] | None:
+        """``(rows,)`` and ``(cols,)`` float32; None before the parameter's first step."""
+
+
+def accumulate_(row: Tensor, col: Tensor, support: Support, gradient: Tensor) -> Tensor:
+    """Add a gradient to the accumulators.
 
     Entries that are not finite count as 0.
 

@@ -1,0 +1,41 @@
+"""A sparse fine-tuning method as the sum of its classes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from ..dynamics.protocol import Dynamics
+from .base_config import BaseSparseConfig
+from .base_model import BaseSparseModel
+
+
+@dataclass(frozen=True)
+class Method:
+    """One method, named ``METHOD`` in the ``__init__`` of its folder.
+
+    Args:
+        name: its name on a command line and in reports, which is that of its folder.
+        config_class: what a user configures.
+        model_class: PEFT's tuner.
+        dynamics_class: what changes during training besides the values.
+    """
+
+    name: str
+    config_class: type[BaseSparseConfig]
+    model_class: type[BaseSparseModel]
+    dynamics_class: type[Dynamics[Any, Any]] = Dynamics
+
+    @property
+    def peft_type(self) -> str:
+        """The name of its PEFT type.
+
+        It starts with the package's name, so that the bare ``KeyError`` that PEFT raises without the package names
+        what to import, and so that no method of a later PEFT has it.
+        """
+        return self.config_class.method
+
+    @property
+    def prefix(self) -> str:
+        """What the names of its parameters start with."""
+        return self.model_class.prefix
