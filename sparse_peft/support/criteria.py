@@ -172,7 +172,7 @@ CRITERIA: dict[str, Criterion] = {
         Criterion("threshold", "weight", _score_threshold, largest=False, count=_count_below),
         # LIFT, section 3
         Criterion("principal", "weight", _score_principal),
-        # DSEE, section 3: where the best approximation of low rank is furthest off
+        # The intent of DSEE, section 3, with a truncated decomposition in place of GreBsmo
         Criterion("residual", "weight", _score_residual),
         # SIFT, section 3.2, with the mean over batches instead of the first
         Criterion("gradient", "gradient", _score_gradient, uses_weight=False),

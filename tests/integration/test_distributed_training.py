@@ -81,7 +81,8 @@ def adapted(selection, seed=0, **fields):
         own = {"seed": seed} if selection in ("s2ft", "sara", "sltrain") else {}
         return get_peft_model(Net(), OTHERS[selection](target_modules=["up", "down"], **own, **fields))
     window = {"set": 0, "rigl": 1}.get(selection, 3)
-    fields = {"density": 0.1, "reselect_every": 4, "accumulate": window, "candidates": 1e9, **fields}
+    # every position is a candidate
+    fields = {"density": 0.1, "reselect_every": 4, "accumulate": window, "candidates": 1 / 0.1, **fields}
     config = SparseConfig(selection=selection, target_modules=["up", "down"], seed=seed, **fields)
     return get_peft_model(Net(), config)
 

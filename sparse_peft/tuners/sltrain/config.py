@@ -17,8 +17,8 @@ DEFAULT_DENSITY = {"finetune": 0.01, "pretrain": 0.03}
 class SLTrainConfig(SparseConfig):
     """SLTrain (NeurIPS 2024): sparse plus low rank, ``alpha / r * B A + scatter(values)``.
 
-    With ``mode="finetune"`` that is added to the frozen base weight and starts at zero; with the positions chosen from
-    gradients or from a decomposition's residual it is the form of RoSA and DSEE. With ``mode="pretrain"`` it takes the
+    With ``mode="finetune"`` that is added to the frozen base weight and starts at zero. With positions from gradients
+    it is the form of RoSA, with positions from a residual that of DSEE. With ``mode="pretrain"`` it takes the
     weight's place, and everything else of the model trains as well: see
     [`build_for_pretraining`][sparse_peft.build_for_pretraining].
 

@@ -54,7 +54,7 @@ class SparseConfig(EntryConfig):
         block_size: with blocks: their size, one number or ``[rows, cols]`` of the stored weight.
         threshold: with ``selection="threshold"``: train the entries with absolute value below it (SaRA, section 3.2).
         principal_rank: with ``selection="principal"``: rank of the approximation whose largest entries train (LIFT);
-            with ``"residual"``: of the one that is furthest off there (DSEE).
+            with ``"residual"``: of the one whose error selects (as in DSEE, whose decomposition is another).
         seed: of the random positions; every layer draws its own from (seed, layer name).
         reselect_every: optimizer steps from one reselection to the next (the paper's S).
         accumulate: optimizer steps before a reselection whose gradients count for it (the paper's gamma); by default 5

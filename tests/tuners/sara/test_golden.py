@@ -18,7 +18,8 @@ from tests.helpers.golden import (
     under,
 )
 
-TOLERANCE = 1e-3
+TOLERANCE = 1e-3  # the nuclear norm's gradient is a decomposition there, an iteration here
+ONE_PASS = 1e-5
 NUMBERS = read("sara")
 BASE = {layer: NUMBERS[f"base.{layer}.weight"].flatten()[NUMBERS[f"positions.{layer}"].long()] for layer in LAYERS}
 
@@ -37,9 +38,9 @@ def test_positions(tmp_path):
 
 def test_forward_and_gradients(tmp_path):
     model = start(tmp_path, **{layer: NUMBERS[f"probe.{layer}.weights"] - BASE[layer] for layer in LAYERS})
-    agree("output", backward(model, NUMBERS["probe.x"], NUMBERS["probe.y"]), NUMBERS["probe.output"], TOLERANCE)
+    agree("output", backward(model, NUMBERS["probe.x"], NUMBERS["probe.y"]), NUMBERS["probe.output"], ONE_PASS)
     for layer in LAYERS:
-        agree(f"gradient of {layer}", parameter(model, layer).grad, NUMBERS[f"probe.{layer}.grad"], TOLERANCE)
+        agree(f"gradient of {layer}", parameter(model, layer).grad, NUMBERS[f"probe.{layer}.grad"], ONE_PASS)
 
 
 @pytest.mark.parametrize("case", ["nuclear0", "nuclear5e-4", "nuclear5e-2"])
