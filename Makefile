@@ -8,36 +8,48 @@
 PYTHON ?= python3
 PIP_ARGS ?=
 PYTEST_ARGS ?=
+# processes of `make test`
+WORKERS ?= 2
 # options of the quickstart
 ARGS ?=
 
-VENV := .venv
+VENV ?= .venv
 BIN := $(VENV)/bin
+EXTRAS := cli,trl,bnb,plot,test,dev,examples,bench,docs
 INSTALLED_FROM := pyproject.toml constraints.txt examples/requirements.txt
 # The content and not the time stamp is the key: a checkout or an unpacked archive sets times at will.
 STAMP := $(VENV)/.installed-$(shell cat $(INSTALLED_FROM) | cksum | cut -d' ' -f1)
 
 # One thread each: the tests' tensors are tiny, and two workers with a pool each slow one another down.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+# Neighbours in a file share its fixtures, so each worker begins with a half and takes from the other at the end.
+PARALLEL := -n $(WORKERS) --dist worksteal
 
-.PHONY: help venv quickstart test test-slow lint bench docs clean
+.PHONY: help venv quickstart test suite distributed compile slow gpu test-python coverage lint types docs bench clean
 .DEFAULT_GOAL := help
 
 help:
-	@echo "make quickstart  train, save, reload and merge a sparse adapter of a real language model (minutes, CPU)"
-	@echo "make test        the fast tests"
-	@echo "make test-slow   the slow tests: whole examples, real models"
-	@echo "make lint        ruff: rules and format"
-	@echo "make bench       the benchmarks"
-	@echo "make docs        the documents as a site, in site/"
-	@echo "make clean       remove the virtual environment and the caches"
+	@echo "make quickstart   train, save, reload and merge a sparse adapter of a real language model (minutes, CPU)"
+	@echo "make test         tests of every package and every method"
+	@echo "make suite        PEFT's own tests, on every method"
+	@echo "make distributed  training and selection on two processes"
+	@echo "make compile      compilation of all GPU kernels for two architectures, without a GPU"
+	@echo "make slow         whole examples, real models, the rest of PEFT's own tests"
+	@echo "make gpu          tests that need a CUDA device"
+	@echo "make test-python  make test on another Python: PYTHON=python3.12"
+	@echo "make coverage     make test with a report of the lines that no test reaches"
+	@echo "make lint         ruff's rules and format, and types"
+	@echo "make types        mypy"
+	@echo "make docs         the documents as a site, in site/"
+	@echo "make bench        the benchmarks"
+	@echo "make clean        remove the virtual environments and the caches"
 
 venv: $(STAMP)
 
 $(STAMP): $(INSTALLED_FROM)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	rm -f $(VENV)/.installed-*
-	$(BIN)/python -m pip install --quiet $(PIP_ARGS) -c constraints.txt -e ".[cli,trl,bnb,plot,test,examples,bench,docs]"
+	$(BIN)/python -m pip install --quiet $(PIP_ARGS) -c constraints.txt -e ".[$(EXTRAS)]"
 	$(BIN)/python -m pip install --quiet $(PIP_ARGS) --no-deps -r examples/requirements.txt
 	touch $@
 
@@ -45,20 +57,42 @@ quickstart: $(STAMP)
 	$(BIN)/python -m examples.quickstart $(ARGS)
 
 test: $(STAMP)
-	$(PYTEST) -n 2 -m "not slow and not gpu" $(PYTEST_ARGS)
+	$(PYTEST) $(PARALLEL) $(PYTEST_ARGS)
 
-test-slow: $(STAMP)
+suite: $(STAMP)
+	$(PYTEST) -m "suite and not slow" $(PYTEST_ARGS)
+
+distributed: $(STAMP)
+	$(PYTEST) -m "distributed and not slow" $(PYTEST_ARGS)
+
+compile: $(STAMP)
+	$(PYTEST) $(PARALLEL) -m compile $(PYTEST_ARGS)
+
+slow: $(STAMP)
 	$(BIN)/python -m pytest -m "slow and not gpu" $(PYTEST_ARGS)
+
+gpu: $(STAMP)
+	$(BIN)/python -m pytest -m gpu $(PYTEST_ARGS)
+
+test-python:
+	$(MAKE) test VENV=.venv-$(notdir $(PYTHON))
+
+coverage: $(STAMP)
+	$(PYTEST) $(PARALLEL) --cov --cov-report=term --cov-report=html $(PYTEST_ARGS)
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	@$(MAKE) --no-print-directory types
 
-bench: $(STAMP)
-	$(BIN)/python -m benchmarks.step
+types: $(STAMP)
+	$(BIN)/mypy
 
 docs: $(STAMP)
 	$(BIN)/python -m mkdocs build --strict
 
+bench: $(STAMP)
+	$(BIN)/python -m benchmarks.step
+
 clean:
-	rm -rf $(VENV) site .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .venv-* site htmlcov .coverage* .pytest_cache .ruff_cache .mypy_cache .hypothesis

@@ -1,9 +1,6 @@
 """S2FT as plain LoRA, loaded by a PEFT that has never heard of this package, and back."""
 
 import json
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -15,6 +12,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from sparse_peft import S2FTConfig, SLTrainConfig, SoRAConfig, SoRALinear, SparseConfig
 from sparse_peft.adapters import save_as_lora, save_lora_as_s2ft
 from tests.helpers.language_models import small_llama
+from tests.helpers.processes import run_code
 
 EVERY = ["q_proj", "v_proj", "o_proj", "up_proj", "down_proj"]
 
@@ -98,8 +96,7 @@ def test_without_this_package(tmp_path):
         "torch.testing.assert_close(model(expected['x']).logits, expected['logits'], rtol=1e-4, atol=1e-4)\n"
         "assert 'sparse_peft' not in sys.modules\n"
     )
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environment)
+    done = run_code(program)
     assert done.returncode == 0, done.stderr
 
 
@@ -199,9 +196,7 @@ expected = load_file({str(tmp_path / "expected.safetensors")!r})["logits"]
 assert torch.allclose(logits, expected, rtol=1e-4, atol=1e-5), (logits - expected).abs().max()
 assert not any(name.startswith("sparse_peft") for name in sys.modules)
 """
-    done = subprocess.run(
-        [sys.executable, "-c", script], capture_output=True, text=True, env={**os.environ, "HF_HUB_OFFLINE": "1"}
-    )
+    done = run_code(script)
     assert done.returncode == 0, done.stderr
 
 

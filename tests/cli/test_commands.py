@@ -2,8 +2,6 @@
 
 import json
 import os
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -18,6 +16,7 @@ from sparse_peft.adapters import compare, summarise
 from sparse_peft.adapters.delta_matrix import DeltaMatrix
 from sparse_peft.adapters.offline_adapter import read_stored
 from sparse_peft.tuners.delta_layer import TunerLayer
+from tests.helpers.processes import run_module
 
 
 def dense_deltas(world, name):
@@ -295,13 +294,11 @@ def test_doctor_finds_a_wrong_gradient(monkeypatch):
 
 def test_as_a_program(world, tmp_path):
     """stdout holds one JSON object and nothing else; codes leave the process."""
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
-    command = [sys.executable, "-m", "sparse_peft.cli"]
-    arguments = ["merge", str(world / "base"), str(world / "sparse"), str(tmp_path / "merged"), "--json"]
-    done = subprocess.run([*command, *arguments], capture_output=True, text=True, env=environment, timeout=300)
+    command = ["sparse_peft.cli", "merge", world / "base", world / "sparse", tmp_path / "merged", "--json"]
+    done = run_module(*command)
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["command"] == "merge"
-    done = subprocess.run([*command, *arguments], capture_output=True, text=True, env=environment, timeout=300)
+    done = run_module(*command)
     assert done.returncode == 2 and json.loads(done.stdout)["error"]["kind"] == "usage"
 
 

@@ -1,10 +1,15 @@
 """Two processes with different data choose the same positions, and make the same sketches."""
 
+from multiprocessing import Manager
+
+import pytest
 import torch
-import torch.multiprocessing as mp
 from torch import distributed, nn
 
 from sparse_peft import SketchConfig, SparseConfig, select_support, sketch_model
+from tests.helpers.processes import run_on_two
+
+pytestmark = pytest.mark.distributed
 
 
 def choose(rank, address, results):
@@ -19,9 +24,9 @@ def choose(rank, address, results):
 
 
 def test_all_processes_get_what_the_first_chose(tmp_path):
-    with mp.Manager() as manager:
+    with Manager() as manager:
         results = manager.dict()
-        mp.spawn(choose, (tmp_path / "rendezvous", results), nprocs=2)
+        run_on_two(choose, tmp_path / "rendezvous", results)
         assert results[0] == results[1] and len(results[0]) == round(0.2 * 63)
 
 
@@ -39,8 +44,8 @@ def sketch(rank, address, results):
 
 
 def test_all_processes_get_the_sketches_of_the_first(tmp_path):
-    with mp.Manager() as manager:
+    with Manager() as manager:
         results = manager.dict()
-        mp.spawn(sketch, (tmp_path / "rendezvous", results), nprocs=2)
+        run_on_two(sketch, tmp_path / "rendezvous", results)
         (first, first_alone), (second, second_alone) = results[0], results[1]
         assert first == second == first_alone != second_alone

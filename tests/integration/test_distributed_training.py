@@ -5,10 +5,10 @@ import os
 import traceback
 import warnings
 from functools import partial
+from multiprocessing import Manager
 
 import pytest
 import torch
-import torch.multiprocessing as mp
 import torch.nn.functional as F
 from accelerate import Accelerator, DistributedType, FullyShardedDataParallelPlugin
 from accelerate.state import AcceleratorState
@@ -37,7 +37,9 @@ from sparse_peft import (
 from sparse_peft.dynamics.full_tensor import full_tensor
 from sparse_peft.tuners.base_state import TrainedState
 from sparse_peft.tuners.delta import Delta
+from tests.helpers.processes import run_on_two
 
+pytestmark = pytest.mark.distributed
 STEPS, TOTAL = 11, 12
 OPTIMIZERS = {"adamw": torch.optim.AdamW, "by age": SparseAdamW}
 OTHERS = {
@@ -243,10 +245,10 @@ def process(rank, run, address, cases, results):
 def on_two_processes(run, tmp_path, cases):
     """What the two processes returned, for each case."""
     cases = [(selection, kind, fields, tmp_path / selection) for selection, kind, fields in cases]
-    with mp.Manager() as manager:
+    with Manager() as manager:
         results = manager.dict()
         try:
-            mp.spawn(process, (run, tmp_path / "rendezvous", cases, results), nprocs=2)
+            run_on_two(process, run, tmp_path / "rendezvous", cases, results)
         except Exception:
             pytest.fail("\n".join(str(value) for value in results.values()))
         return list(zip(results[0], results[1], strict=True))

@@ -20,6 +20,7 @@ from sparse_peft.ops.cuda_kernels.nvrtc import compile_cubin
 from sparse_peft.ops.transposed import token_contiguous
 from sparse_peft.support import Support
 
+pytestmark = pytest.mark.compile
 HERE = Path(__file__).parent
 needs_nvcc = pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc")
 needs_gxx = pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")

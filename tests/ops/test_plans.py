@@ -24,6 +24,7 @@ from sparse_peft.ops import crossover as calibration
 from sparse_peft.ops import torch_library as library
 from sparse_peft.ops.crossover import Bench, crossover, meeting_point
 from sparse_peft.support import Support, layout_of
+from tests.helpers.processes import run_code
 
 CPU = torch.device("cpu")
 SMALL = Bench(0.1, 64, 32, (0.05, 0.2))
@@ -87,8 +88,8 @@ def test_float64_is_never_rounded_by_a_kernel():
 
 def test_nothing_is_compiled_or_imported_by_importing_the_package():
     code = "import sys, sparse_peft; print([m for m in sys.modules if m == 'triton' or 'triton_kernels.' in m])"
-    environment = {**os.environ, "TRITON_INTERPRET": "0"}
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=True)
+    done = run_code(code, env={"TRITON_INTERPRET": "0"})
+    assert done.returncode == 0, done.stderr
     found = done.stdout.strip().splitlines()[-1]
     assert "sparse_peft" not in found, found
 
@@ -249,6 +250,7 @@ def test_the_kernel_of_row_groups(dtype):
         torch.testing.assert_close(out.double(), expected, rtol=1e-5, atol=2e-5)
 
 
+@pytest.mark.compile
 @pytest.mark.skipif(not triton_kernels.installed(), reason="needs Triton")
 def test_every_kernel_compiles_for_sm_80_and_sm_90(tmp_path):
     root = Path(__file__).parents[2]

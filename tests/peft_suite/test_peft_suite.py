@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import types
 from pathlib import Path
@@ -30,9 +31,10 @@ def report(result: Result) -> str:
     return "\n".join([*result.failures, result.output[-20_000:]])
 
 
+@pytest.mark.suite
 @pytest.mark.parametrize("file, minimum", FILES)
 def test_upstream_tests_pass(file: str, minimum: int):
-    result = run_file(file)
+    result = run_file(file, workers=min(2, os.cpu_count()))
     assert result.good and not result.failures, report(result)
     assert result.passed >= minimum * len(selected_methods()), report(result)
 

@@ -1,7 +1,5 @@
 """What users of PEFT expect of any adapter, on real architectures built small."""
 
-import subprocess
-import sys
 import warnings
 
 import pytest
@@ -20,6 +18,7 @@ from transformers import (
 )
 
 from sparse_peft import SparseConfig, SparseLinear, SparseModel
+from tests.helpers.processes import run_code
 from tests.helpers.two_layers import TwoLayers, adapted, effective_weights, layers_of, oracle_output
 
 
@@ -338,9 +337,9 @@ def test_auto_class_loads_with_a_saved_base(tmp_path):
 def test_loading_without_the_import_names_the_package(tmp_path):
     get_peft_model(llama(), SparseConfig(target_modules=["q_proj"])).save_pretrained(tmp_path)
     code = f"from peft import PeftConfig\nPeftConfig.from_pretrained({str(tmp_path)!r})"
-    failed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    failed = run_code(code)
     assert "KeyError: 'SPARSE_PEFT_DELTA'" in failed.stderr
-    done = subprocess.run([sys.executable, "-c", "import sparse_peft\n" + code], capture_output=True, text=True)
+    done = run_code("import sparse_peft\n" + code)
     assert done.returncode == 0, done.stderr
 
 

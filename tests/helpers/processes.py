@@ -1,0 +1,68 @@
+"""Programs and functions in processes of their own.
+
+A process begins with torch, transformers and PEFT imported, but not sparse_peft: these imports happen once, in a
+server that forks itself for every process.
+"""
+
+import multiprocessing
+import os
+import runpy
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import torch.multiprocessing
+
+SERVER = multiprocessing.get_context("forkserver")
+SERVER.set_forkserver_preload(["torch", "transformers", "peft"])
+
+
+@dataclass(frozen=True)
+class Completed:
+    """The exit code of a program and its output."""
+
+    returncode: int
+    stdout: str
+    stderr: str
+
+
+def run_code(code: str, env: Mapping[str, str] | None = None) -> Completed:
+    """Run ``python -c code``, with ``env`` added to the environment."""
+    return _run(_as_code, (code,), env)
+
+
+def run_module(name: str, *arguments: object, env: Mapping[str, str] | None = None) -> Completed:
+    """Run ``python -m name arguments``, with ``env`` added to the environment."""
+    return _run(_as_module, (name, *map(str, arguments)), env)
+
+
+def run_on_two(function: Callable[..., None], *arguments: object) -> None:
+    """Run ``function(rank, *arguments)`` for ranks 0 and 1 at once."""
+    torch.multiprocessing.start_processes(function, arguments, nprocs=2, start_method="forkserver")
+
+
+def _run(program: Callable[..., None], arguments: tuple[str, ...], env: Mapping[str, str] | None) -> Completed:
+    with TemporaryDirectory() as folder:
+        stdout, stderr = Path(folder, "stdout"), Path(folder, "stderr")
+        process = SERVER.Process(target=_redirected, args=(stdout, stderr, dict(env or {}), program, arguments))
+        process.start()
+        process.join()
+        return Completed(process.exitcode, stdout.read_text(), stderr.read_text())
+
+
+def _redirected(stdout, stderr, env, program, arguments) -> None:
+    os.environ.update(env)
+    for file, stream in ((stdout, 1), (stderr, 2)):
+        os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT), stream)
+    program(*arguments)
+
+
+def _as_code(code: str) -> None:
+    exec(compile(code, "<program>", "exec"), {"__name__": "__main__"})
+
+
+def _as_module(name: str, *arguments: str) -> None:
+    sys.argv = [name, *arguments]
+    runpy.run_module(name, run_name="__main__", alter_sys=True)
