@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ..ops import Combination
 from ..tuners.base_config import BaseSparseConfig
+from ..tuners.base_state import TrainedState
 from ..tuners.combination import combine_states
 from .files import PREFIX, write_adapter
 from .offline_adapter import StoredAdapter, entrywise, named_tensors, read_stored
@@ -108,15 +109,16 @@ def _check_same_base(adapters: Sequence[StoredAdapter], ignore_base_names: bool)
 
 
 def _one_method(adapters: list[StoredAdapter]) -> list[StoredAdapter]:
-    """All as one method's; sparse deltas of different kinds, or of rows here and columns there, as sparse deltas."""
+    """All as one method's; states that do not combine with their like, and those of several methods, as entries."""
     kinds = {type(adapter.config) for adapter in adapters}
-    sides: dict[str, set[str]] = {}
+    first: dict[str, TrainedState] = {}
     for adapter in adapters:
-        for layer, side in (getattr(adapter.config, "sides", None) or {}).items():
-            sides.setdefault(layer, set()).add(side)
-    if len(kinds) == 1 and all(len(found) == 1 for found in sides.values()):
+        first = {**adapter.states, **first}
+    alike = all(first[layer].combines_with(state) for adapter in adapters for layer, state in adapter.states.items())
+    are_sparse = all(adapter.is_sparse for adapter in adapters)
+    if len(kinds) == 1 and (alike or not are_sparse):
         return adapters
-    if not all(adapter.is_sparse for adapter in adapters):
+    if not are_sparse:
         names = ", ".join(sorted(kind.__name__ for kind in kinds))
         raise ValueError(
             f"adapters of {names}: only sparse deltas of different methods go together; those with low-rank factors "

@@ -8,11 +8,7 @@ import torch
 from torch import Tensor
 
 from ..support import Support
-from ..tuners.base_state import TrainedState
-from ..tuners.delta import Delta
-from ..tuners.low_rank import LowRankState
-from ..tuners.snella.state import KernelState
-from .snell_to_sparse import stored_entries
+from ..tuners.forms import Forms
 
 
 class DeltaMatrix:
@@ -20,33 +16,36 @@ class DeltaMatrix:
 
     Args:
         state: the layer's trained state.
-        in_dim: which dimension of the stored weight is the input's; as the factors have it if None.
+        in_dim: which dimension of the stored weight is the input's; as the factors have it if None, and 1 without.
 
     Attributes:
         shape: ``(outputs, inputs)``.
         support, values: of the sparse part, as stored; None without.
         factors: ``(rank, inputs)`` and ``(outputs, rank)`` of the low-rank part; None without.
+
+    Raises:
+        ValueError: the delta has neither entries nor factors.
     """
 
     support: Support | None = None
     values: Tensor | None = None
     factors: tuple[Tensor, Tensor] | None = None
 
-    def __init__(self, state: TrainedState, in_dim: int | None = None):
-        if isinstance(state, LowRankState):
-            down, up = (factor.detach().cpu().double() for factor in state.factors())
+    def __init__(self, state: Forms, in_dim: int | None = None):
+        entries, factors = state.sparse_part(), state.low_rank_part()
+        if entries is None and factors is None:
+            raise state.no_form("matrix form", state.why_no_parts)
+        if factors is not None:
+            down, up = (factor.cpu().double() for factor in factors)
             self.factors = down, up
             self.shape = up.shape[0], down.shape[1]
-            if in_dim is None and isinstance(state, Delta):
-                in_dim = 1 if state.shape == self.shape else 0
+        if in_dim is None and entries is not None and factors is not None:
+            in_dim = 1 if entries.support.shape == self.shape else 0
         self.in_dim = 1 if in_dim is None else in_dim
-        if isinstance(state, KernelState):
-            self.in_dim = state.product.in_dim
-            self.support, values = stored_entries(state)
-            self.values, self.shape = values.double(), state.sizes[::-1]
-        if isinstance(state, Delta):
-            self.support, self.values = state.support.to("cpu"), state.values.detach().cpu().double()
-            self.shape = state.shape if self.in_dim == 1 else state.shape[::-1]
+        if entries is not None:
+            self.support, self.values = entries.support.to("cpu"), entries.values.cpu().double()
+            rows, cols = entries.support.shape
+            self.shape = (rows, cols) if self.in_dim == 1 else (cols, rows)
 
     @cached_property
     def _sparse(self) -> Tensor:

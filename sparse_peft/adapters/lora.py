@@ -1,9 +1,6 @@
 """Exact conversion of sparse adapters to plain LoRA, which any PEFT loads without this package, and back.
 
-A delta of ``k`` whole columns is ``D S``, with ``D`` the columns and ``S`` ``(k, in)`` the rows of the identity that
-select them: LoRA of rank ``k`` whose ``A`` is ``S``. Rows likewise, with ``B`` the selection. What
-holds for whole columns holds for any delta with few rows or columns that are not empty. SoRA is LoRA of the ranks that
-its gates let through, the gates being multiplied into ``B``.
+Each method's states give their own factors, see ``sparse_peft.tuners.forms``.
 """
 
 from __future__ import annotations
@@ -11,85 +8,17 @@ from __future__ import annotations
 import os
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
 from peft import LoraConfig
 from torch import Tensor, nn
 
-from ..ops import ConvProduct, write_support_
-from ..support import ChannelSupport, Support
+from ..ops import ConvProduct
 from ..tuners.base_layer import TunerLayer
 from ..tuners.base_model import BaseSparseModel
-from ..tuners.delta_layer import SparseTunerLayer
-from ..tuners.low_rank import LowRankLayer
+from ..tuners.forms import LoraFactors
 from ..tuners.s2ft import S2FTConfig
-from ..tuners.sora import SoRALinear
 from .files import PREFIX, config_of, read_adapter, tensors_of, write_adapter
-
-
-def _lines(support: Support) -> tuple[int, Tensor]:
-    """``(dim, lines)``: the rows (0) or columns (1) that hold entries, whichever are fewer."""
-    if isinstance(support, ChannelSupport):
-        return support.dim, support.lines
-    rows, cols = support.rows.long().unique(), support.cols.long().unique()
-    return (0, rows) if rows.numel() < cols.numel() else (1, cols)
-
-
-def _selection(lines: Tensor, size: int) -> Tensor:
-    """``(lines, size)``: those rows of the identity."""
-    return torch.zeros(lines.numel(), size, device=lines.device).scatter_(1, lines[:, None], 1.0)
-
-
-@dataclass(frozen=True)
-class LoraFactors:
-    """One layer's delta as LoRA has it, ``scale * B @ A``.
-
-    Attributes:
-        A: ``(rank, in_features)`` float32; of a convolution with its kernel behind.
-        B: ``(out_features, rank)`` likewise.
-        scale: LoRA's ``alpha / rank``.
-    """
-
-    A: Tensor
-    B: Tensor
-    scale: float
-
-    @property
-    def rank(self) -> int:
-        return self.A.shape[0]
-
-    def padded(self, rank: int) -> LoraFactors:
-        """With more ranks, of zeros."""
-        more = rank - self.rank
-        a = torch.cat([self.A, self.A.new_zeros(more, *self.A.shape[1:])])
-        b = torch.cat([self.B, self.B.new_zeros(self.B.shape[0], more, *self.B.shape[2:])], dim=1)
-        return LoraFactors(a, b, self.scale)
-
-
-def _channel_factors(layer: SparseTunerLayer, adapter_name: str) -> tuple[Tensor, Tensor, float]:
-    support, values = layer.support(adapter_name), layer.deltas[adapter_name].values.detach()
-    rows, cols = support.shape
-    dense = torch.zeros(support.shape, device=values.device)
-    write_support_(dense, support, values.float())
-    dim, lines = _lines(support)
-    if dim == 1:
-        left, right = dense.index_select(1, lines), _selection(lines, cols)
-    else:
-        left, right = _selection(lines, rows).t(), dense.index_select(0, lines)
-    if layer.product.in_dim == 0:
-        left, right = right.t(), left.t()
-    return right, left, 1.0
-
-
-def _gated_factors(layer: SoRALinear, adapter_name: str) -> tuple[Tensor, Tensor, float]:
-    """The strongest ranks first, so that fewer of them are a slice."""
-    state = layer.deltas[adapter_name]
-    gate, a, b = (tensor.detach().float() for tensor in (state.gate, state.A, state.B))
-    alive = gate.nonzero().squeeze(1)
-    strengths = (gate.abs() * a.norm(dim=1) * b.norm(dim=0))[alive]
-    alive = alive[strengths.argsort(descending=True, stable=True)]
-    return a[alive], b[:, alive] * gate[alive], state.scale
 
 
 def check_has_lora(layer: TunerLayer) -> None:
@@ -109,28 +38,19 @@ def lora_factors(layer: TunerLayer, adapter_name: str) -> LoraFactors | None:
         ValueError: it has no exact form of that kind.
     """
     check_has_lora(layer)
-    if isinstance(layer, SoRALinear):
-        down, up, scale = _gated_factors(layer, adapter_name)
-    elif isinstance(layer, LowRankLayer):
-        raise ValueError(
-            f"layer {layer.name}: adapter {adapter_name!r} is low rank plus a sparse delta of full rank, which is no "
-            "LoRA; merge it into the base instead (merge_and_unload), or save an approximation of low rank "
-            "(sparse_peft.adapters.export)"
-        )
-    else:
-        down, up, scale = _channel_factors(layer, adapter_name)
-    return as_factors(layer, down, up, scale)
+    return for_layer(layer, layer.settled(adapter_name).lora_factors(layer.product.in_dim))
 
 
-def as_factors(layer: TunerLayer, down: Tensor, up: Tensor, scale: float) -> LoraFactors | None:
-    """``(rank, inputs)`` and ``(outputs, rank)`` in the form that LoRA has for this layer; None without ranks."""
-    if down.shape[0] == 0:
+def for_layer(layer: TunerLayer, factors: LoraFactors) -> LoraFactors | None:
+    """The factors in the shapes that PEFT's LoRA has for this layer; None without ranks."""
+    if factors.rank == 0:
         return None
+    down, up = factors.A, factors.B
     if isinstance(layer.product, ConvProduct):
         kernel = layer.product.kernel
-        down = down.reshape(down.shape[0], -1, *kernel)
+        down = down.reshape(factors.rank, -1, *kernel)
         up = up.reshape(*up.shape, *(1 for _ in kernel))
-    return LoraFactors(down.contiguous(), up.contiguous(), scale)
+    return LoraFactors(down.contiguous(), up.contiguous(), factors.scale)
 
 
 def _per_layer(numbers: dict[str, float], usual: float) -> dict[str, float]:

@@ -11,9 +11,10 @@ from torch import nn
 
 from ..support import principal_factors
 from ..tuners.base_layer import TunerLayer
+from ..tuners.forms import LoraFactors
 from .delta_matrix import DeltaMatrix
 from .files import write_adapter
-from .lora import LoraFactors, as_factors, check_has_lora, to_lora
+from .lora import check_has_lora, for_layer, to_lora
 
 
 @dataclass(frozen=True)
@@ -61,7 +62,7 @@ def save_low_rank(
         up, down = principal_factors(delta.times, delta.transposed_times, delta.shape, rank, like=like)
         up, down = up.float(), down.float()
         lost[layer.name] = delta.squared_error(down, up), square
-        return as_factors(layer, down, up, 1.0)
+        return for_layer(layer, LoraFactors(down, up))
 
     config, tensors = to_lora(model, adapter_name, factors_of=approximate)
     errors = {name: (missing / square) ** 0.5 for name, (missing, square) in lost.items()}

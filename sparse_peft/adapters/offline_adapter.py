@@ -19,11 +19,13 @@ from transformers.pytorch_utils import Conv1D
 
 from ..support import Support
 from ..tuners.base_config import BaseSparseConfig
+from ..tuners.base_layer import TunerLayer
 from ..tuners.base_model import BaseSparseModel
 from ..tuners.base_state import TrainedState
-from ..tuners.delta import Delta, SparseDelta
+from ..tuners.delta import SparseDelta
 from ..tuners.selection import SupportRecipe
 from ..tuners.sparse import SparseConfig, SparseModel
+from .delta_matrix import DeltaMatrix
 from .files import PREFIX, read_adapter
 
 MAX_WEIGHT = 2**48  # entries, far beyond any weight there is
@@ -38,12 +40,19 @@ class StoredAdapter:
         config: its config.
         states: ``{layer name: trained state}``.
         rest: what is stored beside the layers' states: modules that were saved whole, biases; by names in the file.
+        in_dims: ``{layer name: dimension of the stored weight that is the input's}``, as far as the file shows it: a
+            transformers ``Conv1D`` with a sparse delta alone has 1, too.
     """
 
     folder: str
     config: BaseSparseConfig
     states: dict[str, TrainedState]
     rest: dict[str, Tensor]
+    in_dims: dict[str, int]
+
+    def delta(self, layer: str) -> DeltaMatrix:
+        """A layer's delta, for numbers about it."""
+        return DeltaMatrix(self.states[layer], self.in_dims[layer])
 
     @property
     def tuner(self) -> type[BaseSparseModel]:
@@ -53,7 +62,7 @@ class StoredAdapter:
     @property
     def is_sparse(self) -> bool:
         """Whether its deltas are sparse, and nothing else is added to the weights."""
-        return all(isinstance(state, Delta) and not hasattr(state, "factors") for state in self.states.values())
+        return all(state.is_sparse for state in self.states.values())
 
 
 def named_tensors(tuner: type[BaseSparseModel], tensors: dict[str, dict[str, Tensor]]) -> dict[str, Tensor]:
@@ -147,7 +156,11 @@ def read_stored(folder: str | os.PathLike) -> StoredAdapter:
     for layer, found in states.items():
         shape = check_shape(shapes[layer], layer, f"{folder}: weight_shapes")
         layers[layer] = _stand_in(layer, shape, found, (getattr(config, "sides", None) or {}).get(layer), config)
-    return StoredAdapter(folder, config, _load(config, layers, states, marker), rest)
+    loaded = _load(config, layers, states, marker)
+    in_dims = {name: layer.product.in_dim for name, layer in loaded.items()}
+    return StoredAdapter(
+        folder, config, {name: layer.deltas["default"] for name, layer in loaded.items()}, rest, in_dims
+    )
 
 
 def _weightless(module: nn.Module, shape: tuple[int, ...]) -> nn.Module:
@@ -208,7 +221,7 @@ def _skeleton(layers: dict[str, nn.Module]) -> nn.Module:
 
 def _load(
     config: BaseSparseConfig, layers: dict[str, nn.Module], states: dict[str, dict[str, Tensor]], marker: str
-) -> dict[str, TrainedState]:
+) -> dict[str, TunerLayer]:
     own = {"exclude_modules": None, "layers_to_transform": None, "layers_pattern": None, "bias": "none"}
     beside = {"modules_to_save": None, "trainable_token_indices": None}
     config = replace(config, target_modules=set(layers), inference_mode=True, **own, **beside)
@@ -222,7 +235,7 @@ def _load(
     result = set_peft_model_state_dict(model, dict(state_dict))
     if result.unexpected_keys:
         raise ValueError(f"{result.unexpected_keys[0]}: no tensor of a {type(config).__name__} adapter; it is damaged")
-    return {layer.name: layer.deltas["default"] for layer in BaseSparseModel.sparse_layers(model)}
+    return {layer.name: layer for layer in BaseSparseModel.sparse_layers(model)}
 
 
 def entrywise(adapter: StoredAdapter) -> StoredAdapter:
@@ -240,8 +253,9 @@ def entrywise(adapter: StoredAdapter) -> StoredAdapter:
         )
     states = {}
     for name, state in adapter.states.items():
-        support = Support(state.shape, state.support.indices, validate=False, name=name)
-        states[name] = sparse_state(support, state.values.detach().float())
+        entries = state.as_sparse()
+        support = Support(entries.support.shape, entries.support.indices, validate=False, name=name)
+        states[name] = sparse_state(support, entries.values.float())
     return replace(adapter, config=sparse_config(adapter.config, states), states=states)
 
 

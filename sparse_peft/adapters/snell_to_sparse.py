@@ -6,25 +6,11 @@ import os
 
 from torch import Tensor, nn
 
-from ..support import Support, index_dtype
 from ..tuners.base_model import BaseSparseModel
 from ..tuners.snella import SnellaConfig, SnellaLinear
-from ..tuners.snella.state import KernelState
 from ..tuners.sparse import SparseConfig
 from .files import config_of, tensors_of, write_adapter
 from .offline_adapter import sparse_config, sparse_state, sparse_tensors
-
-
-def stored_entries(state: KernelState) -> tuple[Support, Tensor]:
-    """One layer's entries that are kept: where they are in the stored weight, and ``(entries,)`` their values."""
-    positions, values = state.sparse()
-    inputs, outputs = state.sizes
-    shape = (outputs, inputs)
-    if state.product.in_dim == 0:  # stored the other way round
-        shape = (inputs, outputs)
-        positions, order = (positions % inputs * outputs + positions // inputs).sort()
-        values = values[order]
-    return Support(shape, positions.to(index_dtype(shape)), name=state.name), values.float()
 
 
 def to_sparse(model: nn.Module, adapter_name: str = "default") -> tuple[SparseConfig, dict[str, Tensor]]:
@@ -48,11 +34,11 @@ def to_sparse(model: nn.Module, adapter_name: str = "default") -> tuple[SparseCo
         if SnellaLinear.delta_container not in name
     }
     entries = {
-        layer.name: stored_entries(layer.deltas[adapter_name])
+        layer.name: layer.settled(adapter_name).as_sparse()
         for layer in BaseSparseModel.sparse_layers(model)
         if adapter_name in layer.deltas
     }
-    states = {name: sparse_state(support, values) for name, (support, values) in entries.items() if support.nnz}
+    states = {name: sparse_state(found.support, found.values) for name, found in entries.items() if found.support.nnz}
     if not states:
         raise ValueError(f"adapter_name={adapter_name!r}: no layer keeps any entry, there is nothing to write")
     return sparse_config(config, states), {**sparse_tensors(states), **rest}

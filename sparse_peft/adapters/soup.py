@@ -167,7 +167,8 @@ def _check_averageable(adapters: Sequence[StoredAdapter]) -> None:
 def _mismatch(adapters: Sequence[StoredAdapter]) -> str | None:
     """The first layer whose supports differ."""
     for layer, state in adapters[0].states.items():
-        if any(state.support != adapter.states[layer].support for adapter in adapters[1:]):
+        support = state.as_sparse().support
+        if any(support != adapter.states[layer].as_sparse().support for adapter in adapters[1:]):
             return layer
     return None
 
@@ -216,12 +217,12 @@ def _averages(adapters: Sequence[StoredAdapter], weights: Sequence[float]) -> di
 def _inner_products(adapters: Sequence[StoredAdapter]) -> Tensor:
     """``(adapters, adapters)`` float64: inner products of the deltas, over all layers."""
     gram = torch.zeros(len(adapters), len(adapters), dtype=torch.float64)
-    for layer, state in adapters[0].states.items():
-        states = [adapter.states[layer] for adapter in adapters]
-        union, slots = state.support.union(*(other.support for other in states[1:]))
-        aligned = torch.zeros(len(states), union.nnz, dtype=torch.float64)
-        for row, slot, other in zip(aligned, slots, states, strict=True):
-            row[slot] = other.values.detach().double()
+    for layer in adapters[0].states:
+        parts = [adapter.states[layer].as_sparse() for adapter in adapters]
+        union, slots = parts[0].support.union(*(part.support for part in parts[1:]))
+        aligned = torch.zeros(len(parts), union.nnz, dtype=torch.float64)
+        for row, slot, part in zip(aligned, slots, parts, strict=True):
+            row[slot] = part.values.double()
         gram += aligned @ aligned.t()
     return gram
 

@@ -15,7 +15,6 @@ from torch import Tensor
 from ..support import Support
 from ..tuners.base_config import changed_fields
 from ..tuners.base_state import TrainedState
-from ..tuners.low_rank import LowRankState
 from .delta_matrix import DeltaMatrix
 from .offline_adapter import StoredAdapter, read_stored
 
@@ -113,8 +112,8 @@ def _fullest_share(lines: Tensor, size: int) -> float:
     return float(counts[: max(1, math.ceil(FULLEST * size))].sum() / counts.sum())
 
 
-def _summary_of(layer: str, state: TrainedState) -> LayerSummary:
-    delta = DeltaMatrix(state)
+def _summary_of(adapter: StoredAdapter, layer: str) -> LayerSummary:
+    state, delta = adapter.states[layer], adapter.delta(layer)
     support, values = delta.support, delta.values
     rows, cols = support.shape if support is not None else delta.shape
     parameters = sum(parameter.numel() for parameter in state.parameters())
@@ -124,7 +123,7 @@ def _summary_of(layer: str, state: TrainedState) -> LayerSummary:
         shape=[rows, cols],
         parameters=parameters,
         entries=None if support is None else support.nnz,
-        rank=state.rank if isinstance(state, LowRankState) else None,
+        rank=None if delta.factors is None else delta.factors[0].shape[0],
         alive=_alive(delta),
         density=(parameters if support is None else support.nnz) / (rows * cols),
         norm=math.sqrt(max(0.0, delta.square())),
@@ -156,7 +155,7 @@ def summarise(folder: str | os.PathLike, progress: Progress = iter) -> AdapterSu
         ValueError: no adapter of this package, or a damaged one.
     """
     adapter = read_stored(folder)
-    layers = [_summary_of(layer, adapter.states[layer]) for layer in progress(_in_order(adapter.states))]
+    layers = [_summary_of(adapter, layer) for layer in progress(_in_order(adapter.states))]
     config = adapter.config
     return AdapterSummary(
         folder=adapter.folder,
@@ -180,7 +179,7 @@ def supports_of(adapter: StoredAdapter) -> dict[str, Support]:
     Raises:
         ValueError: an adapter without positions.
     """
-    found = {layer: DeltaMatrix(state).support for layer, state in adapter.states.items()}
+    found = {layer: adapter.delta(layer).support for layer in adapter.states}
     supports = {layer: support for layer, support in found.items() if support is not None and support.nnz}
     if not supports:
         raise ValueError(
@@ -282,7 +281,7 @@ def compare(a: str | os.PathLike, b: str | os.PathLike, progress: Progress = ite
     inners = union = shared = 0.0
     squares = {"a": 0.0, "b": 0.0}
     for layer in progress(common):
-        ours, theirs = DeltaMatrix(first.states[layer]), DeltaMatrix(second.states[layer])
+        ours, theirs = first.delta(layer), second.delta(layer)
         _check_shapes(layer, ours, theirs, first.folder, second.folder)
         square_a, square_b, inner = ours.square(), theirs.square(), ours.inner(theirs)
         sparse = ours.support is not None and theirs.support is not None
@@ -309,7 +308,7 @@ def compare(a: str | os.PathLike, b: str | os.PathLike, progress: Progress = ite
         "b": _in_order(second.states.keys() - first.states.keys()),
     }
     for side, adapter in (("a", first), ("b", second)):
-        squares[side] += sum(DeltaMatrix(adapter.states[layer]).square() for layer in only[side])
+        squares[side] += sum(adapter.delta(layer).square() for layer in only[side])
     rest = first.rest.keys() == second.rest.keys() and all(
         torch.equal(tensor, second.rest[name]) for name, tensor in first.rest.items()
     )

@@ -228,8 +228,8 @@ def plan_training(
     largest = max(size.weights for size in sizes)
     # a quantised weight is unpacked for its product, by every method
     unpacked = largest * form.dtype.itemsize if form.is_quantised else 0
-    panel = min(panel_bytes(), 4 * largest) if any(size.entries and not size.channels for size in sizes) else 0
-    counts = [n for size in sizes for n in size.parameters] + [tensor.numel() for tensor in beside.values()]
+    panel = min(panel_bytes(), 4 * largest) if any(size.entries and not size.state.channels for size in sizes) else 0
+    counts = [n for size in sizes for n in size.state.parameters] + [tensor.numel() for tensor in beside.values()]
     lora = [LORA_RANK * side for size in sizes for side in size.shape]
     needs = [
         need(
@@ -239,7 +239,8 @@ def plan_training(
             frozen_bytes(model, form),
             unpacked + panel,
             position_bytes=sum(size.position_bytes for size in sizes),
-            file_bytes=sum(s.file_bytes for s in sizes) + sum(t.numel() * t.element_size() for t in beside.values()),
+            file_bytes=sum(size.state.file_bytes for size in sizes)
+            + sum(tensor.numel() * tensor.element_size() for tensor in beside.values()),
         ),
         need(
             f"LoRA r={LORA_RANK}",
@@ -296,7 +297,7 @@ def _assumptions(options: PlanOptions, form: BaseFormat, crossover: Crossover, s
         "Activations: what one forward pass keeps for backward, with fused attention"
         + (", every block recomputed from its input." if options.checkpointing else ", nothing recomputed."),
     ]
-    if any(size.entries and not size.channels for size in sizes):
+    if any(size.entries and not size.state.channels for size in sizes):
         sentences.append(
             f"Gradients at single entries take as long as dense ones from a density of {crossover.density:.2g} "
             f"({crossover.source}, {options.device}), below it in proportion."

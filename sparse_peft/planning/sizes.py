@@ -9,13 +9,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from ..support import index_dtype
+from ..tuners.base_config import BaseSparseConfig
 from ..tuners.base_layer import TunerLayer
 from ..tuners.base_model import BaseSparseModel
-from ..tuners.base_state import TrainedState
-from ..tuners.delta import Delta
-from ..tuners.low_rank import LowRankState
-from ..tuners.s2ft.delta import ChannelDelta
+from ..tuners.forms import StateSizes
 
 OPTIMIZERS = ("adamw", "adamw8bit", "sgd")
 """Optimizers whose state is counted: AdamW, AdamW of bitsandbytes in 8 bits, and SGD without momentum."""
@@ -84,35 +81,45 @@ def _tensors(module: nn.Module) -> Iterator[Tensor]:
 
 @dataclass(frozen=True)
 class LayerSize:
-    """What one layer's adapter has.
+    """Sizes of one layer and of its adapter.
 
     Attributes:
         name: the layer's.
         shape: ``(rows, cols)`` of its stored weight.
-        parameters: numbers of elements of the trained tensors.
-        entries: trained entries of the weight; 0 without a sparse part.
-        rank: of the low-rank part; 0 without.
-        channels: ``(dim, count)`` where whole rows (0) or columns (1) train.
         in_dim: which dimension of the weight is the input's.
-        is_known: whether it is entries, channels or ranks that train, whose work is known.
-        position_bytes: positions in memory, and the weights' own entries that are kept beside the values.
-        file_bytes: of its tensors in a file.
+        state: sizes of the adapter's state.
+        kept_bytes: the weight's own entries that are kept beside the values.
     """
 
     name: str
     shape: tuple[int, int]
-    parameters: tuple[int, ...]
-    entries: int
-    rank: int
-    channels: tuple[int, int] | None
     in_dim: int
-    is_known: bool
-    position_bytes: int
-    file_bytes: int
+    state: StateSizes
+    kept_bytes: int
+
+    @property
+    def entries(self) -> int:
+        """Trained entries of the weight; 0 without a sparse part."""
+        return self.state.entries or 0
+
+    @property
+    def rank(self) -> int:
+        """Of the low-rank part; 0 without."""
+        return self.state.rank or 0
+
+    @property
+    def is_known(self) -> bool:
+        """Whether entries, channels or ranks train, whose work is known."""
+        return self.state.entries is not None or self.state.rank is not None
+
+    @property
+    def position_bytes(self) -> int:
+        """Positions in memory, and the weight's own entries that are kept."""
+        return self.state.position_bytes + self.kept_bytes
 
     @property
     def trained(self) -> int:
-        return sum(self.parameters)
+        return sum(self.state.parameters)
 
     @property
     def weights(self) -> int:
@@ -126,46 +133,15 @@ class LayerSize:
         return ".".join(parts[numbers[-1] + 1 :]) if numbers else self.name
 
 
-def _position_bytes(state: TrainedState, kept_itemsize: int) -> int:
-    if not isinstance(state, Delta):
-        return sum(buffer.numel() * buffer.element_size() for buffer in state.buffers())
-    entries = state.values.numel()
-    if isinstance(state, ChannelDelta):
-        return 4 * state.count + kept_itemsize * entries
-    # flat positions, and the columns and row pointers of their compressed sparse rows
-    return entries * (index_dtype(state.shape).itemsize + 4 + kept_itemsize) + 4 * (state.shape[0] + 1)
-
-
-def _file_bytes(state: TrainedState, save_dtype: torch.dtype) -> int:
-    total = sum(length * kind.itemsize for length, kind in state.position_layout().values())
-    for name, parameter in state.named_parameters(recurse=False):
-        kind = parameter.dtype if name in state.full_precision or parameter.dtype != torch.float32 else save_dtype
-        total += parameter.numel() * kind.itemsize
-    return total
-
-
-def layer_sizes(model: nn.Module, config, adapter: str, form: BaseFormat) -> list[LayerSize]:
+def layer_sizes(model: nn.Module, config: BaseSparseConfig, adapter: str, form: BaseFormat) -> list[LayerSize]:
     """Every adapted layer's, in the model's order."""
     found = []
     resident = getattr(config, "resident", False) and not form.is_quantised
     layers: Iterator[TunerLayer] = BaseSparseModel.sparse_layers(model)
     for layer in (layer for layer in layers if adapter in layer.deltas):
-        state: TrainedState = layer.deltas[adapter]
-        is_sparse = isinstance(state, Delta)
-        found.append(
-            LayerSize(
-                name=layer.name,
-                shape=layer.stored_shape,
-                parameters=tuple(parameter.numel() for parameter in state.parameters()),
-                entries=state.values.numel() if is_sparse else 0,
-                rank=state.rank if isinstance(state, LowRankState) else 0,
-                channels=(state.dim, state.count) if isinstance(state, ChannelDelta) else None,
-                in_dim=layer.product.in_dim,
-                is_known=is_sparse or isinstance(state, LowRankState),
-                position_bytes=_position_bytes(state, form.dtype.itemsize if resident else 0),
-                file_bytes=_file_bytes(state, getattr(torch, config.save_dtype)),
-            )
-        )
+        state = layer.deltas[adapter].sizes(getattr(torch, config.save_dtype))
+        kept = form.dtype.itemsize * (state.entries or 0) if resident else 0
+        found.append(LayerSize(layer.name, layer.stored_shape, layer.product.in_dim, state, kept))
     return found
 
 
@@ -217,12 +193,12 @@ def kinds_of(sizes: list[LayerSize], optimizer: str) -> list[LayerKind]:
                 trained=trained,
                 entries=sum(size.entries for size in members),
                 ranks=sum(size.rank for size in members),
-                channels=sum(size.channels[1] for size in members if size.channels),
+                channels=sum(size.state.channels[1] for size in members if size.state.channels),
                 density=trained / sum(size.weights for size in members),
                 adapter_bytes=4 * trained,
                 gradient_bytes=4 * trained,
-                optimizer_bytes=optimizer_bytes(optimizer, [n for size in members for n in size.parameters]),
-                file_bytes=sum(size.file_bytes for size in members),
+                optimizer_bytes=optimizer_bytes(optimizer, [n for size in members for n in size.state.parameters]),
+                file_bytes=sum(size.state.file_bytes for size in members),
             )
         )
     return kinds

@@ -40,8 +40,8 @@ def sparse_work(size: LayerSize, product: Product, itemsize: int, crossover: flo
     """What a layer of one of this package's methods adds."""
     tokens = product.tokens
     keeps, own, extra, flops = False, False, 0, 0.0
-    if size.channels is not None:
-        dim, _ = size.channels
+    if size.state.channels is not None:
+        dim, _ = size.state.channels
         if dim == size.in_dim:
             extra += tokens * (size.entries // size.shape[1 - dim]) * itemsize
         else:

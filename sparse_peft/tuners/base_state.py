@@ -14,9 +14,10 @@ from torch import Tensor, nn
 from ..ops import Combination
 from ..support import Support
 from .files.checks import check_dtype, check_values
+from .forms import Forms, StateSizes
 
 
-class TrainedState(nn.Module):
+class TrainedState(Forms, nn.Module):
     """What one adapter trains in one layer.
 
     A module of its own, not bare parameters: TRL copies its reference adapter by names that contain ``.default.``,
@@ -71,10 +72,33 @@ class TrainedState(nn.Module):
         """
         raise NotImplementedError(f"{cls.__name__} says that nothing combines it")
 
+    def combines_with(self, other: TrainedState) -> bool:
+        """Whether two states can become one of their own kind; those that cannot may combine as entries."""
+        return type(self) is type(other) and bool(self.combinations)
+
     def kept_tensors(self) -> Iterator[Tensor]:
         """All tensors that it keeps in memory while the adapter is served."""
         yield from self.parameters()
         yield from self.buffers()
+
+    def sizes(self, save_dtype: torch.dtype) -> StateSizes:
+        """What the state takes; for plans, so parameters and buffers may lie on the meta device.
+
+        Args:
+            save_dtype: of the values on disk.
+        """
+        return StateSizes(
+            parameters=tuple(parameter.numel() for parameter in self.parameters()),
+            position_bytes=sum(buffer.numel() * buffer.element_size() for buffer in self.buffers()),
+            file_bytes=self._file_bytes(save_dtype),
+        )
+
+    def _file_bytes(self, save_dtype: torch.dtype) -> int:
+        total = sum(length * kind.itemsize for length, kind in self.position_layout().values())
+        for name, parameter in self.named_parameters(recurse=False):
+            kept = name in self.full_precision or parameter.dtype != torch.float32
+            total += parameter.numel() * (parameter.dtype if kept else save_dtype).itemsize
+        return total
 
     # ------------------------------------------------------------------ dtype
 

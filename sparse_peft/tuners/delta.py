@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from typing import ClassVar, Self
 
 import torch
@@ -14,6 +15,7 @@ from ..support import ChannelSupport, Support, index_dtype
 from .base_state import TrainedState
 from .files.checks import check_loaded_entries
 from .files.positions import FLAT, NAMES, file_layout, pack, unpack
+from .forms import Entries, StateSizes
 from .selection import SupportRecipe
 
 # Positions not chosen yet: an adapter built from a saved config waits for its file, which brings them.
@@ -66,6 +68,17 @@ class Delta(TrainedState):
             [state.support for state in states], [state.values for state in states], weights, how, first.name
         )
         return {"values": values, **first.file_positions(support)}
+
+    # ------------------------------------------------------------------ forms
+
+    def sparse_part(self) -> Entries:
+        return Entries(self.support, self.values.detach())
+
+    def sizes(self, save_dtype: torch.dtype) -> StateSizes:
+        entries = self.values.numel()
+        # flat positions, and the columns and row pointers of their compressed sparse rows
+        positions = entries * (index_dtype(self.shape).itemsize + 4) + 4 * (self.shape[0] + 1)
+        return replace(super().sizes(save_dtype), entries=entries, position_bytes=positions)
 
     # ------------------------------------------------------------------ positions
 

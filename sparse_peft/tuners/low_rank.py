@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import ClassVar
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from ..ops import FACTOR_COMBINATIONS, Combination, combine_factors
 from .base_layer import TunerLayer
 from .base_state import TrainedState
+from .forms import StateSizes
 
 ALWAYS_POSSIBLE = 64
 
@@ -57,6 +59,13 @@ class LowRankState(TrainedState):
     def factors(self) -> tuple[Tensor, Tensor]:
         """``(rank, inputs)`` and ``(outputs, rank)``, whose product is the delta; differentiable."""
         return self.A, self.B * self.scale
+
+    def low_rank_part(self) -> tuple[Tensor, Tensor]:
+        down, up = self.factors()
+        return down.detach(), up.detach()
+
+    def sizes(self, save_dtype: torch.dtype) -> StateSizes:
+        return replace(super().sizes(save_dtype), rank=self.rank)
 
     @staticmethod
     def combined_factors(

@@ -5,7 +5,7 @@ import torch
 from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file
 
-from sparse_peft import SketchConfig, SnellaConfig
+from sparse_peft import SketchConfig, SnellaConfig, SparseConfig
 from sparse_peft.adapters import compare, compose, export, save_as_sparse, summarise
 from tests.helpers.two_layers import TwoLayers
 
@@ -35,9 +35,11 @@ def test_a_kernels_folder_is_looked_at_without_its_base(tmp_path, conv1d):
     save_as_sparse(model, tmp_path / "sparse")
     both = compare(tmp_path / "snell", tmp_path / "sparse")
     assert both.jaccard == 1.0 and both.cosine == pytest.approx(1.0) and both.difference == pytest.approx(0, abs=1e-5)
-    with pytest.raises(ValueError, match="SnellaModel adapters do not add up.*save_as_sparse"):
-        compose([tmp_path / "snell"] * 2, tmp_path / "sum")
-    compose([tmp_path / "sparse"] * 2, tmp_path / "sum", weights=[0.5, 0.5])
+    # kernels do not add up, their entries do
+    made = compose([tmp_path / "snell", tmp_path / "sparse"], tmp_path / "mixed", weights=[0.5, 0.5])
+    assert type(made) is type(compose([tmp_path / "snell"] * 2, tmp_path / "sum", weights=[0.5, 0.5])) is SparseConfig
+    for folder in ("mixed", "sum"):
+        assert compare(tmp_path / folder, tmp_path / "snell").difference == pytest.approx(0, abs=1e-5)
 
 
 @pytest.mark.parametrize("mode", ["delta", "replace"])
@@ -61,3 +63,16 @@ def test_tables_need_the_weights_that_their_codes_are_of(tmp_path, mode):
         torch.manual_seed(0)
         again = PeftModel.from_pretrained(TwoLayers(), tmp_path / "sketch")
         assert torch.equal(again(x), wanted)
+
+
+def test_a_kernels_lora_is_exact_and_tables_have_none(tmp_path):
+    model = saved(SnellaConfig(r=4, sparsity=0.7, target_modules=["first"], init_weights=False), tmp_path / "snell")
+    export(model, tmp_path / "lora", "lora")
+    torch.manual_seed(0)
+    base, x = TwoLayers(), torch.randn(3, 17)
+    torch.testing.assert_close(PeftModel.from_pretrained(base, tmp_path / "lora")(x), model(x), rtol=1e-4, atol=1e-5)
+    model = saved(SketchConfig(bits=2, target_modules=["first"], init_weights=False), tmp_path / "sketch")
+    for form, rank in (("lora", None), ("low_rank", 2)):
+        with pytest.raises(ValueError, match="layer first: the delta has no .* form because its tables.*merge"):
+            export(model, tmp_path / "none", form, rank=rank)
+    assert not (tmp_path / "none").exists()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Self
 
 import torch
@@ -10,8 +11,10 @@ from torch import Tensor
 
 from ...ops import Combination
 from ...support import ChannelSupport, Support
+from ..base_state import TrainedState
 from ..delta import UNSET, Delta
 from ..files.checks import check_dtype, check_values
+from ..forms import LoraFactors, StateSizes, factors_of_lines
 
 BUFFERS = ("rows", "columns")
 
@@ -57,6 +60,16 @@ class ChannelDelta(Delta):
                 "has both; sparse_peft.adapters.compose makes a sparse delta of their saved folders"
             )
         return super().combine(states, weights, how)
+
+    def combines_with(self, other: TrainedState) -> bool:
+        return isinstance(other, ChannelDelta) and self.dim == other.dim
+
+    def lora_factors(self, in_dim: int) -> LoraFactors:
+        return factors_of_lines(self.sparse_part(), self.dim, self.support.lines, in_dim)
+
+    def sizes(self, save_dtype: torch.dtype) -> StateSizes:
+        sizes = super().sizes(save_dtype)
+        return replace(sizes, channels=(self.dim, self.count), position_bytes=4 * self.count)
 
     def _position_buffer(self) -> Tensor:
         return self._buffers[BUFFERS[self.dim]]

@@ -58,6 +58,7 @@ class SketchState(TrainedState):
     always_float32 = frozenset({"codebook"})
     combinations = ("linear",)
     why_these_combinations = "tables of the same codes add up exactly"
+    why_no_parts = "its tables change every weight"
     position_names = ("initial", "checksum", "codes")
 
     def __init__(

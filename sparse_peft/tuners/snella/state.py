@@ -24,7 +24,9 @@ from ...ops import (
     find_threshold,
     full_precision,
 )
+from ...support import Support, index_dtype
 from ..base_state import TrainedState
+from ..forms import Entries
 from ..residency import version
 from .config import SnellaConfig
 
@@ -79,7 +81,7 @@ class KernelState(TrainedState):
         self, sizes: tuple[int, int], config: SnellaConfig, product: LayerProduct, name: str, kept: int | None = None
     ):
         super().__init__(name)
-        self.sizes, self.settings, self.product = sizes, config, product
+        self.features, self.settings, self.product = sizes, config, product  # (inputs, outputs)
         kept = config.kept(math.prod(sizes)) if kept is None else kept
         first = self._draw(config.seed)
         self.A, self.B = nn.Parameter(first.inputs), nn.Parameter(first.outputs)
@@ -99,7 +101,7 @@ class KernelState(TrainedState):
     def _draw(self, seed: int) -> Factors:
         """The first factors: evenly over ``1 / sqrt(features r / 2)``, as the authors' initialisation has it."""
         config, drawn = self.settings, []
-        for which, features in zip(("inputs", "outputs"), self.sizes, strict=True):
+        for which, features in zip(("inputs", "outputs"), self.features, strict=True):
             shape = (PIECES, features, config.r // PIECES)
             pieces = 1 if config.init == "symmetric" else PIECES
             numbers = uniform(math.prod(shape[1:]) * pieces, seed=seed, name=f"{self.name}\0{which}")
@@ -124,7 +126,7 @@ class KernelState(TrainedState):
     @property
     def numel(self) -> int:
         """Entries of the layer's weight."""
-        return math.prod(self.sizes)
+        return math.prod(self.features)
 
     # ------------------------------------------------------------------ how many entries are kept
 
@@ -221,6 +223,16 @@ class KernelState(TrainedState):
         how = self.competition()
         return distance_entries(self(), self.tau, how)
 
+    def sparse_part(self) -> Entries:
+        positions, values = self.sparse()
+        inputs, outputs = self.features
+        shape = (outputs, inputs)
+        if self.product.in_dim == 0:  # stored the other way round
+            shape = (inputs, outputs)
+            positions, order = (positions % inputs * outputs + positions // inputs).sort()
+            values = values[order]
+        return Entries(Support(shape, positions.to(index_dtype(shape)), name=self.name), values.float())
+
     # ------------------------------------------------------------------ torch's bookkeeping
 
     sharded = False  # whether FSDP2 gathers the parameters, to another address each time
@@ -290,5 +302,5 @@ class KernelState(TrainedState):
         return {name: tensor.to(self._buffers[name].dtype) for name, tensor in positions.items()}
 
     def extra_repr(self) -> str:
-        inputs, outputs = self.sizes
+        inputs, outputs = self.features
         return f"r={self.settings.r}, inputs={inputs}, outputs={outputs}, kernel={self.settings.kernel}"

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ...ops import Combination
+from ..forms import LoraFactors
 from ..low_rank import LowRankState
 
 GATES = ("ones", "normal")
@@ -65,6 +66,14 @@ class GatedLowRank(LowRankState):
         down, up = cls.combined_factors(factors, weights, how, states[0].name)
         gate = torch.ones(len(down)) if how.combination_type == "svd" else torch.cat(gates).float()
         return {"A": down, "B": up, "gate": gate}
+
+    def lora_factors(self, in_dim: int) -> LoraFactors:
+        """The ranks with a gate that is not zero, the strongest first, so that fewer of them are a slice."""
+        gate, a, b = (tensor.detach().float() for tensor in (self.gate, self.A, self.B))
+        alive = gate.nonzero().squeeze(1)
+        strengths = (gate.abs() * a.norm(dim=1) * b.norm(dim=0))[alive]
+        alive = alive[strengths.argsort(descending=True, stable=True)]
+        return LoraFactors(a[alive], b[:, alive] * gate[alive], self.scale)
 
     def resize(self, rank: int) -> None:
         """Make room for another number of ranks; all values are to be set afterwards."""
