@@ -7,6 +7,7 @@ from difflib import get_close_matches
 from importlib import import_module
 from pkgutil import iter_modules
 from types import ModuleType
+from typing import Any
 
 from peft import PeftConfig
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING
@@ -107,16 +108,17 @@ def extend_peft_type(value: str) -> PeftType:
     """
     if value in PeftType.__members__:
         return PeftType[value]
-    member = str.__new__(PeftType, value)
+    kind: Any = PeftType  # whose private parts are unknown to type checkers
+    member = str.__new__(kind, value)
     member._name_ = member._value_ = value
-    member.__objclass__ = PeftType
-    member._sort_order_ = len(PeftType._member_names_)
-    PeftType._member_names_.append(value)
-    PeftType._member_map_[value] = member
-    PeftType._value2member_map_[value] = member
-    if hasattr(PeftType, "_hashable_values_"):  # Python 3.12 and later look values up there
-        PeftType._hashable_values_.append(value)
-    type.__setattr__(PeftType, value, member)  # EnumType.__setattr__ refuses to set a member again
+    member.__objclass__ = kind
+    member._sort_order_ = len(kind._member_names_)
+    kind._member_names_.append(value)
+    kind._member_map_[value] = member
+    kind._value2member_map_[value] = member
+    if hasattr(kind, "_hashable_values_"):  # Python 3.12 and later look values up there
+        kind._hashable_values_.append(value)
+    type.__setattr__(kind, value, member)  # EnumType.__setattr__ refuses to set a member again
     return member
 
 

@@ -1,1 +1,1 @@
-"""What the methods share in training: the protocol of dynamics, records, optimizer state, processes."""
+"""Building blocks of a method's dynamics: protocol, records, optimizer state, processes."""

@@ -1,12 +1,14 @@
-"""What the processes of a data-parallel run tell each other; nothing in a run of one process."""
+"""Exchange between the processes of a data-parallel run; nothing is sent in a run of one process."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+T = TypeVar("T")
 
 
 class Collectives:
@@ -23,6 +25,7 @@ class Collectives:
 
     @property
     def alone(self) -> bool:
+        """Whether there is one process only."""
         return self.size == 1
 
     def mean(self, tensor: Tensor) -> Tensor:
@@ -37,10 +40,7 @@ class Collectives:
         """Every process's columns, 1-D tensors of one length, which may differ between processes."""
         if self.alone:
             return [columns]
-        length = torch.tensor([columns[0].numel()], device=columns[0].device)
-        lengths = [torch.empty_like(length) for _ in range(self.size)]
-        dist.all_gather(lengths, length, group=self.group)
-        lengths = [int(n) for n in lengths]
+        lengths = self._lengths(columns[0])
         gathered = []
         for column in columns:
             padded = column.new_zeros(max(lengths))
@@ -50,7 +50,13 @@ class Collectives:
             gathered.append([part[:n] for part, n in zip(parts, lengths, strict=True)])
         return list(zip(*gathered, strict=True))
 
-    def first_not_none(self, thing: Any) -> Any:
+    def _lengths(self, column: Tensor) -> list[int]:
+        length = torch.tensor([column.numel()], device=column.device)
+        lengths = [torch.empty_like(length) for _ in range(self.size)]
+        dist.all_gather(lengths, length, group=self.group)
+        return [int(n) for n in lengths]
+
+    def first_not_none(self, thing: T | None) -> T | None:
         """The first process's object that is not None, on every process; None if all are."""
         if self.alone:
             return thing
@@ -58,12 +64,12 @@ class Collectives:
         dist.all_gather_object(flags, thing is not None, group=self.group)
         if not any(flags) or all(flags):
             return thing
-        box = [thing]
-        dist.broadcast_object_list(box, group=self.group, group_src=flags.index(True))
-        return box[0]
+        objects = [thing]
+        dist.broadcast_object_list(objects, group=self.group, group_src=flags.index(True))
+        return objects[0]
 
     def from_first(self, tensor: Tensor) -> Tensor:
-        """The first process's tensor; all have one of its shape."""
+        """The first process's tensor; those of the others have its shape."""
         if self.alone:
             return tensor
         tensor = tensor.contiguous()

@@ -1,4 +1,4 @@
-"""Tensors that FSDP2 spreads over processes, read and written as if they were whole."""
+"""Read and write tensors that FSDP2 shards over processes as if they were whole."""
 
 from __future__ import annotations
 
@@ -8,14 +8,19 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 
 def full_tensor(tensor: Tensor) -> Tensor:
-    """The whole tensor; gathered, on every process, if each holds a part of it."""
+    """The whole tensor, detached; a sharded one is gathered on every process."""
     tensor = tensor.detach()
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 @torch.no_grad()
 def write_full_tensor_(tensor: Tensor, value: Tensor) -> None:
-    """Write a whole tensor's content, of its shape; each process its part. All processes give the same ``value``."""
+    """Write a tensor's content; of a sharded one, each process writes its part.
+
+    Args:
+        tensor: the target, whole or sharded.
+        value: a whole tensor of the target's shape, the same on all processes.
+    """
     tensor = tensor.detach()
     value = value.to(tensor.dtype)
     if isinstance(tensor, DTensor):

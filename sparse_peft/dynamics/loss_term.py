@@ -42,6 +42,7 @@ class LossTerm:
         if id(parameter) in self._reached:
             return
         self._reached.add(id(parameter))
+        assert parameter.grad is not None  # the hook runs after accumulation
         scale = 1.0 if self.scaler is None else self.scaler.get_scale()
         parameter.grad.add_(self.gradient(parameter), alpha=scale)
 

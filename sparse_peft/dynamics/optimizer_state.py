@@ -1,10 +1,10 @@
-"""An optimizer's state follows its parameter's entries when the positions they stand for change."""
+"""Optimizer state moves with a parameter's entries when their positions change."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -15,18 +15,26 @@ BNB_BLOCK = 256
 
 
 @dataclass(frozen=True)
-class Seeds:
-    """What was observed of new entries before they began to train.
+class ObservedMoments:
+    """Gradients of new entries, observed before they began to train.
 
     Attributes:
-        mean: ``(entries,)`` float32 mean gradient of an optimizer step; 0 where nothing is known.
-        mean_square: ``(entries,)`` float32 mean of its square, likewise.
-        steps: ``(entries,)`` number of optimizer steps observed; 0 where nothing is known.
+        mean: ``(entries,)`` float32 mean gradient of an optimizer step; 0 where none was observed.
+        mean_square: ``(entries,)`` float32 mean of its square; 0 likewise.
+        steps: ``(entries,)`` number of observed optimizer steps.
     """
 
     mean: Tensor
     mean_square: Tensor
     steps: Tensor
+
+
+@runtime_checkable
+class RemapsState(Protocol):
+    """An optimizer that moves its state with the entries itself."""
+
+    def remap_state(self, parameter: Tensor, source: Tensor, seeds: ObservedMoments | None = None) -> None:
+        """Rearrange a parameter's state; the arguments are those of ``remap_``."""
 
 
 def inner_optimizer(optimizer: Any) -> torch.optim.Optimizer:
@@ -57,7 +65,7 @@ def scaler_of(optimizer: Any) -> torch.amp.GradScaler | None:
 
 
 def gradient_of(optimizer: torch.optim.Optimizer, parameter: Tensor) -> Tensor | None:
-    """A parameter's whole gradient as the optimizer will use it, right before it steps; None without any."""
+    """A parameter's whole gradient right before the optimizer steps, without a loss scale; None if it has none."""
     if parameter.grad is None:
         return None
     gradient, scale = full_tensor(parameter.grad), getattr(optimizer, "grad_scale", None)
@@ -77,7 +85,7 @@ def add_gradient_(optimizer: torch.optim.Optimizer, parameter: Tensor, gradient:
 
 
 def replace_parameter(optimizer: torch.optim.Optimizer, old: Tensor, new: Tensor) -> None:
-    """Let the optimizer train another parameter in the place of one, with its state as it is."""
+    """Let the optimizer train another parameter in place of one, with the same state."""
     for group in optimizer.param_groups:
         group["params"] = [new if parameter is old else parameter for parameter in group["params"]]
     if old in optimizer.state:
@@ -93,7 +101,12 @@ def rearranged(tensor: Tensor, source: Tensor, new: Tensor | None = None) -> Ten
 
 @torch.no_grad()
 def remap_(
-    optimizer: torch.optim.Optimizer, parameter: Tensor, source: Tensor, seeds: Seeds | None = None, *, old_size: int
+    optimizer: torch.optim.Optimizer,
+    parameter: Tensor,
+    source: Tensor,
+    seeds: ObservedMoments | None = None,
+    *,
+    old_size: int,
 ) -> None:
     """Rearrange a parameter's optimizer state as its entries were rearranged.
 
@@ -116,19 +129,19 @@ def remap_(
     beta2)`` learning rates long, 3.2 with the usual betas: it seeds the first moment with a tenth of the gradient and
     the second with a thousandth of its square. [`SparseAdamW`][sparse_peft.SparseAdamW] counts each entry's own steps.
 
-    An optimizer with a method ``remap_state(parameter, source, seeds)`` does all this itself.
+    An optimizer with a method ``remap_state`` does all this itself; see ``RemapsState``.
 
     Args:
         optimizer: a torch optimizer.
         parameter: ``(new entries,)``, in the optimizer.
         source: ``(new entries,)`` int64: the old slot of an entry that stays, -1 for a new one.
-        seeds: what is known of the new ones.
+        seeds: of the new ones; None without observations.
         old_size: number of entries before.
 
     Raises:
         NotImplementedError: 8-bit states that are not block-wise.
     """
-    if hasattr(optimizer, "remap_state"):
+    if isinstance(optimizer, RemapsState):
         optimizer.remap_state(parameter, source, seeds)
         return
     state = optimizer.state.get(parameter) or {}
@@ -148,7 +161,7 @@ def remap_(
 
 
 def _put(state: dict[str, Any], key: str, value: Tensor) -> None:
-    """In place where the size allows it: the tensor may be sharded, or paged."""
+    """Set a state tensor, in place where the size allows it: it may be sharded, or paged."""
     if state[key].shape == value.shape:
         write_full_tensor_(state[key], value)
     else:
@@ -156,11 +169,15 @@ def _put(state: dict[str, Any], key: str, value: Tensor) -> None:
 
 
 def _seed(
-    key: str, state: Mapping[str, Any], group: Mapping[str, Any], optimizer: torch.optim.Optimizer, seeds: Seeds
+    key: str,
+    state: Mapping[str, Any],
+    group: Mapping[str, Any],
+    optimizer: torch.optim.Optimizer,
+    seeds: ObservedMoments,
 ) -> Tensor | None:
-    """``(entries,)`` what a new entry's state is to be; None where nothing is known of this kind of state."""
+    """``(entries,)`` first state of the new entries; None for an unknown kind of state."""
     name = getattr(optimizer, "optimizer_name", None)  # bitsandbytes' own
-    betas = group.get("betas")
+    betas: Any = group.get("betas")
     squares = seeds.mean_square
     if key in ("exp_avg", "exp_avg_sq", "max_exp_avg_sq") and betas is not None and "exp_avg_sq" in state:
         return _corrected(state, seeds, betas, first=key == "exp_avg")
@@ -185,7 +202,7 @@ def _seed(
     return None
 
 
-def _corrected(state: Mapping[str, Any], seeds: Seeds, betas: tuple[float, ...], first: bool) -> Tensor:
+def _corrected(state: Mapping[str, Any], seeds: ObservedMoments, betas: tuple[float, ...], first: bool) -> Tensor:
     steps = float(state["step"])
     return seeds.mean * (1 - betas[0] ** steps) if first else seeds.mean_square * (1 - betas[1] ** steps)
 
@@ -198,8 +215,8 @@ def _remap_8bit(
     source: Tensor,
     new: Tensor | None,
 ) -> None:
-    """bitsandbytes' block-wise 8-bit state, through float32: entries change blocks, so their codes are made anew."""
-    from bitsandbytes.functional import dequantize_blockwise, quantize_blockwise
+    """Rearrange bitsandbytes' block-wise 8-bit state through float32: entries change blocks, and so their codes."""
+    from bitsandbytes.functional import dequantize_blockwise, quantize_blockwise  # noqa: PLC0415  (an optional package)
 
     number = key[-1]
     code, absmax = state[f"qmap{number}"], state.get(f"absmax{number}")
@@ -219,13 +236,14 @@ def _remap_8bit(
     scales = [quantised.absmax for _, quantised in rows]
     value = torch.stack(coded) if two else coded[0]
     if value.shape != codes.shape and not two:
-        state[key] = optimizer.get_state_buffer(parameter, dtype=torch.uint8)
+        make_buffer: Any = getattr(optimizer, "get_state_buffer")  # noqa: B009
+        state[key] = make_buffer(parameter, dtype=torch.uint8)
     _put(state, key, value)
     state[f"absmax{number}"] = torch.stack(scales) if two else scales[0]
 
 
 def restore_dtypes(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> None:
-    """Take saved state tensors again as they are: torch casts them to their parameter's dtype."""
+    """Restore the dtypes of saved state tensors, which torch casts to their parameter's."""
     groups = zip(state_dict["param_groups"], optimizer.param_groups, strict=True)
     named = {
         name: parameter for old, new in groups for name, parameter in zip(old["params"], new["params"], strict=True)

@@ -1,4 +1,4 @@
-"""Some parameters in a parameter group of their own, for the duration of the optimizer's step."""
+"""A parameter group that exists during the optimizer's step only."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from torch import Tensor
 
 
 class StepParamGroup:
-    """Lets parameters be stepped without weight decay, and with a learning rate of their own.
+    """Steps some parameters without weight decay, and with a learning rate of their own.
 
     Trainers put every trained matrix and vector into one group with weight decay, and their learning rate schedules
     and checkpoints know the groups by their order. So the groups change only while the optimizer steps.
 
     Args:
-        optimizer: which steps them.
+        optimizer: the parameters' optimizer.
         parameters: the parameters, each in some group of the optimizer's.
         lr_scale: their learning rate, relative to their group's.
 
@@ -31,22 +31,23 @@ class StepParamGroup:
         self._groups: list[dict[str, Any]] | None = None
         self._kept: list[list[Tensor]] = []
         self._handles = [
-            optimizer.register_step_pre_hook(self._part),
+            optimizer.register_step_pre_hook(self._split),
             optimizer.register_step_post_hook(self._join),
         ]
 
     def replace(self, old: Tensor, new: Tensor) -> None:
-        """Another parameter is a member in the place of one."""
+        """Make another parameter a member in place of one."""
         self.members.discard(id(old))
         self.members.add(id(new))
 
     def close(self) -> None:
+        """Remove the hooks."""
         self._join()
         for handle in self._handles:
             handle.remove()
 
-    def _part(self, *_) -> None:
-        self._join()  # a step that failed left the groups apart
+    def _split(self, *_: Any) -> None:
+        self._join()  # a step that failed left the groups split
         optimizer = self.optimizer
         self._groups = list(optimizer.param_groups)
         self._kept = [group["params"] for group in self._groups]
@@ -54,15 +55,18 @@ class StepParamGroup:
             mine = [parameter for parameter in parameters if id(parameter) in self.members]
             if not mine:
                 continue
-            rate = group["lr"] * self.lr_scale
-            self.rates.update(dict.fromkeys(map(id, mine), float(rate)))
             group["params"] = [parameter for parameter in parameters if id(parameter) not in self.members]
-            own = {**group, "params": mine, "lr": rate}
-            if "weight_decay" in own:
-                own["weight_decay"] = 0.0
+            own = self._group_like(group, mine)
+            self.rates.update(dict.fromkeys(map(id, mine), float(own["lr"])))
             optimizer.param_groups.append(own)
 
-    def _join(self, *_) -> None:
+    def _group_like(self, group: dict[str, Any], members: list[Tensor]) -> dict[str, Any]:
+        own = {**group, "params": members, "lr": group["lr"] * self.lr_scale}
+        if "weight_decay" in own:
+            own["weight_decay"] = 0.0
+        return own
+
+    def _join(self, *_: Any) -> None:
         if self._groups is None:
             return
         for group, parameters in zip(self._groups, self._kept, strict=True):

@@ -1,1 +1,1 @@
-"""What happens during training besides the optimizer's steps."""
+"""Training loops: the controller, its callback, and the package's optimizers."""

@@ -10,16 +10,16 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from ..dynamics.full_tensor import full_tensor, write_full_tensor_
-from ..dynamics.optimizer_state import Seeds, rearranged
+from ..dynamics.optimizer_state import ObservedMoments, rearranged
 from .entrywise_optimizer import EntrywiseOptimizer
 
 
 class SparseAdamW(EntrywiseOptimizer):
-    """AdamW (Loshchilov and Hutter 2019) whose bias correction goes by the age of each entry (SpIEL, section 3).
+    """AdamW (Loshchilov and Hutter 2019) with a bias correction by the age of each entry (SpIEL, section 3).
 
-    Until positions change it is torch's AdamW. An entry that begins to train later has its first step like any
-    other's first step, one learning rate long; with what was observed of it before, its moments are those of an entry
-    that is as many steps old.
+    Until positions change it equals torch's AdamW. The first step of a later entry is one learning rate long, as that
+    of any other. Gradients that were observed before give it the moments of an entry that has trained for as many
+    steps.
 
     Args:
         params: parameters or parameter groups.
@@ -45,21 +45,12 @@ class SparseAdamW(EntrywiseOptimizer):
             raise ValueError(f"betas={betas!r}: two numbers in [0, 1) are expected")
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
 
-    def update(self, parameter: Tensor, group: dict[str, Any]) -> None:
-        state = self.state[parameter]
+    def update(self, parameter: Tensor, gradient: Tensor, group: dict[str, Any]) -> None:
         dtype = torch.promote_types(parameter.dtype, torch.float32)
-        gradient = parameter.grad.to(dtype)
+        gradient = gradient.to(dtype)
+        state = self.state[parameter]
         if not state:
-            state["exp_avg"] = torch.zeros_like(gradient)
-            state["exp_avg_sq"] = torch.zeros_like(gradient)
-            # one number for all entries; a tensor of the parameter's size from the first change of positions on, or
-            # from the start where it is sharded: distributed checkpoints are loaded into what is there
-            sharded = isinstance(parameter, DTensor)
-            state["age"] = (
-                torch.zeros_like(gradient, dtype=torch.float32)
-                if sharded
-                else torch.zeros((), device=parameter.device)
-            )
+            state.update(self._first_state(parameter, gradient))
         beta1, beta2 = group["betas"]
         first, second, age = state["exp_avg"], state["exp_avg_sq"], state["age"]
         age += 1
@@ -71,8 +62,16 @@ class SparseAdamW(EntrywiseOptimizer):
         value = parameter.to(dtype) * (1 - group["lr"] * group["weight_decay"])
         parameter.copy_(value.sub_(update, alpha=group["lr"]))
 
+    @staticmethod
+    def _first_state(parameter: Tensor, gradient: Tensor) -> dict[str, Tensor]:
+        # one age for all entries; a tensor of the parameter's size from the first change of positions on, or from the
+        # start where it is sharded: distributed checkpoints are loaded into existing tensors
+        sharded = isinstance(parameter, DTensor)
+        age = torch.zeros_like(gradient, dtype=torch.float32) if sharded else torch.zeros((), device=parameter.device)
+        return {"exp_avg": torch.zeros_like(gradient), "exp_avg_sq": torch.zeros_like(gradient), "age": age}
+
     @torch.no_grad()
-    def remap_state(self, parameter: Tensor, source: Tensor, seeds: Seeds | None = None) -> None:
+    def remap_state(self, parameter: Tensor, source: Tensor, seeds: ObservedMoments | None = None) -> None:
         state = self.state.get(parameter) or {}
         if not state:
             return

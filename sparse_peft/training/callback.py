@@ -1,8 +1,8 @@
-"""The controller in transformers' Trainer and in every trainer of TRL."""
+"""The controller as a callback, for transformers' Trainer and the trainers of TRL."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from transformers import TrainerCallback
 
@@ -10,24 +10,24 @@ from ..dynamics.records import Record
 from .controller import SparsityController
 
 if TYPE_CHECKING:
-    from transformers import Trainer
+    from transformers import Trainer, TrainerControl, TrainerState, TrainingArguments
 
 
 class SparsityCallback(TrainerCallback):
-    """Changes the trained positions during training, as the adapters' configs say::
+    """Changes adapters during training, as their configs say::
 
         trainer = SFTTrainer(..., peft_config=SparseConfig(selection="accumulated_gradient"),
                              callbacks=[SparsityCallback()])
 
-    The state is part of the optimizer's in each checkpoint, so ``trainer.train(resume_from_checkpoint=...)`` goes on
+    The state is part of the optimizer's in each checkpoint, so ``trainer.train(resume_from_checkpoint=...)`` continues
     exactly. With a config that changes nothing the callback does nothing.
 
-    What happened is added to the Trainer's next log entry, under ``sparsity/``: to ``trainer.state.log_history`` and
-    the progress bar. Reporters such as TensorBoard and Weights & Biases come before a callback; they get it too if the
-    callback knows its trainer: ``trainer.add_callback(SparsityCallback(trainer))``.
+    Changes are added to the Trainer's next log entry, under ``sparsity/``: to ``trainer.state.log_history`` and the
+    progress bar. Reporters such as TensorBoard and Weights & Biases run before a callback. For them, give the callback
+    its trainer: ``trainer.add_callback(SparsityCallback(trainer))``.
 
     Args:
-        trainer: the trainer it is added to, to log through.
+        trainer: the trainer that it is added to, for logging.
 
     Attributes:
         controller: the [`SparsityController`][sparse_peft.SparsityController] of the last or current training; None
@@ -41,32 +41,50 @@ class SparsityCallback(TrainerCallback):
 
     @property
     def history(self) -> list[Record]:
-        """What happened besides steps, oldest first."""
+        """Records of changes, oldest first."""
         return [] if self.controller is None else self.controller.history
 
-    def on_train_begin(self, args, state, control, model=None, optimizer=None, **kwargs):
-        if self.controller is not None:
-            self.controller.close()
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._close()
         self.controller = SparsityController(
-            model, optimizer, total_steps=state.max_steps, completed_steps=state.global_step
+            kwargs["model"], kwargs["optimizer"], total_steps=state.max_steps, completed_steps=state.global_step
         )
 
-    def on_optimizer_step(self, args, state, control, **kwargs):
+    def on_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        assert self.controller is not None
         self._unlogged += self.controller.step()
         if self.trainer is not None:
             for record in self._unlogged:
                 self.trainer.log(record.logs())
             self._unlogged.clear()
 
-    def on_log(self, args, state, control, logs=None, **kwargs):
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
         if not self._unlogged or not state.log_history:
             return
         *earlier, last = self._unlogged
         self._unlogged = []
         for record in earlier:
             state.log_history.insert(-1, {**record.logs(), "step": record.step})
-        for entry in (state.log_history[-1], logs):
-            entry.update(last.logs())
+        state.log_history[-1].update(last.logs())
+        if logs is not None:
+            logs.update(last.logs())
 
-    def on_train_end(self, args, state, control, **kwargs):
-        self.controller.close()
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._close()
+
+    def _close(self) -> None:
+        if self.controller is not None:
+            self.controller.close()

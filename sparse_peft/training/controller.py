@@ -1,8 +1,9 @@
-"""Driving what changes during training, in any loop."""
+"""The controller: drives the changes of adapters during training, in any loop."""
 
 from __future__ import annotations
 
 import warnings
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from ..dynamics.protocol import Dynamics, TrainingContext
 from ..dynamics.records import Record, record_from_dict
 from ..registry import method_of
 from ..tuners.base_model import BaseSparseModel, configs_of
+from ..tuners.base_state import TrainedState
 from ..tuners.controller_warning import attend
 
 # Under this key of the first parameter group the state travels with the optimizer's own.
@@ -25,9 +27,9 @@ MAX_SKIPPED = 64
 
 
 class SparsityController:
-    """Changes the trained positions of a model's adapters in the course of training, as their configs say.
+    """Changes a model's adapters during training, as their configs say: positions, ranks, budgets.
 
-    Make it once the optimizer is there, and call ``step`` after each ``optimizer.step()``::
+    Make it after the optimizer, and call ``step`` after each ``optimizer.step()``::
 
         controller = SparsityController(model, optimizer, total_steps=1000)
         for batch in batches:
@@ -40,7 +42,7 @@ class SparsityController:
     for an optimizer whose state was loaded goes on from there. Load the adapter before.
 
     Args:
-        model: the PEFT model, or whatever wraps it (DDP, accelerate, ``fully_shard``).
+        model: the PEFT model, wrapped or not (DDP, accelerate, ``fully_shard``).
         optimizer: a torch optimizer, or accelerate's wrapper of one.
         total_steps: optimizer steps of the whole run; needed where a config gives start or stop as shares.
         completed_steps: steps done before, where the optimizer's state does not say.
@@ -50,7 +52,7 @@ class SparsityController:
 
     Attributes:
         completed_steps: number of optimizer steps taken.
-        history: what happened besides steps, such as reselections, oldest first.
+        history: records of changes, such as reselections, oldest first.
 
     Raises:
         TypeError: the optimizer is none of torch's.
@@ -85,63 +87,70 @@ class SparsityController:
         self._take_state(self.optimizer)
         self._begin_step()
 
-    def _find(self, model: nn.Module, total_steps: int | None) -> dict[str, Dynamics]:
-        trained = {id(parameter) for group in self.optimizer.param_groups for parameter in group["params"]}
+    def _find(self, model: nn.Module, total_steps: int | None) -> dict[str, Dynamics[Any, Any]]:
+        """The dynamics of the adapters that train and change."""
         layers = list(BaseSparseModel.sparse_layers(model))
         found = {}
         for adapter, config in configs_of(model).items():
-            mine = {layer.name: layer for layer in layers if adapter in getattr(layer, "deltas", {})}
-            values = [layer.deltas[adapter].watched for layer in mine.values()]
-            if not getattr(config, "changes_in_training", False) or not any(v.requires_grad for v in values):
+            mine = {layer.name: layer for layer in layers if adapter in layer.deltas}
+            states = [layer.deltas[adapter] for layer in mine.values()]
+            trains = any(state.watched.requires_grad for state in states)
+            if not trains or not getattr(config, "changes_in_training", False):
                 continue
-            if not all(id(parameter) in trained for parameter in values):
-                raise ValueError(
-                    f"the optimizer does not train the values of adapter {adapter!r}: make it from the parameters the "
-                    "model has now, after get_peft_model, load_adapter and any wrapping, and the controller after it"
-                )
-            if any(isinstance(module, FullyShardedDataParallel) for module in model.modules()):
-                raise NotImplementedError(
-                    f"adapter {adapter!r} changes its positions during training, which FSDP1's flat parameters do not "
-                    "let it; use FSDP2 (fully_shard, or fsdp_version: 2), DDP, or a static selection"
-                )
+            self._check(model, adapter, states)
             context = TrainingContext(
                 adapter, config, mine, self.optimizer, total_steps, self._collectives, self._scaler
             )
             found[adapter] = method_of(config).dynamics_class(context)
-            for layer in mine.values():
-                attend(layer.deltas[adapter])
+            for state in states:
+                attend(state)
         return found
+
+    def _check(self, model: nn.Module, adapter: str, states: Sequence[TrainedState]) -> None:
+        """Refuse an optimizer and a wrapped model that the adapter cannot change with."""
+        trained = {id(parameter) for group in self.optimizer.param_groups for parameter in group["params"]}
+        if not all(id(state.watched) in trained for state in states):
+            raise ValueError(
+                f"the optimizer does not train the values of adapter {adapter!r}: make it from the parameters the "
+                "model has now, after get_peft_model, load_adapter and any wrapping, and the controller after it"
+            )
+        if any(isinstance(module, FullyShardedDataParallel) for module in model.modules()):
+            raise NotImplementedError(
+                f"adapter {adapter!r} changes its positions during training, which FSDP1's flat parameters do not "
+                "let it; use FSDP2 (fully_shard, or fsdp_version: 2), DDP, or a static selection"
+            )
 
     # ------------------------------------------------------------------ steps
 
     def step(self) -> list[Record]:
-        """Take note of the optimizer's step; call it after each ``optimizer.step()``, on every process.
+        """Complete a step; call it after each ``optimizer.step()``, on every process.
 
-        A step that the optimizer did not take, because a loss scaler found gradients that are not finite, does not
-        count.
+        A step that a loss scaler skipped, because gradients were not finite, does not count.
 
         Returns:
-            What was reselected, if anything was.
+            Records of what changed.
         """
         if not self._stepped:
             self._note_skip()
             return []
         self._stepped, self._skipped = False, 0
         self.completed_steps += 1
-        records = [dynamics.after_step(self.completed_steps) for dynamics in self._dynamics.values()]
-        records = [record for record in records if record is not None]
+        found = [dynamics.after_step(self.completed_steps) for dynamics in self._dynamics.values()]
+        records = [record for record in found if record is not None]
         self.history.extend(records)
         self._begin_step()
         return records
 
     def discard_step(self) -> None:
-        """Forget the backward passes since the last step; call it where a loop of your own skips ``optimizer.step()``
-        and throws the gradients away."""
+        """Forget the backward passes since the last step.
+
+        Call it where a loop of your own discards gradients without ``optimizer.step()``.
+        """
         for dynamics in self._dynamics.values():
             dynamics.discard_step()
 
     def close(self) -> None:
-        """Let go of model and optimizer; training may go on without the controller."""
+        """Remove all hooks; training may go on without the controller."""
         for handle in self._handles:
             handle.remove()
         for dynamics in self._dynamics.values():
@@ -164,17 +173,17 @@ class SparsityController:
         for dynamics in self._dynamics.values():
             dynamics.begin_step(self.completed_steps + 1)
 
-    def _before_step(self, *_) -> None:
+    def _before_step(self, *_: Any) -> None:
         for dynamics in self._dynamics.values():
             dynamics.before_step(self.completed_steps + 1)
 
-    def _after_step(self, *_) -> None:
+    def _after_step(self, *_: Any) -> None:
         self._stepped = True
 
     # ------------------------------------------------------------------ checkpoints
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything a resumed run needs, between two steps: tensors, numbers, strings, lists and dicts."""
+        """The state that a resumed run needs, between two steps: tensors, numbers, strings, lists and dicts."""
         return {
             "completed_steps": self.completed_steps,
             "history": [record.to_dict() for record in self.history],
@@ -186,7 +195,7 @@ class SparsityController:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue where ``state_dict`` was taken; load the adapter and the optimizer's state before.
+        """Continue from a ``state_dict``; load the adapter and the optimizer's state before.
 
         Raises:
             ValueError: the state is of other adapters, layers or positions.
@@ -202,16 +211,16 @@ class SparsityController:
         self.history = [record_from_dict(record) for record in state.get("history", [])]
         self._begin_step()
 
-    def _add_state(self, optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
+    def _add_state(self, _: torch.optim.Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
         if self._dynamics:
             state_dict["param_groups"][0][STATE_KEY] = self.state_dict()
         return state_dict
 
-    def _take_state(self, optimizer) -> None:
+    def _take_state(self, optimizer: torch.optim.Optimizer) -> None:
         state = optimizer.param_groups[0].pop(STATE_KEY, None)
         if not self._dynamics:
             return
-        # a full distributed checkpoint is read by one process, and torch hands on what it knows of it
+        # a full distributed checkpoint is read by one process, and torch does not send the others this entry
         state = self._collectives.first_not_none(state)
         if state is not None:
             self.load_state_dict(state)

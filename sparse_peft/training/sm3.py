@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from ..dynamics.optimizer_state import Seeds, rearranged
+from ..dynamics.optimizer_state import ObservedMoments, rearranged
 from ..dynamics.sm3_accumulators import accumulate_
 from ..support import Support
 from ..tuners.base_state import TrainedState
@@ -29,7 +29,7 @@ class SM3(EntrywiseOptimizer):
     Args:
         params: parameters or parameter groups.
         lr: learning rate.
-        peft_model: where the values' positions are looked up.
+        peft_model: the model that has the values' positions.
         momentum: of the update, in [0, 1); 0 keeps no buffer.
         eps: added to the accumulators.
         weight_decay: decoupled; pulls the values of a delta, not the weights, to 0.
@@ -58,13 +58,12 @@ class SM3(EntrywiseOptimizer):
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in self.__dict__.items() if name != "_states"} | {"_states": {}}
 
-    def update(self, parameter: Tensor, group: dict[str, Any]) -> None:
-        """Step one parameter.
+    def update(self, parameter: Tensor, gradient: Tensor, group: dict[str, Any]) -> None:
+        """Step one parameter of a group.
 
         Raises:
             NotImplementedError: a sharded or a sparse gradient.
         """
-        gradient = parameter.grad
         if isinstance(parameter, DTensor) or gradient.is_sparse:
             raise NotImplementedError(
                 "SM3 needs whole, dense gradients: rows and columns of a matrix are spread over the processes of FSDP "
@@ -83,7 +82,7 @@ class SM3(EntrywiseOptimizer):
         parameter.copy_(value.mul_(1 - group["lr"] * group["weight_decay"]))
 
     def _accumulate(self, parameter: Tensor, gradient: Tensor) -> Tensor:
-        """Take the gradient into the parameter's accumulators, and give those of each entry."""
+        """Add the gradient to the parameter's accumulators; returns the accumulator of each entry."""
         state, device = self.state[parameter], parameter.device
         support = self._support_of(parameter)
         if support is None and parameter.ndim < 2:
@@ -116,8 +115,8 @@ class SM3(EntrywiseOptimizer):
         state = self.state.get(parameter, {})
         return (state["row"], state["col"]) if "row" in state else None
 
-    def remap_state(self, parameter: Tensor, source: Tensor, seeds: Seeds | None = None) -> None:
-        """Follow a change of positions: the accumulators are the matrix's and stay, momentum goes with its entry."""
+    def remap_state(self, parameter: Tensor, source: Tensor, seeds: ObservedMoments | None = None) -> None:
+        """Move momentum with its entries; the accumulators are those of the matrix and stay."""
         state = self.state.get(parameter) or {}
         if "momentum_buffer" in state:
             state["momentum_buffer"] = rearranged(state["momentum_buffer"], source)

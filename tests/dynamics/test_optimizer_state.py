@@ -11,7 +11,7 @@ from torch import nn
 from transformers.optimization import Adafactor
 
 from sparse_peft import SparseAdamW
-from sparse_peft.dynamics.optimizer_state import Seeds, inner_optimizer, rearranged, remap_
+from sparse_peft.dynamics.optimizer_state import ObservedMoments, inner_optimizer, rearranged, remap_
 from tests.helpers.optimizers import bnb_optimizers_run
 
 SIZE = 60
@@ -171,7 +171,7 @@ def eight_bit(optimizer, parameter):
 
 def constant_seeds(source, g0, steps=5):
     new = source < 0
-    return Seeds(
+    return ObservedMoments(
         mean=torch.where(new, g0, 0.0),
         mean_square=torch.where(new, g0**2, 0.0),
         steps=torch.where(new, float(steps), 0.0),

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from sparse_peft import SparseAdamW
-from sparse_peft.dynamics.optimizer_state import Seeds, rearranged
+from sparse_peft.dynamics.optimizer_state import ObservedMoments, rearranged
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -37,7 +37,7 @@ def test_each_entry_has_its_own_age():
     m, v, age = torch.zeros(12).double(), torch.zeros(12).double(), torch.zeros(12).double()
     source = torch.tensor([3, -1, 0, 5, -1, 7, 8, 9, -1, 10, 11, -1])
     new = source < 0
-    seeds = Seeds(
+    seeds = ObservedMoments(
         torch.where(new, torch.randn(12), 0),
         torch.where(new, torch.rand(12), 0),
         torch.where(new, torch.arange(12) % 3, 0),

@@ -84,7 +84,7 @@ def _draw_course(axis: Axes, history: Sequence[Ranks]) -> None:
     penalty.set_ylabel("penalty")
     penalty.set_ylim(bottom=0)
     handles = [artist for each in (axis, penalty) for artist in each.get_legend_handles_labels()[0]]
-    axis.legend(handles, [handle.get_label() for handle in handles], fontsize=8)
+    axis.legend(handles, [str(handle.get_label()) for handle in handles], fontsize=8)
 
 
 def _draw_layers(axis: Axes, last: Ranks) -> None:

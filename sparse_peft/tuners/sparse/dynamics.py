@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ...dynamics.full_tensor import full_tensor, write_full_tensor_
-from ...dynamics.optimizer_state import Seeds, remap_, replace_parameter
+from ...dynamics.optimizer_state import ObservedMoments, remap_, replace_parameter
 from ...dynamics.protocol import Dynamics, TrainingContext
 from ...dynamics.sm3_accumulators import KeepsAccumulators, accumulate_
 from ...ops import observe
@@ -269,7 +269,7 @@ class ReselectionDynamics(Dynamics[SparseConfig, SparseTunerLayer]):
         delta.resize(entries)
         replace_parameter(self.optimizer, old, delta.values)
 
-    def _seeds(self, track: _Track, result: Exchange) -> Seeds | None:
+    def _seeds(self, track: _Track, result: Exchange) -> ObservedMoments | None:
         window = track.window
         if window is None or window.steps == 0 or self.config.seed_moments == "zero":
             return None
@@ -281,7 +281,7 @@ class ReselectionDynamics(Dynamics[SparseConfig, SparseTunerLayer]):
         known = (window.positions[slots] == positions) & (result.source < 0)
         steps = torch.where(known, window.counts()[slots], 0)
         divisor = steps.clamp(min=1)
-        return Seeds(
+        return ObservedMoments(
             mean=torch.where(known, window.total[slots] / divisor, 0),
             mean_square=torch.where(known, window.squares[slots] / divisor, 0),
             steps=steps,
