@@ -15,7 +15,7 @@ from torch import Tensor
 from ..ops import Combination
 from ..tuners.base_config import BaseSparseConfig
 from ..tuners.base_state import TrainedState
-from ..tuners.combination import combine_states
+from ..tuners.combination import combine_states, combined_config
 from .files import PREFIX, write_adapter
 from .offline_adapter import StoredAdapter, entrywise, named_tensors, read_stored
 
@@ -157,7 +157,7 @@ def write_combined(
         ValueError: their configs train different biases, or tokens of the embedding.
     """
     configs = [adapter.config for adapter in adapters]
-    config = adapters[0].tuner.combined_config(configs, tensors)
+    config = combined_config(adapters[0].tuner, configs, tensors)
     config.modules_to_save = sorted({name for c in configs for name in c.modules_to_save or ()}) or None
     biases = {c.bias for c in configs} - {"none"}
     if len(biases) > 1:

@@ -11,8 +11,8 @@ import torch
 from peft import PeftConfig, ShiraConfig, SupertuningConfig
 from torch import Tensor, nn
 
-from ..tuners.base_model import stored_shape
 from ..tuners.delta import SparseDelta
+from ..tuners.targets import stored_shape
 from .files import PREFIX, write_adapter
 from .foreign import ForeignAdapter, read_config, read_lt_sft, read_shira, read_spiel, read_supertuning, source_format
 from .modules_to_save import OTHERS, save_whole

@@ -17,10 +17,11 @@ from torch import Tensor, nn
 from ..numerics import topk_indices
 from ..ops import effective_entries
 from ..support import Budget, Support, allocate, divide, get_criterion
-from ..tuners.base_model import stored_shape
+from ..tuners.combination import combined_config
 from ..tuners.delta import SparseDelta
 from ..tuners.files.checks import check_values
 from ..tuners.sparse import SparseConfig, SparseModel
+from ..tuners.targets import stored_shape
 from .files import write_adapter
 from .modules_to_save import OTHERS, save_whole
 from .offline_adapter import named_tensors, sparse_state
@@ -182,7 +183,7 @@ def extract(
         name: {"values": state.values.detach().to(getattr(torch, save_dtype)), **state.file_tensors()}
         for name, state in states.items()
     }
-    config = SparseModel.combined_config([_config(base, base_model_name_or_path, task_type, states)], tensors)
+    config = combined_config(SparseModel, [_config(base, base_model_name_or_path, task_type, states)], tensors)
     config.modules_to_save, config.bias, config.save_dtype = modules or None, bias, save_dtype
     result = Extraction(config, tuple(layers), tuple(unchanged), changed, tuple(sorted(rest)))
     story = (

@@ -20,9 +20,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from ..tuners.base_model import BaseSparseModel, configs_of
+from ..tuners.base_model import BaseSparseModel
 from ..tuners.files.card import FRAMEWORK_HEADING, TAG
 from ..tuners.files.checks import CURE, check_adapter_file, check_adapter_name, read_config_file
+from ..tuners.traversal import configs_of
 
 # What PeftModel's state dicts begin with, and so every adapter file.
 PREFIX = "base_model.model."

@@ -22,9 +22,10 @@ from ..tuners.base_config import BaseSparseConfig
 from ..tuners.base_layer import TunerLayer
 from ..tuners.base_model import BaseSparseModel
 from ..tuners.base_state import TrainedState
+from ..tuners.combination import combined_config
 from ..tuners.delta import SparseDelta
-from ..tuners.selection import SupportRecipe
 from ..tuners.sparse import SparseConfig, SparseModel
+from ..tuners.support_recipe import SupportRecipe
 from .delta_matrix import DeltaMatrix
 from .files import PREFIX, read_adapter
 
@@ -227,7 +228,7 @@ def _load(
     config = replace(config, target_modules=set(layers), inference_mode=True, **own, **beside)
     model = _skeleton(layers)
     state_dict = {f"{layer}{marker}{part}": t for layer, found in states.items() for part, t in found.items()}
-    entries = PEFT_TYPE_TO_TUNER_MAPPING[config.peft_type]._file_entries(state_dict)
+    entries = PEFT_TYPE_TO_TUNER_MAPPING[config.peft_type].file_sizes(state_dict)
     lacking = [layer for layer in layers if layer not in entries]
     if lacking:
         raise ValueError(f"layer {lacking[0]}: the adapter's file has no values for it; save or download it again")
@@ -287,4 +288,4 @@ def sparse_config(like: Any, states: dict[str, SparseDelta]) -> SparseConfig:
         trainable_token_indices=getattr(like, "trainable_token_indices", None),
         bias="sparse_peft_delta_only" if bias.endswith("_only") else bias,
     )
-    return SparseModel.combined_config([config], tensors)
+    return combined_config(SparseModel, [config], tensors)

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from ..registry import methods
 from ..tuners.base_layer import BASE_ADAPTER, TunerLayer
-from ..tuners.base_model import BaseSparseModel, modules_beside_adapters
+from ..tuners.base_model import BaseSparseModel
+from ..tuners.traversal import modules_beside_adapters
 
 _UNSETTLED = ""  # no adapter's name
 

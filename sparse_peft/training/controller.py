@@ -16,9 +16,10 @@ from ..dynamics.optimizer_state import inner_optimizer, scaler_of
 from ..dynamics.protocol import Dynamics, TrainingContext
 from ..dynamics.records import Record, record_from_dict
 from ..registry import method_of
-from ..tuners.base_model import BaseSparseModel, configs_of
+from ..tuners.base_model import BaseSparseModel
 from ..tuners.base_state import TrainedState
 from ..tuners.controller_warning import attend
+from ..tuners.traversal import configs_of
 
 # Under this key of the first parameter group the state travels with the optimizer's own.
 STATE_KEY = "sparse_peft"

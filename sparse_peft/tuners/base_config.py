@@ -6,12 +6,15 @@ import copy
 import math
 import os
 import tempfile
+from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, field, fields
-from typing import Any, ClassVar, Self
+from types import MappingProxyType
+from typing import Any, ClassVar, Self, cast
 
 from peft.config import PeftConfig
 from peft.utils import PeftType
 
+from ..support import Support
 from .experts import CURE
 from .files.card import complete_card, update_model_card
 from .files.checks import check_adapter_file, read_config_file
@@ -133,6 +136,9 @@ class BaseSparseConfig(PeftConfig):
             for resolved in self.resolved_fields:
                 self.__dict__[resolved] = None
         super().__setattr__(name, value)
+
+    # Positions chosen beforehand, {layer name: support}; no field, because a file has them with the values.
+    supports = cast("Mapping[str, Support]", MappingProxyType({}))
 
     @classmethod
     def prefix(cls) -> str:

@@ -4,114 +4,42 @@ from __future__ import annotations
 
 import warnings
 from abc import abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from operator import attrgetter
 from typing import Any, ClassVar, Protocol
 
 import torch
-from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _maybe_include_all_linear_layers
-from peft.utils import (
-    TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING,
-    get_quantization_kwargs,
-    resolve_quantization_backend,
-)
-from peft.utils.constants import EMBEDDING_LAYER_NAMES
+from peft.tuners.tuners_utils import BaseTuner
+from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING, get_quantization_kwargs
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 
-from ..ops import Combination, is_convolution, kernel_backend
+from ..ops import Combination, kernel_backend
 from ..support import Support
-from .base_layer import BASE_ADAPTER, TunerLayer
+from .base_config import BaseSparseConfig
+from .base_layer import TunerLayer
 from .base_state import TrainedState
 from .combination import Tensors, add_weighted_adapter
 from .controller_warning import expect_attendance
-from .delta import SparseDelta
 from .delta_layer import SparseTunerLayer
-from .experts import CURE, bare_weights, check_bare_weights
+from .experts import check_bare_weights
+from .files.adapter_state import check_no_base_weights, put_states, take_states
 from .files.card import TAG
-from .files.checks import check_adapter_name, check_values
-from .four_bit import base_weight, prepare_four_bit
+from .files.checks import check_adapter_name
+from .four_bit import prepare_four_bit
+from .mixed_batches import mixed_batch
 from .residency import hold_layers, release_layers
-from .selection import SupportRecipe
+from .targets import Targets, check_names, check_target, check_weights_of_their_own, find_targets, layer_of
+from .traversal import modules_beside_adapters, tuner_layers
 
 
-class Plan(Protocol):
-    """What one layer's new adapter will be."""
+class StatePlan(Protocol):
+    """How one layer's trained state is made."""
 
     def make_delta(self, name: str) -> TrainedState:
         """The trained state of the layer of this name."""
         ...
-
-
-@dataclass(frozen=True)
-class LayerPlan:
-    """A sparse delta's."""
-
-    shape: tuple[int, int]
-    entries: int
-    recipe: SupportRecipe
-    support: Support | None
-
-    def make_delta(self, name: str) -> TrainedState:
-        return SparseDelta(self.shape, self.entries, name, self.recipe, self.support)
-
-
-def base_of(module: nn.Module) -> nn.Module:
-    return module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
-
-
-def stored_shape(module: nn.Module) -> tuple[int, int]:
-    """``(rows, cols)`` of a target's weight as stored.
-
-    Quantised layers count unpacked, ``(out, in)``; a convolution's weight as ``(out, in / groups * taps)``.
-    """
-    base = base_of(module)
-    if is_convolution(base):
-        return base.weight.shape[0], base.weight[0].numel()
-    if isinstance(base, Conv1D) or not hasattr(base, "out_features"):
-        return tuple(base.weight.shape)
-    return base.out_features, base.in_features
-
-
-def in_dim_of(module: nn.Module) -> int:
-    """Which dimension of a target's stored weight is the input's."""
-    return 0 if isinstance(base_of(module), Conv1D) else 1
-
-
-def dense_weight(module: nn.Module) -> Tensor:
-    """The base weight of a target in floats, as the matrix that is stored."""
-    if isinstance(module, TunerLayer):
-        return module.dense_base_weight()
-    base = base_of(module)
-    backend = resolve_quantization_backend(base)
-    return base.weight.detach().reshape(stored_shape(module)) if backend is None else base_weight(base, backend)
-
-
-def configs_of(model: nn.Module) -> dict[str, Any]:
-    """The adapters' configs, wherever in the model (or in what wraps it) PEFT keeps them."""
-    found: dict[str, Any] = {}
-    for module in model.modules():
-        configs = module.__dict__.get("peft_config") or {}
-        if isinstance(configs, dict):
-            found.update(configs)
-    return found
-
-
-def modules_beside_adapters(model: nn.Module) -> Iterator[nn.Module]:
-    """The model's modules in their order, without those of its adapters, of which there may be hundreds."""
-    seen, waiting = set(), [model]
-    while waiting:
-        module = waiting.pop()
-        if module is None or id(module) in seen:
-            continue
-        seen.add(id(module))
-        yield module
-        if isinstance(module, TunerLayer):
-            waiting.append(module._modules.get("base_layer"))
-        else:
-            waiting.extend(reversed(module._modules.values()))
 
 
 class BaseSparseModel(BaseTuner):
@@ -136,7 +64,7 @@ class BaseSparseModel(BaseTuner):
     @abstractmethod
     def plan_layers(
         self, config, targets: dict[str, nn.Module], adapter_name: str, file_entries: dict[str, int] | None
-    ) -> dict[str, Plan]:
+    ) -> Mapping[str, StatePlan]:
         """What each target layer trains.
 
         Args:
@@ -154,42 +82,73 @@ class BaseSparseModel(BaseTuner):
         without weights. Methods that choose whole structures have nothing to gain from it.
         """
 
-    def _cloned_supports(self, config, targets: dict[str, nn.Module], adapter_name: str) -> dict[str, Support]:
-        """TRL adds its reference adapter with the policy's own config object: it trains the policy's positions."""
-        twins = [name for name, other in self.peft_config.items() if other is config and name != adapter_name]
-        supports = {}
-        for name, module in targets.items():
-            if isinstance(module, SparseTunerLayer) and twins and twins[0] in module.deltas:
-                supports[name] = module.support(twins[0])
+    def twin_of(self, config: BaseSparseConfig, adapter_name: str) -> str | None:
+        """The adapter that was made with the very same config object: it trains the same positions.
+
+        TRL adds its reference adapter with the policy's own config.
+        """
+        names = (name for name, other in self.peft_config.items() if other is config and name != adapter_name)
+        return next(names, None)
+
+    def twin_supports(self, config: BaseSparseConfig, targets: Targets, adapter_name: str) -> dict[str, Support]:
+        """The positions of such an adapter; none where it has not all targets."""
+        twin = self.twin_of(config, adapter_name)
+        supports = {
+            name: module.support(twin)
+            for name, module in targets.items()
+            if isinstance(module, SparseTunerLayer) and twin in module.deltas
+        }
         return supports if len(supports) == len(targets) else {}
 
-    @staticmethod
-    def _check_names(config, given: set[str], targets: set[str], what: str) -> None:
-        if given != targets:
-            missing, extra = sorted(targets - given), sorted(given - targets)
-            raise ValueError(
-                f"{what} other layers than the config targets in this model: missing {missing[:3]}, not in the model "
-                f"{extra[:3]} (and {max(0, len(missing) - 3) + max(0, len(extra) - 3)} more). Use the base model the "
-                f"adapter was made for, or a new {type(config).__name__} for a new adapter."
-            )
+    def first_sizes(
+        self,
+        config: Any,
+        targets: Targets,
+        adapter_name: str,
+        *,
+        in_file: dict[str, int] | None,
+        recorded: str,
+        choose: Callable[[], tuple[dict[str, int], dict[str, Support]]],
+        size: Callable[[Any], int] = attrgetter("nnz"),
+    ) -> tuple[dict[str, int], Mapping[str, Support]]:
+        """How much each layer trains, and what, from the first source that there is.
 
-    @staticmethod
-    def _check_shapes(config, shapes: dict[str, tuple[int, int]]) -> None:
-        for name, shape in shapes.items():
-            made_for = (config.weight_shapes or {}).get(name)
-            if made_for is not None and tuple(made_for) != shape:
-                raise ValueError(
-                    f"weight_shapes: the adapter was made for a weight of shape {tuple(made_for)} in layer {name}, "
-                    f"this model's is {shape}; load it on the base model it was made for "
-                    f"({config.base_model_name_or_path or 'see its adapter_config.json'})"
-                )
+        The sources: the adapter's twin, positions given with the config, a file, sizes recorded in the config, a new
+        choice.
+
+        Args:
+            config: of the new adapter.
+            targets: its layers.
+            adapter_name: its name.
+            in_file: ``{layer name: size}`` in the file that the layers are made for.
+            recorded: the config's field with ``{layer name: size}``.
+            choose: gives sizes and, where they can be known now, supports.
+            size: of a layer, given its support.
+
+        Returns:
+            ``{layer name: size}`` and ``{layer name: support}``, empty where positions come later.
+
+        Raises:
+            ValueError: a source is for other layers than the targets.
+        """
+        given = self.twin_supports(config, targets, adapter_name) or config.supports
+        if given:
+            check_names(config, set(given), set(targets), "the positions chosen by select_support are for")
+            return {name: size(given[name]) for name in targets}, given
+        if in_file is not None:
+            return {name: in_file[name] for name in targets}, {}
+        sizes = getattr(config, recorded)
+        if sizes is not None:
+            check_names(config, set(sizes), set(targets), f"{recorded} is for")
+            return {name: sizes[name] for name in targets}, {}
+        return choose()
 
     @classmethod
     def choose_from_data(
         cls,
         model: nn.Module,
-        config,
-        targets: dict[str, nn.Module],
+        config: Any,
+        targets: Targets,
         data: Iterable | None,
         gradients: dict[str, Tensor] | None,
         *,
@@ -198,39 +157,9 @@ class BaseSparseModel(BaseTuner):
     ) -> dict[str, Support]:
         """Each target's positions; the arguments are those of [`select_support`][sparse_peft.select_support], checked.
 
-        For methods that have criteria which look at data.
+        For methods with criteria that look at data.
         """
-        raise NotImplementedError
-
-    @classmethod
-    def select_support(
-        cls,
-        model: nn.Module,
-        config,
-        data: Iterable | None,
-        *,
-        gradients: dict[str, Tensor] | None = None,
-        **options: Any,
-    ):
-        """See [`select_support`][sparse_peft.select_support], which copies the config first."""
-        if config.selection_needs not in ("gradient", "activation"):
-            raise ValueError(
-                f"selection={config.selection!r} needs no data; pass the config to get_peft_model as it is"
-            )
-        if (data is None) == (gradients is None):
-            raise ValueError("select_support needs either data (batches) or gradients={name: tensor}, and not both")
-        targets = cls.checked_targets(config, model)
-        for name, module in targets.items():
-            if is_convolution(base_of(module)):
-                raise TypeError(
-                    f"Target module {name} of type {type(base_of(module)).__name__}: selection={config.selection!r} "
-                    "looks at data for linear layers only; leave convolutions out with exclude_modules, or choose a "
-                    "selection that needs no data"
-                )
-        prepare_four_bit(modules_beside_adapters(model))
-        # not a field: positions are saved with the adapter's values, not in its config
-        config.supports = cls.choose_from_data(model, config, targets, data, gradients, **options)
-        return config
+        raise TypeError(f"{cls.__name__} chooses nothing from data")
 
     # ------------------------------------------------------------------ injection
 
@@ -242,7 +171,7 @@ class BaseSparseModel(BaseTuner):
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         check_adapter_name(adapter_name)
         self._injection = (adapter_name, kwargs.get("state_dict"))
-        self._plans: dict[str, Plan] = {}
+        self._plans: Mapping[str, StatePlan] = {}
         try:
             super().inject_adapter(model, adapter_name, *args, **kwargs)
         finally:
@@ -257,7 +186,7 @@ class BaseSparseModel(BaseTuner):
         prepare_four_bit(modules_beside_adapters(model))
         self.release()
         if targets:
-            self._plans = self.plan_layers(peft_config, targets, adapter_name, self._file_entries(state_dict))
+            self._plans = self.plan_layers(peft_config, targets, adapter_name, self.file_sizes(state_dict))
 
     @classmethod
     def checked_targets(cls, config, model: nn.Module) -> dict[str, nn.Module]:
@@ -279,80 +208,38 @@ class BaseSparseModel(BaseTuner):
 
     @classmethod
     def find_targets(
-        cls, config, model: nn.Module, state_dict: dict[str, Tensor] | None = None
-    ) -> dict[str, nn.Module]:
+        cls, config: BaseSparseConfig, model: nn.Module, state_dict: dict[str, Tensor] | None = None
+    ) -> Targets:
         """The layers that PEFT will adapt for this config, by name, in the model's order."""
-        config = _maybe_include_all_linear_layers(config, model)
-        if state_dict is not None:
-            wanted = {key.rsplit(f".{cls.prefix}", 1)[0].removeprefix("_orig_mod.") for key in state_dict}
-        targets, inside = {}, ()
-        for name, module in model.named_modules():
-            if not name or (inside and name.startswith(inside)):
-                continue
-            if isinstance(module, BaseTunerLayer):
-                inside = (*inside, f"{name}.")
-            if name in wanted if state_dict is not None else cls._check_target_module_exists(config, name):
-                targets[name] = module
-        return targets
+        return find_targets(config, model, cls.prefix, state_dict)
 
     @classmethod
-    def _file_entries(cls, state_dict: dict[str, Tensor] | None) -> dict[str, int] | None:
-        if state_dict is None:
-            return None
-        return {
-            key.rsplit(f".{cls.prefix}", 1)[0].removeprefix("_orig_mod."): value.numel()
-            for key, value in state_dict.items()
-            if key.endswith(f".{cls.counted_tensor}") and f".{cls.prefix}" in key
-        }
-
-    @classmethod
-    def check_targets(cls, model: nn.Module, targets: dict[str, nn.Module]) -> None:
+    def check_targets(cls, model: nn.Module, targets: Targets) -> None:
         """Refuse layers of other kinds, and weights that something else uses too.
 
         Raises:
             TypeError: a target is no linear layer, or is quantised in a way that PEFT has no backend for.
             ValueError: a target's weight is shared.
         """
-        owners: dict[int, list[str]] = {}
-        for name, parameter in model.named_parameters(remove_duplicate=False):
-            owners.setdefault(id(parameter), []).append(name)
-        kwargs = get_quantization_kwargs(model)
         for name, module in targets.items():
-            base = base_of(module)
-            backend = resolve_quantization_backend(base, **kwargs)
-            weight = getattr(base, "weight", None)
-            if backend is None and not isinstance(base, (nn.Linear, Conv1D)) and not is_convolution(base):
-                fused = f"Its weights are {CURE}. " if bare_weights(base) else ""
-                raise TypeError(
-                    f"Target module {name} of type {type(base).__name__} is not supported. {fused}{cls.__name__} "
-                    "trains `torch.nn.Linear`, `Conv1d`, `Conv2d`, `Conv3d`, transformers' `Conv1D` and the quantised "
-                    "linear layers that PEFT has a backend for; name other target_modules, or leave this one out with "
-                    "exclude_modules."
-                )
-            if is_convolution(base) and base.groups > 1 and not cls.takes_groups:
-                raise TypeError(
-                    f"Target module {name}: a convolution of {base.groups} groups has no low-rank form; leave it out "
-                    "with exclude_modules"
-                )
-            if backend is None and isinstance(weight, Tensor) and not weight.is_floating_point():
-                raise TypeError(
-                    f"Target module {name} of type {type(base).__module__}.{type(base).__name__} holds {weight.dtype} "
-                    "weights and PEFT has no quantisation backend for it; use a base quantised with bitsandbytes, HQQ "
-                    "or torchao, or one in float16, bfloat16 or float32."
-                )
-            names = owners.get(id(weight), [])
-            if len(names) > 1:
-                others = ", ".join(other for other in names if other != f"{name}.weight")
-                raise ValueError(
-                    f"Target module {name} shares its weight with {others} (tied weights): training one would change "
-                    "the other. Leave it out with exclude_modules, or untie the weights first (load the model with "
-                    "tie_word_embeddings=False and copy the weight)."
-                )
+            check_target(name, module, model, cls.__name__, cls.takes_groups)
+        check_weights_of_their_own(model, targets)
+
+    @classmethod
+    def file_sizes(cls, state_dict: dict[str, Tensor] | None) -> dict[str, int] | None:
+        """``{layer name: entries of its counted_tensor}`` in an adapter file; None without one."""
+        if state_dict is None:
+            return None
+        return {
+            layer_of(key, cls.prefix): value.numel()
+            for key, value in state_dict.items()
+            if key.endswith(f".{cls.counted_tensor}") and f".{cls.prefix}" in key
+        }
 
     @staticmethod
-    def layer_options(config) -> dict[str, Any]:
+    def layer_options(config: Any) -> dict[str, Any]:
         """Arguments of the layer class besides base layer and name."""
-        return {"resident": config.resident}
+        return {}
 
     def _create_and_replace(
         self, peft_config, adapter_name, target, target_name, parent, current_key, parameter_name=None
@@ -393,9 +280,7 @@ class BaseSparseModel(BaseTuner):
             if adapter_name in layer.deltas:
                 layer.deltas[adapter_name].keep_dtype()
 
-    @staticmethod
-    def sparse_layers(model: nn.Module) -> Iterator[TunerLayer]:
-        return (module for module in modules_beside_adapters(model) if isinstance(module, TunerLayer))
+    sparse_layers = staticmethod(tuner_layers)
 
     def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
         """Activate these adapters, which add up, or none for an empty list.
@@ -436,7 +321,7 @@ class BaseSparseModel(BaseTuner):
         try:
             if names is None and self._writes_together():
                 self.make_resident()
-            with self._mixed_batch(names, kwargs.get("num_beams") or 1):
+            with nullcontext() if names is None else mixed_batch(self, names, kwargs.get("num_beams") or 1):
                 yield
         except BaseException:
             self.release()
@@ -460,34 +345,6 @@ class BaseSparseModel(BaseTuner):
             return False
         weight = layer.base_parameter
         return kernel_backend("write_many", weight.dtype, weight.device) is not None
-
-    @contextmanager
-    def _mixed_batch(self, names: list[str] | None, beams: int) -> Iterator[None]:
-        if names is None:
-            yield
-            return
-        if self.training:
-            raise ValueError("Cannot pass `adapter_names` when the model is in training mode.")
-        if isinstance(names, str) or not all(isinstance(name, str) for name in names):
-            raise TypeError(f"adapter_names={names!r}: a list with one adapter name for each input is expected")
-        known = {name for layer in self.sparse_layers(self) for name in layer.deltas}
-        unknown = sorted(set(names) - known - {BASE_ADAPTER})
-        if unknown:
-            raise ValueError(f"Trying to infer with non-existing adapter(s): {', '.join(unknown)}")
-        # beam search repeats each input in the decoder; the encoder still sees it once
-        encoder = self.model.get_encoder() if beams > 1 and hasattr(self.model, "get_encoder") else None
-        in_encoder = set() if encoder is None or encoder is self.model else set(encoder.modules())
-        repeated = [name for name in names for _ in range(beams)]
-        with ExitStack() as stack:
-            for module in self.modules():
-                if isinstance(module, (TunerLayer, AuxiliaryTrainingWrapper)):
-                    given = list(names) if module in in_encoder else repeated
-                    handle = module.register_forward_pre_hook(
-                        lambda _, args, kwargs, given=given: (args, {**kwargs, "adapter_names": given}),
-                        with_kwargs=True,
-                    )
-                    stack.callback(handle.remove)
-            yield
 
     # ------------------------------------------------------------------ after training
 
@@ -528,123 +385,48 @@ class BaseSparseModel(BaseTuner):
         add_weighted_adapter(self, adapters, weights, adapter_name, how)
 
     @classmethod
-    def combined_config(cls, configs: Sequence[Any], tensors: Tensors) -> Any:
-        """The config of an adapter made of others.
-
-        Args:
-            configs: the others', the first of which gives what is not resolved anew.
-            tensors: what each layer has become, ``{layer: {name: tensor}}``; it may be filled up to fit the config.
-        """
-        shapes = {name: shape for config in configs for name, shape in (config.weight_shapes or {}).items()}
-        resolved = cls.combined_fields(configs, tensors)
-        return replace(
-            configs[0],
-            target_modules=set(tensors),
-            exclude_modules=None,
-            layers_to_transform=None,
-            layers_pattern=None,
-            init_weights=True,
-            save_dtype="float32",
-            weight_shapes={name: list(shapes[name]) for name in tensors},
-            **resolved,
-        )
-
-    @classmethod
     def combined_fields(cls, configs: Sequence[Any], tensors: Tensors) -> dict[str, Any]:
-        """The method's own fields of ``combined_config``; the arguments are its."""
-        raise NotImplementedError(f"{cls.__name__} has states that can be combined but does not say their config")
+        """The method's own fields in the config of an adapter made of others; see ``combined_config``."""
+        return {}
 
     # ------------------------------------------------------------------ checkpoints
 
     @classmethod
-    def _named_deltas(cls, model: nn.Module, adapter_name: str) -> Iterator[tuple[str, TunerLayer, TrainedState]]:
-        """``(state dict key prefix, layer, trained state)`` of one adapter."""
-        for name, module in model.named_modules():
-            if isinstance(module, TunerLayer) and adapter_name in module.deltas:
-                name = name.removeprefix("_fsdp_wrapped_module.")
-                key = f"{module.delta_container}.{adapter_name}."
-                yield f"{name}.{key}" if name else key, module, module.deltas[adapter_name]
-
-    @classmethod
-    def _get_adapter_state_dict(cls, model, config, adapter_name, state_dict, unwanted_adapter_names):
-        entries = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
-        dtype = getattr(torch, config.save_dtype)
-        for key, layer, delta in cls._named_deltas(model, adapter_name):
-            found = {name: entries[f"{key}{name}"].detach() for name in delta._parameters if f"{key}{name}" in entries}
-            if not found:
-                continue
-            for name, tensor in found.items():
-                check_values(tensor, layer.name, "save")
-                if tensor.dtype == torch.float32 and name not in delta.full_precision:
-                    entries[f"{key}{name}"] = tensor.to(dtype)
-            # positions that no file brought are chosen now; the state dict was taken before
-            for name in delta.position_names:
-                entries.pop(f"{key}{name}", None)
-            files = layer.settled(adapter_name).file_tensors()
-            entries.update({f"{key}{name}": tensor for name, tensor in files.items()})
-        return entries
-
-    @classmethod
-    def _fit(cls, config, delta: TrainedState, parameters: dict[str, Tensor]) -> None:
-        """Make room for what the file has, for methods that change their layers' sizes in training."""
-
-    @classmethod
-    def _pop_positions(
-        cls, entries: dict[str, Tensor], key: str, adapter_name: str, names: tuple[str, ...]
-    ) -> dict[str, Tensor]:
-        """Take one layer's positions out of a file's tensors, whose keys PEFT maps only where the model has them."""
-        found = {}
-        for name in names:
-            in_file = cls._remove_adapter_name_from_key(f"{key}{name}", adapter_name)
-            for candidate in (f"{key}{name}", in_file, f"base_model.model.{in_file}"):
-                if candidate in entries:
-                    found[name] = entries.pop(candidate)
-        return found
-
-    @classmethod
-    def saves_base_weights(cls, config) -> bool:
+    def saves_base_weights(cls, config: BaseSparseConfig) -> bool:
         """Whether the adapter's file has the whole model in it."""
         return False
 
-    @staticmethod
-    def _check_no_base_weights(model: nn.Module, config, adapter_name: str, entries: dict[str, Tensor]) -> None:
-        """Refuse a file that would replace weights of the base: without the adapter the model must be the base.
-
-        What PEFT saves of the base, where asked to, is let pass: biases, embeddings, modules to save. Biases that were
-        not asked for are taken, as PEFT takes them, with a warning.
-        """
-        biases = []
-        for name in model.state_dict():
-            parts = name.split(".")
-            if name not in entries or adapter_name in parts or set(parts) & set(EMBEDDING_LAYER_NAMES):
-                continue
-            if parts[-1] == "bias":
-                biases.append(name)
-                continue
-            raise ValueError(
-                f"the adapter file has {name}, a weight of the base model, which such an adapter leaves as it is "
-                f"(modules_to_save={config.modules_to_save!r}); the file is damaged, or written to change the base "
-                "unnoticed"
-            )
-        if biases and config.bias == "none":
-            warnings.warn(
-                f"the adapter file has biases of the base model, such as {biases[0]}, though its config says "
-                "bias='none'; they are put in the place of the base's own, and stay there without the adapter",
-                stacklevel=2,
-            )
+    @classmethod
+    def _fit(cls, config: BaseSparseConfig, delta: TrainedState, parameters: dict[str, Tensor]) -> None:
+        """Make room for what the file has, for methods that change their layers' sizes in training."""
 
     @classmethod
-    def _remap_adapter_state_dict_for_load(cls, model, config, adapter_name, state_dict):
+    def _get_adapter_state_dict(
+        cls,
+        model: nn.Module,
+        config: BaseSparseConfig,
+        adapter_name: str,
+        state_dict: dict[str, Tensor],
+        unwanted_adapter_names: list[str],
+    ) -> dict[str, Tensor]:
+        entries = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
+        put_states(entries, model, config, adapter_name)
+        return entries
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(
+        cls, model: nn.Module, config: BaseSparseConfig, adapter_name: str, state_dict: dict[str, Tensor]
+    ) -> dict[str, Tensor]:
         entries = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
         if not cls.saves_base_weights(config):
-            cls._check_no_base_weights(model, config, adapter_name, entries)
-        for key, layer, delta in cls._named_deltas(model, adapter_name):
-            parameters = {name: entries[f"{key}{name}"] for name in delta._parameters if f"{key}{name}" in entries}
-            cls._fit(config, delta, parameters)
-            found = cls._pop_positions(entries, key, adapter_name, delta.position_names)
-            positions = delta.take_file(found, parameters)
-            entries.update({f"{key}{name}": tensor for name, tensor in positions.items()})
-            layer.release()
+            check_no_base_weights(model, config, adapter_name, entries)
+        take_states(
+            entries,
+            model,
+            adapter_name,
+            fit=lambda state, parameters: cls._fit(config, state, parameters),
+            name_in_file=lambda name: cls._remove_adapter_name_from_key(name, adapter_name),
+        )
         return entries
 
 

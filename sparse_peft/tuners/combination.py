@@ -1,12 +1,13 @@
 """Several adapters of one method made into one: of a live model, or of what was read from files.
 
 What a layer's states become is the states' own business (``combine``),
-what the config becomes that of the method's model class (``combined_config``).
+the config's fields are those of the method's model class (``combined_fields``).
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from peft import set_peft_model_state_dict
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from ..ops import Combination, check_weights
 from .base_state import TrainedState
+from .traversal import tuner_layers
 
 if TYPE_CHECKING:
     from .base_model import BaseSparseModel
@@ -73,13 +75,13 @@ def add_weighted_adapter(
     """Give a tuner's model a new adapter made of several that it has; see ``BaseSparseModel.add_weighted_adapter``."""
     configs = combinable_configs(tuner, adapters, adapter_name)
     states: list[dict[str, TrainedState]] = [{} for _ in adapters]
-    for layer in tuner.sparse_layers(tuner.model):
+    for layer in tuner_layers(tuner.model):
         for found, name in zip(states, adapters, strict=True):
             if name in layer.deltas:
                 found[layer.name] = layer.settled(name)
     combined = combine_states(states, weights, how, type(tuner).__name__)
-    config = tuner.combined_config(configs, combined)
-    container = next(tuner.sparse_layers(tuner.model)).delta_container
+    config = combined_config(type(tuner), configs, combined)
+    container = next(tuner_layers(tuner.model)).delta_container
     state_dict = {
         f"{layer}.{container}.{name}": tensor for layer, found in combined.items() for name, tensor in found.items()
     }
@@ -90,6 +92,29 @@ def add_weighted_adapter(
     except BaseException:
         tuner.delete_adapter(adapter_name)
         raise
+
+
+def combined_config(tuner: type[BaseSparseModel], configs: Sequence[Any], tensors: Tensors) -> Any:
+    """The config of an adapter made of others.
+
+    Args:
+        tuner: the method's model class.
+        configs: the others', the first of which gives what is not resolved anew.
+        tensors: the new adapter's, by layer; they may be filled up to fit the config.
+    """
+    shapes = {name: shape for config in configs for name, shape in (config.weight_shapes or {}).items()}
+    resolved = tuner.combined_fields(configs, tensors)
+    return replace(
+        configs[0],
+        target_modules=set(tensors),
+        exclude_modules=None,
+        layers_to_transform=None,
+        layers_pattern=None,
+        init_weights=True,
+        save_dtype="float32",
+        weight_shapes={name: list(shapes[name]) for name in tensors},
+        **resolved,
+    )
 
 
 def combinable_configs(tuner: BaseSparseModel, adapters: Sequence[str], adapter_name: str) -> list[Any]:

@@ -16,7 +16,7 @@ from .base_state import TrainedState
 from .files.checks import check_loaded_entries
 from .files.positions import FLAT, NAMES, file_layout, pack, unpack
 from .forms import Entries, StateSizes
-from .selection import SupportRecipe
+from .support_recipe import SupportRecipe
 
 # Positions not chosen yet: an adapter built from a saved config waits for its file, which brings them.
 UNSET = -1

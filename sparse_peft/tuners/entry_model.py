@@ -2,17 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..support import Support, resolve_block_counts, resolve_counts
-from .base_model import BaseSparseModel, LayerPlan, base_of, dense_weight, stored_shape
+from .base_model import BaseSparseModel, StatePlan
 from .combination import Tensors
+from .delta import SparseDelta
 from .entry_config import EntryConfig
-from .selection import SupportRecipe
+from .support_recipe import SupportRecipe
+from .targets import Targets, base_of, check_shapes, dense_weight, stored_shape
+
+
+@dataclass(frozen=True)
+class DeltaPlan:
+    """How one layer's sparse delta is made: arguments of ``SparseDelta``."""
+
+    shape: tuple[int, int]
+    entries: int
+    recipe: SupportRecipe
+    support: Support | None
+
+    def make_delta(self, name: str) -> SparseDelta:
+        return SparseDelta(self.shape, self.entries, name, self.recipe, self.support)
 
 
 class EntryModel(BaseSparseModel):
@@ -21,30 +37,31 @@ class EntryModel(BaseSparseModel):
     def plan_layers(
         self,
         config: EntryConfig,
-        targets: dict[str, nn.Module],
+        targets: Targets,
         adapter_name: str,
         file_entries: dict[str, int] | None,
-    ) -> dict[str, LayerPlan]:
+    ) -> Mapping[str, StatePlan]:
         shapes = {name: stored_shape(module) for name, module in targets.items()}
-        supports = self._cloned_supports(config, targets, adapter_name) or config.__dict__.get("supports") or {}
-        if supports:
-            self._check_names(config, set(supports), set(targets), "the positions chosen by select_support are for")
-            counts = {name: supports[name].nnz for name in targets}
-        elif file_entries is not None:
-            counts = {name: file_entries[name] for name in targets}
-        elif config.num_entries is not None:
-            self._check_names(config, set(config.num_entries), set(targets), "num_entries is for")
-            counts = {name: config.num_entries[name] for name in targets}
-        else:
-            counts, supports = self._resolve(config, targets, shapes)
-        self._check_shapes(config, shapes)
+        counts, supports = self.first_sizes(
+            config,
+            targets,
+            adapter_name,
+            in_file=file_entries,
+            recorded="num_entries",
+            choose=lambda: self._resolve(config, targets, shapes),
+        )
+        check_shapes(config, shapes)
         self._check_counts(config, shapes, counts)
         config.num_entries = counts
         config.weight_shapes = {name: list(shape) for name, shape in shapes.items()}
         return {
-            name: LayerPlan(shape, counts[name], self._recipe(config, name, counts[name]), supports.get(name))
+            name: DeltaPlan(shape, counts[name], self._recipe(config, name, counts[name]), supports.get(name))
             for name, shape in shapes.items()
         }
+
+    @staticmethod
+    def layer_options(config: EntryConfig) -> dict[str, Any]:
+        return {"resident": config.resident}
 
     @staticmethod
     def _recipe(config: EntryConfig, name: str, entries: int) -> SupportRecipe:
@@ -58,9 +75,7 @@ class EntryModel(BaseSparseModel):
         config.num_entries = cls._count(config, targets, shapes)
 
     @classmethod
-    def _count(
-        cls, config: EntryConfig, targets: dict[str, nn.Module], shapes: dict[str, tuple[int, int]]
-    ) -> dict[str, int]:
+    def _count(cls, config: EntryConfig, targets: Targets, shapes: dict[str, tuple[int, int]]) -> dict[str, int]:
         """Share the budget between the layers."""
         criterion = config.criterion
         recipes = {name: cls._recipe(config, name, 0) for name in targets}
@@ -81,7 +96,7 @@ class EntryModel(BaseSparseModel):
 
     @classmethod
     def _resolve(
-        cls, config: EntryConfig, targets: dict[str, nn.Module], shapes: dict[str, tuple[int, int]]
+        cls, config: EntryConfig, targets: Targets, shapes: dict[str, tuple[int, int]]
     ) -> tuple[dict[str, int], dict[str, Support]]:
         """Share the budget between the layers and choose their positions, from the weights alone."""
         criterion = config.criterion

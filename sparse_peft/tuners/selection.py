@@ -1,68 +1,21 @@
-"""Choosing the trained positions of a model's layers: now from the weights, or beforehand from data."""
+"""Choosing the trained positions of a model's layers beforehand, from data."""
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
-from peft import PeftConfig
 from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
 from torch import Tensor, distributed, nn
 
-from ..support import Block, Support, best_blocks, get_criterion, random_blocks, select
+from ..ops import is_convolution
+from .base_config import BaseSparseConfig
+from .four_bit import prepare_four_bit
+from .targets import Targets, base_of
+from .traversal import modules_beside_adapters
 
-Config = TypeVar("Config", bound=PeftConfig)
-
-
-@dataclass(frozen=True)
-class SupportRecipe:
-    """How one layer's positions are chosen: enough to choose them later, and the same on every machine.
-
-    Attributes:
-        selection: name of the criterion.
-        entries: how many positions.
-        seed: of the random criterion, together with the layer's name.
-        name: the layer's name.
-        options: further arguments of the criterion.
-        block: ``(rows, cols)`` of the blocks that train whole; None for single entries.
-    """
-
-    selection: str
-    entries: int
-    seed: int
-    name: str
-    options: dict[str, Any] = field(default_factory=dict)
-    block: Block | None = None
-
-    def draw(self, weight: Callable[[], Tensor], shape: tuple[int, int]) -> Support:
-        """Choose the positions.
-
-        Args:
-            weight: gives the base weight in floats, as stored; called only by criteria that look at it.
-            shape: of the stored weight.
-
-        Raises:
-            ValueError: the criterion needs data.
-        """
-        criterion = get_criterion(self.selection)
-        blocks = None if self.block is None else self.entries // (self.block[0] * self.block[1])
-        if criterion.needs == "none":
-            if blocks is not None:
-                return random_blocks(shape, self.block, blocks, seed=self.seed, name=self.name)
-            return Support.random(shape, self.entries, seed=self.seed, name=self.name)
-        if criterion.needs == "weight":
-            if blocks is not None:
-                scores = criterion.score(weight(), None, **self.options)
-                return best_blocks(scores, blocks, self.block, criterion.largest, self.name)
-            return select(
-                criterion, weight(), self.entries, seed=self.seed, name=self.name, options=dict(self.options)
-            )
-        raise ValueError(
-            f"selection={self.selection!r} needs data to choose the positions of layer {self.name}: call "
-            "`config = sparse_peft.select_support(model, config, dataloader)` before `get_peft_model(model, config)`"
-        )
+Config = TypeVar("Config", bound=BaseSparseConfig)
 
 
 def select_support(
@@ -97,13 +50,34 @@ def select_support(
     Raises:
         ValueError: neither or both of ``data`` and ``gradients`` given, a layer no batch reached, or a bad budget.
     """
+    if config.selection_needs not in ("gradient", "activation"):
+        raise ValueError(
+            f"selection={getattr(config, 'selection', 'none')!r} needs no data; pass the {type(config).__name__} to "
+            "get_peft_model as it is"
+        )
+    if (data is None) == (gradients is None):
+        raise ValueError("select_support needs either data (batches) or gradients={name: tensor}, and not both")
+    chosen = copy.copy(config)
     tuner = PEFT_TYPE_TO_TUNER_MAPPING[config.peft_type]
-    chosen = tuner.select_support(
-        model, copy.copy(config), data, gradients=gradients, loss_fn=loss_fn, oversample=oversample
-    )
+    targets = tuner.checked_targets(chosen, model)
+    _check_linear(chosen, targets)
+    prepare_four_bit(modules_beside_adapters(model))
+    supports = tuner.choose_from_data(model, chosen, targets, data, gradients, loss_fn=loss_fn, oversample=oversample)
     if distributed.is_available() and distributed.is_initialized():
         # every process saw data of its own; they must train the same positions
-        supports = [{name: support.to("cpu") for name, support in chosen.supports.items()}]
-        distributed.broadcast_object_list(supports, src=0)
-        chosen.supports = supports[0]
+        from_first = [{name: support.to("cpu") for name, support in supports.items()}]
+        distributed.broadcast_object_list(from_first, src=0)
+        supports = from_first[0]
+    chosen.supports = supports
     return chosen
+
+
+def _check_linear(config: Config, targets: Targets) -> None:
+    """Refuse convolutions, whose data no criterion looks at."""
+    for name, module in targets.items():
+        if is_convolution(base_of(module)):
+            raise TypeError(
+                f"Target module {name} of type {type(base_of(module)).__name__}: selection={config.selection!r} "
+                "looks at data for linear layers only; leave convolutions out with exclude_modules, or choose a "
+                "selection that needs no data"
+            )

@@ -50,7 +50,7 @@ def support_of_file_ignored() -> None:
 
 def support_redrawn() -> None:
     """No fault: every draw of a support is another one, as it is after training has moved it."""
-    from sparse_peft.tuners.selection import SupportRecipe
+    from sparse_peft.tuners.support_recipe import SupportRecipe
 
     original, count = SupportRecipe.draw, itertools.count(1)
 

@@ -10,8 +10,8 @@ from torch import nn
 from sparse_peft import SoRAConfig, SparseConfig, panel_limit, select_support, sketch_model
 from sparse_peft.ops import code_gather
 from sparse_peft.tuners import four_bit
-from sparse_peft.tuners.base_model import dense_weight
 from sparse_peft.tuners.four_bit import FourBit
+from sparse_peft.tuners.targets import dense_weight
 from tests.helpers.quantized import build, four_bit_layer
 
 bnb = pytest.importorskip("bitsandbytes")

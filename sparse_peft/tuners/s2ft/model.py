@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -14,9 +15,10 @@ from ...calibrate import Side, channel_squares, given_gradients, weight_squares
 from ...numerics import panel_bytes
 from ...ops import is_convolution
 from ...support import ChannelSupport, Support
-from ..base_model import BaseSparseModel, base_of, dense_weight, in_dim_of, stored_shape
+from ..base_model import BaseSparseModel
 from ..combination import Tensors
 from ..delta_layer import SparseTunerLayer
+from ..targets import Targets, base_of, check_shapes, dense_weight, in_dim_of, stored_shape
 from .budget import choose_units
 from .config import S2FTConfig
 from .delta import BUFFERS, ChannelDelta
@@ -76,23 +78,20 @@ class S2FTModel(BaseSparseModel):
         file_entries: dict[str, int] | None,
     ) -> dict[str, ChannelPlan]:
         sides = self._sides(config, targets)
-        self._check_shapes(config, {name: side.shape for name, side in sides.items()})
-        supports = self._cloned_supports(config, targets, adapter_name) or config.__dict__.get("supports") or {}
-        if supports:
-            self._check_names(config, set(supports), set(targets), "the channels chosen by select_support are for")
-        elif file_entries is None and self._may_choose(config):
-            supports = self._choose(config, self.model, targets, sides)
-            if config.num_channels not in (None, {name: support.count for name, support in supports.items()}):
-                supports = {}  # the saved adapter's were not chosen by this config: they come with its file
-        if supports:
-            counts = {name: supports[name].count for name in targets}
-        elif file_entries is not None:
-            counts = {name: file_entries[name] // side.cost for name, side in sides.items()}
-        elif config.num_channels is not None:
-            self._check_names(config, set(config.num_channels), set(targets), "num_channels is for")
-            counts = {name: config.num_channels[name] for name in targets}
-        else:
-            _not_chosen(next(iter(targets)), config.selection)
+        check_shapes(config, {name: side.shape for name, side in sides.items()})
+        counts, supports = self.first_sizes(
+            config,
+            targets,
+            adapter_name,
+            in_file=None if file_entries is None else {n: file_entries[n] // side.cost for n, side in sides.items()},
+            recorded="num_channels",
+            choose=lambda: self._new_choice(config, targets, sides),
+            size=attrgetter("count"),
+        )
+        if not supports and file_entries is None and self._may_choose(config):
+            chosen = self._choose(config, self.model, targets, sides)
+            # others than a saved adapter's were not chosen by this config: they come with its file
+            supports = chosen if counts == {name: support.count for name, support in chosen.items()} else {}
         for name, count in counts.items():
             if not 0 <= count <= sides[name].size:
                 raise ValueError(
@@ -115,6 +114,18 @@ class S2FTModel(BaseSparseModel):
         # further channels would not be chosen as these were
         choice = {"selection": "random", "largest": None, "avoid": None, "coupled": False, "granularity": "channel"}
         return {**budget, **choice, "num_channels": counts, "sides": {name: sides[name] for name in tensors}}
+
+    def _new_choice(
+        self, config: S2FTConfig, targets: Targets, sides: dict[str, Side]
+    ) -> tuple[dict[str, int], dict[str, ChannelSupport]]:
+        if not self._may_choose(config):
+            _not_chosen(next(iter(targets)), config.selection)
+        supports = self._choose(config, self.model, targets, sides)
+        return {name: support.count for name, support in supports.items()}, supports
+
+    @staticmethod
+    def layer_options(config: S2FTConfig) -> dict[str, Any]:
+        return {"resident": config.resident}
 
     def _may_choose(self, config: S2FTConfig) -> bool:
         """Whether channels can be chosen now; a saved adapter's may need data, or adapters that are not here."""

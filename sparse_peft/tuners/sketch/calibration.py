@@ -22,8 +22,8 @@ from ...calibrate.codebooks import Sketch, ascending
 from ...calibrate.model_pass import each_batch, run_model, token_mask
 from ...numerics import panel_bytes
 from ...ops import code_gather, pack_codes
-from ..base_model import base_of, dense_weight, in_dim_of
 from ..four_bit import prepare_four_bit
+from ..targets import base_of, dense_weight, in_dim_of
 from .config import SketchConfig
 from .model import SketchModel
 

@@ -14,10 +14,13 @@ from transformers.pytorch_utils import Conv1D
 from ...calibrate.codebooks import Sketch
 from ...ops import Combination, check_weights, is_convolution
 from ...support import matches_layer
-from ..base_model import BaseSparseModel, base_of, in_dim_of, stored_shape
+from ..base_model import BaseSparseModel
 from ..combination import check_combination, combinable_configs
+from ..files.adapter_state import named_states
 from ..four_bit import FourBit
 from ..low_rank import factor_sizes
+from ..targets import base_of, check_names, check_shapes, in_dim_of, stored_shape
+from ..traversal import tuner_layers
 from .config import SketchConfig
 from .layer import SketchLinear
 from .sidecar import read_sketches
@@ -88,7 +91,7 @@ class SketchModel(BaseSparseModel):
         if config.mode == "replace":
             self._check_replaceable(targets)
         shapes = {name: stored_shape(module) for name, module in targets.items()}
-        self._check_shapes(config, shapes)
+        check_shapes(config, shapes)
         sketches = self._twins_sketches(config, targets, adapter_name) or config.__dict__.get("sketches") or {}
         is_fresh = bool(sketches) or not config.is_resolved
         if config.index_storage is None:
@@ -96,7 +99,7 @@ class SketchModel(BaseSparseModel):
         if config.index_storage == "sidecar" and not sketches:
             sketches = read_sketches(config.sidecar_path(), config.sketch_sha256)
         if sketches:
-            self._check_names(config, set(sketches), set(targets), "the given sketches are for")
+            check_names(config, set(sketches), set(targets), "the given sketches are for")
         plans = {}
         for name, module in targets.items():
             sides = factor_sizes(shapes[name], in_dim_of(module))[::-1]
@@ -126,12 +129,10 @@ class SketchModel(BaseSparseModel):
                 )
 
     def _twins_sketches(self, config, targets: dict[str, nn.Module], adapter_name: str) -> dict[str, Sketch]:
-        """TRL adds its reference adapter with the policy's own config object: its codes are the policy's."""
-        twins = [name for name, other in self.peft_config.items() if other is config and name != adapter_name]
-        layers = {name: m for name, m in targets.items() if isinstance(m, SketchLinear)}
-        if not twins or len(layers) < len(targets) or not all(twins[0] in m.deltas for m in layers.values()):
-            return {}
-        return self._sketches(layers, twins[0])
+        """The codes of an adapter that was made with the same config object."""
+        twin = self.twin_of(config, adapter_name)
+        layers = {name: m for name, m in targets.items() if isinstance(m, SketchLinear) and twin in m.deltas}
+        return self._sketches(layers, twin) if len(layers) == len(targets) else {}
 
     @staticmethod
     def _sketches(layers: dict[str, SketchLinear], adapter_name: str) -> dict[str, Sketch]:
@@ -169,7 +170,7 @@ class SketchModel(BaseSparseModel):
         configs = combinable_configs(self, adapters, adapter_name)
         check_weights(weights, len(adapters))
         check_combination(SketchState, type(self).__name__, Combination(combination_type, **options))
-        layers = {m.name: m for m in self.sparse_layers(self.model) if any(name in m.deltas for name in adapters)}
+        layers = {m.name: m for m in tuner_layers(self.model) if any(name in m.deltas for name in adapters)}
         for layer in layers.values():
             self._check_same_codes(layer, adapters)
         config = copy.copy(configs[0])
@@ -203,7 +204,7 @@ class SketchModel(BaseSparseModel):
 
     def unload(self) -> nn.Module:
         """As PEFT's; dense weights that were dropped cannot come back."""
-        for layer in self.sparse_layers(self.model):
+        for layer in tuner_layers(self.model):
             if layer.replaced is not None and not layer.replaced.keeps_original:
                 raise RuntimeError(
                     f"layer {layer.name}: its dense weight was dropped, so unload() cannot give it back; "
@@ -217,7 +218,7 @@ class SketchModel(BaseSparseModel):
     def _get_adapter_state_dict(cls, model, config, adapter_name, state_dict, unwanted_adapter_names):
         entries = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
         sketches = {}
-        for key, layer, state in cls._named_deltas(model, adapter_name):
+        for key, layer, state in named_states(model, adapter_name):
             if state.has_tables and config.index_storage == "embed":
                 entries[f"{key}codes"] = layer.sketch(adapter_name).codes
             elif state.has_tables and config.index_storage == "sidecar":
@@ -231,6 +232,6 @@ class SketchModel(BaseSparseModel):
         cls, model, config, adapter_name, state_dict: dict[str, Tensor]
     ) -> dict[str, Tensor]:
         entries = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
-        for _, layer, _ in cls._named_deltas(model, adapter_name):
+        for _, layer, _ in named_states(model, adapter_name):
             layer.receive(adapter_name)
         return entries

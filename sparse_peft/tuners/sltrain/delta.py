@@ -14,7 +14,7 @@ from ...ops import Combination
 from ...support import Support
 from ..delta import SparseDelta
 from ..low_rank import LowRankState
-from ..selection import SupportRecipe
+from ..support_recipe import SupportRecipe
 from .config import SLTrainConfig
 
 

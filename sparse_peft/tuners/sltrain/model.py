@@ -9,10 +9,11 @@ from typing import Any
 from torch import nn
 from torch.nn.functional import pad
 
-from ..base_model import LayerPlan, base_of, in_dim_of, stored_shape
 from ..combination import Tensors
+from ..entry_model import DeltaPlan
 from ..low_rank import check_rank, factor_sizes
 from ..sparse.model import SparseModel
+from ..targets import base_of, in_dim_of, stored_shape
 from .config import SLTrainConfig
 from .delta import SLTrainDelta
 from .layer import SLTrainLinear
@@ -22,7 +23,7 @@ from .layer import SLTrainLinear
 class SLTrainPlan:
     """What one layer's new adapter will be."""
 
-    sparse: LayerPlan
+    sparse: DeltaPlan
     sizes: tuple[int, int]
     config: SLTrainConfig
 

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 from torch import nn
 
 from ...ops import ConvProduct, LayerProduct, LinearProduct, is_convolution
-from ..base_model import BaseSparseModel, base_of, in_dim_of, stored_shape
+from ..base_model import BaseSparseModel
 from ..low_rank import factor_sizes
+from ..targets import base_of, check_shapes, in_dim_of, stored_shape
 from .config import SnellaConfig
 from .layer import SnellaLinear
 from .state import KernelState
@@ -41,10 +41,6 @@ class SnellaModel(BaseSparseModel):
     takes_groups = False
     counted_tensor = "B"
 
-    @staticmethod
-    def layer_options(config: SnellaConfig) -> dict[str, Any]:
-        return {}
-
     def plan_layers(
         self,
         config: SnellaConfig,
@@ -53,12 +49,9 @@ class SnellaModel(BaseSparseModel):
         file_entries: dict[str, int] | None,
     ) -> dict[str, KernelPlan]:
         shapes = {name: stored_shape(module) for name, module in targets.items()}
-        self._check_shapes(config, shapes)
+        check_shapes(config, shapes)
         config.weight_shapes = {name: list(shape) for name, shape in shapes.items()}
-        # TRL adds its reference adapter with the policy's own config object: it keeps as many entries as the policy
-        twin = next(
-            (name for name, other in self.peft_config.items() if other is config and name != adapter_name), None
-        )
+        twin = self.twin_of(config, adapter_name)  # which may keep fewer entries by now than the config says
         plans = {}
         for name, module in targets.items():
             in_dim, base = in_dim_of(module), base_of(module)

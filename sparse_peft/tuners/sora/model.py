@@ -9,9 +9,10 @@ from typing import Any
 from torch import Tensor, nn
 
 from ...support import matches_layer
-from ..base_model import BaseSparseModel, in_dim_of, stored_shape
+from ..base_model import BaseSparseModel
 from ..combination import Tensors
 from ..low_rank import check_rank, factor_sizes
+from ..targets import check_shapes, in_dim_of, stored_shape
 from .config import SoRAConfig
 from .layer import SoRALinear
 from .state import GatedLowRank
@@ -43,10 +44,6 @@ class SoRAModel(BaseSparseModel):
     takes_groups = False
     counted_tensor = "gate"
 
-    @staticmethod
-    def layer_options(config: SoRAConfig) -> dict[str, Any]:
-        return {}
-
     def plan_layers(
         self,
         config: SoRAConfig,
@@ -55,14 +52,15 @@ class SoRAModel(BaseSparseModel):
         file_entries: dict[str, int] | None,
     ) -> dict[str, RankPlan]:
         shapes = {name: stored_shape(module) for name, module in targets.items()}
-        if file_entries is not None:
-            ranks = {name: file_entries[name] for name in targets}
-        elif config.ranks is not None:
-            self._check_names(config, set(config.ranks), set(targets), "ranks is for")
-            ranks = {name: config.ranks[name] for name in targets}
-        else:
-            ranks = {name: self._rank(config, name) for name in targets}
-        self._check_shapes(config, shapes)
+        ranks, _ = self.first_sizes(
+            config,
+            targets,
+            adapter_name,
+            in_file=file_entries,
+            recorded="ranks",
+            choose=lambda: ({name: self._rank(config, name) for name in targets}, {}),
+        )
+        check_shapes(config, shapes)
         for name, rank in ranks.items():
             check_rank(name, rank, shapes[name], "ranks")
         config.ranks = ranks

@@ -10,10 +10,10 @@ from torch import Tensor, nn
 from ...calibrate import collect_supports, supports_from_gradients
 from ...numerics import panel_bytes
 from ...support import Support
-from ..base_model import dense_weight, in_dim_of
 from ..combination import Tensors
 from ..delta import SparseDelta
 from ..entry_model import EntryModel
+from ..targets import dense_weight, in_dim_of
 from .config import SparseConfig
 from .layer import SparseLinear
 

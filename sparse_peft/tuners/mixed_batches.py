@@ -1,0 +1,60 @@
+"""Batches whose inputs use several adapters: their names are handed to the layers for one call of the model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+
+from peft.utils.other import AuxiliaryTrainingWrapper
+from torch import nn
+
+from .base_layer import BASE_ADAPTER, TunerLayer
+from .traversal import tuner_layers
+
+
+@contextmanager
+def mixed_batch(tuner: nn.Module, names: list[str], beams: int) -> Iterator[None]:
+    """Inside the block each layer gets the adapters of its inputs.
+
+    Args:
+        tuner: with the model and its adapters.
+        names: an adapter for each of the model's inputs.
+        beams: repetitions of each input by beam search.
+
+    Raises:
+        TypeError: no list of names.
+        ValueError: the model trains, or does not have one of the adapters.
+    """
+    check_adapter_names(tuner, names)
+    in_encoder = set(_repeated_later(tuner.model, beams))
+    repeated = [name for name in names for _ in range(beams)]
+    with ExitStack() as stack:
+        for module in tuner.modules():
+            if isinstance(module, (TunerLayer, AuxiliaryTrainingWrapper)):
+                given = list(names) if module in in_encoder else repeated
+                handle = module.register_forward_pre_hook(
+                    lambda _, args, kwargs, given=given: (args, {**kwargs, "adapter_names": given}),
+                    with_kwargs=True,
+                )
+                stack.callback(handle.remove)
+        yield
+
+
+def check_adapter_names(tuner: nn.Module, names: list[str]) -> None:
+    """Refuse names that no mixed batch can use; see ``mixed_batch``."""
+    if tuner.training:
+        raise ValueError("Cannot pass `adapter_names` when the model is in training mode.")
+    if isinstance(names, str) or not all(isinstance(name, str) for name in names):
+        raise TypeError(f"adapter_names={names!r}: a list with one adapter name for each input is expected")
+    known = {name for layer in tuner_layers(tuner) for name in layer.deltas}
+    unknown = sorted(set(names) - known - {BASE_ADAPTER})
+    if unknown:
+        raise ValueError(f"Trying to infer with non-existing adapter(s): {', '.join(unknown)}")
+
+
+def _repeated_later(model: nn.Module, beams: int) -> Iterator[nn.Module]:
+    """The encoder's modules: beam search repeats each input in the decoder, the encoder still sees it once."""
+    if beams > 1 and hasattr(model, "get_encoder"):
+        encoder = model.get_encoder()
+        if encoder is not model:
+            yield from encoder.modules()

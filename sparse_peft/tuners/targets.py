@@ -1,0 +1,191 @@
+"""The layers that an adapter trains: found by a config's fields, and refused where they cannot be trained."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from peft.tuners.tuners_utils import BaseTunerLayer, _maybe_include_all_linear_layers, check_target_module_exists
+from peft.utils import get_quantization_kwargs, resolve_quantization_backend
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from ..ops import is_convolution
+from .base_config import BaseSparseConfig
+from .base_layer import TunerLayer
+from .experts import CURE, bare_weights
+from .four_bit import base_weight
+
+Targets = dict[str, nn.Module]  # {layer name: module}
+
+
+def base_of(module: nn.Module) -> nn.Module:
+    """The layer that holds the weight, below any adapters."""
+    return module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
+
+
+def stored_shape(module: nn.Module) -> tuple[int, int]:
+    """``(rows, cols)`` of a target's weight as stored.
+
+    Quantised layers count unpacked, ``(out, in)``; a convolution's weight as ``(out, in / groups * taps)``.
+    """
+    base = base_of(module)
+    if is_convolution(base):
+        return base.weight.shape[0], base.weight[0].numel()
+    if isinstance(base, Conv1D) or not hasattr(base, "out_features"):
+        return tuple(base.weight.shape)
+    return base.out_features, base.in_features
+
+
+def in_dim_of(module: nn.Module) -> int:
+    """The dimension of a target's stored weight that is the input's."""
+    return 0 if isinstance(base_of(module), Conv1D) else 1
+
+
+def dense_weight(module: nn.Module) -> Tensor:
+    """The base weight of a target in floats, as the matrix that is stored."""
+    if isinstance(module, TunerLayer):
+        return module.dense_base_weight()
+    base = base_of(module)
+    backend = resolve_quantization_backend(base)
+    return base.weight.detach().reshape(stored_shape(module)) if backend is None else base_weight(base, backend)
+
+
+# ---------------------------------------------------------------------- finding
+
+
+def find_targets(
+    config: BaseSparseConfig, model: nn.Module, prefix: str, state_dict: dict[str, Tensor] | None = None
+) -> Targets:
+    """The layers that PEFT will adapt for this config, in the model's order.
+
+    Args:
+        config: of the new adapter.
+        model: the base, which may have adapters.
+        prefix: what the names of the method's parameters start with.
+        state_dict: tensors of an adapter file, whose layers are then the targets.
+    """
+    config = _maybe_include_all_linear_layers(config, model)
+    in_file = None if state_dict is None else {layer_of(key, prefix) for key in state_dict}
+    return {
+        name: module
+        for name, module in _outermost_layers(model)
+        if (name in in_file if in_file is not None else check_target_module_exists(config, name))
+    }
+
+
+def _outermost_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """The model's named modules but itself and those inside of adapted layers."""
+    inside: tuple[str, ...] = ()
+    for name, module in model.named_modules():
+        if not name or (inside and name.startswith(inside)):
+            continue
+        if isinstance(module, BaseTunerLayer):
+            inside = (*inside, f"{name}.")
+        yield name, module
+
+
+def layer_of(key: str, prefix: str) -> str:
+    """The layer's name in the name of one of an adapter's tensors."""
+    return key.rsplit(f".{prefix}", 1)[0].removeprefix("_orig_mod.")
+
+
+# ---------------------------------------------------------------------- checking
+
+
+def check_target(name: str, module: nn.Module, model: nn.Module, method: str, takes_groups: bool) -> None:
+    """Refuse a layer of a kind that the method cannot train.
+
+    Args:
+        name: of the layer.
+        module: the layer, which may have adapters.
+        model: that has it.
+        method: for messages.
+        takes_groups: whether the method trains convolutions of several groups.
+
+    Raises:
+        TypeError: it is no linear layer or convolution, or quantised in a way that PEFT has no backend for.
+    """
+    base = base_of(module)
+    weight = getattr(base, "weight", None)
+    if resolve_quantization_backend(base, **get_quantization_kwargs(model)) is not None:
+        return
+    if not isinstance(base, (nn.Linear, Conv1D)) and not is_convolution(base):
+        fused = f"Its weights are {CURE}. " if bare_weights(base) else ""
+        raise TypeError(
+            f"Target module {name} of type {type(base).__name__} is not supported. {fused}{method} "
+            "trains `torch.nn.Linear`, `Conv1d`, `Conv2d`, `Conv3d`, transformers' `Conv1D` and the quantised "
+            "linear layers that PEFT has a backend for; name other target_modules, or leave this one out with "
+            "exclude_modules."
+        )
+    if is_convolution(base) and base.groups > 1 and not takes_groups:
+        raise TypeError(
+            f"Target module {name}: a convolution of {base.groups} groups has no low-rank form; leave it out "
+            "with exclude_modules"
+        )
+    if isinstance(weight, Tensor) and not weight.is_floating_point():
+        raise TypeError(
+            f"Target module {name} of type {type(base).__module__}.{type(base).__name__} holds {weight.dtype} "
+            "weights and PEFT has no quantisation backend for it; use a base quantised with bitsandbytes, HQQ "
+            "or torchao, or one in float16, bfloat16 or float32."
+        )
+
+
+def check_weights_of_their_own(model: nn.Module, targets: Targets) -> None:
+    """Refuse targets whose weight something else uses too.
+
+    Raises:
+        ValueError: names the target and who else has its weight.
+    """
+    owners: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        owners.setdefault(id(parameter), []).append(name)
+    for name, module in targets.items():
+        names = owners.get(id(getattr(base_of(module), "weight", None)), [])
+        if len(names) > 1:
+            others = ", ".join(other for other in names if other != f"{name}.weight")
+            raise ValueError(
+                f"Target module {name} shares its weight with {others} (tied weights): training one would change "
+                "the other. Leave it out with exclude_modules, or untie the weights first (load the model with "
+                "tie_word_embeddings=False and copy the weight)."
+            )
+
+
+# ---------------------------------------------------------------------- comparing with what is recorded
+
+
+def check_names(config: BaseSparseConfig, given: set[str], targets: set[str], what: str) -> None:
+    """Refuse layers that are not the targets.
+
+    Args:
+        config: of the adapter.
+        given: names of layers that something is given for.
+        targets: those of the targets.
+        what: what is given, with its verb.
+
+    Raises:
+        ValueError: names the missing and the additional ones.
+    """
+    if given == targets:
+        return
+    missing, extra = sorted(targets - given), sorted(given - targets)
+    raise ValueError(
+        f"{what} other layers than the config targets in this model: missing {missing[:3]}, not in the model "
+        f"{extra[:3]} (and {max(0, len(missing) - 3) + max(0, len(extra) - 3)} more). Use the base model the "
+        f"adapter was made for, or a new {type(config).__name__} for a new adapter."
+    )
+
+
+def check_shapes(config: BaseSparseConfig, shapes: dict[str, tuple[int, int]]) -> None:
+    """Refuse a model whose weights have other shapes than those that the config records.
+
+    Raises:
+        ValueError: names the layer and both shapes.
+    """
+    for name, shape in shapes.items():
+        made_for = (config.weight_shapes or {}).get(name)
+        if made_for is not None and tuple(made_for) != shape:
+            raise ValueError(
+                f"weight_shapes: the adapter was made for a weight of shape {tuple(made_for)} in layer {name}, "
+                f"this model's is {shape}; load it on the base model it was made for "
+                f"({config.base_model_name_or_path or 'see its adapter_config.json'})"
+            )

@@ -1,0 +1,41 @@
+"""Walking through a model's layers and adapters' configs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from torch import nn
+
+from .base_layer import TunerLayer
+
+
+def modules_beside_adapters(model: nn.Module) -> Iterator[nn.Module]:
+    """The model's modules in their order, without those of its adapters, of which there may be hundreds."""
+    seen: set[int] = set()
+    waiting: list[nn.Module | None] = [model]
+    while waiting:
+        module = waiting.pop()
+        if module is None or id(module) in seen:
+            continue
+        seen.add(id(module))
+        yield module
+        if isinstance(module, TunerLayer):
+            waiting.append(module._modules.get("base_layer"))
+        else:
+            waiting.extend(reversed(module._modules.values()))
+
+
+def tuner_layers(model: nn.Module) -> Iterator[TunerLayer]:
+    """The model's layers with adapters of this package."""
+    return (module for module in modules_beside_adapters(model) if isinstance(module, TunerLayer))
+
+
+def configs_of(model: nn.Module) -> dict[str, Any]:
+    """The adapters' configs, wherever in the model (or in what wraps it) PEFT keeps them."""
+    found: dict[str, Any] = {}
+    for module in model.modules():
+        configs = module.__dict__.get("peft_config") or {}
+        if isinstance(configs, dict):
+            found.update(configs)
+    return found
