@@ -7,7 +7,7 @@ import torch
 from peft import get_peft_model
 from torch import nn
 
-from sparse_peft import SoRAConfig, SparseConfig, panel_limit, select_support, sketch_model
+from sparse_peft import SketchConfig, SoRAConfig, SparseConfig, panel_limit, select_support, sketch_model
 from sparse_peft.ops import code_gather
 from sparse_peft.tuners import four_bit
 from sparse_peft.tuners.four_bit import FourBit
@@ -145,8 +145,6 @@ def test_positions_chosen_from_data_do_not_depend_on_the_mode(selection):
 
 
 def test_sketches_from_data_do_not_depend_on_the_mode():
-    from sparse_peft import SketchConfig
-
     def sketches(model):
         config = SketchConfig(bits=2, target_modules=TARGETS)
         data = [{"x": torch.randn(200, 128, generator=torch.Generator().manual_seed(0))}]
