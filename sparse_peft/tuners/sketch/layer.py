@@ -85,18 +85,21 @@ class SketchLinear(TunerLayer):
                 f"layer {self.name}: the base weight is not in memory (it is offloaded, or was never loaded), so the "
                 "codes of its values cannot be found; load the base model without offloading"
             )
-        replaced, shared, nearest = self.replaced, None, None
-        if not state.has_tables:
-            shared, nearest = self._four_bit_sketch(), 0
-        elif replaced is not None:
-            shared, nearest = replaced.sketch, replaced.nearest_checksum
+        replaced = self.replaced
         with torch.inference_mode(False):
-            base = "codes" if shared is not None else str(self.get_base_layer().weight.dtype).partition(".")[2]
-            state.settle(None if shared is not None else self._rows_of_base(), shared, nearest, base)
-            if state.replaces and replaced is None:
-                nearest = int(state.checksum[1])
-                keep = self.keep_base == "cpu"
-                self.base_layer = SketchedLinear(self.base_layer, state.hand_over(), nearest, keep)
+            if not state.has_tables:
+                state.share(self._four_bit_sketch(), 0)
+            elif replaced is not None:
+                state.share(replaced.sketch, replaced.nearest_checksum)
+            else:
+                state.find(self._rows_of_base(), str(self.get_base_layer().weight.dtype).partition(".")[2])
+                if state.replaces:
+                    self._replace_base(state)
+
+    def _replace_base(self, state: SketchState) -> None:
+        """Put an adapter's codes in place of the base weight."""
+        nearest, keep = int(state.checksum[1]), self.keep_base == "cpu"
+        self.base_layer = SketchedLinear(self.base_layer, state.hand_over(), nearest, keep)
 
     def _rows_of_base(self) -> Callable[[int, int], Tensor]:
         weight = self._as_stored(self.dense_base_weight())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
@@ -17,8 +18,30 @@ from .config import SketchConfig
 # In place of a checksum: no codes are known yet, a file may bring them.
 UNSET = -1
 
+OTHER_SHARED_CODES = (
+    "the adapter was trained on other codes than those that stand in the place of the layer's weight already; "
+    "adapters of mode='replace' share them: load this one on a fresh base model"
+)
 
-def nearest_codes(rows: Callable[[int, int], Tensor], initial: Tensor, bits: int, cols: int) -> Tensor:
+# Rows ``start`` to ``stop`` of the base's weight ``(outputs, inputs)``.
+RowsOfBase = Callable[[int, int], Tensor]
+# Bytes of the first tables, and packed codes; None for the codes of the nearest entries.
+TablesAndCodes = tuple[Tensor, Tensor | None]
+
+
+class _Settled(NamedTuple):
+    """The tensors that codes were found for.
+
+    Attributes:
+        buffers: the buffers and their counts of writes.
+        fingerprint: checksums of codes and tables.
+    """
+
+    buffers: tuple[tuple[Tensor, int], ...]
+    fingerprint: tuple[int, ...]
+
+
+def nearest_codes(rows: RowsOfBase, initial: Tensor, bits: int, cols: int) -> Tensor:
     """The packed codes of the nearest entries, a panel of the weight at a time.
 
     Args:
@@ -42,7 +65,7 @@ class SketchState(TrainedState):
     are found again from the very same numbers. ``checksum`` ``(2,)`` is that of the packed codes, and of those that
     are nearest to the base's weights.
 
-    The codes are no buffer: they are a function of what is, and distributed wrappers copy buffers in every pass.
+    The codes are no buffer: they follow from weights and tables, and distributed wrappers copy buffers in every pass.
 
     Args:
         shape: ``(outputs, inputs)`` of the layer.
@@ -60,6 +83,9 @@ class SketchState(TrainedState):
     why_these_combinations = "tables of the same codes add up exactly"
     why_no_parts = "its tables change every weight"
     position_names = ("initial", "checksum", "codes")
+    codebook: nn.Parameter
+    initial: Tensor
+    checksum: Tensor
 
     def __init__(
         self,
@@ -73,11 +99,8 @@ class SketchState(TrainedState):
     ):
         super().__init__(name)
         self.shape, self.bits, self.groups = shape, config.bits, groups
-        self.replaces, self.storage, self.clustering = (
-            config.mode == "replace",
-            config.index_storage,
-            config.clustering,
-        )
+        self.replaces, self.storage = config.mode == "replace", config.index_storage
+        self.clustering = config.clustering
         self.initial_dtype, self.base_dtype = getattr(torch, config.initial_dtype), config.base_dtype
         self.has_tables, self.is_fresh = has_tables, is_fresh
         tables = (shape[0], groups, 1 << self.bits)
@@ -87,11 +110,10 @@ class SketchState(TrainedState):
         self.register_buffer("checksum", torch.tensor([UNSET, UNSET]))
         if not is_fresh and self.storage == "embed":
             self.register_buffer("codes", torch.zeros(self._packed_shape, dtype=torch.uint8))
-        self._sketch = sketch
+        self._given = sketch  # until it is settled
         self._packed: Tensor | None = None
-        self._incoming: dict[str, Tensor] = {}
-        self._settled_by: tuple | None = None
-        self._fingerprint: tuple[int, ...] | None = None
+        self._settled: _Settled | None = None
+        self._incoming: dict[str, Tensor] = {}  # of a file, until it is received
         self.keep_dtype()
 
     @property
@@ -108,27 +130,29 @@ class SketchState(TrainedState):
 
     # ------------------------------------------------------------------ codes
 
-    def _buffers_now(self) -> tuple:
+    def _settled_now(self) -> _Settled:
+        return _Settled(self._buffers_now(), self._fingerprint())
+
+    def _buffers_now(self) -> tuple[tuple[Tensor, int], ...]:
         return tuple(
             (buffer, 0 if buffer.is_inference() else buffer._version) for buffer in (self.initial, self.checksum)
         )
 
-    def _print_now(self) -> tuple[int, ...]:
+    def _fingerprint(self) -> tuple[int, ...]:
         tables = codes_checksum(self.initial.reshape(1, -1)) if self.has_tables else 0
         return *self.checksum.tolist(), tables
 
     @property
     def is_settled(self) -> bool:
-        """Whether the codes are known, and are those of the tables and the checksum that are here now."""
-        if self._settled_by is None:
+        """Whether the codes are known, and belong to the present tables and checksum."""
+        if self._settled is None:
             return False
-        if all(
-            old is new and a == b for (old, a), (new, b) in zip(self._settled_by, self._buffers_now(), strict=True)
-        ):
+        pairs = zip(self._settled.buffers, self._buffers_now(), strict=True)
+        if all(old is new and a == b for (old, a), (new, b) in pairs):
             return True
-        # loading writes, and copies have other counts of writes, what is most often the same numbers
-        same = self._print_now() == self._fingerprint
-        self._settled_by = self._buffers_now() if same else None
+        # loading writes, and copies have other counts of writes, of mostly the same numbers
+        same = self._fingerprint() == self._settled.fingerprint
+        self._settled = self._settled._replace(buffers=self._buffers_now()) if same else None
         return same
 
     @property
@@ -140,77 +164,96 @@ class SketchState(TrainedState):
         """``(rows, groups, 2**bits)`` float32."""
         return self.initial.view(self.initial_dtype).float()
 
-    def settle(
-        self, rows: Callable[[int, int], Tensor] | None, shared: Sketch | None, nearest: int | None, base: str
-    ) -> None:
-        """Find the codes: those that the layer has, that were given, or the nearest entries of the base's weights.
+    @property
+    def _is_new(self) -> bool:
+        """Whether neither a training nor a file has codes for this state yet."""
+        return int(self.checksum[0]) == UNSET
+
+    def share(self, sketch: Sketch, nearest: int) -> None:
+        """Settle on the codes that the layer has already: of a 4-bit base, or in place of its weight.
 
         Args:
-            rows: ``rows(start, stop)`` gives rows of the base's weight ``(outputs, inputs)``; None with ``shared``.
-            shared: what the layer has already in the place of its weight, which are then this adapter's codes as well.
-            nearest: with ``shared``: checksum of the codes that were nearest to the weight.
-            base: what the base weight is, in words, for error messages.
+            sketch: the layer's codes and first tables.
+            nearest: checksum of the codes that were nearest to the weight.
 
         Raises:
-            ValueError: a file's checksum is not that of these codes, so that its tables belong to others, or codes
-                that could not be found again are to be.
+            ValueError: other sizes, or codes other than those of the file that the state was loaded from.
         """
-        wanted = self.checksum.tolist()
-        is_new = wanted[0] == UNSET
-        sketch = shared or self._sketch
-        if sketch is not None:
-            self._check_sizes(sketch)
-            initial, packed = sketch.codebooks, sketch.codes
-        else:
-            initial, packed = self._own_tables(rows, is_new), self._brought_codes(is_new)
-        if self.has_tables:
-            initial = self._pattern(initial)
-        if shared is None:
-            device = rows(0, 1).device  # the state itself follows the base there only afterwards
-            tables = initial.to(device).view(self.initial_dtype).float()
-            found = nearest_codes(rows, tables, self.bits, self.shape[1])
-            packed = found if packed is None else packed.to(device)
-            nearest = codes_checksum(found)
-        found = [codes_checksum(packed), nearest]
-        if not is_new and wanted != found:
-            raise ValueError(self._mismatch(shared, base))
-        if shared is None and self.storage == "recompute" and found[0] != found[1]:
+        self._check_sizes(sketch)
+        found = [codes_checksum(sketch.codes), nearest]
+        self._check_codes(found, OTHER_SHARED_CODES if self.replaces else self._other_base("codes"))
+        self._finish(self._pattern(sketch.codebooks) if self.has_tables else None, None, found)
+
+    def find(self, rows: RowsOfBase, base: str) -> None:
+        """Settle on codes for the base's weights: given ones, those of a file, or new ones.
+
+        Args:
+            rows: of the base's weight.
+            base: its dtype, for error messages.
+
+        Raises:
+            ValueError: codes other than those of the file that the state was loaded from, or that ``"recompute"``
+                could not find again.
+        """
+        tables, packed = self._given_codes() or self._loaded_codes() or self._new_codes(rows)
+        initial, device = self._pattern(tables), rows(0, 1).device  # the state follows the base there only afterwards
+        rounded = initial.to(device).view(self.initial_dtype).float()
+        nearest = nearest_codes(rows, rounded, self.bits, self.shape[1])
+        packed = nearest if packed is None else packed.to(device)
+        found = [codes_checksum(packed), codes_checksum(nearest)]
+        self._check_codes(found, self._other_base(base))
+        if self.storage == "recompute" and found[0] != found[1]:
             raise ValueError(
                 f"layer {self.name}: index_storage='recompute', but its codes are not the nearest entries of its "
                 f"tables in {self.initial_dtype}, so they could not be found again; use 'sidecar' or 'embed', or "
                 "another initial_dtype"
             )
-        if self.has_tables:
-            self.initial = initial.to(self.initial.device)
-        if is_new:
-            self.checksum = torch.tensor(found, device=self.checksum.device)
-            if self.replaces and self.codebook.device.type != "meta":
-                with torch.no_grad():
-                    self.codebook.copy_(self.first_tables())
-        self._buffers.pop("codes", None)
-        self._packed, self._sketch = None if shared is not None else packed, None
-        self._settled_by, self._fingerprint = self._buffers_now(), self._print_now()
+        self._finish(initial, packed, found)
 
-    def _own_tables(self, rows: Callable[[int, int], Tensor], is_new: bool) -> Tensor:
-        if not is_new:
-            return self.first_tables()
-        tables = [
-            fit_codebooks(rows(start, stop), self.bits, self.groups, method=self.clustering, name=self.name)
-            for start, stop in panels(self.shape[0], self.shape[1] * torch.int64.itemsize)
-        ]
-        return torch.cat(tables)
-
-    def _brought_codes(self, is_new: bool) -> Tensor | None:
-        """The packed codes that a file brought; None for those that are nearest."""
-        if is_new or self.storage == "recompute":
+    def _given_codes(self) -> TablesAndCodes | None:
+        """The sketch that the config, or a side file, gave."""
+        if self._given is None:
             return None
+        self._check_sizes(self._given)
+        return self._given.codebooks, self._given.codes
+
+    def _loaded_codes(self) -> TablesAndCodes | None:
+        """The tables of a file, with the codes that it has."""
+        if self._is_new:
+            return None
+        if self.storage == "recompute":
+            return self.first_tables(), None
         packed = self._buffers.get("codes", self._packed)
         if packed is None:
             raise ValueError(
                 f"layer {self.name}: index_storage={self.storage!r}, but no file brought this layer's codes; load the "
                 "adapter with PeftModel.from_pretrained from the folder it was saved in"
             )
-        return packed
+        return self.first_tables(), packed
+
+    def _new_codes(self, rows: RowsOfBase) -> TablesAndCodes:
+        """Tables that fit the base's weights, a panel at a time."""
+        tables = [
+            fit_codebooks(rows(start, stop), self.bits, self.groups, method=self.clustering, name=self.name)
+            for start, stop in panels(self.shape[0], self.shape[1] * torch.int64.itemsize)
+        ]
+        return torch.cat(tables), None
+
+    def _check_codes(self, found: list[int], why: str) -> None:
+        if not self._is_new and self.checksum.tolist() != found:
+            raise ValueError(f"layer {self.name}: {why}")
+
+    def _finish(self, initial: Tensor | None, packed: Tensor | None, checksums: list[int]) -> None:
+        if initial is not None:
+            self.initial = initial.to(self.initial.device)
+        if self._is_new:
+            self.checksum = torch.tensor(checksums, device=self.checksum.device)
+            if self.replaces and self.codebook.device.type != "meta":
+                with torch.no_grad():
+                    self.codebook.copy_(self.first_tables())
+        self._buffers.pop("codes", None)
+        self._packed, self._given = packed, None
+        self._settled = self._settled_now()
 
     def _pattern(self, tables: Tensor) -> Tensor:
         """Bytes: no cast of a model changes them, and every distributed backend takes them."""
@@ -219,6 +262,7 @@ class SketchState(TrainedState):
     def hand_over(self) -> Sketch:
         """Codes and first tables, for the base layer to have instead."""
         packed, self._packed = self._packed, None
+        assert packed is not None  # of a state that has found its codes
         tables = self.first_tables().to(packed.device)
         return Sketch(tables, packed, bits=self.bits, groups=self.groups, cols=self.shape[1])
 
@@ -232,17 +276,12 @@ class SketchState(TrainedState):
                 "that share a layer's codes need the same bits and groups"
             )
 
-    def _mismatch(self, shared: Sketch | None, base: str) -> str:
-        if shared is not None and self.replaces:
-            return (
-                f"layer {self.name}: the adapter was trained on other codes than those that stand in the place of the "
-                "layer's weight already; adapters of mode='replace' share them: load this one on a fresh base model"
-            )
+    def _other_base(self, base: str) -> str:
         return (
-            f"layer {self.name}: the codes of this model's weights ({base}) are not those that the adapter was made "
-            f"with, on {self.base_dtype}: their checksums differ. The base is another one, was changed or merged "
-            "into, has another dtype (a cast rounds weights over the middle between two entries), or is quantised "
-            "differently; load the base model as it was then"
+            f"the codes of this model's weights ({base}) are not those that the adapter was made with, on "
+            f"{self.base_dtype}: their checksums differ. The base is another one, was changed or merged into, has "
+            "another dtype (a cast rounds weights over the middle between two entries), or is quantised differently; "
+            "load the base model as it was then"
         )
 
     # ------------------------------------------------------------------ files and devices
@@ -268,7 +307,7 @@ class SketchState(TrainedState):
     def receiving(self) -> Iterator[None]:
         """Inside the block the state is as the file has it; after an exception, as it was before."""
         incoming, self._incoming = self._incoming, {}
-        before = self._buffers.copy(), self._packed, self._settled_by
+        before = self._buffers.copy(), self._packed, self._settled
         codes = incoming.pop("codes", None)
         self._buffers.update({name: tensor.clone() for name, tensor in incoming.items()})
         if codes is not None and not self.is_settled:
@@ -277,17 +316,17 @@ class SketchState(TrainedState):
         try:
             yield
         except BaseException:
-            self._buffers, self._packed, self._settled_by = before
+            self._buffers, self._packed, self._settled = before
             raise
 
-    def _apply(self, fn, *args, **kwargs):
-        settled = self.is_settled
-        module = super()._apply(fn, *args, **kwargs)
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        settled = self._settled if self.is_settled else None
+        super()._apply(fn, recurse)
         if self._packed is not None:
             self._packed = fn(self._packed)
-        if settled:
-            self._settled_by = self._buffers_now()
-        return module
+        if settled is not None:
+            self._settled = settled._replace(buffers=self._buffers_now())
+        return self
 
     def extra_repr(self) -> str:
         rows, cols = self.shape
