@@ -44,6 +44,7 @@ class LossTerm:
         self._reached.add(id(parameter))
         assert parameter.grad is not None  # the hook runs after accumulation
         scale = 1.0 if self.scaler is None else self.scaler.get_scale()
+        assert parameter.grad is not None  # the hook runs after accumulation
         parameter.grad.add_(self.gradient(parameter), alpha=scale)
 
     def misses(self, parameter: Tensor) -> bool:
