@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from sparse_peft.tuners.four_bit import prepare_four_bit
+
 LLAMA_TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 SEQUENCE_LENGTH = 128
 
@@ -76,6 +78,8 @@ def quantise_nf4(base: nn.Module, dtype: torch.dtype, names: Collection[str] | N
         if has_bias:
             packed.bias = layer.bias
         base.set_submodule(name, packed.to(layer.weight.device))
+    # for LoRA too, whose layers lose their gradient where bitsandbytes repacks a weight for its CPU
+    prepare_four_bit(base.modules())
     return base
 
 
