@@ -143,7 +143,7 @@ def _compilers() -> list[Check]:
         checks.append(Check("compilers", "NVRTC", ABSENT, f"torch {torch.__version__} is no CUDA build"))
         return checks
     try:
-        from torch.cuda._utils import _get_nvrtc_library
+        from torch.cuda._utils import _get_nvrtc_library  # noqa: PLC0415  (private, not in every version)
 
         checks.append(Check("compilers", "NVRTC", OK, str(_get_nvrtc_library()._name)))
     except Exception as error:  # whatever loading a library, or a private function of torch, may raise

@@ -282,7 +282,7 @@ def _shape(support: Support) -> str:
 
 def _figure(width: float, height: float) -> Figure:
     try:
-        from matplotlib.figure import Figure
+        from matplotlib.figure import Figure  # noqa: PLC0415  (an optional package)
     except ImportError as error:
         raise ImportError('plots need matplotlib: pip install "sparse-peft[plot]"') from error
     return Figure(figsize=(width, height), dpi=120, layout="constrained")

@@ -14,6 +14,6 @@ def main() -> None:
             f'sparse-peft needs {" and ".join(missing)} on the command line: pip install "sparse-peft[cli]"\n'
         )
         raise SystemExit(2)
-    from .app import app
+    from .app import app  # noqa: PLC0415  (it needs typer)
 
     app(prog_name="sparse-peft")

@@ -216,7 +216,7 @@ def _remap_8bit(
     new: Tensor | None,
 ) -> None:
     """Rearrange bitsandbytes' block-wise 8-bit state through float32: entries change blocks, and so their codes."""
-    from bitsandbytes.functional import dequantize_blockwise, quantize_blockwise
+    from bitsandbytes.functional import dequantize_blockwise, quantize_blockwise  # noqa: PLC0415  (an optional package)
 
     number = key[-1]
     code, absmax = state[f"qmap{number}"], state.get(f"absmax{number}")

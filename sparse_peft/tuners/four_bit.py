@@ -53,7 +53,7 @@ class FourBit:
         """Of what ``bitsandbytes.functional.quantize_4bit`` returns for a matrix with an even number of columns."""
         absmax = state.absmax
         if state.nested:
-            from bitsandbytes.functional import dequantize_blockwise
+            from bitsandbytes.functional import dequantize_blockwise  # noqa: PLC0415  (an optional package)
 
             absmax = dequantize_blockwise(absmax, state.state2) + state.offset
         rows, cols = state.shape
@@ -100,7 +100,7 @@ def is_misread(base: nn.Module) -> bool:
 @functools.cache
 def _misreads(cols: int, block: int, quant_type: str) -> bool:
     """Whether bitsandbytes decodes rows of this length wrong on this CPU, tried with a small matrix."""
-    from bitsandbytes.functional import dequantize_4bit, quantize_4bit
+    from bitsandbytes.functional import dequantize_4bit, quantize_4bit  # noqa: PLC0415  (an optional package)
 
     # ascending numbers: no two blocks have the same maximum
     weight = torch.linspace(0, 1, (block // cols + 2) * cols, device="cpu").view(-1, cols)

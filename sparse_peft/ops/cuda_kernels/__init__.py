@@ -41,7 +41,7 @@ def options(file: str, dtype: torch.dtype, index: torch.dtype) -> list[str]:
 @functools.cache
 def _compiled(file: str, kernel: str, dtype: torch.dtype, index: torch.dtype, device: int) -> Callable | None:
     try:
-        from torch.cuda._utils import _cuda_load_module, _get_nvrtc_library
+        from torch.cuda._utils import _cuda_load_module, _get_nvrtc_library  # noqa: PLC0415  (private, not in every version)
 
         with torch.cuda.device(device):
             architecture = "".join(map(str, torch.cuda.get_device_capability(device)))

@@ -6,12 +6,16 @@ import os
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
+from huggingface_hub import hf_hub_download
+
 from ...calibrate.codebooks import CODEBOOK_METHODS
 from ..base_config import BaseSparseConfig
 from .sidecar import SIDECAR, write_sketches
 
 if TYPE_CHECKING:
-    from ...calibrate.codebooks import Sketch
+    from huggingface_hub import hf_hub_download
+
+from ...calibrate.codebooks import Sketch
 
 MODES = ("delta", "replace")
 BITS = (2, 3, 4)
@@ -170,7 +174,5 @@ class SketchConfig(BaseSparseConfig):
     def _folder_of_sidecar(cls, where: str, subfolder: str | None, kwargs: dict[str, Any]) -> str:
         if os.path.isdir(where):
             return os.path.join(where, subfolder or "")
-        from huggingface_hub import hf_hub_download
-
         hub, _, _ = cls._split_kwargs(kwargs)
         return os.path.dirname(hf_hub_download(where, SIDECAR, subfolder=subfolder, **hub))
