@@ -26,9 +26,15 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from examples.smollm2 import kjv_blocks, load_model, load_tokenizer
-from sparse_peft.calibrate import assign_codes, compensated_sketch, fit_codebooks, output_error, refit_codebooks
+from sparse_peft.calibrate import (
+    ModelPass,
+    assign_codes,
+    compensated_sketch,
+    fit_codebooks,
+    output_error,
+    refit_codebooks,
+)
 from sparse_peft.calibrate.activations import second_moments
-from sparse_peft.numerics import panel_bytes
 from sparse_peft.ops import code_gather, pack_codes
 
 from .report import environment, write_json
@@ -97,8 +103,8 @@ WAYS: dict[str, Callable[[Tensor, Tensor, int], Coded]] = {
 
 
 def moments(model: nn.Module, targets: dict[str, nn.Module], blocks: list[list[int]]) -> dict[str, Tensor]:
-    found = second_moments(targets, panel_bytes())
-    found.run(model, as_batches(blocks, 8), None)
+    found = second_moments(targets)
+    found.run(ModelPass(model, as_batches(blocks, 8)))
     return {name: found.sums[name] / found.tokens[name] for name in targets}
 
 

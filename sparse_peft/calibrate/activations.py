@@ -1,47 +1,48 @@
-"""What goes into the layers, or comes out of them, over data: norms of each feature, second moments of all."""
+"""Statistics of the layers' inputs or outputs over data: norms of each feature, and second moments."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..numerics.tokens import flatten_tokens
-from .model_pass import each_batch, layer_input, run_model, tiles, token_mask, transposed_product
+from ..numerics.panels import panels
+from ..numerics.tokens import flatten_tokens, transposed_product
+from .model_pass import ModelPass, layer_input, token_mask
 
 
-def _sum_of_squares(x: Tensor, limit: int) -> Tensor:
-    """``(features,)`` float32 sums over the tokens of ``(tokens, features)``, cast a tile at a time."""
+def _sum_of_squares(x: Tensor) -> Tensor:
+    """``(features,)`` float32 sums over the tokens of ``(tokens, features)``, cast a panel at a time."""
     total = torch.zeros(x.shape[1], dtype=torch.float32, device=x.device)
-    for start, stop in tiles(x.shape[0], x.shape[1] * torch.float32.itemsize, limit):
+    for start, stop in panels(x.shape[0], x.shape[1] * torch.float32.itemsize):
         total += x[start:stop].to(torch.float32).square().sum(0)
     return total
 
 
 class FeatureSums:
-    """Sums over the tokens of data of what is measured at each layer.
+    """Sums over tokens of a measure of each layer's activations.
 
-    Layers that are given the same tensor one after the other, as the projections of attention are, are measured once.
+    Consecutive layers with the same input tensor, as the projections of attention, are measured once.
 
     Args:
         targets: ``{layer name: module}``.
-        measure: takes ``(tokens, features)`` and returns something that adds up over tokens.
-        outputs: the layers whose outputs are looked at, not their inputs.
+        measure: maps ``(tokens, features)`` to a tensor that adds up over tokens.
+        outputs: the layers whose outputs are measured instead of their inputs.
 
     Attributes:
-        sums: ``{layer name: sum}``, of layers that a token reached.
-        tokens: ``{layer name: how many}``.
+        sums: ``{layer name: sum}`` of the layers that a token reached.
+        tokens: ``{layer name: number of tokens}``.
     """
 
     def __init__(
         self,
-        targets: dict[str, nn.Module],
+        targets: Mapping[str, nn.Module],
         measure: Callable[[Tensor], Tensor],
         outputs: Collection[str] = (),
-    ):
+    ) -> None:
         self.targets, self.measure, self.outputs = targets, measure, outputs
         self.sums: dict[str, Tensor] = {}
         self.tokens: dict[str, int] = {}
@@ -52,15 +53,15 @@ class FeatureSums:
 
     @contextmanager
     def watching(self) -> Iterator[None]:
-        """Inside the block the layers are looked at; gradients are off."""
+        """Inside the block the layers are hooked, and gradients are off."""
         with ExitStack() as stack:
             for name, module in self.targets.items():
                 stack.callback(module.register_forward_hook(self._hook(name), with_kwargs=True).remove)
             stack.enter_context(torch.no_grad())
             yield
 
-    def _hook(self, name: str):
-        def see(module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Tensor) -> None:
+    def _hook(self, name: str) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any], Tensor], None]:
+        def see(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
             x = (output if name in self.outputs else layer_input(args, kwargs)).detach()
             found = self._measured(x)
             if found[1] == 0:
@@ -72,7 +73,7 @@ class FeatureSums:
         return see
 
     def _measured(self, x: Tensor) -> tuple[Tensor, int]:
-        # the tensor is held, so what has its address is it; a write to it in between shows in its version
+        # the last tensor is held, so its address identifies it; its version shows a write in between
         key = None if x.is_inference() else (x.data_ptr(), x.shape, x.stride(), x._version)
         if key is not None and self._last is not None and self._last[0] == key:
             return self._last[2]
@@ -87,15 +88,15 @@ class FeatureSums:
         return found
 
     def add(self, run: Callable[[], Any], mask: Tensor | None) -> str | None:
-        """Look at one batch while it runs, inside ``watching``.
+        """Measure one batch while it runs, inside ``watching``.
 
         Args:
             run: runs the model.
-            mask: ``(batch, seq)`` booleans, which tokens count; where a layer sees ``(batch, seq, features)`` the
-                others are left out.
+            mask: ``(batch, seq)`` booleans of the tokens that count. It applies to activations of shape
+                ``(batch, seq, features)``.
 
         Returns:
-            What is wrong with the batch, if it brought numbers that are not finite; then nothing of it is added.
+            The reason to skip the batch, if its activations are not finite; then nothing is added.
         """
         self._mask = mask
         self._waiting.clear()
@@ -106,14 +107,14 @@ class FeatureSums:
             if not bool(found.isfinite().all()):
                 return f"the {'outputs' if name in self.outputs else 'inputs'} of layer {name} are not finite"
         for name, (found, tokens) in self._waiting.items():
-            # layers may share what was found
+            # layers may share a measure
             self.sums[name] = self.sums[name].add_(found) if name in self.sums else found.clone()
             self.tokens[name] = self.tokens.get(name, 0) + tokens
         self._waiting.clear()
         return None
 
     def check_reached(self) -> None:
-        """Refuse data that left a layer out.
+        """Check that the data reached every layer.
 
         Raises:
             ValueError: no token reached a layer.
@@ -125,54 +126,45 @@ class FeatureSums:
                     "data, or leave the layer out with exclude_modules"
                 )
 
-    def run(self, model: nn.Module, batches: Iterable, loss_fn: Callable[[nn.Module, Any], Tensor] | None) -> None:
-        """One pass of the model over the batches.
+    def run(self, data: ModelPass) -> None:
+        """One pass over the data.
 
         Raises:
             ValueError: no usable batches, or a layer that no token reached.
         """
 
         def use(batch: Any, is_last: bool) -> str | None:
-            return self.add(lambda: (loss_fn or run_model)(model, batch), token_mask(batch))
+            return self.add(lambda: data.forward(batch), token_mask(batch))
 
         with self.watching():
-            each_batch(model, batches, use)
+            data.each_batch(use)
         self.check_reached()
 
 
 def feature_norms(
-    model: nn.Module,
-    targets: dict[str, nn.Module],
-    batches: Iterable,
-    *,
-    loss_fn: Callable[[nn.Module, Any], Tensor] | None = None,
-    panel_bytes: int,
-    outputs: Collection[str] = (),
+    data: ModelPass, targets: Mapping[str, nn.Module], outputs: Collection[str] = ()
 ) -> dict[str, Tensor]:
-    """L2 norm of each input feature of each layer over all tokens, in one forward pass over the batches.
+    """L2 norm of each layer's input features over all tokens, in one forward pass.
 
-    Where a batch has an ``attention_mask`` of shape ``(batch, seq)`` and a layer's input is
-    ``(batch, seq, features)``, masked tokens are left out.
+    Where a batch has an ``attention_mask`` of shape ``(batch, seq)`` and an activation has shape
+    ``(batch, seq, features)``, masked tokens do not count.
 
     Args:
-        model: run as ``model(**batch)``, or by ``loss_fn``, without gradients.
+        data: the model and its batches.
         targets: ``{layer name: module}``.
-        batches: iterated once.
-        loss_fn: ``loss_fn(model, batch)``; its result is not used.
-        panel_bytes: limit of a temporary's size.
-        outputs: the layers whose output features are looked at instead.
+        outputs: the layers whose output features are measured instead.
 
     Returns:
-        ``{layer name: (in_features,) float32}``.
+        ``{layer name: (features,) float32}``.
 
     Raises:
         ValueError: no usable batches, or a layer that no token reached.
     """
-    found = FeatureSums(targets, lambda x: _sum_of_squares(x, panel_bytes), outputs)
-    found.run(model, batches, loss_fn)
+    found = FeatureSums(targets, _sum_of_squares, outputs)
+    found.run(data)
     return {name: found.sums[name].sqrt() for name in targets}
 
 
-def second_moments(targets: dict[str, nn.Module], panel_bytes: int) -> FeatureSums:
+def second_moments(targets: Mapping[str, nn.Module]) -> FeatureSums:
     """Sums of ``x x^T`` over the inputs ``x`` of each layer: ``(in_features, in_features)`` in at least float32."""
-    return FeatureSums(targets, lambda x: transposed_product(x, x, panel_bytes))
+    return FeatureSums(targets, lambda x: transposed_product(x, x))

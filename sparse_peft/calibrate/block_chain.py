@@ -1,12 +1,12 @@
-"""Running a model's blocks one after the other on inputs that are kept, as the model itself would.
+"""Running a model's blocks one by one on recorded inputs.
 
-Most models hold their blocks in an ``nn.ModuleList`` and give each what the one before it returned. Then a block can
-be run again alone, on what blocks before it return now, without the rest of the model.
+Most models hold their blocks in an ``nn.ModuleList`` and pass each the output of the previous one. A block can then
+be run again alone, on the current outputs of the blocks before it, without the rest of the model.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -17,11 +17,17 @@ from transformers.cache_utils import Cache
 
 @dataclass
 class _Call:
-    """What a block was given besides the hidden states, which are the first argument."""
+    """The arguments of a block other than the hidden states.
 
-    args: tuple
+    Attributes:
+        args: by position, after the hidden states.
+        kwargs: by name.
+        by_name: the name under which the hidden states were passed; None for the first position.
+    """
+
+    args: tuple[Any, ...]
     kwargs: dict[str, Any]
-    by_name: str | None  # under which the hidden states were passed; None for the first place
+    by_name: str | None
 
     def run(self, block: nn.Module, hidden: Tensor) -> Tensor:
         if self.by_name is not None:
@@ -31,7 +37,13 @@ class _Call:
 
 @dataclass
 class _Batch:
-    """One batch on its way through a chain."""
+    """The state of one batch in a chain.
+
+    Attributes:
+        hidden: input of the next block; the first block's while recording.
+        calls: of each block.
+        returned: the last block's output while recording.
+    """
 
     hidden: Tensor | None = None
     calls: list[_Call] = field(default_factory=list)
@@ -39,28 +51,28 @@ class _Batch:
 
 
 def _without_cache(argument: Any) -> Any:
-    """A block that runs again with a cache would find its own keys in it."""
+    """A block that runs again must not see the cache that holds its own keys."""
     return None if isinstance(argument, Cache) else argument
 
 
 def hidden_states(output: Any) -> Tensor:
-    """What a block hands on: its output, or the first of several."""
+    """A block's output, or the first of several."""
     return output if isinstance(output, Tensor) else output[0]
 
 
 class Chain:
-    """Blocks of which each is given what the one before it returned.
+    """A list of blocks, each of which takes the output of the previous one.
 
     Args:
-        name: of the list that the blocks are in.
-        blocks: theirs, in order.
+        name: of the list in the model.
+        blocks: in order.
 
     Attributes:
-        places: ``{layer name: index of the block it is in}``.
-        fault: why the blocks cannot be run one by one; None as long as they can.
+        places: ``{layer name: index of its block}``.
+        fault: the reason why the blocks cannot be run one by one, or None.
     """
 
-    def __init__(self, name: str, blocks: nn.ModuleList):
+    def __init__(self, name: str, blocks: nn.ModuleList) -> None:
         self.name, self.blocks = name, blocks
         self.places: dict[str, int] = {}
         self.fault: str | None = None
@@ -77,11 +89,11 @@ class Chain:
             yield
 
     def begin(self) -> None:
-        """The next batch begins."""
+        """Start a batch."""
         self._batches.append(_Batch())
 
     def end(self) -> str | None:
-        """The batch is over. Returns what is wrong with it, if its hidden states are not finite."""
+        """Finish the batch. Returns the reason to skip it, if its hidden states are not finite."""
         batch = self._batches[-1]
         if self.fault is None and len(batch.calls) != len(self.blocks):
             self.fault = f"{len(batch.calls)} of the {len(self.blocks)} blocks of {self.name} ran for a batch"
@@ -89,16 +101,16 @@ class Chain:
             self._batches.clear()
             return None
         ends, batch.returned = (batch.hidden, batch.returned), None
-        if not all(bool(hidden.isfinite().all()) for hidden in ends):
+        if not all(hidden is not None and bool(hidden.isfinite().all()) for hidden in ends):
             return f"the hidden states in {self.name} are not finite"
         return None
 
     def drop(self) -> None:
-        """Forget the last batch."""
+        """Remove the last batch."""
         del self._batches[-1:]
 
-    def _before(self, index: int):
-        def see(block: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+    def _before(self, index: int) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
+        def see(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             if self.fault is not None:
                 return
             batch = self._batches[-1]
@@ -106,7 +118,7 @@ class Chain:
                 self.fault = f"the blocks of {self.name} do not run once each and in order"
                 return
             by_name = None if args else next(iter(kwargs), None)
-            hidden = args[0] if args else kwargs.get(by_name)
+            hidden = args[0] if args else None if by_name is None else kwargs[by_name]
             if not isinstance(hidden, Tensor) or (index > 0 and hidden is not batch.returned):
                 self.fault = f"block {index} of {self.name} is not given what the block before it returned"
                 return
@@ -117,23 +129,29 @@ class Chain:
 
         return see
 
-    def _after(self, block: nn.Module, args: tuple, output: Any) -> None:
+    def _after(self, block: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         if self.fault is None:
             self._batches[-1].returned = hidden_states(output)
 
     def run_block(self, index: int, batch: int) -> Tensor:
-        """What a block returns now for a batch that has come as far as it."""
+        """A block's current output for a batch that has reached it.
+
+        Raises:
+            RuntimeError: the batch was not recorded.
+        """
         state = self._batches[batch]
+        if state.hidden is None:
+            raise RuntimeError(f"batch {batch} was not recorded in {self.name}; run the model inside recording()")
         return state.calls[index].run(self.blocks[index], state.hidden)
 
     def advance(self, index: int) -> None:
-        """Bring every batch past a block."""
+        """Pass every batch through a block."""
         for number, batch in enumerate(self._batches):
             batch.hidden = self.run_block(index, number)
 
 
 def chains_of(model: nn.Module, layers: list[str]) -> list[Chain]:
-    """The outermost lists of blocks that layers are in."""
+    """The outermost lists of blocks that contain the layers of these names."""
     found: dict[str, Chain] = {}
     for layer in layers:
         module, names = model, layer.split(".")

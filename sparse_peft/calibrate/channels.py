@@ -1,18 +1,18 @@
-"""Scores that say which input or output channels of a layer are worth training (the criteria of S2FT)."""
+"""Scores of a layer's input or output channels: the criteria of S2FT (https://arxiv.org/abs/2412.06289)."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from .activations import feature_norms
-from .gradient_hooks import NOT_FINITE, GradientPass, Place
+from .gradient_hooks import NOT_FINITE, GradientPass, Panel
+from .layer_view import LayerView
+from .model_pass import ModelPass
 
-# What each criterion looks at, and whether its large scores train unless the user says otherwise.
 CHANNEL_CRITERIA = {
     "random": ("none", False),
     "weight": ("weight", False),
@@ -20,7 +20,7 @@ CHANNEL_CRITERIA = {
     "product": ("activation", False),
     "gradient": ("gradient", True),
 }
-"""Criteria for channels: ``{name: (what it looks at, whether the largest scores train)}``."""
+"""Criteria for channels: ``{name: (what it needs, whether the largest scores train by default)}``."""
 
 
 @dataclass(frozen=True)
@@ -29,9 +29,9 @@ class Side:
 
     Attributes:
         shape: ``(rows, cols)`` of the stored weight.
-        dim: which of the two counts the channels.
-        in_dim: which of the two is the input's.
-        width: columns of a channel.
+        dim: the dimension that counts the channels.
+        in_dim: the dimension of input features.
+        width: columns per channel.
     """
 
     shape: tuple[int, int]
@@ -41,6 +41,7 @@ class Side:
 
     @property
     def is_input(self) -> bool:
+        """Whether the channels are input channels."""
         return self.dim == self.in_dim
 
     @property
@@ -66,10 +67,10 @@ def weight_squares(weight: Tensor, side: Side) -> Tensor:
 
 
 class _ChannelGradients(GradientPass):
-    """Sums over batches of the squared gradients' norms: no dense gradient is kept."""
+    """Sums over batches of the squared norms of the channels' gradients."""
 
-    def __init__(self, sides: dict[str, Side], panel_bytes: int):
-        super().__init__({name: Place(side.shape, side.in_dim) for name, side in sides.items()}, panel_bytes)
+    def __init__(self, layers: Sequence[LayerView], sides: Mapping[str, Side]) -> None:
+        super().__init__(layers)
         self.sides = sides
         self.total: dict[str, Tensor] = {}
         self._new: dict[str, Tensor] = {}
@@ -80,9 +81,9 @@ class _ChannelGradients(GradientPass):
     def was_reached(self, name: str) -> bool:
         return name in self.total
 
-    def take(self, name: str, panels: Iterator[tuple[int, int, Tensor]]) -> str | None:
+    def take(self, name: str, panels: Iterator[Panel]) -> str | None:
         side = self.sides[name]
-        sums = None
+        sums: Tensor | None = None
         for start, stop, panel in panels:
             if sums is None:
                 sums = panel.new_zeros(side.size)
@@ -91,7 +92,7 @@ class _ChannelGradients(GradientPass):
                 sums[start:stop] = squares
             else:
                 sums += squares
-        if not bool(sums.isfinite().all()):
+        if sums is None or not bool(sums.isfinite().all()):
             return NOT_FINITE.format(name)
         self._new[name] = sums
         return None
@@ -102,32 +103,20 @@ class _ChannelGradients(GradientPass):
 
 
 def channel_squares(
-    criterion: str,
-    model: nn.Module,
-    targets: dict[str, nn.Module],
-    sides: dict[str, Side],
-    batches: Iterable,
-    *,
-    loss_fn: Callable[[nn.Module, Any], Tensor] | None = None,
-    weight_of: Callable[[nn.Module], Tensor],
-    panel_bytes: int,
+    criterion: str, data: ModelPass, layers: Sequence[LayerView], sides: Mapping[str, Side]
 ) -> dict[str, Tensor]:
     """Squared scores of the layers' channels, in one pass over data; squares, because structures sum them.
 
-    ``"activation"`` is the L2 norm of the channel's activations over all tokens, of the layer's input or output;
-    ``"product"`` that times the norm of the channel's weights; ``"gradient"`` the norm of the channel's weight
-    gradient, in root sum of squares over the batches.
+    ``"activation"`` is the L2 norm of the channel's activations over all tokens, of the layer's input or output.
+    ``"product"`` multiplies it by the norm of the channel's weights. ``"gradient"`` is the norm of the channel's
+    weight gradient, as the root of the sum of squares over the batches.
 
     Args:
-        criterion: a key of [`CHANNEL_CRITERIA`][sparse_peft.calibrate.CHANNEL_CRITERIA] that looks at activations or
-            gradients.
-        model: the base model, without adapters.
-        targets: ``{layer name: linear layer}`` in the model's order.
+        criterion: a key of [`CHANNEL_CRITERIA`][sparse_peft.calibrate.CHANNEL_CRITERIA] that is computed from
+            activations or gradients.
+        data: the model and its batches.
+        layers: the target layers, in the model's order.
         sides: ``{layer name: its channels}``.
-        batches: iterated once; tensors in them are moved to the model's device. A batch is a micro-batch.
-        loss_fn: ``loss_fn(model, batch) -> scalar``; default ``model(**batch).loss``.
-        weight_of: gives a layer's weight in floats, as stored.
-        panel_bytes: limit, in bytes, of a temporary that grows with a weight.
 
     Returns:
         ``{layer name: (channels,) float32}``.
@@ -136,12 +125,13 @@ def channel_squares(
         ValueError: no usable data, or a layer that it never reached.
     """
     if criterion == "gradient":
-        gradients = _ChannelGradients(sides, panel_bytes)
-        gradients.run(model, targets, batches, loss_fn)
+        gradients = _ChannelGradients(layers, sides)
+        gradients.run(data)
         return gradients.total
     outputs = {name for name, side in sides.items() if not side.is_input}
-    norms = feature_norms(model, targets, batches, loss_fn=loss_fn, panel_bytes=panel_bytes, outputs=outputs)
+    norms = feature_norms(data, {layer.name: layer.module for layer in layers}, outputs)
     squares = {name: norm.square() for name, norm in norms.items()}
     if criterion == "activation":
         return squares
-    return {name: square * weight_squares(weight_of(targets[name]), sides[name]) for name, square in squares.items()}
+    weights = {layer.name: weight_squares(layer.weight(), sides[layer.name]) for layer in layers}
+    return {name: square * weights[name] for name, square in squares.items()}

@@ -1,6 +1,6 @@
-"""Small tables for the rows of a weight, and which entry each weight is replaced by.
+"""Codebooks: small tables for the rows of a weight, and the table entry that replaces each weight.
 
-A row of ``cols`` weights is cut into ``groups`` parts with a table each; weight ``j`` belongs to part
+A row of ``cols`` weights is cut into ``groups`` parts with one table each. Weight ``j`` belongs to part
 ``floor(j * groups / cols)``, also where ``cols`` is no multiple of ``groups``.
 """
 
@@ -11,15 +11,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..numerics.errors import layer_prefix
 from ..numerics.kmeans import SortedRows, lloyd, optimal, starts
+from ..numerics.panels import panels
 from ..ops.codes import column_groups
-from .model_pass import tiles
 
 CODEBOOK_METHODS = ("dp", "lloyd", "quantile", "uniform", "nf4")
 """Ways to fit tables; see [`fit_codebooks`][sparse_peft.calibrate.fit_codebooks]."""
-DEFAULT_PANEL_BYTES = 64 * 2**20
 DEFAULT_BINS = 64
-# What sorting a row of weights and its running sums take, in bytes a weight.
+# Memory of a sorted row of weights and its running sums, in bytes per weight.
 _SORTED_BYTES = 80
 
 
@@ -30,9 +30,12 @@ class Sketch:
     Attributes:
         codebooks: ``(rows, groups, 2**bits)`` float32.
         codes: ``(rows, ceil(cols * bits / 8))`` uint8, packed as by ``sparse_peft.ops.pack_codes``.
-        bits: of a code.
-        groups: tables in a row.
-        cols: weights in a row.
+        bits: per code.
+        groups: tables per row.
+        cols: weights per row.
+
+    Raises:
+        ValueError: tables and codes whose shapes or dtypes do not match.
     """
 
     codebooks: Tensor
@@ -41,7 +44,7 @@ class Sketch:
     groups: int
     cols: int
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         rows, width = self.codes.shape
         tables, packed = (rows, self.groups, 1 << self.bits), -(-self.cols * self.bits // 8)
         if tuple(self.codebooks.shape) != tables or width != packed or self.codes.dtype != torch.uint8:
@@ -53,10 +56,11 @@ class Sketch:
 
 
 class Parts:
-    """Rows cut into their parts, as a rectangle: parts that are a column shorter repeat their last one.
+    """Rows cut into parts of equal width; parts that are one column shorter repeat their last column.
 
     Args:
-        cols, groups: of a row.
+        cols: columns of a row.
+        groups: parts of a row.
         device: of the rows.
         name: the layer's name, for error messages.
 
@@ -64,9 +68,9 @@ class Parts:
         ValueError: more groups than columns, or fewer than one.
     """
 
-    def __init__(self, cols: int, groups: int, device: torch.device, name: str = ""):
+    def __init__(self, cols: int, groups: int, device: torch.device, name: str = "") -> None:
         if not 1 <= groups <= cols:
-            raise ValueError(f"{where(name)}groups={groups}: 1 to {cols} parts of {cols} columns are possible")
+            raise ValueError(f"{layer_prefix(name)}groups={groups}: 1 to {cols} parts of {cols} columns are possible")
         self.cols, self.groups = cols, groups
         self.width = -(-cols // groups)
         self.even = cols % groups == 0
@@ -83,7 +87,7 @@ class Parts:
         return rows.reshape(-1, self.width)
 
     def without_repeats(self, weights: Tensor) -> Tensor:
-        """Weights ``(rows * groups, width)`` with 0 for the columns that are repeated."""
+        """Weights ``(rows * groups, width)`` with 0 for repeated columns."""
         if self.even:
             return weights
         return weights * self.real.repeat(weights.shape[0] // self.groups, 1)
@@ -94,23 +98,18 @@ class Parts:
         return parts if self.even else parts[:, self.real.flatten()]
 
 
-def where(name: str) -> str:
-    """How an error message about a layer begins."""
-    return f"layer {name}: " if name else ""
-
-
 def _check_weight(weight: Tensor, bits: int, name: str) -> None:
     if weight.ndim != 2 or weight.numel() == 0 or not weight.is_floating_point():
         raise ValueError(
-            f"{where(name)}a {weight.dtype} weight of shape {tuple(weight.shape)}: floating point (rows, cols) with "
-            "at least one weight is expected"
+            f"{layer_prefix(name)}a {weight.dtype} weight of shape {tuple(weight.shape)}: a floating point matrix "
+            "with at least one weight is expected"
         )
     if not 1 <= bits <= 8:
-        raise ValueError(f"{where(name)}bits={bits}: 1 to 8 bits are expected")
+        raise ValueError(f"{layer_prefix(name)}bits={bits}: 1 to 8 bits are expected")
 
 
 def check_finite(weight: Tensor, name: str) -> None:
-    """Refuse weights that have no place on a line.
+    """Check that all weights are finite.
 
     Raises:
         ValueError: NaN or infinite numbers among them.
@@ -118,13 +117,13 @@ def check_finite(weight: Tensor, name: str) -> None:
     bad = int((~weight.isfinite()).sum())
     if bad:
         raise ValueError(
-            f"{where(name)}{bad} of {weight.numel()} weights are NaN or infinite and near to no table entry; repair "
-            "the checkpoint, or leave the layer out with exclude_modules"
+            f"{layer_prefix(name)}{bad} of {weight.numel()} weights are NaN or infinite, so no table entry is "
+            "nearest; repair the checkpoint, or leave the layer out with exclude_modules"
         )
 
 
 def _normal_float(bits: int, device: torch.device) -> Tensor:
-    """``(2**bits,)`` from -1 to 1: NormalFloat (QLoRA, section 3), quantiles of the normal distribution and 0."""
+    """``(2**bits,)`` from -1 to 1: NormalFloat (QLoRA, section 3, https://arxiv.org/abs/2305.14314)."""
     half = 1 << (bits - 1)
     tail = 1 - (1 / (4 * half) + 1 / (4 * half - 2)) / 2
     positive = torch.special.ndtri(torch.linspace(tail, 0.5, half + 1, dtype=torch.float64, device=device)[:-1])
@@ -146,7 +145,7 @@ def _tables(values: Tensor, weights: Tensor, bits: int, method: str, bins: int |
     entries = 1 << bits
     if method == "nf4":
         return values.abs().amax(1, keepdim=True).double() * _normal_float(bits, values.device)
-    weights = torch.where(weights.amax(1, keepdim=True) > 0, weights, 1.0)  # of a part without any: all count alike
+    weights = torch.where(weights.amax(1, keepdim=True) > 0, weights, 1.0)  # parts without any mass: equal weights
     rows = SortedRows(values, weights)
     if method in ("uniform", "quantile"):
         return starts(rows, entries)[method]
@@ -166,23 +165,21 @@ def fit_codebooks(
     method: str = "dp",
     bins: int | None = DEFAULT_BINS,
     name: str = "",
-    panel_bytes: int = DEFAULT_PANEL_BYTES,
 ) -> Tensor:
     """A table for each part of each row, a panel of rows at a time.
 
     Args:
         weight: ``(rows, cols)`` in floats.
-        bits: of a code: a table has ``2**bits`` entries.
+        bits: per code; a table has ``2**bits`` entries.
         groups: parts of a row.
-        weights: how much each weight counts, ``(cols,)`` or ``(rows, cols)``, at least 0; all alike by default.
+        weights: mass of each weight, ``(cols,)`` or ``(rows, cols)``, at least 0; equal by default.
         method: ``"dp"``, k-means by dynamic programming over ``bins`` bins and then Lloyd's iteration;
             ``"lloyd"``, the best of Lloyd's iteration from three starts; ``"quantile"``; ``"uniform"``, a grid from
-            the least to the largest weight (round to nearest); ``"nf4"``, NormalFloat scaled by the largest absolute
-            weight (at other ``bits`` the same construction with as many entries). The first two reconstruct a part
-            with no more distinct weights than entries bit for bit.
-        bins: of ``"dp"``: as many make it exact as a part has distinct weights; None does for all.
+            the smallest to the largest weight (round to nearest); ``"nf4"``, NormalFloat scaled by the largest
+            absolute weight, at other ``bits`` the same construction. The first two reconstruct a part bit for bit if
+            it has no more distinct weights than entries.
+        bins: of ``"dp"``. It is exact if a part has no more distinct weights than bins; None makes all parts exact.
         name: the layer's name, for error messages.
-        panel_bytes: limit of a temporary's size.
 
     Returns:
         ``(rows, groups, 2**bits)`` float32, each table ascending.
@@ -192,20 +189,23 @@ def fit_codebooks(
     """
     _check_weight(weight, bits, name)
     if method not in CODEBOOK_METHODS:
-        raise ValueError(f"{where(name)}method={method!r}: one of {', '.join(CODEBOOK_METHODS)} is expected")
+        raise ValueError(f"{layer_prefix(name)}method={method!r}: one of {', '.join(CODEBOOK_METHODS)} is expected")
     rows, cols = weight.shape
     if bins is not None and bins < 1:
-        raise ValueError(f"{where(name)}bins={bins}: at least 1 is expected, or None for exact tables")
+        raise ValueError(f"{layer_prefix(name)}bins={bins}: at least 1 is expected, or None for exact tables")
     if weights is not None:
         if tuple(weights.shape) not in ((cols,), (rows, cols)):
             raise ValueError(
-                f"{where(name)}weights of shape {tuple(weights.shape)}: ({cols},) or ({rows}, {cols}) is expected"
+                f"{layer_prefix(name)}weights of shape {tuple(weights.shape)}: ({cols},) or ({rows}, {cols}) is "
+                "expected"
             )
         if not bool((weights.isfinite() & (weights >= 0)).all()):
-            raise ValueError(f"{where(name)}weights that are negative or not finite do not count anything")
+            raise ValueError(
+                f"{layer_prefix(name)}weights that are negative or not finite: masses of at least 0 are expected"
+            )
     parts = Parts(cols, groups, weight.device, name)
     out = torch.empty(rows, groups, 1 << bits, device=weight.device)
-    for start, stop in tiles(rows, cols * _SORTED_BYTES, panel_bytes):
+    for start, stop in panels(rows, cols * _SORTED_BYTES):
         panel = weight[start:stop].to(torch.float32)
         check_finite(panel, name)
         counts = torch.ones_like(panel) if weights is None else weights if weights.ndim == 1 else weights[start:stop]
@@ -215,10 +215,10 @@ def fit_codebooks(
 
 
 def midpoints(codebooks: Tensor) -> Tensor:
-    """Where one table entry is nearer than the next: ``(..., entries - 1)`` of ascending ``(..., entries)`` float32.
+    """Borders between the nearest table entries: ``(..., entries - 1)`` of ascending ``(..., entries)`` float32.
 
-    An addition, an exact halving and a comparison: the same numbers on every device. Between neighbouring floats the
-    sum is rounded to one of them; the lower one then stands for the middle, so that each goes to itself.
+    An addition, an exact halving and a comparison give the same numbers on every device. Between neighbouring floats
+    the sum is rounded to one of them; the border is then the lower one, so each float is assigned to itself.
     """
     lower, upper = codebooks[..., :-1], codebooks[..., 1:]
     middle = (lower + upper) * 0.5
@@ -226,11 +226,11 @@ def midpoints(codebooks: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def assign_codes(weight: Tensor, codebooks: Tensor, *, panel_bytes: int = DEFAULT_PANEL_BYTES) -> Tensor:
-    """The nearest table entry of each weight, a panel of rows at a time; on a midpoint, and of equals, the lowest.
+def assign_codes(weight: Tensor, codebooks: Tensor) -> Tensor:
+    """The nearest table entry of each weight, a panel of rows at a time; the lowest of equally near ones.
 
-    Only additions, exact halvings and comparisons of float32 numbers decide, so that the codes of the same weight and
-    tables are the same on every device and with any number of threads.
+    Only additions, exact halvings and comparisons of float32 numbers decide. The codes of a weight and its tables are
+    therefore the same on every device and with any number of threads.
 
     Args:
         weight: ``(rows, cols)`` in floats; compared in float32.
@@ -240,7 +240,7 @@ def assign_codes(weight: Tensor, codebooks: Tensor, *, panel_bytes: int = DEFAUL
         ``(rows, cols)`` uint8.
 
     Raises:
-        ValueError: shapes that do not belong together, or tables that do not ascend.
+        ValueError: shapes that do not match, or tables that do not ascend.
     """
     rows, cols = weight.shape
     if codebooks.ndim != 3 or codebooks.shape[0] != rows or codebooks.dtype != torch.float32:
@@ -252,34 +252,34 @@ def assign_codes(weight: Tensor, codebooks: Tensor, *, panel_bytes: int = DEFAUL
         raise ValueError("codebooks with entries that do not ascend have no midpoints; sort each table")
     parts = Parts(cols, codebooks.shape[1], weight.device)
     codes = torch.empty(rows, cols, dtype=torch.uint8, device=weight.device)
-    for start, stop in tiles(rows, cols * 4 * torch.float32.itemsize, panel_bytes):
+    for start, stop in panels(rows, cols * 4 * torch.float32.itemsize):
         panel = parts.split(weight[start:stop].to(torch.float32)).contiguous()
         borders = midpoints(codebooks[start:stop]).flatten(0, 1).contiguous()
         codes[start:stop] = parts.join(torch.searchsorted(borders, panel, out_int32=True).to(torch.uint8))
     return codes
 
 
-def ascending(codebooks: Tensor, codes: Tensor, *, panel_bytes: int = DEFAULT_PANEL_BYTES) -> tuple[Tensor, Tensor]:
-    """The same weights by tables that ascend: entries sorted, codes ``(rows, cols)`` renamed."""
+def ascending(codebooks: Tensor, codes: Tensor) -> tuple[Tensor, Tensor]:
+    """Sort the entries of each table, and adapt the codes ``(rows, cols)``: the weights stay the same."""
     tables, order = codebooks.sort(dim=2, stable=True)
     places = order.argsort(dim=2).to(torch.uint8)
     offset = column_groups(codes.shape[1], codebooks.shape[1], codes.device) * codebooks.shape[2]
     renamed = torch.empty_like(codes)
-    for start, stop in tiles(codes.shape[0], codes.shape[1] * torch.int64.itemsize, panel_bytes):
+    for start, stop in panels(codes.shape[0], codes.shape[1] * torch.int64.itemsize):
         renamed[start:stop] = places[start:stop].flatten(1).gather(1, codes[start:stop].long() + offset)
     return tables, renamed
 
 
 def _mixed(numbers: Tensor) -> Tensor:
-    """SplitMix64's finalizer (Steele, Lea and Flood, 2014) of int64 numbers, which wrap around."""
+    """SplitMix64's finalizer (Steele, Lea and Flood, 2014) of int64 numbers, modulo 2**64."""
     for shift, factor in ((30, -0x40A7B892E31B1A47), (27, -0x6B2FB644ECCEEE15)):
         numbers = (numbers ^ (numbers >> shift & (1 << (64 - shift)) - 1)) * factor
     return numbers ^ (numbers >> 31 & (1 << 33) - 1)
 
 
 @torch.no_grad()
-def codes_checksum(codes: Tensor, *, panel_bytes: int = DEFAULT_PANEL_BYTES) -> int:
-    """A 64-bit checksum of codes and where they are, the same on every device; one changed code always changes it.
+def codes_checksum(codes: Tensor) -> int:
+    """A 64-bit checksum of codes and their positions, the same on every device; any changed code changes it.
 
     Args:
         codes: ``(rows, cols)`` uint8, packed or not.
@@ -291,7 +291,7 @@ def codes_checksum(codes: Tensor, *, panel_bytes: int = DEFAULT_PANEL_BYTES) -> 
     words = -(-cols // 8)
     factors = _mixed(torch.arange(1, words + 1, device=codes.device)) | 1
     total = torch.tensor(rows * (1 << 32) + cols, device=codes.device)
-    for start, stop in tiles(rows, 4 * words * 8, panel_bytes):
+    for start, stop in panels(rows, 4 * words * 8):
         panel = torch.nn.functional.pad(codes[start:stop], (0, 8 * words - cols)).contiguous().view(torch.int64)
         number = torch.arange(start, stop, device=codes.device)
         total = total + _mixed((panel * factors).sum(1) + _mixed(~number)).sum()

@@ -1,7 +1,7 @@
-"""Codes and tables for a weight whose inputs are known: what counts is the output's error, not the weight's.
+"""Codes and tables that minimise the error of a layer's outputs on known inputs.
 
-With inputs of second moment ``H = mean(x x^T)`` the mean squared error of the outputs is ``tr(E H E^T)`` for an error
-``E`` of the weight.
+With inputs of second moment ``H = mean(x x^T)``, the mean squared error of the outputs is ``tr(E H E^T)`` for an error
+``E`` of the weight. Sources: GPTQ (https://arxiv.org/abs/2210.17323) and LeanQuant (https://arxiv.org/abs/2407.10032).
 """
 
 from __future__ import annotations
@@ -11,30 +11,31 @@ import itertools
 import torch
 from torch import Tensor
 
+from ..numerics.errors import layer_prefix
+from ..numerics.panels import panels
 from ..ops.codes import column_groups
-from .codebooks import DEFAULT_PANEL_BYTES, assign_codes, check_finite, fit_codebooks, midpoints, where
-from .model_pass import tiles
+from .codebooks import assign_codes, check_finite, fit_codebooks, midpoints
 
-# Of the refit. Below it float32 products leave singular systems indefinite, and their rows as they were.
+# Of the refit. With a smaller one, float32 products leave singular systems indefinite, and their rows unchanged.
 _RIDGE = 1e-5
 
 
 def check_moment(hessian: Tensor, cols: int, name: str = "") -> None:
-    """Refuse what is no second moment of ``cols`` inputs.
+    """Check the second moment of ``cols`` inputs.
 
     Raises:
         ValueError: another shape, numbers that are not finite, or a negative diagonal.
     """
     if tuple(hessian.shape) != (cols, cols):
         raise ValueError(
-            f"{where(name)}a second moment of shape {tuple(hessian.shape)} for {cols} inputs: ({cols}, {cols}) is "
-            "expected"
+            f"{layer_prefix(name)}a second moment of shape {tuple(hessian.shape)} for {cols} inputs: ({cols}, {cols}) "
+            "is expected"
         )
     diagonal = hessian.diagonal()
     if not bool(hessian.isfinite().all()) or bool((diagonal < 0).any()):
         raise ValueError(
-            f"{where(name)}the second moment of its inputs has numbers that are not finite, or negative ones on the "
-            "diagonal; check the data, and try float32 or bfloat16 where the model runs in float16"
+            f"{layer_prefix(name)}the second moment of its inputs has numbers that are not finite, or negative ones "
+            "on the diagonal; check the data, and try float32 or bfloat16 where the model runs in float16"
         )
 
 
@@ -48,8 +49,8 @@ def _inverse_factor(moment: Tensor, damping: float, name: str) -> Tensor:
     factor, failed = torch.linalg.cholesky_ex(damped)
     if int(failed):
         raise ValueError(
-            f"{where(name)}the second moment of its inputs is singular with damping={damping}; give more data or a "
-            "larger damping"
+            f"{layer_prefix(name)}the second moment of its inputs is singular with damping={damping}; give more data "
+            "or a larger damping"
         )
     identity = torch.eye(moment.shape[0], dtype=moment.dtype, device=moment.device)
     return torch.linalg.solve_triangular(factor.flip(0, 1), identity, upper=True)
@@ -68,48 +69,50 @@ def compensated_sketch(
     act_order: bool = True,
     block: int = 128,
     name: str = "",
-    panel_bytes: int = DEFAULT_PANEL_BYTES,
 ) -> tuple[Tensor, Tensor]:
-    """Codes chosen column by column, each column's error made good by the columns that follow (GPTQ, LeanQuant).
+    """Codes chosen column by column; later columns compensate each column's error.
 
-    The tables are those of the original weights. Inputs that are always 0 compensate nothing and their weights go to
-    the nearest entry.
+    The sweep is that of GPTQ (https://arxiv.org/abs/2210.17323), with the tables of LeanQuant
+    (https://arxiv.org/abs/2407.10032), fitted to the original weights. Weights of inputs that are always 0 compensate
+    nothing and get the nearest entry.
 
     Args:
         weight: ``(rows, cols)`` in floats.
         hessian: ``(cols, cols)`` float32 or float64 second moment of the inputs; its scale does not matter.
-        bits: of a code.
-        groups: tables in a row.
-        codebooks: ``(rows, groups, 2**bits)`` float32 tables, ascending; by default they are fitted by ``method``.
+        bits: per code.
+        groups: tables per row.
+        codebooks: ``(rows, groups, 2**bits)`` float32 tables, ascending; by default fitted by ``method``.
         method: of [`fit_codebooks`][sparse_peft.calibrate.fit_codebooks].
-        damping: share of the mean diagonal added to the diagonal; at least 0. Above 0 it makes up for fewer samples
-            than inputs.
-        act_order: begin with the columns of the largest inputs, whose errors count most.
-        block: columns between two updates of all that follow; changes speed alone.
+        damping: share of the mean diagonal that is added to the diagonal, at least 0; needed with fewer samples than
+            inputs.
+        act_order: begin with the columns of the largest inputs, whose errors weigh most.
+        block: columns between two updates of all following columns; affects speed only.
         name: the layer's name, for error messages.
-        panel_bytes: limit of a temporary that grows with the rows; besides, matrices of ``hessian``'s size are made.
 
     Returns:
         ``(codebooks, codes)``: ``(rows, groups, 2**bits)`` float32 and ``(rows, cols)`` uint8, not packed.
 
     Raises:
-        ValueError: weights or moments that are not finite, of other shapes, or singular in spite of damping.
+        ValueError: weights or moments that are not finite, shapes that do not match, or a moment that is singular
+            despite the damping.
     """
     rows, cols = weight.shape
     check_moment(hessian, cols, name)
     if not damping >= 0 or block < 1:
-        raise ValueError(f"{where(name)}damping={damping}, block={block}: at least 0 and at least 1 are expected")
+        raise ValueError(
+            f"{layer_prefix(name)}damping={damping}, block={block}: at least 0 and at least 1 are expected"
+        )
     if codebooks is None:
-        codebooks = fit_codebooks(weight, bits, groups, method=method, name=name, panel_bytes=panel_bytes)
+        codebooks = fit_codebooks(weight, bits, groups, method=method, name=name)
     if tuple(codebooks.shape) != (rows, groups, 1 << bits):
         raise ValueError(
-            f"{where(name)}codebooks of shape {tuple(codebooks.shape)}: {(rows, groups, 1 << bits)} is expected"
+            f"{layer_prefix(name)}codebooks of shape {tuple(codebooks.shape)}: {(rows, groups, 1 << bits)} is expected"
         )
     moment = hessian.to(torch.promote_types(hessian.dtype, torch.float32), copy=True)
     diagonal = moment.diagonal()
     dead = diagonal == 0
     if bool(dead.all()):
-        return codebooks, assign_codes(weight, codebooks, panel_bytes=panel_bytes)
+        return codebooks, assign_codes(weight, codebooks)
     diagonal[dead] = diagonal[~dead].mean()
     order = torch.arange(cols, device=weight.device)
     if act_order:
@@ -119,7 +122,7 @@ def compensated_sketch(
     del moment
     group_of = column_groups(cols, groups, weight.device)[order].tolist()
     codes = torch.empty(rows, cols, dtype=torch.uint8, device=weight.device)
-    for start, stop in tiles(rows, cols * 4 * torch.float32.itemsize, panel_bytes):
+    for start, stop in panels(rows, cols * 4 * torch.float32.itemsize):
         panel = weight[start:stop].to(torch.float32)
         check_finite(panel, name)
         found = _sweep(panel[:, order], codebooks[start:stop], factor, group_of, block)
@@ -128,13 +131,14 @@ def compensated_sketch(
 
 
 def _sweep(left: Tensor, codebooks: Tensor, factor: Tensor, group_of: list[int], block: int) -> Tensor:
-    """The codes ``(rows, cols)`` of weights, which are written to; see GPTQ, algorithm 1."""
+    """The codes ``(rows, cols)`` of the weights ``left``, which are overwritten; see GPTQ, algorithm 1."""
     cols = left.shape[1]
     codes = torch.empty(left.shape, dtype=torch.uint8, device=left.device)
-    # a column's numbers side by side
+    # contiguous per column
     tables = codebooks.permute(1, 2, 0).contiguous()
     borders = midpoints(codebooks).permute(1, 2, 0).contiguous()
-    for first, last in tiles(cols, 1, block):
+    for first in range(0, cols, block):
+        last = min(first + block, cols)
         columns = left[:, first:last].t().contiguous()
         errors = torch.empty_like(columns)
         for at, column in enumerate(range(first, last)):
@@ -156,41 +160,39 @@ def refit_codebooks(
     *,
     ridge: float = _RIDGE,
     name: str = "",
-    panel_bytes: int = DEFAULT_PANEL_BYTES,
 ) -> Tensor:
-    """The tables with the least output error for given codes: least squares, a system for each row.
+    """The tables with the least output error for given codes, by least squares with one system per row.
 
-    With ``P`` the ``(cols, groups * entries)`` matrix that spreads a row's entries over its columns, the change of its
-    entries solves ``(P^T H P + ridge) d = P^T H (w - P c)``. The ridge pulls towards the entries there are, so that
-    the error never grows for any ridge, and entries without weights keep their value.
+    ``P`` is the ``(cols, groups * entries)`` matrix that maps a row's entries to its columns. The change ``d`` of the
+    entries ``c`` solves ``(P^T H P + ridge) d = P^T H (w - P c)``. The ridge pulls towards the given entries, so the
+    error never grows, and entries without weights keep their value.
 
     Args:
         weight: ``(rows, cols)`` in floats.
         codes: ``(rows, cols)`` uint8, not packed.
         hessian: ``(cols, cols)`` second moment of the inputs, not damped.
-        codebooks: ``(rows, groups, entries)`` float32 that the codes were chosen for.
-        ridge: of the mean diagonal of the system; above 0.
+        codebooks: ``(rows, groups, entries)`` float32 that the codes were assigned with.
+        ridge: share of the system's mean diagonal; above 0.
         name: the layer's name, for error messages.
-        panel_bytes: limit of a temporary's size.
 
     Returns:
-        ``(rows, groups, entries)`` float32. Tables need not ascend any more.
+        ``(rows, groups, entries)`` float32; the tables may no longer ascend.
 
     Raises:
-        ValueError: moments that are not finite, or of another shape.
+        ValueError: moments that are not finite or have another shape.
     """
     rows, cols = weight.shape
     check_moment(hessian, cols, name)
     if not ridge > 0:
-        raise ValueError(f"{where(name)}ridge={ridge}: a number above 0 is expected; 1e-5 is next to none")
+        raise ValueError(f"{layer_prefix(name)}ridge={ridge}: a number above 0 is expected, such as 1e-5")
     _, groups, entries = codebooks.shape
     group_of = column_groups(cols, groups, weight.device)
     ends = torch.searchsorted(group_of, torch.arange(groups + 1, device=weight.device)).tolist()
     moment = hessian.to(torch.float32)
     out = codebooks.clone()
-    # what spreads a part's entries over its columns, and its product with the moment
+    # the map from a part's entries to its columns, its product with the moment, and the systems
     row_bytes = 2 * entries * cols * torch.float32.itemsize + (groups * entries) ** 2 * 3 * torch.float64.itemsize
-    for start, stop in tiles(rows, row_bytes, panel_bytes):
+    for start, stop in panels(rows, row_bytes):
         places = codes[start:stop].long() + group_of * entries
         panel, tables = weight[start:stop].to(torch.float32), codebooks[start:stop].flatten(1)
         error = panel - tables.gather(1, places)
@@ -223,7 +225,7 @@ def _normal_equations(
 
 
 def _change(system: Tensor, side: Tensor, ridge: float, tables: Tensor) -> Tensor:
-    """What is added to ``(rows, n)`` float32 tables: 0 in rows where rounding leaves no gain."""
+    """The change of ``(rows, n)`` float32 tables; 0 in rows where rounding leaves no gain."""
     diagonal = system.diagonal(dim1=1, dim2=2)
     scale = diagonal.mean(1, keepdim=True)
     damped = system.clone()
@@ -237,7 +239,7 @@ def _change(system: Tensor, side: Tensor, ridge: float, tables: Tensor) -> Tenso
 
 
 def output_error(weight: Tensor, decoded: Tensor, hessian: Tensor) -> float:
-    """``tr(E H E^T)`` of the error ``E`` of a decoded weight, of ``tr(W H W^T)``: the outputs' relative error."""
+    """The outputs' relative error: ``tr(E H E^T) / tr(W H W^T)`` for the error ``E`` of a decoded weight."""
     moment = hessian.double()
     weight = weight.detach().double()
     error = weight - decoded.detach().double()

@@ -1,13 +1,12 @@
-"""Seeing every layer's weight gradient over batches, in the moment the backward pass reaches the layer.
+"""Weight gradients of layers over batches, observed while the backward pass reaches each layer.
 
-A gradient is formed from the layer's input and the gradient of its output, a block of rows at a time; none lives
-longer than a panel.
+A gradient is formed from the layer's input and its output gradient, one panel of rows at a time.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,9 +15,12 @@ import torch
 from torch import Tensor, nn
 
 from ..numerics.tokens import flatten_tokens
-from .model_pass import each_batch, frozen, layer_input, model_loss, tiles, transposed_product
+from ..ops.gradient_paths import gradient_panels
+from .layer_view import LayerView
+from .model_pass import ModelPass, frozen, layer_input
 
-Pair = tuple[Tensor, Tensor]
+# (first row, last row + 1, float32 rows of the gradient)
+Panel = tuple[int, int, Tensor]
 
 NOT_REACHED = (
     "layer {}: no batch gave its weight a gradient. The loss must depend on the layer, the layer must not run under "
@@ -28,104 +30,67 @@ NOT_REACHED = (
 NOT_FINITE = "the weight gradient of layer {} is not finite"
 
 
-def gradient_panels(
-    pairs: list[Pair], shape: tuple[int, int], in_dim: int, limit: int
-) -> Iterator[tuple[int, int, Tensor]]:
-    """The weight's gradient, a block of rows at a time.
-
-    Args:
-        pairs: input ``(tokens, in)`` and output gradient ``(tokens, out)`` of each call of the layer.
-        shape: ``(rows, cols)`` of the stored weight.
-        in_dim: which of the two is the input features'.
-        limit: bytes that a temporary may take, counted so that int64 positions of a whole panel fit as well.
-
-    Yields:
-        ``(first row, last row + 1, (rows, cols) float32 panel)``.
-    """
-    rows, cols = shape
-    sides = [(grad, x) if in_dim == 1 else (x, grad) for x, grad in pairs]
-    for start, stop in tiles(rows, cols * torch.int64.itemsize, limit):
-        panel = None
-        for left, right in sides:
-            product = transposed_product(left[:, start:stop], right, limit)
-            panel = product if panel is None else panel.add_(product)
-        yield start, stop, panel.to(torch.float32)
-
-
-@dataclass(frozen=True)
-class Place:
-    """Where a layer's gradient belongs.
-
-    Attributes:
-        shape: ``(rows, cols)`` of the stored weight.
-        in_dim: which of the two is the input features'.
-    """
-
-    shape: tuple[int, int]
-    in_dim: int
-
-
 @dataclass
 class _Batch:
-    """What one batch has brought so far."""
+    """The state of one batch.
+
+    Attributes:
+        backward: whether the backward pass has begun.
+        fault: the reason to skip the batch.
+        calls: ``{layer name: number of calls}`` in the forward pass.
+        pairs: ``{layer name: operands of its gradient}``, one pair per call.
+    """
 
     backward: bool = False
     fault: str | None = None
     calls: dict[str, int] = field(default_factory=dict)
-    pairs: dict[str, list[Pair]] = field(default_factory=dict)
+    pairs: dict[str, list[tuple[Tensor, Tensor]]] = field(default_factory=dict)
 
 
 class _Saved(torch.autograd.Function):
-    """Keeps a tensor by autograd's means: checkpointing may drop and recompute it, and a write to it is noticed."""
+    """Saves a tensor with autograd: checkpointing may drop and recompute it, and in-place writes are detected."""
 
     @staticmethod
-    def forward(ctx, anchor: Tensor, x: Tensor) -> Tensor:
+    def forward(ctx: Any, anchor: Tensor, x: Tensor) -> Tensor:
         ctx.save_for_backward(x)
         return anchor.new_empty(0)
 
     @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[None, None]:
         raise RuntimeError("the holder of a layer's input takes no part in the loss")
 
 
 class GradientPass(ABC):
-    """One pass over batches of an unwrapped model that reduces each layer's weight gradient to something small.
+    """One pass over data that reduces each layer's weight gradient to something small.
 
-    A subclass takes in the gradients of a batch, and keeps what it took only if all of the batch is finite.
+    A subclass takes in the gradients of one batch at a time, and keeps them only if the whole batch is finite.
 
     Args:
-        places: ``{layer name: where its gradient belongs}``.
-        panel_bytes: limit of a temporary's size.
+        layers: the observed layers.
     """
 
-    def __init__(self, places: dict[str, Place], panel_bytes: int):
-        self.places, self.panel_bytes = places, panel_bytes
-        self._batch: _Batch | None = None
+    def __init__(self, layers: Sequence[LayerView]) -> None:
+        self.layers = {layer.name: layer for layer in layers}
+        self._batch = _Batch()
 
     @abstractmethod
     def begin(self, is_last: bool) -> None:
-        """A batch begins; it is the last, or not."""
+        """Start a batch."""
 
     @abstractmethod
-    def take(self, name: str, panels: Iterator[tuple[int, int, Tensor]]) -> str | None:
-        """Take in a layer's gradient of this batch; says what is wrong with it if it is not finite."""
+    def take(self, name: str, panels: Iterator[Panel]) -> str | None:
+        """Take in a layer's gradient of this batch; returns the fault of a gradient that is not finite."""
 
     @abstractmethod
     def commit(self) -> None:
-        """Keep what this batch brought."""
+        """Keep the gradients of this batch."""
 
     @abstractmethod
     def was_reached(self, name: str) -> bool:
-        """Whether any batch brought the layer a gradient."""
+        """Whether any batch gave the layer a gradient."""
 
-    def run(
-        self,
-        model: nn.Module,
-        targets: dict[str, nn.Module],
-        batches: Iterable,
-        loss_fn: Callable[[nn.Module, Any], Tensor] | None,
-    ) -> None:
-        """One pass over the batches.
+    def run(self, data: ModelPass) -> None:
+        """One pass over the data.
 
         Raises:
             ValueError: no usable batches, a loss that is no scalar, or a layer that no batch gave a gradient.
@@ -134,41 +99,46 @@ class GradientPass(ABC):
         def use(batch: Any, is_last: bool) -> str | None:
             self._batch = _Batch()
             self.begin(is_last)
-            loss = (loss_fn or model_loss)(model, batch)
-            if not isinstance(loss, Tensor) or loss.numel() != 1:
-                raise ValueError(f"the loss is {_describe(loss)}; a tensor with one number is expected")
-            if not bool(loss.detach().isfinite().all()):
-                return f"its loss is {loss.item()}"
-            if loss.requires_grad:
-                self._batch.backward = True
-                loss.backward()
-            with torch.no_grad():
-                for name in list(self._batch.pairs):
-                    self._fold(name)
-                return self._batch.fault or self.commit()
+            return self._backward(data.loss(batch))
 
         with ExitStack() as stack:
-            stack.enter_context(frozen(model))
-            for name, module in targets.items():
-                stack.callback(module.register_forward_hook(self._hook(name), with_kwargs=True).remove)
-            stack.callback(setattr, self, "_batch", None)
+            stack.enter_context(frozen(data.model))
+            for name, layer in self.layers.items():
+                stack.callback(layer.module.register_forward_hook(self._hook(name), with_kwargs=True).remove)
+            stack.callback(setattr, self, "_batch", _Batch())
             stack.enter_context(torch.inference_mode(False))
             stack.enter_context(torch.enable_grad())
-            each_batch(model, batches, use)
-        for name in self.places:
+            data.each_batch(use)
+        for name in self.layers:
             if not self.was_reached(name):
                 raise ValueError(NOT_REACHED.format(name))
 
+    def _backward(self, loss: Any) -> str | None:
+        """Run the backward pass of a batch, and keep its gradients or return its fault."""
+        if not isinstance(loss, Tensor) or loss.numel() != 1:
+            raise ValueError(f"the loss is {_describe(loss)}; a tensor with one number is expected")
+        if not bool(loss.detach().isfinite().all()):
+            return f"its loss is {loss.item()}"
+        if loss.requires_grad:
+            self._batch.backward = True
+            loss.backward()
+        with torch.no_grad():
+            for name in list(self._batch.pairs):
+                self._fold(name)
+            if self._batch.fault is None:
+                self.commit()
+        return self._batch.fault
+
     # ------------------------------------------------------------------ hooks
 
-    def _hook(self, name: str):
-        def see(module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Tensor) -> Tensor | None:
+    def _hook(self, name: str) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any], Tensor], Tensor | None]:
+        def see(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor | None:
             batch = self._batch
             x = layer_input(args, kwargs)
             if x.numel() == 0:
                 return None
             if not batch.backward:
-                # checkpointing repeats calls during the backward pass, which are no further ones
+                # checkpointing repeats calls during the backward pass; these are not counted again
                 batch.calls[name] = batch.calls.get(name, 0) + 1
             if not torch.is_grad_enabled():
                 return None
@@ -188,20 +158,23 @@ class GradientPass(ABC):
         if batch.fault is not None:
             return
         (x,) = saved.saved_tensors
+        x, grad = flatten_tokens(x), flatten_tokens(grad)
         pairs = batch.pairs.setdefault(name, [])
-        pairs.append((flatten_tokens(x), flatten_tokens(grad)))
+        pairs.append((grad, x) if self.layers[name].in_dim == 1 else (x, grad))
         if len(pairs) == batch.calls.get(name):
             self._fold(name)
 
     def _fold(self, name: str) -> None:
-        """Reduce a layer's gradient of this batch, and let go of what it is made from."""
-        batch, place = self._batch, self.places[name]
+        """Reduce a layer's gradient of this batch, and release its operands."""
+        batch = self._batch
         pairs = batch.pairs.pop(name)
         if batch.fault is not None:
             return
         # a backward hook runs under the caller's autocast, which would round the products
         with torch.autocast(pairs[0][0].device.type, enabled=False):
-            batch.fault = self.take(name, gradient_panels(pairs, place.shape, place.in_dim, self.panel_bytes))
+            # int64 positions of a whole panel fit the limit as well
+            panels = gradient_panels(pairs, self.layers[name].shape, torch.int64.itemsize)
+            batch.fault = self.take(name, ((start, stop, panel.to(torch.float32)) for start, stop, panel in panels))
 
 
 def _describe(loss: object) -> str:

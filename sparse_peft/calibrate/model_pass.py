@@ -1,10 +1,11 @@
-"""Running a model over batches to look at it: nothing of the model is different afterwards."""
+"""Running a model over batches, for statistics: the model is unchanged afterwards."""
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 
 @contextmanager
 def frozen(model: nn.Module) -> Iterator[None]:
-    """Switch ``requires_grad`` of every parameter off, and back to what it was, also after an exception."""
+    """Set ``requires_grad`` of every parameter to False, and restore it afterwards, also after an exception."""
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     for parameter in trainable:
         parameter.requires_grad_(False)
@@ -24,21 +25,13 @@ def frozen(model: nn.Module) -> Iterator[None]:
             parameter.requires_grad_(True)
 
 
-def with_last(batches: Iterable) -> Iterator[tuple[Any, bool]]:
-    """Each batch, and whether it is the last."""
-    iterator = iter(batches)
-    try:
-        held = next(iterator)
-    except StopIteration:
-        return
-    for batch in iterator:
-        yield held, False
-        held = batch
-    yield held, True
-
-
 def to_device(batch: Any, device: torch.device) -> Any:
-    """The batch with every tensor in it, in mappings, lists and tuples, on the device; other objects as they are."""
+    """The batch with its tensors on the device.
+
+    Args:
+        batch: tensors in nested mappings, lists and tuples; other objects are returned as they are.
+        device: of the result.
+    """
     if callable(getattr(batch, "to", None)):  # tensors, and transformers' own mappings
         return batch.to(device)
     if isinstance(batch, Mapping):
@@ -50,9 +43,17 @@ def to_device(batch: Any, device: torch.device) -> Any:
     return batch
 
 
-def device_of(model: nn.Module) -> torch.device:
-    """Where the model takes its inputs: the device of its first parameter."""
-    return next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
+def _with_last(batches: Iterable[Any]) -> Iterator[tuple[Any, bool]]:
+    """Each batch, and whether it is the last."""
+    iterator = iter(batches)
+    try:
+        held = next(iterator)
+    except StopIteration:
+        return
+    for batch in iterator:
+        yield held, False
+        held = batch
+    yield held, True
 
 
 def run_model(model: nn.Module, batch: Any) -> Any:
@@ -86,53 +87,66 @@ def model_loss(model: nn.Module, batch: Any) -> Tensor:
     return loss
 
 
-def each_batch(model: nn.Module, batches: Iterable, use: Callable[[Any, bool], str | None]) -> None:
-    """Call ``use(batch, is_last)`` for each batch on the model's device; what it returns is why it skipped the batch.
+@dataclass(frozen=True)
+class ModelPass:
+    """One pass of a model over batches.
 
-    Raises:
-        ValueError: no batches, or all were skipped.
+    Attributes:
+        model: the base model, without adapters. It runs in its current mode (training or evaluation).
+        batches: iterated once; their tensors are moved to the model's device. A batch is a micro-batch.
+        loss_fn: ``loss_fn(model, batch) -> scalar``; by default ``model(**batch).loss``. Where no gradients are
+            needed, its result is not used, and the default is ``model(**batch)``.
     """
-    device = device_of(model)
-    total = used = 0
-    for batch, is_last in with_last(batches):
-        fault = use(to_device(batch, device), is_last)
-        if fault is None:
-            used += 1
-        else:
-            warnings.warn(f"batch {total} is skipped: {fault}", RuntimeWarning, stacklevel=4)
-        total += 1
-    if total == 0:
-        raise ValueError("no batches to look at; the data is empty, or an iterator already used up")
-    if used == 0:
-        raise ValueError(
-            f"all {total} batches were skipped because of NaN or infinite numbers; check the data, and try float32 or "
-            "bfloat16 where the model runs in float16"
-        )
+
+    model: nn.Module
+    batches: Iterable[Any]
+    loss_fn: Callable[[nn.Module, Any], Any] | None = None
+
+    def loss(self, batch: Any) -> Any:
+        """The loss of a batch."""
+        return (self.loss_fn or model_loss)(self.model, batch)
+
+    def forward(self, batch: Any) -> Any:
+        """Run the model on a batch."""
+        return (self.loss_fn or run_model)(self.model, batch)
+
+    def each_batch(self, use: Callable[[Any, bool], str | None]) -> None:
+        """Call a function for each batch.
+
+        Args:
+            use: ``use(batch, is_last)``, for a batch on the model's device; returns the reason to skip the batch, or
+                None.
+
+        Warns:
+            RuntimeWarning: a skipped batch.
+
+        Raises:
+            ValueError: no batches, or all were skipped.
+        """
+        device = next((parameter.device for parameter in self.model.parameters()), torch.device("cpu"))
+        total = used = 0
+        for batch, is_last in _with_last(self.batches):
+            fault = use(to_device(batch, device), is_last)
+            if fault is None:
+                used += 1
+            else:
+                warnings.warn(f"batch {total} is skipped: {fault}", RuntimeWarning, stacklevel=4)
+            total += 1
+        if total == 0:
+            raise ValueError("no batches to look at; the data is empty, or an iterator already used up")
+        if used == 0:
+            raise ValueError(
+                f"all {total} batches were skipped because of NaN or infinite numbers; check the data, and try "
+                "float32 or bfloat16 where the model runs in float16"
+            )
 
 
-def layer_input(args: tuple, kwargs: dict[str, Any]) -> Tensor:
-    """The input of a linear layer, however it was passed."""
+def layer_input(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    """The input of a linear layer, passed by position or by name."""
     return args[0] if args else next(iter(kwargs.values()))
 
 
-def tiles(length: int, bytes_per_item: int, limit: int) -> Iterator[tuple[int, int]]:
-    """Half-open ranges of ``range(length)`` whose items take at most ``limit`` bytes; each holds at least one."""
-    step = max(1, limit // max(1, bytes_per_item))
-    return ((start, min(start + step, length)) for start in range(0, length, step))
-
-
-def transposed_product(left: Tensor, right: Tensor, limit: int) -> Tensor:
-    """``left.T @ right`` in at least float32; other types are cast a tile of tokens, of ``limit`` bytes, at a time."""
-    dtype = torch.promote_types(torch.promote_types(left.dtype, right.dtype), torch.float32)
-    if left.dtype == right.dtype == dtype:
-        return left.t() @ right
-    product = torch.zeros(left.shape[1], right.shape[1], dtype=dtype, device=left.device)
-    for start, stop in tiles(left.shape[0], max(left.shape[1], right.shape[1]) * dtype.itemsize, limit):
-        product.addmm_(left[start:stop].to(dtype).t(), right[start:stop].to(dtype))
-    return product
-
-
 def token_mask(batch: Any) -> Tensor | None:
-    """``(batch, seq)`` which tokens of a batch count, as booleans; None where it does not say so for each token."""
+    """The batch's attention mask ``(batch, seq)`` as booleans; None if it has none of two dimensions."""
     given = batch.get("attention_mask") if isinstance(batch, Mapping) else None
     return given.bool() if isinstance(given, Tensor) and given.ndim == 2 else None

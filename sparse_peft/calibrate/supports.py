@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import math
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from numbers import Real
-from typing import Any
 
 import torch
-from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
+from torch import Tensor
 
 from ..numerics.topk import topk_indices
 from ..support.blocks import Block, best_blocks, divide_in_blocks, resolve_block_counts
@@ -16,31 +16,9 @@ from ..support.budget import Budget, Division, allocate, divide
 from ..support.criteria import CRITERIA, Criterion, Statistics
 from ..support.support import Support
 from .activations import feature_norms
-from .gradient_sums import GradientSums, LayerSums
-
-DEFAULT_PANEL_BYTES = 64 * 2**20
-
-
-def _weight_of(module: nn.Module) -> Tensor:
-    return module.weight.detach()
-
-
-def _in_dim_of(module: nn.Module) -> int:
-    return 0 if isinstance(module, Conv1D) else 1
-
-
-def _shape_of(module: nn.Module, in_dim: int) -> tuple[int, int]:
-    """``(rows, cols)`` of the stored weight; quantised layers, which pack theirs, say how large it is."""
-    if in_dim == 1 and hasattr(module, "out_features"):
-        return module.out_features, module.in_features
-    return tuple(module.weight.shape)
-
-
-def _check_needs(criterion: Criterion, *needs: str) -> None:
-    if criterion.needs not in needs:
-        fitting = ", ".join(other.name for other in CRITERIA.values() if other.needs in needs)
-        raise ValueError(f"selection={criterion.name!r} is computed from {_SOURCES[criterion.needs]}; use {fitting}")
-
+from .gradient_sums import CandidateBudget, GradientSums
+from .layer_view import LayerView
+from .model_pass import ModelPass
 
 _SOURCES = {
     "none": "a seed and no data: use Support.random",
@@ -50,99 +28,107 @@ _SOURCES = {
 }
 
 
-@torch.no_grad()
-def _choose(
-    shapes: dict[str, tuple[int, int]],
-    criterion: Criterion,
-    budget: Budget,
-    scores: Callable[[str], Tensor],
-    candidates: Callable[[str], Tensor | None] = lambda name: None,
-    block: Block | None = None,
-) -> dict[str, Support]:
-    """The best scored positions of every layer, one layer's scores at a time.
+def _check_needs(criterion: Criterion, *needs: str) -> None:
+    if criterion.needs not in needs:
+        fitting = ", ".join(other.name for other in CRITERIA.values() if other.needs in needs)
+        raise ValueError(f"selection={criterion.name!r} is computed from {_SOURCES[criterion.needs]}; use {fitting}")
 
-    ``scores(name)`` are those of all entries, or of ``candidates(name)`` where that is not None.
+
+def _check_oversample(oversample: object) -> None:
+    if isinstance(oversample, bool) or not isinstance(oversample, Real) or not float(oversample) >= 1:
+        raise ValueError(f"oversample={oversample!r}: a number of at least 1 is expected")
+
+
+@dataclass(frozen=True)
+class _Choice:
+    """How positions are chosen from scores, one layer's scores at a time.
+
+    Attributes:
+        shapes: ``{layer: (rows, cols)}`` of the stored weights.
+        criterion: of the scores.
+        budget: the number of positions, and how the layers share them.
+        block: of the blocks that are chosen instead of single entries.
     """
-    if block is not None:
-        return _choose_blocks(shapes, criterion, budget, scores, block)
-    division = divide(shapes, budget)
-    counts = allocate(division, budget.allocation, scores, criterion.largest)
-    supports = {}
-    for name, shape in division.shapes.items():
-        chosen = topk_indices(scores(name).reshape(-1), counts[name], criterion.largest, name=name)
-        positions = candidates(name)
-        supports[name] = Support(shape, chosen if positions is None else positions[chosen], validate=False, name=name)
-    return supports
+
+    shapes: dict[str, tuple[int, int]]
+    criterion: Criterion
+    budget: Budget
+    block: Block | None
+
+    @torch.no_grad()
+    def best(
+        self, scores: Callable[[str], Tensor], candidates: Callable[[str], Tensor | None] = lambda name: None
+    ) -> dict[str, Support]:
+        """The best positions of every layer.
+
+        Args:
+            scores: ``scores(layer)`` of all entries, or of ``candidates(layer)`` where that is not None.
+            candidates: ``candidates(layer)``: flat positions.
+        """
+        if self.block is not None:
+            return self._best_blocks(scores, self.block)
+        division, largest = divide(self.shapes, self.budget), self.criterion.largest
+        counts = allocate(division, self.budget.allocation, scores, largest)
+        supports = {}
+        for name, shape in self.shapes.items():
+            chosen = topk_indices(scores(name).reshape(-1), counts[name], largest, name=name)
+            positions = candidates(name)
+            chosen = chosen if positions is None else positions[chosen]
+            supports[name] = Support(shape, chosen, validate=False, name=name)
+        return supports
+
+    def _best_blocks(self, scores: Callable[[str], Tensor], block: Block) -> dict[str, Support]:
+        def matrix(name: str) -> Tensor:
+            return scores(name).view(self.shapes[name])
+
+        largest = self.criterion.largest
+        counts = resolve_block_counts(self.shapes, self.budget, block, matrix, largest)
+        per_block = block[0] * block[1]
+        return {name: best_blocks(matrix(name), counts[name] // per_block, block, largest, name) for name in counts}
 
 
-def _choose_blocks(
-    shapes: dict[str, tuple[int, int]],
-    criterion: Criterion,
-    budget: Budget,
-    scores: Callable[[str], Tensor],
-    block: Block,
-) -> dict[str, Support]:
-    """The blocks with the best sums of scores; ``scores(name)`` are those of all entries."""
-
-    def matrix(name: str) -> Tensor:
-        return scores(name).view(shapes[name])
-
-    counts = resolve_block_counts(shapes, budget, block, matrix, criterion.largest)
-    per_block = block[0] * block[1]
-    return {
-        name: best_blocks(matrix(name), counts[name] // per_block, block, criterion.largest, name) for name in shapes
-    }
-
-
-def _candidate_groups(division: Division, budget: Budget) -> tuple[dict[str, str | None], dict[str | None, int]]:
-    """Which layers share candidates, ``{layer: group}``, and ``{group: entries to train}``."""
+def _candidate_budget(division: Division, budget: Budget, oversample: float) -> CandidateBudget:
+    """Layers share candidates where they share the budget by scores."""
+    groups: dict[str, str | None] = {name: name for name in division.shapes}
+    entries: dict[str | None, int] = {}
     if budget.allocation != "global":
-        return {name: name for name in division.shapes}, allocate(division, budget.allocation)
-    groups = {name: name if name in division.own else None for name in division.shapes}
-    return groups, {**division.own, None: division.total}
+        entries.update(allocate(division, budget.allocation))
+    else:
+        groups = {name: name if name in division.own else None for name in division.shapes}
+        entries.update(division.own)
+        entries[None] = division.total
+    return CandidateBudget(groups, entries, oversample)
 
 
 def collect_supports(
-    model: nn.Module,
-    targets: dict[str, nn.Module],
+    data: ModelPass,
+    layers: Iterable[LayerView],
     criterion: Criterion,
     budget: Budget,
-    batches: Iterable,
     *,
-    loss_fn: Callable[[nn.Module, Any], Tensor] | None = None,
-    weight_of: Callable[[nn.Module], Tensor] = _weight_of,
-    in_dim_of: Callable[[nn.Module], int] = _in_dim_of,
     oversample: float = 8.0,
-    panel_bytes: int = DEFAULT_PANEL_BYTES,
     block: Block | None = None,
 ) -> dict[str, Support]:
     """Choose each layer's positions from data, in one pass over the batches.
 
-    Criteria that need gradients see each layer's weight gradient for a moment, in blocks of rows. The first batch
-    that reaches a layer proposes ``oversample`` candidates for each entry to train, and all batches are summed at
-    the candidates only. With one batch that is exact; with several, an entry that the first batch ranks lower than
-    ``oversample`` times the budget cannot be chosen. Where the candidates would be all entries, all are summed, so
-    ``oversample=float("inf")`` is always exact, for eight bytes for each weight of all targets. With
-    ``allocation="global"`` the candidates are the best of all layers together.
+    Criteria that need gradients see each layer's weight gradient once, in panels of rows. The first batch that
+    reaches a layer proposes ``oversample`` candidates for each trained entry, and all batches are summed at the
+    candidates only. This is exact with one batch. With several, an entry that the first batch ranks below
+    ``oversample`` times the budget cannot be chosen. ``oversample=float("inf")`` sums all entries and is always exact,
+    for eight bytes per weight of all targets. With ``allocation="global"`` the candidates are the best of all layers
+    together.
 
-    Nothing of the model changes: no ``.grad`` is filled, ``requires_grad`` and hooks are as before, also after an
-    exception, and it runs in the mode (training or evaluation) it is in.
+    The model is unchanged afterwards, also after an exception: no ``.grad`` is filled, and ``requires_grad`` and
+    hooks are restored.
 
     Args:
-        model: the base model, without adapters.
-        targets: ``{layer name: linear layer}`` in the model's order.
+        data: the model and its batches.
+        layers: the target layers, in the model's order.
         criterion: one that needs gradients or activations.
-        budget: how many positions, and how the layers share them.
-        batches: iterated once; tensors in them are moved to the model's device. A batch is a micro-batch.
-        loss_fn: ``loss_fn(model, batch) -> scalar``; default ``model(**batch).loss``. Criteria that need activations
-            alone run ``model(**batch)``.
-        weight_of: gives a layer's weight in floats, as stored.
-        in_dim_of: which dimension of the stored weight counts the input features: 1 in ``nn.Linear``, 0 in
-            ``Conv1D``.
-        oversample: candidates for each trained entry, at least 1.
-        panel_bytes: limit, in bytes, of a temporary that grows with a weight.
-        block: choose blocks of this size instead of entries, by their sums of scores. All entries are summed then, as
-            with ``oversample=float("inf")``: no few candidates tell which block is best.
+        budget: the number of positions, and how the layers share them.
+        oversample: candidates per trained entry, at least 1.
+        block: choose blocks of this size instead of entries, by their sums of scores. All entries are summed, as with
+            ``oversample=float("inf")``, since few candidates do not tell which block is best.
 
     Returns:
         ``{layer name: support}`` on the layers' devices.
@@ -156,51 +142,54 @@ def collect_supports(
             that does not fit.
     """
     _check_needs(criterion, "gradient", "activation")
-    if isinstance(oversample, bool) or not isinstance(oversample, Real) or not oversample >= 1:
-        raise ValueError(f"oversample={oversample!r}: a number of at least 1 is expected")
-    if panel_bytes < 1:
-        raise ValueError(f"panel_bytes={panel_bytes}: a positive number of bytes is expected")
-    in_dims = {name: in_dim_of(module) for name, module in targets.items()}
-    shapes = {name: _shape_of(module, in_dims[name]) for name, module in targets.items()}
-    division = divide(shapes, budget)
+    _check_oversample(oversample)
+    views = {layer.name: layer for layer in layers}
+    choice = _Choice({name: layer.shape for name, layer in views.items()}, criterion, budget, block)
+    division = divide(choice.shapes, budget)  # raises before the model runs
     if criterion.needs == "activation":
-        norms = feature_norms(model, targets, batches, loss_fn=loss_fn, panel_bytes=panel_bytes)
-
-        def score(name: str) -> Tensor:
-            stats = Statistics(input_norms=norms[name])
-            return criterion.score(weight_of(targets[name]), stats, in_dim=in_dims[name])
-
-        return _choose(shapes, criterion, budget, score, block=block)
+        return _from_activations(data, views, choice)
     if block is not None:
-        divide_in_blocks(shapes, budget, block)  # raises before the model runs
-        oversample = float("inf")
-    layers = {
-        name: LayerSums(shape, in_dims[name], lambda module=targets[name]: weight_of(module))
-        for name, shape in shapes.items()
-    }
-    groups, budgets = _candidate_groups(division, budget)
-    GradientSums(layers, criterion, groups, budgets, oversample, panel_bytes).run(model, targets, batches, loss_fn)
-
-    def score_candidates(name: str) -> Tensor:
-        layer = layers[name]
-        stats = Statistics(gradient=layer.total, batches=layer.batches)
-        weight = layer.weight().reshape(-1) if criterion.uses_weight else None
-        if weight is not None and layer.positions is not None:
-            weight = weight.index_select(0, layer.positions)
-        return criterion.score(weight, stats)
-
-    return _choose(shapes, criterion, budget, score_candidates, lambda name: layers[name].positions, block)
+        divide_in_blocks(choice.shapes, budget, block)  # raises before the model runs
+        oversample = math.inf
+    return _from_gradients(data, views, choice, _candidate_budget(division, budget, oversample))
 
 
-def given_gradients(shapes: dict[str, tuple[int, int]], gradients: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The layers' weight gradients among others that are known.
+def _from_activations(data: ModelPass, views: Mapping[str, LayerView], choice: _Choice) -> dict[str, Support]:
+    norms = feature_norms(data, {name: layer.module for name, layer in views.items()})
+
+    def score(name: str) -> Tensor:
+        layer = views[name]
+        return choice.criterion.score(layer.weight(), Statistics(input_norms=norms[name]), in_dim=layer.in_dim)
+
+    return choice.best(score)
+
+
+def _from_gradients(
+    data: ModelPass, views: Mapping[str, LayerView], choice: _Choice, candidates: CandidateBudget
+) -> dict[str, Support]:
+    criterion = choice.criterion
+    collected = GradientSums(list(views.values()), criterion, candidates)
+    collected.run(data)
+
+    def score(name: str) -> Tensor:
+        sums = collected.sums[name]
+        weight = views[name].weight().reshape(-1) if criterion.uses_weight else None
+        if weight is not None and sums.positions is not None:
+            weight = weight.index_select(0, sums.positions)
+        return criterion.score(weight, Statistics(gradient=sums.total, batches=sums.batches))
+
+    return choice.best(score, lambda name: collected.sums[name].positions)
+
+
+def given_gradients(shapes: Mapping[str, tuple[int, int]], gradients: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The layers' weight gradients among those of other parameters.
 
     Args:
         shapes: ``{layer name: (rows, cols)}`` of the stored weights.
-        gradients: ``{layer name or layer name + ".weight": gradient}``; those of other parameters are ignored.
+        gradients: ``{layer name or layer name + ".weight": gradient}``; other parameters' are ignored.
 
     Raises:
-        ValueError: a layer has none, or one of another shape or that is not finite.
+        ValueError: a layer without a gradient, or with one of another shape or not finite.
     """
     found = {}
     for name, shape in shapes.items():
@@ -221,40 +210,37 @@ def given_gradients(shapes: dict[str, tuple[int, int]], gradients: dict[str, Ten
 
 
 def supports_from_gradients(
-    targets: dict[str, nn.Module],
+    layers: Iterable[LayerView],
     criterion: Criterion,
     budget: Budget,
-    gradients: dict[str, Tensor],
+    gradients: Mapping[str, Tensor],
     *,
-    weight_of: Callable[[nn.Module], Tensor] = _weight_of,
-    in_dim_of: Callable[[nn.Module], int] = _in_dim_of,
     block: Block | None = None,
 ) -> dict[str, Support]:
     """Choose each layer's positions from weight gradients that are known already.
 
     Args:
-        targets: ``{layer name: linear layer}``.
+        layers: the target layers.
         criterion: one that needs gradients; each gradient counts as that of one batch.
-        budget: how many positions, and how the layers share them.
-        gradients: ``{layer name or layer name + ".weight": gradient}``, of the shape of the stored weight. Those of
-            other parameters are ignored.
-        weight_of: gives a layer's weight in floats, as stored.
-        in_dim_of: which dimension of the stored weight counts the input features.
+        budget: the number of positions, and how the layers share them.
+        gradients: ``{layer name or layer name + ".weight": gradient}``, of the shape of the stored weight; other
+            parameters' are ignored.
         block: choose blocks of this size instead of entries, by their sums of scores.
 
     Returns:
         ``{layer name: support}`` on the gradients' devices.
 
     Raises:
-        ValueError: another criterion, a layer without a gradient, or one of another shape or that is not finite.
+        ValueError: another criterion, or a layer without a gradient, or with one of another shape or not finite.
     """
     _check_needs(criterion, "gradient")
-    shapes = {name: _shape_of(module, in_dim_of(module)) for name, module in targets.items()}
+    views = {layer.name: layer for layer in layers}
+    shapes = {name: layer.shape for name, layer in views.items()}
     found = given_gradients(shapes, gradients)
 
     def score(name: str) -> Tensor:
         gradient = found[name].to(torch.float32)
         stats = Statistics(gradient=gradient.square() if criterion.squared_gradient else gradient)
-        return criterion.score(weight_of(targets[name]) if criterion.uses_weight else None, stats)
+        return criterion.score(views[name].weight() if criterion.uses_weight else None, stats)
 
-    return _choose(shapes, criterion, budget, score, block=block)
+    return _Choice(shapes, criterion, budget, block).best(score)

@@ -1,9 +1,10 @@
 """Which entries of a weight train: sets of positions, budgets, and the criteria that choose."""
 
+from ..numerics.low_rank import principal_factors
 from .blocks import Block, as_block, best_blocks, block_scores, expand_blocks, random_blocks, resolve_block_counts
 from .budget import ALLOCATIONS, Budget, allocate, apportion, divide, matches_layer, resolve_counts
 from .channels import ChannelSupport
-from .criteria import CRITERIA, Criterion, Statistics, get_criterion, principal_factors, select
+from .criteria import CRITERIA, Criterion, Statistics, get_criterion, select
 from .layout import Layout, RowGroup, layout_of
 from .regrowth import RANDOM_SCORE, REGROWTHS, Candidates, Exchange, Regrowth, exchange, random_inactive
 from .schedules import DECAYS, BudgetSchedule, ReselectionSchedule, steps_of

@@ -283,7 +283,7 @@ def allocate(
         shared = {}
     elif allocation == "global":
         if scores is None:
-            scored = [c.name for c in CRITERIA.values() if c.score is not None and c.count is None]
+            scored = [c.name for c in CRITERIA.values() if c.needs != "none" and not c.decides_count]
             raise ValueError(f"allocation='global' needs scores to compare; use a selection of {', '.join(scored)}")
         shared = _global_counts(rest, total, scores, largest)
     else:

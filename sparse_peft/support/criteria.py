@@ -1,17 +1,20 @@
 """Scores that say which entries of a weight are worth training.
 
-Adding a criterion is one entry of [`CRITERIA`][sparse_peft.support.CRITERIA].
+A new criterion is a subclass of [`Criterion`][sparse_peft.support.Criterion] and one entry of
+[`CRITERIA`][sparse_peft.support.CRITERIA].
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
+from ..numerics.low_rank import principal_factors
 from .support import Support
 
 NEEDS = ("none", "weight", "gradient", "activation")
@@ -19,13 +22,13 @@ NEEDS = ("none", "weight", "gradient", "activation")
 
 @dataclass(frozen=True)
 class Statistics:
-    """What was seen of one layer in the data.
+    """Statistics of one layer over data.
 
     Attributes:
         gradient: float32 sum over micro-batches of the weight's gradient, or of its square for criteria with
-            ``squared_gradient``; of any shape that the weight is given in.
+            ``squared_gradient``; of the shape that the weight is given in.
         batches: number of micro-batches in that sum.
-        input_norms: ``(in_features,)`` float32: L2 norm over all tokens of each input feature.
+        input_norms: ``(in_features,)`` float32: L2 norm of each input feature over all tokens.
     """
 
     gradient: Tensor | None = None
@@ -33,155 +36,249 @@ class Statistics:
     input_norms: Tensor | None = None
 
 
-@dataclass(frozen=True)
-class Criterion:
+class Criterion(ABC):
     """One way to score the entries of a weight.
 
     Attributes:
         name: as in ``selection=``.
-        needs: ``"none"``, ``"weight"``, ``"gradient"`` or ``"activation"``: what the score is computed from.
-        score: ``score(weight, stats, **options)``: float32 scores of the weight's shape; None if nothing is scored.
-            Criteria that need gradients are elementwise: they are also called on blocks of rows and on 1-D tensors
-            of chosen entries, with ``stats.gradient`` to match.
-        largest: whether large scores are trained.
-        squared_gradient: whether ``stats.gradient`` sums squares.
-        uses_weight: whether the score reads the weight; if not, ``weight`` may be None.
-        count: ``count(weight, **options)``: number of entries that train, for criteria that decide it themselves.
+        needs: what the score is computed from: ``"none"``, ``"weight"``, ``"gradient"`` or ``"activation"``.
+        largest: whether the largest scores train.
+        decides_count: whether the criterion decides the number of entries, instead of a budget.
+        squared_gradient: whether ``Statistics.gradient`` sums squares.
+        uses_weight: whether the score reads the weight; if not, the weight may be None.
     """
 
-    name: str
-    needs: str
-    score: Callable[..., Tensor] | None
-    largest: bool = True
-    squared_gradient: bool = False
-    uses_weight: bool = True
-    count: Callable[..., int] | None = None
+    name: ClassVar[str]
+    needs: ClassVar[str]
+    largest: ClassVar[bool] = True
+    decides_count: ClassVar[bool] = False
+    squared_gradient: ClassVar[bool] = False
+    uses_weight: ClassVar[bool] = True
 
-    def __post_init__(self):
-        if self.needs not in NEEDS:
-            raise ValueError(f"criterion {self.name}: needs={self.needs!r}; one of {', '.join(NEEDS)} is expected")
+    @abstractmethod
+    def score(self, weight: Tensor | None, stats: Statistics | None = None, **options: Any) -> Tensor:
+        """Scores of a weight's entries.
+
+        Criteria that need gradients are elementwise. They are also called on panels of rows and on 1-D tensors of
+        chosen entries, with ``stats.gradient`` to match.
+
+        Args:
+            weight: floats, as stored.
+            stats: of the layer, for criteria that need data.
+            options: of the criterion.
+
+        Returns:
+            float32 scores of the weight's shape.
+
+        Raises:
+            TypeError: a weight that is not of floats.
+            ValueError: a missing weight or missing statistics.
+        """
+
+    def count(self, weight: Tensor, **options: Any) -> int:
+        """Number of entries that train, for criteria with ``decides_count``.
+
+        Raises:
+            ValueError: the number comes from a budget.
+        """
+        raise ValueError(f"selection={self.name!r} finds no number of entries by itself; give a budget")
+
+
+def _floats(weight: Tensor | None, criterion: Criterion) -> Tensor:
+    """The weight without its history, checked."""
+    if weight is None:
+        raise ValueError(f"selection={criterion.name!r} is computed from the weight, which is not given")
+    if not weight.is_floating_point():
+        raise TypeError(f"a weight of dtype {weight.dtype} cannot be scored; dequantise it to floats first")
+    return weight.detach()
 
 
 def _magnitude(weight: Tensor) -> Tensor:
-    if not weight.is_floating_point():
-        raise TypeError(f"a weight of dtype {weight.dtype} cannot be scored; dequantise it to floats first")
-    return weight.detach().abs().to(torch.float32)
+    return weight.abs().to(torch.float32)
 
 
-def _score_magnitude(weight: Tensor, stats: Statistics | None = None) -> Tensor:
-    return _magnitude(weight)
+class Random(Criterion):
+    """Positions drawn at random; nothing is scored."""
+
+    name = "random"
+    needs = "none"
+    uses_weight = False
+
+    def score(self, weight: Tensor | None, stats: Statistics | None = None, **options: Any) -> Tensor:
+        raise ValueError("selection='random' draws positions and has no scores")
 
 
-def _count_below(weight: Tensor, threshold: float) -> int:
-    return int((_magnitude(weight) < threshold).sum())
+# ------------------------------------------------------------------------------------------------------------- weights
 
 
-def _score_threshold(weight: Tensor, stats: Statistics | None = None, *, threshold: float) -> Tensor:
-    magnitude = _magnitude(weight)
-    return magnitude.masked_fill_(magnitude >= threshold, torch.inf)
+class WeightCriterion(Criterion):
+    """Scores from the weight alone."""
+
+    needs = "weight"
+
+    def score(self, weight: Tensor | None, stats: Statistics | None = None, **options: Any) -> Tensor:
+        return self.score_weight(_floats(weight, self), **options)
+
+    @abstractmethod
+    def score_weight(self, weight: Tensor, *args: Any, **options: Any) -> Tensor:
+        """Scores of a weight of floats, as a new float32 tensor."""
 
 
-def _score_gradient(weight: Tensor | None, stats: Statistics) -> Tensor:
-    return stats.gradient.abs() / stats.batches
+class Magnitude(WeightCriterion):
+    """The largest absolute weights."""
+
+    name = "magnitude"
+
+    def score_weight(self, weight: Tensor) -> Tensor:
+        return _magnitude(weight)
 
 
-def _score_fisher(weight: Tensor | None, stats: Statistics) -> Tensor:
-    return stats.gradient / stats.batches
+class SmallestMagnitude(Magnitude):
+    """The smallest absolute weights."""
+
+    name = "magnitude_smallest"
+    largest = False
 
 
-def _score_movement(weight: Tensor, stats: Statistics) -> Tensor:
-    return weight.detach().to(torch.float32) * stats.gradient.neg()
+class Threshold(WeightCriterion):
+    """All absolute weights below a threshold (SaRA, section 3.2, https://arxiv.org/abs/2409.06633)."""
+
+    name = "threshold"
+    largest = False
+    decides_count = True
+
+    def score_weight(self, weight: Tensor, *, threshold: float) -> Tensor:
+        magnitude = _magnitude(weight)
+        return magnitude.masked_fill_(magnitude >= threshold, torch.inf)
+
+    def count(self, weight: Tensor, **options: Any) -> int:
+        return int((_magnitude(_floats(weight, self)) < options["threshold"]).sum())
 
 
-def _score_wanda(weight: Tensor, stats: Statistics, *, in_dim: int = 1) -> Tensor:
-    norms = stats.input_norms
-    if in_dim not in (0, 1):
-        raise ValueError(f"in_dim={in_dim!r}: the weight's dimension of input features, 0 or 1, is expected")
-    if norms.shape != (weight.shape[in_dim],):
-        raise ValueError(
-            f"input norms of shape {tuple(norms.shape)} for a weight of shape {tuple(weight.shape)}, whose dimension "
-            f"{in_dim} counts the input features; weights stored (in, out) need in_dim=0"
-        )
-    norms = norms.to(weight.device, torch.float32)
-    return _magnitude(weight).mul_(norms[:, None] if in_dim == 0 else norms)
+class Principal(WeightCriterion):
+    """The largest entries of the best rank-``r`` approximation (LIFT, section 3, https://arxiv.org/abs/2506.00772)."""
+
+    name = "principal"
+
+    def score_weight(self, weight: Tensor, *, r: int = 32, seed: int = 0) -> Tensor:
+        return _approximation(weight, r, seed).abs_()
 
 
-def principal_factors(
-    multiply: Callable[[Tensor], Tensor],
-    multiply_transposed: Callable[[Tensor], Tensor],
-    shape: tuple[int, int],
-    rank: int,
-    *,
-    seed: int = 0,
-    like: Tensor,
-) -> tuple[Tensor, Tensor]:
-    """The best approximation of a matrix of a rank, by subspace iteration (Halko, Martinsson and Tropp 2011, 4.4).
+class Residual(WeightCriterion):
+    """The largest errors of the best rank-``r`` approximation.
 
-    The random test matrix has its own generator on the CPU: the same on every device, and no global state changes.
-
-    Args:
-        multiply: the matrix times ``(cols, columns)``.
-        multiply_transposed: its transpose times ``(rows, columns)``.
-        shape: its ``(rows, cols)``.
-        rank: of the approximation.
-        seed: of the test matrix.
-        like: a tensor of the dtype and on the device to compute in.
-
-    Returns:
-        ``(rows, rank)`` and ``(rank, cols)``, whose product is the approximation; fewer ranks if there are no more.
+    This is the intent of DSEE, section 3 (https://arxiv.org/abs/2111.00160), with a truncated singular value
+    decomposition in place of GreBsmo.
     """
-    oversampled = min(2 * rank, *shape)
-    generator = torch.Generator().manual_seed(seed)
-    test = torch.randn(shape[1], oversampled, generator=generator).to(like)
-    basis = torch.linalg.qr(multiply(test)).Q
-    for _ in range(4):
-        basis = torch.linalg.qr(multiply_transposed(basis)).Q
-        basis = torch.linalg.qr(multiply(basis)).Q
-    u, s, vh = torch.linalg.svd(multiply_transposed(basis).t(), full_matrices=False)
-    return basis @ (u[:, :rank] * s[:rank]), vh[:rank]
+
+    name = "residual"
+
+    def score_weight(self, weight: Tensor, *, r: int = 32, seed: int = 0) -> Tensor:
+        return _approximation(weight, r, seed).sub_(weight).abs_()
 
 
 def _approximation(weight: Tensor, r: int, seed: int) -> Tensor:
     """The best rank-``r`` approximation, float32."""
     if isinstance(r, bool) or not isinstance(r, int) or r < 1:
         raise ValueError(f"r={r!r}: a rank of at least 1 is expected")
-    if not weight.is_floating_point():
-        raise TypeError(f"a weight of dtype {weight.dtype} cannot be scored; dequantise it to floats first")
-    weight = weight.detach().to(torch.float32)
+    weight = weight.to(torch.float32)
+    rows, cols = weight.shape
     left, right = principal_factors(
-        lambda x: weight @ x, lambda x: weight.t() @ x, tuple(weight.shape), r, seed=seed, like=weight
+        lambda x: weight @ x, lambda x: weight.t() @ x, (rows, cols), r, seed=seed, like=weight
     )
     return torch.mm(left, right)
 
 
-def _score_principal(weight: Tensor, stats: Statistics | None = None, *, r: int = 32, seed: int = 0) -> Tensor:
-    return _approximation(weight, r, seed).abs_()
+# ----------------------------------------------------------------------------------------------------------- gradients
 
 
-def _score_residual(weight: Tensor, stats: Statistics | None = None, *, r: int = 32, seed: int = 0) -> Tensor:
-    return _approximation(weight, r, seed).sub_(weight.detach()).abs_()
+class GradientCriterion(Criterion):
+    """Elementwise scores from sums of gradients."""
+
+    needs = "gradient"
+
+    def score(self, weight: Tensor | None, stats: Statistics | None = None, **options: Any) -> Tensor:
+        if stats is None or stats.gradient is None:
+            raise ValueError(
+                f"selection={self.name!r} is computed from gradients: pass stats=Statistics(gradient=...)"
+            )
+        return self.score_gradient(weight, stats.gradient, stats.batches, **options)
+
+    @abstractmethod
+    def score_gradient(self, weight: Tensor | None, gradient: Tensor, batches: int) -> Tensor:
+        """Scores from the sum of ``batches`` gradients."""
+
+
+class Gradient(GradientCriterion):
+    """The largest mean gradients (SIFT, section 3.2, https://arxiv.org/abs/2312.11875; there the first batch's)."""
+
+    name = "gradient"
+    uses_weight = False
+
+    def score_gradient(self, weight: Tensor | None, gradient: Tensor, batches: int) -> Tensor:
+        return gradient.abs() / batches
+
+
+class Fisher(GradientCriterion):
+    """The largest empirical Fisher information of micro-batches (FISH Mask, section 3, https://arxiv.org/abs/2111.09839)."""
+
+    name = "fisher"
+    squared_gradient = True
+    uses_weight = False
+
+    def score_gradient(self, weight: Tensor | None, gradient: Tensor, batches: int) -> Tensor:
+        return gradient / batches
+
+
+class Movement(GradientCriterion):
+    """Entries that gradient descent makes larger (movement pruning, section 3, https://arxiv.org/abs/2005.07683)."""
+
+    name = "movement"
+
+    def score_gradient(self, weight: Tensor | None, gradient: Tensor, batches: int) -> Tensor:
+        return _floats(weight, self).to(torch.float32) * gradient.neg()
+
+
+# --------------------------------------------------------------------------------------------------------- activations
+
+
+class Wanda(Criterion):
+    """The largest products of weight and input norm (Wanda, section 3, https://arxiv.org/abs/2306.11695)."""
+
+    name = "wanda"
+    needs = "activation"
+
+    def score(self, weight: Tensor | None, stats: Statistics | None = None, **options: Any) -> Tensor:
+        if stats is None or stats.input_norms is None:
+            raise ValueError("selection='wanda' is computed from activations: pass stats=Statistics(input_norms=...)")
+        return self.score_inputs(_floats(weight, self), stats.input_norms, **options)
+
+    def score_inputs(self, weight: Tensor, norms: Tensor, *, in_dim: int = 1) -> Tensor:
+        """Scores from input norms; ``in_dim`` is the weight's dimension of input features."""
+        if in_dim not in (0, 1):
+            raise ValueError(f"in_dim={in_dim!r}: the weight's dimension of input features, 0 or 1, is expected")
+        if norms.shape != (weight.shape[in_dim],):
+            raise ValueError(
+                f"input norms of shape {tuple(norms.shape)} for a weight of shape {tuple(weight.shape)}, whose "
+                f"dimension {in_dim} counts the input features; weights stored (in, out) need in_dim=0"
+            )
+        norms = norms.to(weight.device, torch.float32)
+        return _magnitude(weight).mul_(norms[:, None] if in_dim == 0 else norms)
 
 
 CRITERIA: dict[str, Criterion] = {
     criterion.name: criterion
     for criterion in (
-        Criterion("random", "none", None, uses_weight=False),
-        Criterion("magnitude", "weight", _score_magnitude),
-        Criterion("magnitude_smallest", "weight", _score_magnitude, largest=False),
-        # SaRA, section 3.2
-        Criterion("threshold", "weight", _score_threshold, largest=False, count=_count_below),
-        # LIFT, section 3
-        Criterion("principal", "weight", _score_principal),
-        # The intent of DSEE, section 3, with a truncated decomposition in place of GreBsmo
-        Criterion("residual", "weight", _score_residual),
-        # SIFT, section 3.2, with the mean over batches instead of the first
-        Criterion("gradient", "gradient", _score_gradient, uses_weight=False),
-        # FISH Mask, section 3: the empirical Fisher information, per micro-batch
-        Criterion("fisher", "gradient", _score_fisher, squared_gradient=True, uses_weight=False),
-        # movement pruning, section 3: entries that a step of gradient descent makes larger
-        Criterion("movement", "gradient", _score_movement),
-        # Wanda, section 3
-        Criterion("wanda", "activation", _score_wanda),
+        Random(),
+        Magnitude(),
+        SmallestMagnitude(),
+        Threshold(),
+        Principal(),
+        Residual(),
+        Gradient(),
+        Fisher(),
+        Movement(),
+        Wanda(),
     )
 }
 """Criteria for single entries, by name."""
@@ -196,6 +293,21 @@ def get_criterion(name: str) -> Criterion:
     if name not in CRITERIA:
         raise ValueError(f"selection={name!r} is not known; one of {', '.join(CRITERIA)} is expected")
     return CRITERIA[name]
+
+
+def _entries(criterion: Criterion, weight: Tensor, k: int | None, options: Mapping[str, Any], where: str) -> int:
+    """How many entries train: ``k``, or the number that the criterion decides."""
+    if criterion.decides_count:
+        counted = criterion.count(weight, **options)
+        if k not in (None, counted):
+            raise ValueError(
+                f"{where}selection={criterion.name!r} with {options} finds {counted} entries, not {k}; the weight is "
+                "not the one they were counted in"
+            )
+        return counted
+    if k is None:
+        raise ValueError(f"{where}k=None: selection={criterion.name!r} needs the number of entries")
+    return k
 
 
 def select(
@@ -213,11 +325,11 @@ def select(
     Args:
         criterion: a criterion or its name.
         weight: ``(rows, cols)`` floats, as stored.
-        k: how many. For criteria that decide it themselves None, or the number they arrive at.
+        k: number of positions. For criteria that decide it themselves, None or the number they find.
         seed: of the random criterion, together with ``name``.
         name: the layer's name.
-        stats: what was seen of the layer, for criteria that need data.
-        options: further arguments of the criterion's score.
+        stats: of the layer, for criteria that need data.
+        options: of the criterion's score.
 
     Raises:
         ValueError: missing statistics, ``k`` out of range, or scores that are NaN.
@@ -225,18 +337,10 @@ def select(
     criterion = get_criterion(criterion) if isinstance(criterion, str) else criterion
     options = dict(options or {})
     where = f"layer {name}: " if name else ""
-    if criterion.count is not None:
-        counted = criterion.count(weight, **options)
-        if k not in (None, counted):
-            raise ValueError(
-                f"{where}selection={criterion.name!r} with {options} finds {counted} entries, not {k}; the weight is "
-                "not the one they were counted in"
-            )
-        k = counted
-    if k is None:
-        raise ValueError(f"{where}k=None: selection={criterion.name!r} needs the number of entries")
+    k = _entries(criterion, weight, k, options, where)
     if criterion.needs == "none":
-        return Support.random(tuple(weight.shape), k, seed=seed, name=name)
+        rows, cols = weight.shape
+        return Support.random((rows, cols), k, seed=seed, name=name)
     if criterion.needs != "weight" and stats is None:
         raise ValueError(f"{where}selection={criterion.name!r} needs statistics of the data: pass stats=")
     return Support.from_scores(criterion.score(weight, stats, **options), k, criterion.largest, name)

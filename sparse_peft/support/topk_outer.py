@@ -1,4 +1,4 @@
-"""The largest products of two vectors, without the matrix of all of them."""
+"""The largest entries of the outer product of two vectors, without the whole product."""
 
 from __future__ import annotations
 
@@ -9,17 +9,19 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from ..numerics.errors import layer_prefix
+from ..numerics.panels import panel_bytes
 from ..numerics.topk import topk_indices
 from .support import Support
 
-# Products beyond the wanted ones that are cheaper to sort than to rule out by a finer threshold.
+# Number of surplus products that are cheaper to sort than to exclude by a finer threshold.
 SLACK = 4096
-# Bytes that enumerating one product takes: its row, place, position and value.
+# Memory to enumerate one product: its row, rank, position and value.
 ENUMERATED_BYTES = 64
 
 
 def _bits(number: float) -> int:
-    """A positive float64 as the integer that orders like it."""
+    """A positive float64 as an integer with the same order."""
     return struct.unpack("<q", struct.pack("<d", number))[0]
 
 
@@ -28,7 +30,7 @@ def _number(bits: int) -> float:
 
 
 class _Products:
-    """Products ``rows[i] * cols[j]`` in float64, where those of float32 numbers are exact."""
+    """Products ``rows[i] * cols[j]`` in float64, in which products of float32 numbers are exact."""
 
     def __init__(self, rows: Tensor, cols: Tensor):
         self.rows = rows.double()
@@ -42,7 +44,7 @@ class _Products:
         return float(self.rows.amax() * self.cols[0])
 
     def reach(self, threshold: float) -> Tensor:
-        """``(rows,)`` how many products of each row are at least a threshold above 0: the first ones by ``place``."""
+        """``(rows,)`` number of products in each row, the first in ``place``, that reach a positive threshold."""
         number = torch.searchsorted(self._ascending, (threshold / self.rows).neg(), right=True)
         # the division rounds; the products of the distinct numbers on both sides of the bound do not
         following = self.distinct[number.clamp(max=self.distinct.numel() - 1)] * self.rows
@@ -52,7 +54,7 @@ class _Products:
         return self.until[number]
 
     def enumerate(self, first: Tensor, last: Tensor, start: int = 0, stop: int | None = None) -> tuple[Tensor, Tensor]:
-        """Flat positions, ascending, and products of the places ``first`` to ``last`` of the rows of a range."""
+        """Flat positions, ascending, and products of the ranks ``first`` to ``last`` in rows ``start`` to ``stop``."""
         lengths = (last - first)[start:stop]
         rows = torch.arange(start, start + lengths.numel(), device=first.device).repeat_interleave(lengths)
         begins = lengths.cumsum(0) - lengths
@@ -63,20 +65,20 @@ class _Products:
 
 
 def _check(vector: Tensor, what: str, name: str) -> None:
-    where = f"layer {name}: " if name else ""
+    where = layer_prefix(name)
     if vector.ndim != 1 or vector.numel() == 0:
         raise ValueError(f"{where}{what} of shape {tuple(vector.shape)}: a 1-D tensor with numbers is expected")
     if not bool((vector.isfinite() & (vector >= 0)).all()):
         raise ValueError(
-            f"{where}{what} contain numbers that are negative or not finite; their products have no order"
+            f"{where}{what} contain numbers that are negative or not finite; finite numbers of at least 0 are expected"
         )
 
 
 def _threshold(products: _Products, wanted: int) -> tuple[float, bool]:
-    """The lowest bound of the search for the ``wanted``-th largest product: ``(bound, whether few reach it)``.
+    """A lower bound of the ``wanted``-th largest product: ``(bound, whether few products reach it)``.
 
-    All of the ``wanted`` largest reach it, or all that are above 0 do. If not few do, the products equal to it are
-    to blame, and fewer than ``wanted`` exceed it.
+    The ``wanted`` largest products reach it, or all positive ones do. If many reach it, many are equal to it, and
+    fewer than ``wanted`` exceed it.
     """
     low, high = 1, _bits(products.largest) + 1
     reached = int(products.reach(_number(low)).sum())
@@ -90,12 +92,12 @@ def _threshold(products: _Products, wanted: int) -> tuple[float, bool]:
     return _number(low), reached <= wanted + SLACK
 
 
-def _ties(products: _Products, above: Tensor, reach: Tensor, panel_bytes: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """What lies between two thresholds, in the order of positions, a block of rows at a time."""
+def _ties(products: _Products, above: Tensor, reach: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """The products between two thresholds in the order of positions, one panel of rows at a time."""
     until = (reach - above).cumsum(0)
     start, done = 0, 0
     while start < until.numel():
-        most = torch.tensor(done + panel_bytes // ENUMERATED_BYTES, device=until.device)
+        most = torch.tensor(done + panel_bytes() // ENUMERATED_BYTES, device=until.device)
         stop = max(start + 1, int(torch.searchsorted(until, most, right=True)))
         yield products.enumerate(above, reach, start, stop)
         start, done = stop, int(until[stop - 1])
@@ -107,20 +109,18 @@ def topk_outer(
     k: int,
     exclude: Support | None = None,
     *,
-    panel_bytes: int = 64 * 2**20,
     name: str = "",
 ) -> tuple[Tensor, Tensor]:
     """The ``k`` largest products ``rows[i] * cols[j]`` above 0, exactly, in O(rows + cols + k) memory.
 
-    A threshold is found by bisection, counting what reaches it in each row by binary search; only that is enumerated.
-    Where too many products are equal to the last one wanted, they are gone through in the order of their positions.
+    A threshold is found by bisection: binary search counts the products of each row that reach it. Only these are
+    enumerated. Where too many products are equal to the last wanted one, they are enumerated by position.
 
     Args:
         rows: ``(rows,)`` float32, at least 0.
         cols: ``(cols,)`` float32, at least 0.
-        k: how many; fewer come back if fewer products are above 0.
-        exclude: positions that do not count.
-        panel_bytes: limit of a temporary's size where many products are equal.
+        k: number of products; fewer are returned if fewer are above 0.
+        exclude: positions to leave out.
         name: the layer's name, for error messages.
 
     Returns:
@@ -128,16 +128,16 @@ def topk_outer(
         positions win.
 
     Raises:
-        ValueError: vectors with negative or non-finite numbers or of other shapes, or a negative ``k``.
+        ValueError: vectors that are not 1-D or have negative or non-finite numbers, or a negative ``k``.
     """
     _check(rows, "rows", name)
     _check(cols, "cols", name)
     if k < 0:
-        raise ValueError(f"{f'layer {name}: ' if name else ''}k={k}: at least 0 is expected")
+        raise ValueError(f"{layer_prefix(name)}k={k}: at least 0 is expected")
     products = _Products(rows, cols)
     if k == 0 or products.largest == 0:
         return torch.empty(0, dtype=torch.int64, device=rows.device), torch.empty(0, device=rows.device)
-    # so many of the largest products hold k that are not excluded
+    # the largest k + nnz products contain k that are not excluded
     threshold, few = _threshold(products, k + (0 if exclude is None else exclude.nnz))
     reach = products.reach(threshold)
     certain = reach if few else products.reach(math.nextafter(threshold, math.inf))
@@ -150,7 +150,7 @@ def topk_outer(
     best = topk_indices(scores, min(k, scores.numel()))
     parts = [(positions[best], scores[best])]
     missing = k - best.numel()
-    for part in _ties(products, certain, reach, panel_bytes):
+    for part in _ties(products, certain, reach):
         if missing == 0:
             break
         positions, scores = free(part)

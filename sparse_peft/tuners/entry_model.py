@@ -79,7 +79,7 @@ class EntryModel(BaseSparseModel):
         """Share the budget between the layers."""
         criterion = config.criterion
         recipes = {name: cls._recipe(config, name, 0) for name in targets}
-        if criterion.count is not None:
+        if criterion.decides_count:
             return {
                 name: criterion.count(dense_weight(module), **recipes[name].options)
                 for name, module in targets.items()
@@ -112,7 +112,7 @@ class EntryModel(BaseSparseModel):
     @staticmethod
     def _check_counts(config: EntryConfig, shapes: dict[str, tuple[int, int]], counts: dict[str, int]) -> None:
         # where a criterion decides by itself how many train, that may be none in some layers
-        least = 0 if config.criterion.count is not None else 1
+        least = 0 if config.criterion.decides_count else 1
         if least == 0 and not any(counts.values()):
             raise ValueError(
                 f"selection={config.criterion.name!r} with {config.criterion_options} finds no entry in any layer, "

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 
 from peft.tuners.tuners_utils import BaseTunerLayer, _maybe_include_all_linear_layers, check_target_module_exists
 from peft.utils import get_quantization_kwargs, resolve_quantization_backend
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from ..calibrate import LayerView
 from ..ops import is_convolution
 from .base_config import BaseSparseConfig
 from .base_layer import TunerLayer
@@ -48,6 +50,14 @@ def dense_weight(module: nn.Module) -> Tensor:
     base = base_of(module)
     backend = resolve_quantization_backend(base)
     return base.weight.detach().reshape(stored_shape(module)) if backend is None else base_weight(base, backend)
+
+
+def layer_views(targets: Targets) -> list[LayerView]:
+    """The targets as ``calibrate`` takes them."""
+    return [
+        LayerView(name, module, stored_shape(module), in_dim_of(module), partial(dense_weight, module))
+        for name, module in targets.items()
+    ]
 
 
 # ---------------------------------------------------------------------- finding

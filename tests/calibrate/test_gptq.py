@@ -16,6 +16,7 @@ from sparse_peft.calibrate import (
     refit_codebooks,
 )
 from sparse_peft.calibrate.codebooks import midpoints
+from sparse_peft.numerics import panel_limit
 from sparse_peft.ops import column_groups
 
 
@@ -65,9 +66,10 @@ def test_the_sweep_is_the_plain_one(rows, cols, groups, block, act_order):
     weight, moment = torch.randn(rows, cols), correlated(cols)
     order = moment.diagonal().argsort(descending=True, stable=True) if act_order else torch.arange(cols)
 
-    codebooks, codes = compensated_sketch(
-        weight, moment, 3, groups, act_order=act_order, block=block, damping=0.02, panel_bytes=2 * cols * 16
-    )
+    with panel_limit(2 * cols * 16):
+        codebooks, codes = compensated_sketch(
+            weight, moment, 3, groups, act_order=act_order, block=block, damping=0.02
+        )
 
     assert torch.equal(codebooks, fit_codebooks(weight, 3, groups))
     assert torch.equal(codes, plain_sweep(weight, moment, codebooks, 0.02, order))
@@ -125,7 +127,8 @@ def test_a_refit_is_the_dense_least_squares_solution(groups):
     codebooks = fit_codebooks(weight, 2, groups)
     codes = assign_codes(weight, codebooks)
 
-    refitted = refit_codebooks(weight, codes, moment, codebooks, ridge=1e-12, panel_bytes=1)
+    with panel_limit(1):
+        refitted = refit_codebooks(weight, codes, moment, codebooks, ridge=1e-12)
 
     places = codes.long() + column_groups(37, groups) * 4
     for row in range(4):
@@ -218,12 +221,12 @@ def test_no_temporary_is_larger_than_a_panel():
     rows, cols, panel = 4096, 64, 2**17
     weight, moment = torch.randn(rows, cols), correlated(cols)
 
-    with LargestTensor() as seen:
-        codebooks = fit_codebooks(weight, 2, 2, method="quantile", panel_bytes=panel)
-        nearest = assign_codes(weight, codebooks, panel_bytes=panel)
-        codes_checksum(nearest, panel_bytes=panel)
-        _, codes = compensated_sketch(weight, moment, 2, 2, codebooks=codebooks, panel_bytes=panel)
-        refitted = refit_codebooks(weight, codes, moment, codebooks, panel_bytes=panel)
-        ascending(refitted, codes, panel_bytes=panel)
+    with LargestTensor() as seen, panel_limit(panel):
+        codebooks = fit_codebooks(weight, 2, 2, method="quantile")
+        nearest = assign_codes(weight, codebooks)
+        codes_checksum(nearest)
+        _, codes = compensated_sketch(weight, moment, 2, 2, codebooks=codebooks)
+        refitted = refit_codebooks(weight, codes, moment, codebooks)
+        ascending(refitted, codes)
 
     assert panel // 4 < seen.nbytes <= rows * cols < weight.nbytes

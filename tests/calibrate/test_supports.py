@@ -16,7 +16,15 @@ from torch.utils.checkpoint import checkpoint
 from transformers import BatchEncoding, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 from transformers.pytorch_utils import Conv1D
 
-from sparse_peft.calibrate import collect_supports, supports_from_gradients
+from sparse_peft.calibrate import (
+    LayerView,
+    ModelPass,
+    collect_supports,
+    gradient_hooks,
+    gradient_sums,
+    supports_from_gradients,
+)
+from sparse_peft.numerics import panel_limit
 from sparse_peft.support import Budget, Support, get_criterion, resolve_counts
 
 INF = float("inf")
@@ -76,6 +84,14 @@ def targets_of(model, names=NAMES):
     return {name: model.get_submodule(name) for name in names}
 
 
+def layers_of(targets):
+    return [LayerView.of(name, module) for name, module in targets.items()]
+
+
+def collect(model, targets, criterion, budget, batches, *, loss_fn=None, **options):
+    return collect_supports(ModelPass(model, batches, loss_fn), layers_of(targets), criterion, budget, **options)
+
+
 def dense_scores(model, batches, criterion, names=NAMES):
     """The definition: whole gradients, batch by batch, in float64."""
     model = copy.deepcopy(model).double().requires_grad_(True)
@@ -114,21 +130,19 @@ def assert_chosen(supports, scores, counts):
 def test_exact_supports(criterion, allocation, batches):
     model, batches = build(), data(batches)
     budget = Budget(density=0.1, allocation=allocation)
-    supports = collect_supports(
-        model, targets_of(model), get_criterion(criterion), budget, iter(batches), oversample=INF, panel_bytes=512
-    )
+    with panel_limit(512):
+        supports = collect(model, targets_of(model), get_criterion(criterion), budget, iter(batches), oversample=INF)
     scores = dense_scores(model, batches, criterion)
     counts = resolve_counts({n: tuple(s.shape) for n, s in scores.items()}, budget, scores.__getitem__)
     assert_chosen(supports, scores, counts)
 
 
-@pytest.mark.parametrize("panel_bytes", [1, 200, 1000, 2**26])
+@pytest.mark.parametrize("limit", [1, 200, 1000, 2**26])
 @pytest.mark.parametrize("criterion", GRADIENT_CRITERIA)
-def test_panels_change_nothing(criterion, panel_bytes):
+def test_panels_change_nothing(criterion, limit):
     model, batches = build(), data(2)
-    supports = collect_supports(
-        model, targets_of(model), get_criterion(criterion), Budget(density=0.2), batches, panel_bytes=panel_bytes
-    )
+    with panel_limit(limit):
+        supports = collect(model, targets_of(model), get_criterion(criterion), Budget(density=0.2), batches)
     scores = dense_scores(model, batches, criterion)
     counts = resolve_counts({n: tuple(s.shape) for n, s in scores.items()}, Budget(density=0.2))
     assert_chosen(supports, scores, counts)  # 8 * 0.2 > 1: all entries are summed
@@ -140,9 +154,8 @@ def test_panels_change_nothing(criterion, panel_bytes):
 def test_later_batches_are_summed_at_the_first_batchs_candidates(criterion, allocation, oversample):
     model, batches = build(), data(4)
     budget = Budget(density=0.05, allocation=allocation, density_pattern={"head": 0.25})
-    supports = collect_supports(
-        model, targets_of(model), get_criterion(criterion), budget, batches, oversample=oversample, panel_bytes=1500
-    )
+    with panel_limit(1500):
+        supports = collect(model, targets_of(model), get_criterion(criterion), budget, batches, oversample=oversample)
     first, all_batches = (dense_scores(model, part, criterion) for part in (batches[:1], batches))
     shapes = {name: tuple(scores.shape) for name, scores in first.items()}
     counts = resolve_counts(shapes, budget, first.__getitem__)
@@ -169,18 +182,16 @@ def test_later_batches_are_summed_at_the_first_batchs_candidates(criterion, allo
 
 
 def test_one_batch_keeps_no_more_candidates_than_entries(monkeypatch):
-    from sparse_peft.calibrate import gradient_sums as gradients
-
     limits = []
-    original = gradients.RunningTopK
+    original = gradient_sums.RunningTopK
 
     def record(k, largest):
         limits.append(k)
         return original(k, largest)
 
-    monkeypatch.setattr(gradients, "RunningTopK", record)
+    monkeypatch.setattr(gradient_sums, "RunningTopK", record)
     model = build()
-    collect_supports(model, targets_of(model), get_criterion("fisher"), Budget(num_params=40), iter(data(1)))
+    collect(model, targets_of(model), get_criterion("fisher"), Budget(num_params=40), iter(data(1)))
     assert max(limits) < 40
 
 
@@ -214,7 +225,7 @@ def test_the_model_is_left_as_it_was(criterion, training):
     model.first.weight.requires_grad_(False)
     model.conv.weight.grad = torch.ones_like(model.conv.weight)
     before, batches = snapshot(model), data()
-    collect_supports(model, targets_of(model), get_criterion(criterion), Budget(density=0.1), batches)
+    collect(model, targets_of(model), get_criterion(criterion), Budget(density=0.1), batches)
     assert_unchanged(model, before)
     for batch, untouched in zip(batches, data(), strict=True):
         assert all(torch.equal(batch[key], untouched[key]) for key in untouched)
@@ -248,7 +259,7 @@ def test_the_model_is_left_as_it_was_after_an_exception(criterion, where):
         raise ZeroDivisionError
 
     with pytest.raises(ZeroDivisionError):
-        collect_supports(
+        collect(
             model,
             targets_of(model),
             get_criterion(criterion),
@@ -262,10 +273,10 @@ def test_the_model_is_left_as_it_was_after_an_exception(criterion, where):
 def test_callers_modes_do_not_matter():
     model, batches = build(), data(2)
     arguments = (model, targets_of(model), get_criterion("gradient"), Budget(density=0.1), batches)
-    expected = collect_supports(*arguments)
+    expected = collect(*arguments)
     for mode in (torch.no_grad(), torch.inference_mode()):
         with mode:
-            assert collect_supports(*arguments) == expected
+            assert collect(*arguments) == expected
             assert not torch.is_grad_enabled()
     # the supports can be trained on afterwards
     assert not any(support.indices.is_inference() for support in expected.values())
@@ -277,25 +288,21 @@ def test_autocast_does_not_round_the_sums(inside):
     arguments = (model, targets_of(model), get_criterion("fisher"), Budget(density=0.3), batches)
     seen = []
 
-    from sparse_peft.calibrate import gradient_hooks as gradient_pass
-
     def loss_fn(model, batch):
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=inside):
             return model(**batch).loss
 
-    original = gradient_pass.gradient_panels
+    original = gradient_hooks.gradient_panels
 
     def spy(pairs, *rest):
         for panel in original(pairs, *rest):
-            exact = sum(g.double().T @ x.double() for x, g in pairs)
-            if rest[1] == 0:
-                exact = exact.T
+            exact = sum(left.double().T @ right.double() for left, right in pairs)
             seen.append((panel[2] - exact[panel[0] : panel[1]]).abs().max() / exact.abs().max())
             yield panel
 
     with pytest.MonkeyPatch.context() as patch, torch.autocast("cpu", dtype=torch.bfloat16):
-        patch.setattr(gradient_pass, "gradient_panels", spy)
-        collect_supports(*arguments, loss_fn=loss_fn)
+        patch.setattr(gradient_hooks, "gradient_panels", spy)
+        collect(*arguments, loss_fn=loss_fn)
         assert torch.is_autocast_enabled("cpu")
     assert len(seen) == 8 and max(seen) < 1e-5
 
@@ -305,7 +312,7 @@ def test_other_types(dtype):
     model, batches = build().to(dtype), data(2)
     batches = [{key: v.to(dtype) if v.is_floating_point() else v for key, v in batch.items()} for batch in batches]
     budget = Budget(density=0.1)
-    supports = collect_supports(model, targets_of(model), get_criterion("gradient"), budget, batches, oversample=INF)
+    supports = collect(model, targets_of(model), get_criterion("gradient"), budget, batches, oversample=INF)
     scores = dense_scores(model, batches, "gradient")
     for name, support in supports.items():
         flat = scores[name].reshape(-1)
@@ -319,28 +326,24 @@ def test_other_types(dtype):
 @pytest.mark.parametrize("criterion", ["gradient", "fisher"])
 def test_gradient_checkpointing(reentrant, criterion):
     model, batches = build().train(), data(2)
-    expected = collect_supports(
+    expected = collect(
         model, targets_of(model), get_criterion(criterion), Budget(density=0.1), batches, oversample=INF
     )
     for batch in batches:
         batch["checkpointing"] = reentrant
-    found = collect_supports(
-        model, targets_of(model), get_criterion(criterion), Budget(density=0.1), batches, oversample=INF
-    )
+    found = collect(model, targets_of(model), get_criterion(criterion), Budget(density=0.1), batches, oversample=INF)
     assert found == expected
 
 
 def test_checkpointing_still_frees_the_activations(monkeypatch):
-    from sparse_peft.calibrate import gradient_sums as gradients
-
     kept, waiting = [], []
-    fold = gradients.GradientSums._fold
+    fold = gradient_sums.GradientSums._fold
 
     def spy(self, name):
         waiting.append(len(self._batch.pairs))
         fold(self, name)
 
-    monkeypatch.setattr(gradients.GradientSums, "_fold", spy)
+    monkeypatch.setattr(gradient_sums.GradientSums, "_fold", spy)
 
     class Block(nn.Module):
         def __init__(self):
@@ -366,9 +369,7 @@ def test_checkpointing_still_frees_the_activations(monkeypatch):
 
     model = Stack()
     targets = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
-    supports = collect_supports(
-        model, targets, get_criterion("gradient"), Budget(density=0.1), [{"x": torch.randn(4, 8)}]
-    )
+    supports = collect(model, targets, get_criterion("gradient"), Budget(density=0.1), [{"x": torch.randn(4, 8)}])
     assert len(supports) == 8
     # each layer is done with before the next one's turn
     assert waiting == [1] * 8
@@ -388,9 +389,7 @@ def test_a_write_to_a_layers_input_is_noticed():
 
     model = Residual()
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
-        collect_supports(
-            model, {"lin": model.lin}, get_criterion("gradient"), Budget(density=0.5), [{"x": torch.randn(2, 4)}]
-        )
+        collect(model, {"lin": model.lin}, get_criterion("gradient"), Budget(density=0.5), [{"x": torch.randn(2, 4)}])
 
 
 # ---------------------------------------------------------------------- memory
@@ -438,16 +437,14 @@ def test_no_temporary_is_larger_than_a_panel(criterion, allocation):
     batches = [{"x": torch.randn(16, 256)} for _ in range(3)]
     targets = {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear)}
     weight = 256 * 256 * 4
-    with NewTensors(model, large=weight) as seen:
-        collect_supports(
+    with NewTensors(model, large=weight) as seen, panel_limit(panel):
+        collect(
             model,
             targets,
             get_criterion(criterion),
             # the candidates of all layers together, which "global" ranks at once, fit a panel as well
             Budget(density=0.0002, allocation=allocation),
             batches,
-            weight_of=lambda module: module.weight.detach(),
-            panel_bytes=panel,
         )
     assert 16 * 256 * 4 <= seen.largest <= panel < weight
     assert seen.most_alive == 0
@@ -459,7 +456,7 @@ def test_at_most_one_layers_dense_gradient_is_alive(criterion):
     batches = [{"x": torch.randn(16, 256)} for _ in range(3)]
     targets = {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear)}
     with NewTensors(model, large=256 * 256 * 4) as seen:
-        collect_supports(model, targets, get_criterion(criterion), Budget(density=0.001), batches)
+        collect(model, targets, get_criterion(criterion), Budget(density=0.001), batches)
     # the gradient, its scores and what becomes of them in the moment they are ranked
     assert 1 <= seen.most_alive <= 4
 
@@ -472,11 +469,11 @@ def test_bad_batches_are_skipped_whole():
     bad_loss = {key: value.clone() for key, value in good[0].items()}
     bad_loss["x"][0, 0, 0] = float("nan")
     arguments = (model, targets_of(model), get_criterion("gradient"), Budget(density=0.05))
-    expected = collect_supports(*arguments, good, oversample=2)
+    expected = collect(*arguments, good, oversample=2)
     for position in range(4):
         batches = [*good[:position], bad_loss, *good[position:]]
         with pytest.warns(RuntimeWarning, match=f"batch {position} is skipped: its loss is nan"):
-            assert collect_supports(*arguments, batches, oversample=2) == expected
+            assert collect(*arguments, batches, oversample=2) == expected
 
 
 @pytest.mark.parametrize("oversample", [2, INF])
@@ -485,7 +482,7 @@ def test_bad_batches_are_skipped_whole():
 def test_batches_with_bad_gradients_are_skipped_whole(oversample, layer, position):
     model, good = build(), data(3)
     arguments = (model, targets_of(model), get_criterion("fisher"), Budget(density=0.05))
-    expected = collect_supports(*arguments, good, oversample=oversample)
+    expected = collect(*arguments, good, oversample=oversample)
 
     def overflow(module, args, output):
         # with a finite loss; layers that come later in the model have been summed by then
@@ -504,7 +501,7 @@ def test_batches_with_bad_gradients_are_skipped_whole(oversample, layer, positio
     batches = [*good[:position], {**good[0], "bad": True}, *good[position:]]
     message = f"batch {position} is skipped: the weight gradient of layer .* is not finite"
     with pytest.warns(RuntimeWarning, match=message):
-        assert collect_supports(*arguments, batches, oversample=oversample, loss_fn=loss_fn) == expected
+        assert collect(*arguments, batches, oversample=oversample, loss_fn=loss_fn) == expected
 
 
 def test_all_batches_bad():
@@ -513,14 +510,14 @@ def test_all_batches_bad():
         batch["x"].fill_(INF)
     for criterion in ("gradient", "wanda"):
         with pytest.warns(RuntimeWarning), pytest.raises(ValueError, match="all 2 batches were skipped"):
-            collect_supports(model, targets_of(model), get_criterion(criterion), Budget(density=0.1), batches)
+            collect(model, targets_of(model), get_criterion(criterion), Budget(density=0.1), batches)
 
 
 @pytest.mark.parametrize("criterion", ["gradient", "wanda"])
 def test_no_batches(criterion):
     model = build()
     with pytest.raises(ValueError, match="no batches"):
-        collect_supports(model, targets_of(model), get_criterion(criterion), Budget(density=0.1), iter([]))
+        collect(model, targets_of(model), get_criterion(criterion), Budget(density=0.1), iter([]))
 
 
 @pytest.mark.parametrize("criterion", ["gradient", "wanda"])
@@ -528,13 +525,13 @@ def test_a_layer_that_is_never_reached_is_named(criterion):
     model = build()
     targets = targets_of(model, ["first", "unused"])
     with pytest.raises(ValueError, match="layer unused: no .*exclude_modules"):
-        collect_supports(model, targets, get_criterion(criterion), Budget(density=0.1), data())
+        collect(model, targets, get_criterion(criterion), Budget(density=0.1), data())
 
 
 def test_a_loss_that_depends_on_no_target():
     model = build()
     with pytest.raises(ValueError, match="layer first: no batch gave its weight a gradient"):
-        collect_supports(
+        collect(
             model,
             targets_of(model, ["first"]),
             get_criterion("gradient"),
@@ -560,7 +557,7 @@ def test_a_layer_that_is_first_reached_later(allocation):
     model = Router()
     batches = [{"x": torch.randn(3, 6), "use": use} for use in "abbc"]
     targets = {name: getattr(model, name) for name in "abc"}
-    supports = collect_supports(
+    supports = collect(
         model, targets, get_criterion("gradient"), Budget(density=0.2, allocation=allocation), batches, oversample=2
     )
     assert sum(support.nnz for support in supports.values()) == round(0.2 * 108)
@@ -570,12 +567,12 @@ def test_a_layer_that_is_first_reached_later(allocation):
 def test_batches_of_other_kinds():
     model, batches = build(), data(2)
     targets = targets_of(model)
-    expected = collect_supports(model, targets, get_criterion("fisher"), Budget(density=0.1), batches)
+    expected = collect(model, targets, get_criterion("fisher"), Budget(density=0.1), batches)
     as_encoding = [BatchEncoding(dict(batch)) for batch in batches]
-    assert collect_supports(model, targets, get_criterion("fisher"), Budget(density=0.1), as_encoding) == expected
+    assert collect(model, targets, get_criterion("fisher"), Budget(density=0.1), as_encoding) == expected
     as_pairs = [(batch["x"], [batch["labels"]]) for batch in batches]
     assert (
-        collect_supports(
+        collect(
             model,
             targets,
             get_criterion("fisher"),
@@ -587,38 +584,32 @@ def test_batches_of_other_kinds():
     )
     for criterion in ("fisher", "wanda"):
         with pytest.raises(TypeError, match="a batch of type tuple .* loss_fn="):
-            collect_supports(model, targets, get_criterion(criterion), Budget(density=0.1), as_pairs)
+            collect(model, targets, get_criterion(criterion), Budget(density=0.1), as_pairs)
 
 
 def test_losses_that_are_none():
     model = build()
     arguments = (model, targets_of(model), get_criterion("gradient"), Budget(density=0.1))
     with pytest.raises(ValueError, match="Net returned no loss for a batch with x; add labels"):
-        collect_supports(*arguments, [{"x": torch.randn(2, 12)}])
+        collect(*arguments, [{"x": torch.randn(2, 12)}])
     with pytest.raises(ValueError, match=r"the loss is of shape \(2, 3\); a tensor with one number"):
-        collect_supports(*arguments, data(1, (2,)), loss_fn=lambda model, batch: model(**batch).logits)
+        collect(*arguments, data(1, (2,)), loss_fn=lambda model, batch: model(**batch).logits)
     with pytest.raises(ValueError, match="the loss is a float"):
-        collect_supports(*arguments, data(1), loss_fn=lambda model, batch: model(**batch).loss.item())
+        collect(*arguments, data(1), loss_fn=lambda model, batch: model(**batch).loss.item())
 
 
 @pytest.mark.parametrize("oversample", [0.5, math.nan, True, "8"])
 def test_oversample_is_checked(oversample):
     model = build()
     with pytest.raises(ValueError, match=f"oversample={oversample!r}"):
-        collect_supports(
-            model, targets_of(model), get_criterion("fisher"), Budget(density=0.1), data(1), oversample=oversample
-        )
+        collect(model, targets_of(model), get_criterion("fisher"), Budget(density=0.1), data(1), oversample=oversample)
 
 
 def test_other_arguments_are_checked():
     model = build()
-    with pytest.raises(ValueError, match="panel_bytes=0"):
-        collect_supports(
-            model, targets_of(model), get_criterion("fisher"), Budget(density=0.1), data(1), panel_bytes=0
-        )
     for name, message in (("random", "a seed and no data"), ("magnitude", "the weights and no data: use select")):
         with pytest.raises(ValueError, match=f"selection='{name}' is computed from {message}.*gradient, fisher"):
-            collect_supports(model, targets_of(model), get_criterion(name), Budget(density=0.1), data(1))
+            collect(model, targets_of(model), get_criterion(name), Budget(density=0.1), data(1))
 
     def never():
         raise AssertionError("the data was read before the budget was checked")
@@ -626,9 +617,9 @@ def test_other_arguments_are_checked():
 
     for criterion in ("gradient", "wanda"):
         with pytest.raises(ValueError, match="num_params=100000"):
-            collect_supports(model, targets_of(model), get_criterion(criterion), Budget(num_params=100_000), never())
+            collect(model, targets_of(model), get_criterion(criterion), Budget(num_params=100_000), never())
         with pytest.raises(ValueError, match="no target layers"):
-            collect_supports(model, {}, get_criterion(criterion), Budget(density=0.1), never())
+            collect(model, {}, get_criterion(criterion), Budget(density=0.1), never())
 
 
 # ---------------------------------------------------------------------- wanda
@@ -668,9 +659,8 @@ def test_wanda(allocation, masked):
         return model(batch["x"]).logits.sum()
 
     budget = Budget(density=0.1, allocation=allocation)
-    supports = collect_supports(
-        model, targets_of(model), get_criterion("wanda"), budget, batches, loss_fn=loss_fn, panel_bytes=100
-    )
+    with panel_limit(100):
+        supports = collect(model, targets_of(model), get_criterion("wanda"), budget, batches, loss_fn=loss_fn)
     counts = resolve_counts({n: tuple(s.shape) for n, s in scores.items()}, budget, scores.__getitem__)
     assert_chosen(supports, scores, counts)
 
@@ -680,9 +670,9 @@ def test_wanda_skips_bad_batches_whole():
     bad = {key: value.clone() for key, value in good[0].items()}
     bad["x"][0, 0, 0] = INF
     arguments = (model, targets_of(model), get_criterion("wanda"), Budget(density=0.05))
-    expected = collect_supports(*arguments, good)
+    expected = collect(*arguments, good)
     with pytest.warns(RuntimeWarning, match="batch 1 is skipped: the inputs of layer first are not finite"):
-        assert collect_supports(*arguments, [good[0], bad, good[1]]) == expected
+        assert collect(*arguments, [good[0], bad, good[1]]) == expected
 
 
 # ---------------------------------------------------------------------- gradients that are known
@@ -693,12 +683,12 @@ def test_wanda_skips_bad_batches_whole():
 def test_supports_from_gradients_are_those_of_one_batch(criterion, suffix):
     model, batches = build(), data(1)
     budget = Budget(density=0.1, allocation="global")
-    expected = collect_supports(model, targets_of(model), get_criterion(criterion), budget, batches)
+    expected = collect(model, targets_of(model), get_criterion(criterion), budget, batches)
     model(**batches[0]).loss.backward()
     gradients = {f"{name}{suffix}": model.get_submodule(name).weight.grad for name in NAMES}
     gradients["head.bias"] = model.head.bias.grad
     before = {name: gradient.clone() for name, gradient in gradients.items()}
-    found = supports_from_gradients(targets_of(model), get_criterion(criterion), budget, gradients)
+    found = supports_from_gradients(layers_of(targets_of(model)), get_criterion(criterion), budget, gradients)
     assert found == expected
     assert all(torch.equal(gradients[name], before[name]) for name in gradients)
 
@@ -706,7 +696,7 @@ def test_supports_from_gradients_are_those_of_one_batch(criterion, suffix):
 def test_bad_gradients():
     model = build()
     gradients = {name: torch.ones_like(module.weight) for name, module in targets_of(model).items()}
-    arguments = (targets_of(model), get_criterion("gradient"), Budget(density=0.1))
+    arguments = (layers_of(targets_of(model)), get_criterion("gradient"), Budget(density=0.1))
     with pytest.raises(ValueError, match="layer head: gradients has neither 'head' nor 'head.weight'; its names are"):
         supports_from_gradients(*arguments, {name: g for name, g in gradients.items() if name != "head"})
     with pytest.raises(
@@ -716,7 +706,7 @@ def test_bad_gradients():
     with pytest.raises(ValueError, match="layer head: its gradient has NaN"):
         supports_from_gradients(*arguments, {**gradients, "head": gradients["head"] * math.nan})
     with pytest.raises(ValueError, match="selection='wanda' is computed from activations.*use gradient, fisher"):
-        supports_from_gradients(targets_of(model), get_criterion("wanda"), Budget(density=0.1), gradients)
+        supports_from_gradients(layers_of(targets_of(model)), get_criterion("wanda"), Budget(density=0.1), gradients)
 
 
 # ---------------------------------------------------------------------- real architectures
@@ -759,11 +749,11 @@ def test_transformers(make, checkpointing):
         if checkpointing:
             model.train()
             model.gradient_checkpointing_enable({"use_reentrant": False})
-    supports = collect_supports(model, targets, get_criterion("fisher"), budget, batches, oversample=INF)
+    supports = collect(model, targets, get_criterion("fisher"), budget, batches, oversample=INF)
     counts = resolve_counts({n: tuple(s.shape) for n, s in scores.items()}, budget)
     assert sum(counts.values()) == sum(sum(s.shape) for s in scores.values())
     assert_chosen(supports, scores, counts)
-    supports = collect_supports(model, targets, get_criterion("wanda"), budget, batches)
+    supports = collect(model, targets, get_criterion("wanda"), budget, batches)
     assert {name: support.nnz for name, support in supports.items()} == counts
 
 
@@ -774,8 +764,8 @@ def test_on_cuda(criterion, allocation):
     model, batches = build().double(), data(3)
     batches = [{key: v.double() if v.is_floating_point() else v for key, v in batch.items()} for batch in batches]
     arguments = (get_criterion(criterion), Budget(density=0.05, allocation=allocation), batches)
-    expected = collect_supports(model, targets_of(model), *arguments)
+    expected = collect(model, targets_of(model), *arguments)
     model.cuda()
-    found = collect_supports(model, targets_of(model), *arguments)
+    found = collect(model, targets_of(model), *arguments)
     assert all(support.device.type == "cuda" for support in found.values())
     assert {name: support.to("cpu") for name, support in found.items()} == expected

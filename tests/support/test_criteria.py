@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from sparse_peft.support import CRITERIA, Criterion, Statistics, Support, get_criterion, select
+from sparse_peft.support import CRITERIA, Statistics, Support, get_criterion, select
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 
@@ -95,11 +95,19 @@ def test_packed_weights_are_refused(name):
 
 def test_registry():
     for name, criterion in CRITERIA.items():
-        assert criterion.name == name and (criterion.score is None) == (criterion.needs == "none")
+        assert criterion.name == name and criterion.needs in ("none", "weight", "gradient", "activation")
     with pytest.raises(ValueError, match="selection='magic' is not known; one of random, magnitude,"):
         get_criterion("magic")
-    with pytest.raises(ValueError, match="criterion x: needs='luck'"):
-        Criterion("x", "luck", None)
+    with pytest.raises(ValueError, match="selection='random' draws positions and has no scores"):
+        get_criterion("random").score(weight_like())
+    with pytest.raises(ValueError, match="selection='fisher' is computed from gradients"):
+        get_criterion("fisher").score(weight_like(), Statistics(input_norms=torch.ones(5)))
+    with pytest.raises(ValueError, match="selection='wanda' is computed from activations"):
+        get_criterion("wanda").score(weight_like())
+    with pytest.raises(ValueError, match="selection='movement' is computed from the weight"):
+        get_criterion("movement").score(None, Statistics(gradient=torch.ones(5)))
+    with pytest.raises(ValueError, match="selection='magnitude' finds no number of entries"):
+        get_criterion("magnitude").count(weight_like())
 
 
 # ---------------------------------------------------------------------- select

@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from benchmarks.measure import LargestTensor
+from sparse_peft.numerics import panel_limit
 from sparse_peft.support import Support
 from sparse_peft.support.topk_outer import topk_outer
 
@@ -49,9 +50,8 @@ def test_it_is_the_dense_top_k(slack, vectors, data):
         active = data.draw(st.integers(0, numel))
         exclude = Support.random((rows.numel(), cols.numel()), active, seed=1, name="x") if active else None
         k = data.draw(st.integers(0, numel + 2))
-        positions, scores = topk_outer(
-            rows, cols, k, exclude, panel_bytes=data.draw(st.sampled_from([64, 640, 2**20]))
-        )
+        with panel_limit(data.draw(st.sampled_from([64, 640, 2**20]))):
+            positions, scores = topk_outer(rows, cols, k, exclude)
         expected, values = dense_topk(rows, cols, k, exclude)
         assert positions.tolist() == expected
         assert scores.tolist() == values
@@ -62,8 +62,8 @@ def test_it_is_the_dense_top_k(slack, vectors, data):
 def test_nothing_of_the_matrix_size_is_made(equal):
     rows, cols = (torch.ones(3000), torch.ones(2500)) if equal else (torch.rand(3000), torch.rand(2500))
     exclude = Support.random((3000, 2500), 2000, seed=0, name="x")
-    with LargestTensor() as largest:
-        positions, _scores = topk_outer(rows, cols, 1500, exclude, panel_bytes=2**18)
+    with LargestTensor() as largest, panel_limit(2**18):
+        positions, _scores = topk_outer(rows, cols, 1500, exclude)
     assert largest.nbytes <= 2**18
     dense = torch.outer(rows.double(), cols.double()).reshape(-1)
     dense[exclude.indices.long()] = 0

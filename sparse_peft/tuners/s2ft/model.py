@@ -11,14 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...calibrate import Side, channel_squares, given_gradients, weight_squares
-from ...numerics import panel_bytes
+from ...calibrate import ModelPass, Side, channel_squares, given_gradients, weight_squares
 from ...ops import is_convolution
 from ...support import ChannelSupport, Support
 from ..base_model import BaseSparseModel
 from ..combination import Tensors
 from ..delta_layer import SparseTunerLayer
-from ..targets import Targets, base_of, check_shapes, dense_weight, in_dim_of, stored_shape
+from ..targets import Targets, base_of, check_shapes, dense_weight, in_dim_of, layer_views, stored_shape
 from .budget import choose_units
 from .config import S2FTConfig
 from .delta import BUFFERS, ChannelDelta
@@ -237,16 +236,8 @@ class S2FTModel(BaseSparseModel):
             found = given_gradients({name: side.shape for name, side in sides.items()}, gradients)
             squares = {name: weight_squares(gradient, sides[name]) for name, gradient in found.items()}
         else:
-            squares = channel_squares(
-                config.selection,
-                model,
-                targets,
-                sides,
-                data,
-                loss_fn=loss_fn,
-                weight_of=dense_weight,
-                panel_bytes=panel_bytes(),
-            )
+            batches = ModelPass(model, data, loss_fn)
+            squares = channel_squares(config.selection, batches, layer_views(targets), sides)
         return cls._choose(config, model, targets, sides, squares)
 
 

@@ -19,8 +19,7 @@ from ...calibrate import assign_codes, compensated_sketch, fit_codebooks, refit_
 from ...calibrate.activations import FeatureSums, second_moments
 from ...calibrate.block_chain import Chain, chains_of
 from ...calibrate.codebooks import Sketch, ascending
-from ...calibrate.model_pass import each_batch, run_model, token_mask
-from ...numerics import panel_bytes
+from ...calibrate.model_pass import ModelPass, token_mask
 from ...ops import code_gather, pack_codes
 from ..four_bit import prepare_four_bit
 from ..targets import base_of, dense_weight, in_dim_of
@@ -43,9 +42,8 @@ class Recipe:
     def sketch(self, name: str, weight: Tensor, moment: Tensor) -> Sketch:
         """A sketch of a weight ``(outputs, inputs)``."""
         bits, groups = self.config.bits, SketchModel.groups_of(self.config, name)
-        size = {"name": name, "panel_bytes": panel_bytes()}
         counts = moment.diagonal().pow(self.importance)
-        tables = fit_codebooks(weight, bits, groups, weights=counts, method=self.config.clustering, **size)
+        tables = fit_codebooks(weight, bits, groups, weights=counts, method=self.config.clustering, name=name)
         # what stands in a file is rounded; the codes are chosen for that
         tables = tables.to(getattr(torch, self.config.initial_dtype)).float()
         if self.compensate:
@@ -58,12 +56,12 @@ class Recipe:
                 damping=self.damping,
                 act_order=self.act_order,
                 block=self.block,
-                **size,
+                name=name,
             )
         else:
-            codes = assign_codes(weight, tables, panel_bytes=panel_bytes())
+            codes = assign_codes(weight, tables)
         if self.refit:
-            tables = refit_codebooks(weight, codes, moment, tables, **size)
+            tables = refit_codebooks(weight, codes, moment, tables, name=name)
             tables, codes = ascending(tables.to(getattr(torch, self.config.initial_dtype)).float(), codes)
         return Sketch(tables, pack_codes(codes, bits), bits, groups, weight.shape[1])
 
@@ -141,7 +139,8 @@ def sketch_model(
     prepare_four_bit(model.modules())
     recipe = Recipe(config, compensate, refit, importance, damping, act_order, block)
     with logging.tqdm(total=len(targets), desc="sketching", unit="layer", disable=not progress) as bar:
-        sketches = _Calibration(model, targets, recipe, bar.update).run(list(data), loss_fn, sequential)
+        batches = ModelPass(model, list(data), loss_fn)
+        sketches = _Calibration(model, targets, recipe, bar.update).run(batches, sequential)
     if distributed.is_available() and distributed.is_initialized():
         sketches = _same_everywhere(sketches)
     # not a field: codes are saved in a file of their own, or with the adapter's tables
@@ -175,16 +174,14 @@ class _Calibration:
         self._scarce: dict[str, int] = {}
 
     @torch.no_grad()
-    def run(
-        self, batches: list, loss_fn: Callable[[nn.Module, Any], Any] | None, sequential: bool | None
-    ) -> dict[str, Sketch]:
+    def run(self, data: ModelPass, sequential: bool | None) -> dict[str, Sketch]:
         chains = [] if sequential is False else chains_of(self.model, list(self.targets))
         if sequential and not chains:
             raise ValueError(
                 f"sequential=True: no layer of {type(self.model).__name__} that the config targets is in an "
                 "nn.ModuleList of blocks; use sequential=False"
             )
-        masks = self._record(chains, batches, loss_fn) if chains else []
+        masks = self._record(chains, data) if chains else []
         faults = [chain.fault for chain in chains if chain.fault is not None]
         if sequential and faults:
             raise ValueError(f"sequential=True: {faults[0]}; use sequential=False")
@@ -192,24 +189,22 @@ class _Calibration:
         in_chains = {name for chain in chains for name in chain.places}
         alone = {name: module for name, module in self.targets.items() if name not in in_chains}
         if alone:
-            moments = second_moments(alone, panel_bytes())
-            moments.run(self.model, batches, loss_fn)
+            moments = second_moments(alone)
+            moments.run(data)
             self._sketch(moments)
         for chain in chains:
             self._follow(chain, masks)
         self._warn_if_scarce()
         return self.sketches
 
-    def _record(
-        self, chains: list[Chain], batches: list, loss_fn: Callable[[nn.Module, Any], Any] | None
-    ) -> list[Tensor | None]:
+    def _record(self, chains: list[Chain], data: ModelPass) -> list[Tensor | None]:
         """Run the dense model; returns the masks of the batches that are usable."""
         masks = []
 
         def use(batch: Any, is_last: bool) -> str | None:
             for chain in chains:
                 chain.begin()
-            (loss_fn or run_model)(self.model, batch)
+            data.forward(batch)
             faults = [fault for chain in chains if (fault := chain.end()) is not None]
             if faults:
                 for chain in chains:
@@ -221,7 +216,7 @@ class _Calibration:
         with ExitStack() as stack:
             for chain in chains:
                 stack.enter_context(chain.recording())
-            each_batch(self.model, batches, use)
+            data.each_batch(use)
         return masks
 
     def _follow(self, chain: Chain, masks: list[Tensor | None]) -> None:
@@ -230,7 +225,7 @@ class _Calibration:
         for index in range(last + 1):
             inside = {name: self.targets[name] for name, place in chain.places.items() if place == index}
             if inside:
-                moments = second_moments(inside, panel_bytes())
+                moments = second_moments(inside)
                 with moments.watching():
                     for number, mask in enumerate(masks):
                         fault = moments.add(partial(chain.run_block, index, number), mask)

@@ -7,13 +7,12 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ...calibrate import collect_supports, supports_from_gradients
-from ...numerics import panel_bytes
+from ...calibrate import ModelPass, collect_supports, supports_from_gradients
 from ...support import Support
 from ..combination import Tensors
 from ..delta import SparseDelta
 from ..entry_model import EntryModel
-from ..targets import dense_weight, in_dim_of
+from ..targets import layer_views
 from .config import SparseConfig
 from .layer import SparseLinear
 
@@ -64,14 +63,8 @@ class SparseModel(EntryModel):
         loss_fn: Callable[[nn.Module, Any], Tensor] | None,
         oversample: float,
     ) -> dict[str, Support]:
-        common = {
-            "weight_of": dense_weight,
-            "in_dim_of": in_dim_of,
-            "block": config.block,
-        }
-        arguments = targets, config.criterion, config.budget()
+        layers, criterion, budget = layer_views(targets), config.criterion, config.budget()
         if gradients is not None:
-            return supports_from_gradients(*arguments, gradients, **common)
-        return collect_supports(
-            model, *arguments, data, loss_fn=loss_fn, oversample=oversample, panel_bytes=panel_bytes(), **common
-        )
+            return supports_from_gradients(layers, criterion, budget, gradients, block=config.block)
+        batches = ModelPass(model, data, loss_fn)
+        return collect_supports(batches, layers, criterion, budget, oversample=oversample, block=config.block)
