@@ -16,9 +16,9 @@ from sparse_peft import S2FTConfig, SparseConfig
 from sparse_peft.adapters import AdapterPool
 from tests.helpers.language_models import small_llama
 from tests.helpers.two_layers import TwoLayers
-from tests.peft_suite.cases import METHODS
+from tests.peft_suite.cases import CASES
 
-OURS = [method for method in METHODS if not method.baseline]
+OURS = [case for case in CASES if not case.baseline]
 BUILT = {}
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 
-from .cases import METHODS
+from .cases import CASES
 from .runner import Result, run_file
 from .upstream import TEST_FILES, UpstreamUnavailableError
 
@@ -17,12 +17,12 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--method",
         action="append",
-        choices=[method.name for method in METHODS if not method.baseline],
+        choices=[case.name for case in CASES if not case.baseline],
         help="only this method; may be given several times",
     )
     parser.add_argument(
         "--baseline",
-        choices=[method.name for method in METHODS if method.baseline],
+        choices=[case.name for case in CASES if case.baseline],
         help="run a method built into PEFT in place of ours, to see what upstream's tests do by themselves",
     )
     parser.add_argument("-k", dest="expression", help="only tests that match, as in pytest")

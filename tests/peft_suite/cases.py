@@ -1,88 +1,38 @@
-"""What is put in the place of upstream's case lists: one line a method, one line a layout."""
+"""Rows in place of upstream's case lists: every method's case, in every layout."""
 
 from __future__ import annotations
 
 import dataclasses
-import importlib
 import os
+import runpy
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
+
+from .case import Case
 
 METHODS_VARIABLE = "SPARSE_PEFT_SUITE_METHODS"
 
-
-@dataclasses.dataclass(frozen=True)
-class Method:
-    """One config class under test.
-
-    Attributes:
-        name: for the command line and the tests' ids.
-        config: ``module:class``, imported late, so that a baseline runs where sparse_peft does not import.
-        kwargs: arguments of every case; the 5x1, 10x20 and 20x2 layers of upstream's models must get a few entries.
-        other: a second, different setting, for tests with two adapters.
-        conv1d: whether transformers' Conv1D can be a target.
-        convolutions: whether torch's convolutions can be targets.
-        groups: whether convolutions of several groups can be.
-        mixed_batches: whether ``adapter_names=`` is supported.
-        low_rank: whether the output of the adapter rounds as LoRA's does, beside the base's and not within its weight.
-        baseline: runs only when named; built into PEFT, to show what upstream's tests do without anything of ours.
-    """
-
-    name: str
-    config: str
-    kwargs: dict[str, Any]
-    other: dict[str, Any]
-    conv1d: bool = True
-    convolutions: bool = True
-    groups: bool = True
-    mixed_batches: bool = True
-    low_rank: bool = False
-    baseline: bool = False
-
-    @property
-    def config_cls(self) -> type:
-        module, _, attribute = self.config.partition(":")
-        return getattr(importlib.import_module(module), attribute)
-
-
-METHODS = (
-    Method("sparse", "sparse_peft:SparseConfig", {"density": 0.4}, {"density": 0.2}),
-    Method("s2ft", "sparse_peft:S2FTConfig", {"ratio": 0.4}, {"ratio": 0.2}, groups=False),
-    Method(
-        "sara",
-        "sparse_peft:SaRAConfig",
-        {"density": 0.4, "progressive": None, "nuclear_weight": 0.0},
-        {"density": 0.2},
-    ),
-    Method(
-        "sora",
-        "sparse_peft:SoRAConfig",
-        {"r": 4, "alpha": 4, "penalty": 0.0},
-        {"r": 2, "alpha": 2},
-        groups=False,
-        low_rank=True,
-    ),
-    Method(
-        "sltrain",
-        "sparse_peft:SLTrainConfig",
-        {"r": 3, "alpha": 3, "density": 0.2},
-        {"r": 2, "density": 0.1},
-        groups=False,
-        low_rank=True,
-    ),
-    Method("snella", "sparse_peft:SnellaConfig", {"r": 4, "sparsity": 0.2}, {"r": 2, "sparsity": 0.5}, groups=False),
-    Method("sketch", "sparse_peft:SketchConfig", {"bits": 2}, {"bits": 3}, convolutions=False, groups=False),
-    Method(
-        "shira",
-        "peft:ShiraConfig",
-        {"r": 1},
-        {"r": 1},
-        conv1d=False,
-        convolutions=False,
-        groups=False,
-        mixed_batches=False,
-        baseline=True,
-    ),
+SHIRA = Case(
+    "shira",
+    "peft:ShiraConfig",
+    {"r": 1},
+    {"r": 1},
+    conv1d=False,
+    convolutions=False,
+    groups=False,
+    mixed_batches=False,
+    baseline=True,
 )
+
+
+def found_cases() -> Iterator[Case]:
+    """The cases of all methods, from each ``peft_case.py`` under ``tests/``; no method is imported."""
+    for path in sorted(Path(__file__).parents[1].rglob("peft_case.py")):
+        yield runpy.run_path(str(path))["CASE"]
+
+
+CASES = (*found_cases(), SHIRA)
 
 # (name, upstream's model, keyword arguments, what it needs of a method besides linear layers)
 CUSTOM_LAYOUTS = (
@@ -105,7 +55,7 @@ CUSTOM_LAYOUTS = (
 )
 
 
-def selected_methods() -> tuple[Method, ...]:
+def selected_methods() -> tuple[Case, ...]:
     """The methods named in the environment (comma separated), or all that are not baselines.
 
     Raises:
@@ -113,19 +63,19 @@ def selected_methods() -> tuple[Method, ...]:
     """
     names = [name for name in os.environ.get(METHODS_VARIABLE, "").split(",") if name]
     if not names:
-        return tuple(method for method in METHODS if not method.baseline)
-    known = {method.name: method for method in METHODS}
+        return tuple(case for case in CASES if not case.baseline)
+    known = {case.name: case for case in CASES}
     unknown = sorted(set(names) - set(known))
     if unknown:
         raise ValueError(f"{METHODS_VARIABLE} names {unknown}; known methods: {sorted(known)}")
     return tuple(known[name] for name in names)
 
 
-def config_classes(methods: tuple[Method, ...]) -> list[type]:
+def config_classes(methods: tuple[Case, ...]) -> list[type]:
     return [method.config_cls for method in methods]
 
 
-def custom_rows(methods: tuple[Method, ...]) -> list[tuple]:
+def custom_rows(methods: tuple[Case, ...]) -> list[tuple]:
     """Rows of ``TEST_CASES``: (test name, model, config class, keyword arguments)."""
     return [
         (f"{method.name}: {name}", model, method.config_cls, {**method.kwargs, **layout})
@@ -135,7 +85,7 @@ def custom_rows(methods: tuple[Method, ...]) -> list[tuple]:
     ]
 
 
-def multiple_adapter_rows(methods: tuple[Method, ...]) -> list[tuple]:
+def multiple_adapter_rows(methods: tuple[Case, ...]) -> list[tuple]:
     """Rows of ``MULTIPLE_ACTIVE_ADAPTERS_TEST_CASES``: (test name, tuner, config class, 1st and 2nd arguments)."""
     rows = []
     for method in methods:
@@ -151,7 +101,7 @@ def multiple_adapter_rows(methods: tuple[Method, ...]) -> list[tuple]:
     return rows
 
 
-def mixed_batch_rows(methods: tuple[Method, ...], first: dict[str, Any], second: dict[str, Any]) -> list[tuple]:
+def mixed_batch_rows(methods: tuple[Case, ...], first: dict[str, Any], second: dict[str, Any]) -> list[tuple]:
     """Rows of the mixed-batch tests: (test name, config, config), the targets given by ``first`` and ``second``."""
     return [
         (
@@ -164,17 +114,17 @@ def mixed_batch_rows(methods: tuple[Method, ...], first: dict[str, Any], second:
     ]
 
 
-def mandatory_rows(methods: tuple[Method, ...]) -> list[tuple]:
+def mandatory_rows(methods: tuple[Case, ...]) -> list[tuple]:
     """Rows of ``ALL_CONFIG_CLASSES``: none of our configs has a mandatory argument."""
     return [(method.config_cls, {}) for method in methods]
 
 
-def layer_indexing_rows(methods: tuple[Method, ...]) -> list[tuple]:
+def layer_indexing_rows(methods: tuple[Case, ...]) -> list[tuple]:
     wanted = {"layers_to_transform": 0, "layers_pattern": "layers"}
     return [row for row in mandatory_rows(methods) if _accepts(row[0], wanted)]
 
 
-def transformers_rows(methods: tuple[Method, ...], task_type: str) -> list[tuple]:
+def transformers_rows(methods: tuple[Case, ...], task_type: str) -> list[tuple]:
     """Rows of ``ALL_CONFIGS``: (config class, keyword arguments), targets by the model type's default and by wildcard.
 
     The wildcard is left out for feature extraction: it would reach the pooler, which has no part in the output that

@@ -16,6 +16,7 @@ import pytest
 import torch
 
 from . import cases, models
+from .case import Case
 from .known_issues import KNOWN_ISSUES
 from .mutants import MUTANT_VARIABLE, apply_mutant
 from .retarget import replace_inline, replace_list
@@ -62,7 +63,7 @@ def pytest_configure(config: pytest.Config) -> None:
     config.pluginmanager.register(_Suite(methods, classes, common), "sparse_peft_suite")
 
 
-def _retarget_custom(module: ModuleType, methods: tuple[cases.Method, ...]) -> None:
+def _retarget_custom(module: ModuleType, methods: tuple[Case, ...]) -> None:
     lin0, lin1, both = ({"target_modules": names} for names in (["lin0"], ["lin1"], ["lin0", "lin1"]))
     saved = {"target_modules": ["lin0"], "modules_to_save": ["lin1"]}
     classes = cases.config_classes(methods)
@@ -91,7 +92,7 @@ def _retarget_custom(module: ModuleType, methods: tuple[cases.Method, ...]) -> N
     )
 
 
-def _retarget_config(module: ModuleType, methods: tuple[cases.Method, ...]) -> None:
+def _retarget_config(module: ModuleType, methods: tuple[Case, ...]) -> None:
     # test_from_peft_type goes over this enum, and some of PEFT's own types need packages that may not be there.
     module.PeftType = [config_cls().peft_type for config_cls in cases.config_classes(methods)]
     replace_list(module, "ALL_CONFIG_CLASSES", cases.mandatory_rows(methods))
@@ -105,10 +106,10 @@ def _keep_offline(model_ids: list[str]) -> None:
     utils._HUB_MODEL_ACCESSES.update(dict.fromkeys(model_ids, 1))
 
 
-def _undo_skips(common: ModuleType, module: ModuleType, methods: tuple[cases.Method, ...]) -> None:
+def _undo_skips(common: ModuleType, module: ModuleType, methods: tuple[Case, ...]) -> None:
     """Upstream's helpers skip what they do not know, or know to be unsupported, by the name of the config class.
 
-    GPT-2 is skipped for all classes but a few; here ``Method.conv1d`` decides. ``check_beft_config`` skips the merge
+    GPT-2 is skipped for all classes but a few; here ``Case.conv1d`` decides. ``check_beft_config`` skips the merge
     tests of models without biases, which is meant for BEFT and hits all.
     """
     supporting = {method.config_cls for method in methods if method.conv1d}
@@ -133,7 +134,7 @@ def _parameters(item: pytest.Item) -> dict[str, Any]:
 class _Suite:
     """Chooses the items, marks the known issues, and writes the counts down."""
 
-    def __init__(self, methods: tuple[cases.Method, ...], classes: tuple[type, ...], common: ModuleType):
+    def __init__(self, methods: tuple[Case, ...], classes: tuple[type, ...], common: ModuleType):
         self.classes = classes
         self.common = common
         mixed = {method.config_cls for method in methods if method.mixed_batches}

@@ -50,7 +50,7 @@ def run_file(
     mutant: str | None = None,
     echo: bool = False,
 ) -> Result:
-    """Runs one of ``TEST_FILES`` ("custom") against ``methods`` (names in ``cases.METHODS``; None: all but baselines).
+    """Runs one of ``TEST_FILES`` ("custom") against ``methods`` (names in ``cases.CASES``; None: all but baselines).
 
     Raises:
         UpstreamUnavailableError: see ``upstream_folder``.
