@@ -16,13 +16,12 @@ from pathlib import Path
 
 import torch
 from packaging.requirements import Requirement
-from peft import PeftType, get_peft_model
+from peft import PeftConfig, PeftModel, PeftType, get_peft_model
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
-from torch import nn
+from torch import Tensor, nn
 
 from .ops import BACKENDS, cache_file, kernel_backend, known_crossover
-from .registry import methods
-from .tuners.sparse import SparseConfig
+from .registry import method_named, methods
 
 OK, ABSENT, BROKEN = "ok", "absent", "broken"
 DISTRIBUTION = "sparse-peft"
@@ -242,36 +241,47 @@ def _methods() -> list[Check]:
 
 def _trial() -> Check:
     """A small adapter is trained one step and compared with dense arithmetic, merged, saved and unloaded."""
-    generator = torch.Generator().manual_seed(0)
-    base = nn.Sequential(nn.Linear(48, 40))
-    model = get_peft_model(base, SparseConfig(density=0.2, target_modules=["0"]))
-    layer = model.base_model.model[0]
-    before = layer.base_parameter.detach().clone()
-    x = torch.randn(16, 48, generator=generator)
-    target = torch.randn(16, 40, generator=generator)
-    (model(x) * target).sum().backward()
-    state = layer.deltas["default"]
-    expected = (target.t() @ x).reshape(-1)[state.support.indices.long()]
-    faults = []
-    if not torch.allclose(state.values.grad, expected, rtol=1e-4, atol=1e-4):
-        faults.append("the gradient is not the dense one's entries")
-    with torch.no_grad():
-        state.values.add_(state.values.grad, alpha=-0.01)
-    with torch.no_grad():
-        trained = model(x).clone()
-    with tempfile.TemporaryDirectory() as folder:
-        model.save_pretrained(folder)
-        if not (Path(folder) / "adapter_model.safetensors").is_file():
-            faults.append("the adapter was not saved")
-    model.merge_adapter()
-    with torch.no_grad():
-        if not torch.equal(model(x), trained):
-            faults.append("the merged model computes something else")
-    model.unmerge_adapter()
+    make_config: Callable[..., PeftConfig] = method_named("sparse").config_class
+    model = get_peft_model(nn.Sequential(nn.Linear(48, 40)), make_config(density=0.2, target_modules=["0"]))
+    before = model.base_model.model[0].base_parameter.detach().clone()
+    faults = [fault for test in (_gradient_fault, _save_fault, _merge_fault) if (fault := test(model)) is not None]
     if not torch.equal(model.unload()[0].weight.detach(), before):
         faults.append("the base weight did not come back")
     words = "; ".join(faults) or "gradient, save, merge and unmerge as they should be"
     return Check("methods", "trial", BROKEN if faults else OK, words)
+
+
+def _batch(rows: int, columns: int) -> Tensor:
+    return torch.randn(rows, columns, generator=torch.Generator().manual_seed(columns))
+
+
+def _gradient_fault(model: PeftModel) -> str | None:
+    """Take a step, after comparing the values' gradient with the dense one's entries."""
+    x, target = _batch(16, 48), _batch(16, 40)
+    (model(x) * target).sum().backward()
+    state = model.base_model.model[0].deltas["default"]
+    expected = (target.t() @ x).reshape(-1)[state.support.indices.long()]
+    with torch.no_grad():
+        state.values.add_(state.values.grad, alpha=-0.01)
+    agree = torch.allclose(state.values.grad, expected, rtol=1e-4, atol=1e-4)
+    return None if agree else "the gradient is not the dense one's entries"
+
+
+def _save_fault(model: PeftModel) -> str | None:
+    with tempfile.TemporaryDirectory() as folder:
+        model.save_pretrained(folder)
+        saved = (Path(folder) / "adapter_model.safetensors").is_file()
+    return None if saved else "the adapter was not saved"
+
+
+@torch.no_grad()
+def _merge_fault(model: PeftModel) -> str | None:
+    x = _batch(16, 48)
+    trained = model(x).clone()
+    model.merge_adapter()
+    merged = model(x)
+    model.unmerge_adapter()
+    return None if torch.equal(merged, trained) else "the merged model computes something else"
 
 
 GROUPS: dict[str, Callable[[], list[Check]]] = {

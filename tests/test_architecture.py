@@ -37,17 +37,6 @@ INHERITANCE = {"sltrain": "sparse"}
 # needs typer.
 OPTIONAL = {"bitsandbytes", "matplotlib", "triton", "torch.cuda._utils", "sparse_peft.cli.app"}
 
-# Imports that are still to be removed: pairs of modules.
-KNOWN: set[tuple[str, str]] = {
-    ("sparse_peft.adapters.extract", "sparse_peft.tuners.sparse"),
-    ("sparse_peft.adapters.lora", "sparse_peft.tuners.s2ft"),
-    ("sparse_peft.adapters.offline_adapter", "sparse_peft.tuners.sparse"),
-    ("sparse_peft.adapters.snell_to_sparse", "sparse_peft.tuners.snella"),
-    ("sparse_peft.adapters.snell_to_sparse", "sparse_peft.tuners.sparse"),
-    ("sparse_peft.cli.extract", "sparse_peft.tuners.sparse"),
-    ("sparse_peft.doctor", "sparse_peft.tuners.sparse"),
-}
-
 
 class Import(NamedTuple):
     """One module's import of another. ``late``: when a function is called; ``typing``: for type checkers only."""
@@ -110,8 +99,7 @@ def method_of(module: str) -> str | None:
 
 
 def refuse(found: list[Import]) -> None:
-    unknown = [line for line in found if (line.importer, line.imported) not in KNOWN]
-    assert not unknown, "\n".join(f"{i.importer}, line {i.line}, imports {i.imported}" for i in unknown)
+    assert not found, "\n".join(f"{i.importer}, line {i.line}, imports {i.imported}" for i in found)
 
 
 def test_every_module_has_a_layer():
@@ -147,7 +135,3 @@ def test_only_optional_packages_are_imported_late():
         return name in OPTIONAL or name.split(".")[0] in OPTIONAL
 
     refuse([found for found in imports() if found.late and not is_optional(found.imported)])
-
-
-def test_known_violations_are_still_there():
-    assert {(found.importer, found.imported) for found in imports()} >= KNOWN

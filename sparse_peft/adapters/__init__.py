@@ -3,22 +3,23 @@
 from .compose import compose
 from .convert import convert
 from .export import export, save_merged
-from .extract import EXTRACTION_CRITERIA, ExtractedLayer, Extraction, extract
+from .extract import EXTRACTION_CRITERIA, ExtractedLayer, Extraction, ExtractOptions, extract
 from .files import load_adapter, save_adapter
 from .lora import save_as_lora, save_lora_as_s2ft
 from .lora_approximation import LowRankExport, save_low_rank
 from .offline_adapter import StoredAdapter, read_stored
 from .pool import AdapterPool, PoolStatistics
 from .results import add_results
-from .snell_to_sparse import save_as_sparse, to_sparse
 from .soup import Soup, greedy_soup, soup
 from .summary import AdapterSummary, Comparison, LayerComparison, LayerSummary, compare, summarise, supports_of
+from .to_entries import save_as_sparse, to_sparse
 
 __all__ = [
     "EXTRACTION_CRITERIA",
     "AdapterPool",
     "AdapterSummary",
     "Comparison",
+    "ExtractOptions",
     "ExtractedLayer",
     "Extraction",
     "LayerComparison",

@@ -16,8 +16,9 @@ from ..ops import Combination
 from ..tuners.base_config import BaseSparseConfig
 from ..tuners.base_state import TrainedState
 from ..tuners.combination import combine_states, combined_config
+from .entry_format import named_tensors
 from .files import PREFIX, write_adapter
-from .offline_adapter import StoredAdapter, entrywise, named_tensors, read_stored
+from .offline_adapter import StoredAdapter, entrywise, read_stored
 
 
 def compose(

@@ -13,10 +13,11 @@ from torch import Tensor, nn
 
 from ..tuners.delta import SparseDelta
 from ..tuners.targets import stored_shape
+from .entry_format import sparse_adapter, sparse_state
 from .files import PREFIX, write_adapter
 from .foreign import ForeignAdapter, read_config, read_lt_sft, read_shira, read_spiel, read_supertuning, source_format
-from .modules_to_save import OTHERS, save_whole
-from .offline_adapter import entrywise, read_stored, sparse_config, sparse_state, sparse_tensors
+from .modules_to_save import OTHERS, WholeTensors, save_whole
+from .offline_adapter import entrywise, read_stored
 from .weight_reader import name_of, structure_of, weights_of
 
 TARGETS = ("sparse", "shira", "supertuning")
@@ -64,7 +65,7 @@ def convert(
         stored = entrywise(read_stored(source))
         like, states, rest = stored.config, stored.states, stored.rest
     if to == "sparse":
-        config, tensors = sparse_config(like, states), sparse_tensors(states)
+        config, tensors = sparse_adapter(like, states)
     else:
         _check_only_deltas(like, to)
         _check_linear(base, states, to)
@@ -98,8 +99,9 @@ def _read_foreign(
                 "whole with the adapter, or others='leave_out'"
             )
         if others == "save":
-            whole, like.modules_to_save, like.bias = _whole(adapter, structure, base, states)
-            rest.update(whole)
+            whole = _whole(adapter, structure, base, states)
+            like.modules_to_save, like.bias = whole.modules, whole.bias
+            rest.update(whole.tensors)
     return like, states, rest
 
 
@@ -117,7 +119,7 @@ def _base(source: Path, form: str, base: nn.Module | str | os.PathLike | None) -
 
 def _whole(
     adapter: ForeignAdapter, structure: nn.Module, base: nn.Module | str | os.PathLike, states: dict[str, SparseDelta]
-) -> tuple[dict[str, Tensor], list[str], str]:
+) -> WholeTensors:
     weights = weights_of(base, structure)
 
     def read(name: str) -> Tensor:
@@ -132,7 +134,7 @@ def _whole(
 
     own = structure.state_dict()
     names = {*adapter.others, *adapter.whole}
-    return save_whole(structure, names, states, read, {name: tuple(own[name].shape) for name in names})
+    return save_whole(structure, {name: tuple(own[name].shape) for name in names}, states, read)
 
 
 # ---------------------------------------------------------------------------------------------------- out

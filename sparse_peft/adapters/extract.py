@@ -10,6 +10,7 @@ import os
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,14 +18,13 @@ from torch import Tensor, nn
 from ..numerics import topk_indices
 from ..ops import effective_entries
 from ..support import Budget, Support, allocate, divide, get_criterion
-from ..tuners.combination import combined_config
+from ..tuners.base_config import BaseSparseConfig
 from ..tuners.delta import SparseDelta
 from ..tuners.files.checks import check_values
-from ..tuners.sparse import SparseConfig, SparseModel
 from ..tuners.targets import stored_shape
+from .entry_format import ENTRIES, sparse_adapter, sparse_state
 from .files import write_adapter
-from .modules_to_save import OTHERS, save_whole
-from .offline_adapter import named_tensors, sparse_state
+from .modules_to_save import OTHERS, WholeTensors, save_whole
 from .weight_reader import Weights, name_of, structure_of, weights_of
 
 
@@ -72,7 +72,7 @@ class Extraction:
     """An adapter that was extracted, and what of the difference it has.
 
     Attributes:
-        config: the adapter's.
+        config: the adapter's, a [`SparseConfig`][sparse_peft.SparseConfig].
         layers: those that differ.
         unchanged: target layers whose weights are equal; the adapter leaves them out.
         others: ``{tensor: sum of squares of its difference}`` of tensors that differ and are no target weights:
@@ -80,7 +80,7 @@ class Extraction:
         saved: those of them that are stored with the adapter.
     """
 
-    config: SparseConfig
+    config: BaseSparseConfig
     layers: tuple[ExtractedLayer, ...]
     unchanged: tuple[str, ...]
     others: dict[str, float]
@@ -97,32 +97,11 @@ class Extraction:
         return sum(layer.energy * layer.kept for layer in self.layers) / total
 
 
-def extract(
-    base: str | os.PathLike | nn.Module,
-    finetuned: str | os.PathLike | nn.Module,
-    output: str | os.PathLike,
-    *,
-    density: float | None = None,
-    num_params: int | None = None,
-    r: int | None = None,
-    density_pattern: dict[str, float] | None = None,
-    allocation: str = "numel",
-    criterion: str = "magnitude",
-    target_modules: list[str] | str = "all-linear",
-    exclude_modules: list[str] | str | None = None,
-    others: str = "leave_out",
-    base_model_name_or_path: str | None = None,
-    task_type: str | None = None,
-    save_dtype: str = "float32",
-) -> Extraction:
-    """Write the sparse adapter that takes the base model closest to the fine-tuned one.
-
-    Entries that are equal in both are never stored, so the adapter may have fewer than its budget.
+@dataclass(frozen=True)
+class ExtractOptions:
+    """What [`extract`][sparse_peft.adapters.extract] keeps of the difference, and what it writes.
 
     Args:
-        base: folder of the base model (safetensors, in one file or in shards), or the loaded model.
-        finetuned: likewise the fine-tuned one.
-        output: the adapter's folder; made if need be.
         density: share of the target layers' weights that is stored. Exactly one of ``density``, ``num_params`` and
             ``r`` is given; see [`Budget`][sparse_peft.support.Budget].
         num_params: number of stored entries over all target layers.
@@ -141,65 +120,125 @@ def extract(
         save_dtype: of the values: ``"float32"``, ``"bfloat16"`` or ``"float16"``.
 
     Raises:
+        ValueError: a value that does not exist or is out of range.
+    """
+
+    density: float | None = None
+    num_params: int | None = None
+    r: int | None = None
+    density_pattern: dict[str, float] | None = None
+    allocation: str = "numel"
+    criterion: str = "magnitude"
+    target_modules: list[str] | str = "all-linear"
+    exclude_modules: list[str] | str | None = None
+    others: str = "leave_out"
+    base_model_name_or_path: str | None = None
+    task_type: str | None = None
+    save_dtype: str = "float32"
+
+    def __post_init__(self) -> None:
+        if self.criterion not in EXTRACTION_CRITERIA:
+            raise ValueError(f"criterion={self.criterion!r}: one of {', '.join(EXTRACTION_CRITERIA)} is expected")
+        if self.others not in OTHERS:
+            raise ValueError(f"others={self.others!r}: one of {', '.join(OTHERS)} is expected")
+        self.budget()
+
+    def budget(self) -> Budget:
+        """The budget that the fields describe."""
+        return Budget(self.density, self.num_params, self.r, dict(self.density_pattern or {}), self.allocation)
+
+    def score(self, difference: Tensor, base: Tensor) -> Tensor:
+        """Scores of a layer's entries, float32; large ones are kept."""
+        return EXTRACTION_CRITERIA[self.criterion](difference, base.float())
+
+
+def extract(
+    base: str | os.PathLike | nn.Module,
+    finetuned: str | os.PathLike | nn.Module,
+    output: str | os.PathLike,
+    options: ExtractOptions | None = None,
+    **fields: Any,
+) -> Extraction:
+    """Write the sparse adapter that takes the base model closest to the fine-tuned one.
+
+    Entries that are equal in both are never stored, so the adapter may have fewer than its budget.
+
+    Args:
+        base: folder of the base model (safetensors, in one file or in shards), or the loaded model.
+        finetuned: likewise the fine-tuned one.
+        output: the adapter's folder; made if need be.
+        options: what is kept.
+        fields: of [`ExtractOptions`][sparse_peft.adapters.ExtractOptions], in place of ``options``.
+
+    Raises:
         ValueError: models that do not fit each other, differences that are not finite, none at all, or a bad budget;
             nothing is written then.
+
+    Example:
+        >>> extract("base-model", "finetuned-model", "adapter", density=0.01)
     """
-    if criterion not in EXTRACTION_CRITERIA:
-        raise ValueError(f"criterion={criterion!r}: one of {', '.join(EXTRACTION_CRITERIA)} is expected")
-    if others not in OTHERS:
-        raise ValueError(f"others={others!r}: one of {', '.join(OTHERS)} is expected")
-    budget = Budget(density, num_params, r, dict(density_pattern or {}), allocation)
+    if options is not None and fields:
+        raise TypeError(f"options and {', '.join(fields)} are both given; put all fields into the options")
+    options = options or ExtractOptions(**fields)
     structure = structure_of(base)
-    request = SparseConfig(target_modules=target_modules, exclude_modules=exclude_modules, save_dtype=save_dtype)
-    targets = SparseModel.find_targets(request, structure)
-    SparseModel.check_targets(structure, targets)
+    targets = _targets(options, structure)
     pair = _Pair(weights_of(base, structure), weights_of(finetuned, structure))
-    shapes = {name: stored_shape(module) for name, module in targets.items()}
+    found = _extract_layers(pair, {name: stored_shape(module) for name, module in targets.items()}, options)
+    states = {name: state for name, (_, state) in found.items()}
+    changed = pair.others({f"{name}.weight" for name in targets})
+    whole = _whole_tensors(structure, pair.after, states, changed, options.others)
+    like = ENTRIES.config_class(
+        base_model_name_or_path=options.base_model_name_or_path or name_of(base),
+        task_type=options.task_type,
+        modules_to_save=whole.modules or None,
+        bias=whole.bias,
+    )
+    config, tensors = sparse_adapter(like, states, options.save_dtype)
+    layers = tuple(layer for layer, _ in found.values())
+    unchanged = tuple(name for name in targets if name not in found)
+    result = Extraction(config, layers, unchanged, changed, tuple(sorted(whole.tensors)))
+    story = (
+        f"Extracted from a fully fine-tuned model with `sparse_peft.adapters.extract`: {result.entries:,} entries by "
+        f"`{options.criterion}`, which have {result.kept:.1%} of the squared difference of the adapted layers."
+    )
+    write_adapter(output, config, {**tensors, **whole.tensors}, story)
+    return result
+
+
+def _targets(options: ExtractOptions, structure: nn.Module) -> dict[str, nn.Module]:
+    """The layers that are compared, in the model's order."""
+    request = ENTRIES.config_class(
+        target_modules=options.target_modules,
+        exclude_modules=options.exclude_modules,
+        save_dtype=options.save_dtype,
+    )
+    targets = ENTRIES.model_class.find_targets(request, structure)
+    ENTRIES.model_class.check_targets(structure, targets)
+    return targets
+
+
+def _extract_layers(
+    pair: _Pair, shapes: dict[str, tuple[int, int]], options: ExtractOptions
+) -> dict[str, tuple[ExtractedLayer, SparseDelta]]:
+    """What is kept of each layer that changed."""
 
     def scores(name: str) -> Tensor:
         before, after = pair.matrices(name, shapes[name])
-        return EXTRACTION_CRITERIA[criterion](_difference(name, before, after), before.float())
+        return options.score(_difference(name, before, after), before)
 
-    counts = allocate(divide(shapes, budget), allocation, scores)
-    layers, unchanged, states = [], [], {}
+    counts = allocate(divide(shapes, options.budget()), options.allocation, scores)
+    found = {}
     for name, shape in shapes.items():
         before, after = pair.matrices(name, shape)
-        layer, state = _extract_layer(
-            name, before, after, counts[name], EXTRACTION_CRITERIA[criterion], getattr(torch, save_dtype)
-        )
-        if state is None:
-            unchanged.append(name)
-        else:
-            layers.append(layer)
-            states[name] = state
-    if not states:
+        layer = _extract_layer(name, before, after, counts[name], options)
+        if layer is not None:
+            found[name] = layer
+    if not found:
         raise ValueError(
             f"{pair.after.source}: none of the {len(shapes)} target layers differs from {pair.before.source}; is it "
             "the fine-tuned model?"
         )
-    changed = pair.others({f"{name}.weight" for name in shapes})
-    rest, modules, bias = _rest(structure, pair.after, states, changed, others)
-    tensors = {
-        name: {"values": state.values.detach().to(getattr(torch, save_dtype)), **state.file_tensors()}
-        for name, state in states.items()
-    }
-    config = combined_config(SparseModel, [_config(base, base_model_name_or_path, task_type, states)], tensors)
-    config.modules_to_save, config.bias, config.save_dtype = modules or None, bias, save_dtype
-    result = Extraction(config, tuple(layers), tuple(unchanged), changed, tuple(sorted(rest)))
-    story = (
-        f"Extracted from a fully fine-tuned model with `sparse_peft.adapters.extract`: {result.entries:,} entries by "
-        f"`{criterion}`, which have {result.kept:.1%} of the squared difference of the adapted layers."
-    )
-    write_adapter(output, config, {**named_tensors(SparseModel, tensors), **rest}, story)
-    return result
-
-
-def _config(base, name: str | None, task_type: str | None, states: dict[str, SparseDelta]) -> SparseConfig:
-    return SparseConfig(
-        base_model_name_or_path=name or name_of(base),
-        task_type=task_type,
-        weight_shapes={layer: list(state.shape) for layer, state in states.items()},
-    )
+    return found
 
 
 def _difference(name: str, before: Tensor, after: Tensor) -> Tensor:
@@ -210,24 +249,19 @@ def _difference(name: str, before: Tensor, after: Tensor) -> Tensor:
 
 
 def _extract_layer(
-    name: str,
-    before: Tensor,
-    after: Tensor,
-    count: int,
-    score: Callable[[Tensor, Tensor], Tensor],
-    dtype: torch.dtype,
-) -> tuple[ExtractedLayer | None, SparseDelta | None]:
-    """The ``count`` best entries that changed at all; nothing where none did."""
+    name: str, before: Tensor, after: Tensor, count: int, options: ExtractOptions
+) -> tuple[ExtractedLayer, SparseDelta] | None:
+    """The ``count`` best entries that changed at all; None where none did."""
     difference = _difference(name, before, after)
     changed = int(difference.count_nonzero())
     if changed == 0:
-        return None, None
-    chosen = topk_indices(score(difference, before.float()).reshape(-1), count, name=name)
+        return None
+    chosen = topk_indices(options.score(difference, before).reshape(-1), count, name=name)
     flat = difference.reshape(-1)
     chosen = chosen[flat[chosen] != 0]
     if chosen.numel() == 0:  # a criterion may favour others; an adapted layer has one entry at least
         chosen = flat.abs().argmax()[None]
-    wanted = flat[chosen]
+    wanted, dtype = flat[chosen], getattr(torch, options.save_dtype)
     values = wanted.to(dtype).float()  # as they are stored
     check_values(values, name, f"store the difference in {dtype} of")
     energy = float(difference.square().sum(dtype=torch.float64))
@@ -283,22 +317,20 @@ class _Pair:
         return changed
 
 
-def _rest(
+def _whole_tensors(
     structure: nn.Module, after: Weights, adapted: dict[str, SparseDelta], changed: dict[str, float], others: str
-) -> tuple[dict[str, Tensor], list[str], str]:
-    """What is stored besides the deltas: ``(tensors, modules_to_save, bias)``."""
-    if not changed or others == "leave_out":
-        if changed:
-            names = ", ".join(list(changed)[:3])
-            warnings.warn(
-                f"{len(changed)} tensors differ and are no target weights, such as {names}: they are left out, and "
-                "the adapter does not reproduce their part of the fine-tuning. others='save' stores them whole",
-                stacklevel=3,
-            )
-        return {}, [], "none"
+) -> WholeTensors:
+    """What is stored besides the deltas."""
+    if not changed:
+        return WholeTensors()
+    if others == "save":
+        return save_whole(structure, {name: after.shape(name) for name in changed}, adapted, after.read)
+    differ = f"{len(changed)} tensors differ and are no target weights, such as {', '.join(list(changed)[:3])}"
     if others == "refuse":
-        raise ValueError(
-            f"others='refuse': {len(changed)} tensors differ and are no target weights, such as "
-            f"{', '.join(list(changed)[:3])}"
-        )
-    return save_whole(structure, changed, adapted, after.read, {name: after.shape(name) for name in changed})
+        raise ValueError(f"others='refuse': {differ}")
+    warnings.warn(
+        f"{differ}: they are left out, and the adapter does not reproduce their part of the fine-tuning. "
+        "others='save' stores them whole",
+        stacklevel=3,
+    )
+    return WholeTensors()

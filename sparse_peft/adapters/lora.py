@@ -9,15 +9,16 @@ import os
 from collections import Counter
 from collections.abc import Callable
 
-import torch
 from peft import LoraConfig
 from torch import Tensor, nn
 
 from ..ops import ConvProduct
+from ..registry import method_named
+from ..tuners.base_config import BaseSparseConfig
 from ..tuners.base_layer import TunerLayer
 from ..tuners.base_model import BaseSparseModel
 from ..tuners.forms import LoraFactors
-from ..tuners.s2ft import S2FTConfig
+from .entry_format import named_tensors
 from .files import PREFIX, config_of, read_adapter, tensors_of, write_adapter
 
 
@@ -137,16 +138,7 @@ def save_as_lora(
     return config
 
 
-def _selected(factor: Tensor) -> Tensor | None:
-    """``(rank,)`` which row of the identity each row of ``(rank, features)`` is; None if they are no such rows."""
-    is_one = factor == 1
-    if not (bool((factor[~is_one] == 0).all()) and bool((is_one.sum(1) == 1).all())):
-        return None
-    lines = is_one.float().argmax(1)
-    return lines if lines.unique().numel() == lines.numel() else None
-
-
-def save_lora_as_s2ft(lora_folder: str | os.PathLike, folder: str | os.PathLike) -> S2FTConfig:
+def save_lora_as_s2ft(lora_folder: str | os.PathLike, folder: str | os.PathLike) -> BaseSparseConfig:
     """Turn a LoRA adapter whose ``A`` or ``B`` selects channels, such as
     [`save_as_lora`][sparse_peft.adapters.save_as_lora] wrote, into S2FT.
 
@@ -163,43 +155,28 @@ def save_lora_as_s2ft(lora_folder: str | os.PathLike, folder: str | os.PathLike)
     lora, tensors = read_adapter(lora_folder)
     if not isinstance(lora, LoraConfig):
         raise ValueError(f"{lora_folder}: a LoRA adapter is expected, this is {lora.peft_type}")
-    names = [key[len(PREFIX) : -len(".lora_A.weight")] for key in tensors if key.endswith(".lora_A.weight")]
-    counts, sides, shapes, converted = {}, {}, {}, {}
-    for name in names:
-        down, up = (tensors.pop(f"{PREFIX}{name}.lora_{part}.weight").float() for part in "AB")
-        taps = down[0, 0].numel()
-        down, up = down.flatten(1), up.flatten(1)
-        lines, side = _selected(down), "in"
-        if lines is None:
-            lines, side = _selected(up.t()), "out"
-        if lines is None:
-            raise ValueError(
-                f"layer {name}: neither lora_A nor lora_B selects channels, so this LoRA adapter is no S2FT adapter; "
-                "only what save_as_lora made of one can be turned back"
-            )
-        order = lines.argsort()
-        delta = up[:, order] if side == "in" else down[order]
-        rank, alpha = lora.rank_pattern.get(name, lora.r), lora.alpha_pattern.get(name, lora.lora_alpha)
-        delta = delta * (alpha / (rank**0.5 if lora.use_rslora else rank))
-        dim, channels = (1 if side == "in" else 0), lines[order]
-        if dim == 1 and taps > 1:
-            channels = channels.view(-1, taps)[:, 0] // taps
-        shape = [up.shape[0], down.shape[1]]
-        if lora.fan_in_fan_out and taps == 1:
-            shape, dim, delta = shape[::-1], 1 - dim, delta.t()
-        key = f"{PREFIX}{name}.sparse_peft_s2ft_adapter."
-        converted[f"{key}values"] = delta.reshape(-1)
-        converted[f"{key}{('rows', 'columns')[dim]}"] = channels.to(torch.int32)
-        counts[name], sides[name], shapes[name] = channels.numel(), side, shape
-    config = S2FTConfig(
-        target_modules=names,
-        num_channels=counts,
-        sides=sides,
-        weight_shapes=shapes,
-        bias="sparse_peft_s2ft_only" if lora.bias == "lora_only" else lora.bias,
+    factors = _factors_of_file(lora, tensors)
+    method = method_named("s2ft")
+    fields, layers = method.model_class.from_lora(factors, lora.fan_in_fan_out)
+    config = method.config_class(
+        target_modules=list(factors),
+        bias=f"{method.peft_type.lower()}_only" if lora.bias == "lora_only" else lora.bias,
         modules_to_save=lora.modules_to_save,
         task_type=lora.task_type,
         base_model_name_or_path=lora.base_model_name_or_path,
+        **fields,
     )
-    write_adapter(folder, config, {**converted, **tensors}, "S2FT, made exactly of a LoRA adapter with `sparse_peft`.")
+    found = {**named_tensors(method.model_class, layers), **tensors}
+    write_adapter(folder, config, found, "S2FT, made exactly of a LoRA adapter with `sparse_peft`.")
     return config
+
+
+def _factors_of_file(lora: LoraConfig, tensors: dict[str, Tensor]) -> dict[str, LoraFactors]:
+    """``{layer: factors}`` of a LoRA adapter's file, taken out of its tensors."""
+    names = [key[len(PREFIX) : -len(".lora_A.weight")] for key in tensors if key.endswith(".lora_A.weight")]
+    factors = {}
+    for name in names:
+        down, up = (tensors.pop(f"{PREFIX}{name}.lora_{part}.weight") for part in "AB")
+        rank, alpha = lora.rank_pattern.get(name, lora.r), lora.alpha_pattern.get(name, lora.lora_alpha)
+        factors[name] = LoraFactors(down, up, alpha / (rank**0.5 if lora.use_rslora else rank))
+    return factors

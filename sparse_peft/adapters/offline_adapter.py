@@ -7,26 +7,22 @@ and no memory. So what is loaded is checked as it is for a real model, and no se
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from numbers import Integral
 from typing import Any
 
-import torch
 from peft import inject_adapter_in_model, set_peft_model_state_dict
-from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 
+from ..registry import method_of
 from ..support import Support
 from ..tuners.base_config import BaseSparseConfig
 from ..tuners.base_layer import TunerLayer
 from ..tuners.base_model import BaseSparseModel
 from ..tuners.base_state import TrainedState
-from ..tuners.combination import combined_config
-from ..tuners.delta import SparseDelta
-from ..tuners.sparse import SparseConfig, SparseModel
-from ..tuners.support_recipe import SupportRecipe
 from .delta_matrix import DeltaMatrix
+from .entry_format import ENTRIES, sparse_adapter, sparse_state
 from .files import PREFIX, read_adapter
 
 MAX_WEIGHT = 2**48  # entries, far beyond any weight there is
@@ -58,22 +54,12 @@ class StoredAdapter:
     @property
     def tuner(self) -> type[BaseSparseModel]:
         """The method's model class."""
-        return PEFT_TYPE_TO_TUNER_MAPPING[self.config.peft_type]
+        return method_of(self.config).model_class
 
     @property
     def is_sparse(self) -> bool:
-        """Whether its deltas are sparse, and nothing else is added to the weights."""
+        """Whether its deltas consist of entries alone."""
         return all(state.is_sparse for state in self.states.values())
-
-
-def named_tensors(tuner: type[BaseSparseModel], tensors: dict[str, dict[str, Tensor]]) -> dict[str, Tensor]:
-    """``{layer: {name: tensor}}`` of a method under the names that they have in a file."""
-    container = tuner.layer_cls.delta_container
-    return {
-        f"{PREFIX}{layer}.{container}.{name}": tensor
-        for layer, found in tensors.items()
-        for name, tensor in found.items()
-    }
 
 
 def check_shape(shape: Any, layer: str, source: str) -> tuple[int, int]:
@@ -95,8 +81,7 @@ def read_sparse(folder: str | os.PathLike) -> tuple[BaseSparseConfig, dict[str, 
     """The config and tensors of a sparse adapter's folder, that its base model can be given.
 
     Raises:
-        ValueError: no adapter of this package, one that takes its base's place (SLTrain's ``mode="pretrain"``), or a
-            damaged one.
+        ValueError: no adapter of this package, one that replaces its base model's weights, or a damaged one.
     """
     folder = os.fspath(folder)
     config, tensors = read_adapter(folder)
@@ -111,15 +96,10 @@ def read_sparse(folder: str | os.PathLike) -> tuple[BaseSparseConfig, dict[str, 
         raise ValueError(
             f"{folder}: a sparse adapter is expected, this is {kind}" + (f"; {cure[kind]}" if kind in cure else "")
         )
-    if not hasattr(config, "weight_shapes"):
+    if method_of(config).model_class.saves_base_weights(config):
         raise ValueError(
-            f"{folder}: what {type(config).__name__} adapters change depends on more than their files; load it on its "
-            "base model and merge_and_unload()"
-        )
-    if getattr(config, "mode", None) == "pretrain":
-        raise ValueError(
-            f"{folder}: an adapter of mode='pretrain' is the weights themselves, not a change of a base model's; load "
-            "it and merge_and_unload()"
+            f"{folder}: this {type(config).__name__} adapter is the weights themselves, not a change of a base "
+            "model's; load it and merge_and_unload()"
         )
     return config, tensors
 
@@ -128,83 +108,48 @@ def read_stored(folder: str | os.PathLike) -> StoredAdapter:
     """Read a sparse adapter's folder.
 
     Raises:
-        ValueError: as ``read_sparse``, or a method that is nothing without its base's weights; names the layer.
+        ValueError: as ``read_sparse``, or an adapter whose delta depends on its base's weights; names the layer.
     """
     folder = os.fspath(folder)
     config, tensors = read_sparse(folder)
-    tuner = PEFT_TYPE_TO_TUNER_MAPPING[config.peft_type]
+    tuner = method_of(config).model_class
     if tuner.needs_base_weights:
         raise ValueError(
             f"{folder}: what an adapter of {type(config).__name__} adds is known on its base model only; load it "
             "there with PeftModel.from_pretrained, or write the merged model with sparse_peft.adapters.export"
         )
     marker = f".{tuner.layer_cls.delta_container}."
-    states, rest = {}, {}
-    for name, tensor in tensors.items():
-        layer, found, part = name.removeprefix(PREFIX).rpartition(marker)
-        if found:
-            states.setdefault(layer, {})[part] = tensor
-        else:
-            rest[name] = tensor
+    tensors_of, rest = _by_layer(tensors, marker)
     shapes = config.weight_shapes or {}
-    if set(shapes) != set(states) or not states:
-        odd = sorted(set(shapes) ^ set(states)) or ["none at all"]
+    if set(shapes) != set(tensors_of) or not tensors_of:
+        odd = sorted(set(shapes) ^ set(tensors_of)) or ["none at all"]
         raise ValueError(
             f"{folder}: adapter_config.json and the adapter's file have different layers, such as {odd[0]}; it is "
             "damaged or was edited: save or download it again"
         )
-    layers = {}
-    for layer, found in states.items():
+    skeletons = {}
+    for layer, found in tensors_of.items():
         shape = check_shape(shapes[layer], layer, f"{folder}: weight_shapes")
-        layers[layer] = _stand_in(layer, shape, found, (getattr(config, "sides", None) or {}).get(layer), config)
-    loaded = _load(config, layers, states, marker)
-    in_dims = {name: layer.product.in_dim for name, layer in loaded.items()}
-    return StoredAdapter(
-        folder, config, {name: layer.deltas["default"] for name, layer in loaded.items()}, rest, in_dims
-    )
+        skeletons[layer] = tuner.skeleton_layer(config, layer, shape, found)
+    layers = _load(config, tuner, skeletons, tensors_of)
+    states = {name: layer.deltas["default"] for name, layer in layers.items()}
+    return StoredAdapter(folder, config, states, rest, {name: layer.product.in_dim for name, layer in layers.items()})
 
 
-def _weightless(module: nn.Module, shape: tuple[int, ...]) -> nn.Module:
-    module.weight = nn.Parameter(torch.empty(1, device="cpu").expand(shape), requires_grad=False)
-    return module
+def _by_layer(tensors: Mapping[str, Tensor], marker: str) -> tuple[dict[str, dict[str, Tensor]], dict[str, Tensor]]:
+    """``{layer: {name: tensor}}`` of a file, and the tensors beside the layers."""
+    layers: dict[str, dict[str, Tensor]] = {}
+    rest = {}
+    for name, tensor in tensors.items():
+        layer, found, part = name.removeprefix(PREFIX).rpartition(marker)
+        if found:
+            layers.setdefault(layer, {})[part] = tensor
+        else:
+            rest[name] = tensor
+    return layers, rest
 
 
-def _stand_in(
-    layer: str, shape: tuple[int, int], tensors: dict[str, Tensor], side: str | None, config: BaseSparseConfig
-) -> nn.Module:
-    """A layer of the recorded shape without memory, of the kind that the adapter's tensors fit."""
-    rows, cols = shape
-    in_dim, taps = 1, 1
-    if {"A", "B"} <= set(tensors):
-        # nothing is made of a size that the file does not have
-        down, up = tensors["A"], tensors["B"]
-        rank = tensors["gate"].numel() if "gate" in tensors else config.r
-        sides = (down.shape[-2], up.shape[-2]) if down.ndim == 3 == up.ndim else (down.shape[-1], up.shape[0])
-        in_dim = 1 if sides[0] == cols else 0
-        if sides != (shape[in_dim], shape[1 - in_dim]) or (down.numel(), up.numel()) != tuple(rank * n for n in sides):
-            raise ValueError(
-                f"layer {layer}: factors of shapes {tuple(down.shape)} and {tuple(up.shape)} for a weight of "
-                f"{rows} x {cols} and rank {rank}; the adapter's file is damaged: save or download it again"
-            )
-    elif side is not None:
-        dim = 0 if "rows" in tensors else 1
-        channels, values = tensors.get(("rows", "columns")[dim]), tensors.get("values")
-        in_dim = dim if side == "in" else 1 - dim
-        if channels is not None and values is not None and channels.numel() and dim == 1:
-            taps = max(1, values.numel() // (channels.numel() * rows))
-            if cols % taps:
-                taps = 1
-    with torch.device("meta"):
-        if taps > 1:
-            return _weightless(nn.Conv1d(cols // taps, rows, taps, bias=False), (rows, cols // taps, taps))
-        if in_dim == 0:
-            module = Conv1D(cols, rows)
-            del module.bias
-            return _weightless(module, shape)
-        return _weightless(nn.Linear(cols, rows, bias=False), shape)
-
-
-def _skeleton(layers: dict[str, nn.Module]) -> nn.Module:
+def _skeleton_model(layers: Mapping[str, nn.Module]) -> nn.Module:
     """A model that has these layers under their names, and nothing else."""
     root = nn.Module()
     for name, layer in layers.items():
@@ -221,15 +166,28 @@ def _skeleton(layers: dict[str, nn.Module]) -> nn.Module:
 
 
 def _load(
-    config: BaseSparseConfig, layers: dict[str, nn.Module], states: dict[str, dict[str, Tensor]], marker: str
+    config: BaseSparseConfig,
+    tuner: type[BaseSparseModel],
+    skeletons: dict[str, nn.Module],
+    tensors: dict[str, dict[str, Tensor]],
 ) -> dict[str, TunerLayer]:
-    own = {"exclude_modules": None, "layers_to_transform": None, "layers_pattern": None, "bias": "none"}
-    beside = {"modules_to_save": None, "trainable_token_indices": None}
-    config = replace(config, target_modules=set(layers), inference_mode=True, **own, **beside)
-    model = _skeleton(layers)
-    state_dict = {f"{layer}{marker}{part}": t for layer, found in states.items() for part, t in found.items()}
-    entries = PEFT_TYPE_TO_TUNER_MAPPING[config.peft_type].file_sizes(state_dict)
-    lacking = [layer for layer in layers if layer not in entries]
+    """Put the tensors into layers around the skeletons, as PEFT does for a real model."""
+    config = replace(
+        config,
+        target_modules=list(skeletons),
+        exclude_modules=None,
+        layers_to_transform=None,
+        layers_pattern=None,
+        modules_to_save=None,
+        trainable_token_indices=None,
+        bias="none",
+        inference_mode=True,
+    )
+    model = _skeleton_model(skeletons)
+    marker = f".{tuner.layer_cls.delta_container}."
+    state_dict = {f"{layer}{marker}{part}": t for layer, found in tensors.items() for part, t in found.items()}
+    entries = tuner.file_sizes(state_dict) or {}
+    lacking = [layer for layer in skeletons if layer not in entries]
     if lacking:
         raise ValueError(f"layer {lacking[0]}: the adapter's file has no values for it; save or download it again")
     inject_adapter_in_model(config, model, state_dict=state_dict)
@@ -240,52 +198,21 @@ def _load(
 
 
 def entrywise(adapter: StoredAdapter) -> StoredAdapter:
-    """An adapter of sparse deltas of whatever method as one of [`SparseConfig`][sparse_peft.SparseConfig].
+    """A sparse adapter of any method as one of [`SparseConfig`][sparse_peft.SparseConfig].
 
     Raises:
         ValueError: its deltas are not sparse.
     """
-    if type(adapter.config) is SparseConfig:
+    if method_of(adapter.config) is ENTRIES:
         return adapter
-    if not adapter.is_sparse:
-        raise ValueError(
-            f"{adapter.folder}: the deltas of {type(adapter.config).__name__} are not sparse: they have low-rank "
-            "factors"
-        )
     states = {}
     for name, state in adapter.states.items():
-        entries = state.as_sparse()
+        try:
+            entries = state.as_sparse()
+        except ValueError as error:
+            kind = type(adapter.config).__name__
+            raise ValueError(f"{adapter.folder}: the deltas of {kind} are not sparse ({error})") from error
         support = Support(entries.support.shape, entries.support.indices, validate=False, name=name)
         states[name] = sparse_state(support, entries.values.float())
-    return replace(adapter, config=sparse_config(adapter.config, states), states=states)
-
-
-def sparse_state(support: Support, values: Tensor) -> SparseDelta:
-    """A sparse delta with these values, outside of any model."""
-    recipe = SupportRecipe("random", support.nnz, 0, support.name)
-    state = SparseDelta(support.shape, support.nnz, support.name, recipe, support)
-    state.values.data = values
-    return state
-
-
-def sparse_tensors(states: dict[str, SparseDelta]) -> dict[str, Tensor]:
-    """Sparse deltas ``{layer: state}`` as a file of a [`SparseConfig`][sparse_peft.SparseConfig] adapter has them."""
-    return named_tensors(
-        SparseModel, {name: {"values": s.values.detach(), **s.file_tensors()} for name, s in states.items()}
-    )
-
-
-def sparse_config(like: Any, states: dict[str, SparseDelta]) -> SparseConfig:
-    """The config of an adapter with these sparse deltas, for the base model of another adapter."""
-    tensors = {name: {"values": state.values} for name, state in states.items()}
-    bias = getattr(like, "bias", "none")
-    config = SparseConfig(
-        weight_shapes={name: list(state.shape) for name, state in states.items()},
-        base_model_name_or_path=like.base_model_name_or_path,
-        revision=like.revision,
-        task_type=like.task_type,
-        modules_to_save=like.modules_to_save,
-        trainable_token_indices=getattr(like, "trainable_token_indices", None),
-        bias="sparse_peft_delta_only" if bias.endswith("_only") else bias,
-    )
-    return combined_config(SparseModel, [config], tensors)
+    config, _ = sparse_adapter(adapter.config, states)
+    return replace(adapter, config=config, states=dict(states))

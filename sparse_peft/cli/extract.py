@@ -11,14 +11,15 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from ..adapters import EXTRACTION_CRITERIA, Extraction
+from ..adapters import EXTRACTION_CRITERIA, Extraction, ExtractOptions
 from ..adapters import extract as extract_adapter
-from ..support import ALLOCATIONS, Budget
-from ..tuners.sparse import SparseConfig
+from ..registry import method_named
+from ..support import ALLOCATIONS
 from .fields import parse_fields
 from .folders import model_folder, new_folder
 from .output import ForceOption, JsonOption, answering, asked, count_text, share_text, short_names, table, working
 
+ENTRIES = method_named("sparse").config_class  # of the adapter that is written
 LEAST_KEPT = 10  # layers that are listed for people
 
 
@@ -41,21 +42,10 @@ def extract(
     with answering("extract", as_json) as answer:
         model_folder(base), model_folder(finetuned)
         with asked():
-            Budget(density, num_params, r, {}, allocation)
-            fields = parse_fields(SparseConfig, [f"target_modules={target_modules}", f"save_dtype={save_dtype}"])
+            fields = parse_fields(ENTRIES, [f"target_modules={target_modules}", f"save_dtype={save_dtype}"])
+            options = ExtractOptions(density, num_params, r, None, allocation, criterion, others=others, **fields)
         with new_folder(out, force) as staging, working("comparing weights"):
-            made = extract_adapter(
-                base,
-                finetuned,
-                staging,
-                density=density,
-                num_params=num_params,
-                r=r,
-                allocation=allocation,
-                criterion=criterion,
-                others=others,
-                **fields,
-            )
+            made = extract_adapter(base, finetuned, staging, options)
         answer.content = {"output": str(out), **content_of(made)}
         answer.show = lambda console: show(console, made, str(out))
 

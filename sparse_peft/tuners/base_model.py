@@ -27,6 +27,7 @@ from .experts import check_bare_weights
 from .files.adapter_state import check_no_base_weights, put_states, take_states
 from .files.card import TAG
 from .files.checks import check_adapter_name
+from .forms import LoraFactors, weightless_layer
 from .four_bit import prepare_four_bit
 from .mixed_batches import mixed_batch
 from .residency import hold_layers, release_layers
@@ -388,6 +389,41 @@ class BaseSparseModel(BaseTuner):
     def combined_fields(cls, configs: Sequence[Any], tensors: Tensors) -> dict[str, Any]:
         """The method's own fields in the config of an adapter made of others; see ``combined_config``."""
         return {}
+
+    # ------------------------------------------------------------------ forms
+
+    @classmethod
+    def skeleton_layer(
+        cls, config: Any, name: str, shape: tuple[int, int], tensors: Mapping[str, Tensor]
+    ) -> nn.Module:
+        """A layer without memory that a file's tensors fit, to read an adapter without its base model.
+
+        Args:
+            config: the adapter's.
+            name: the layer's.
+            shape: ``(rows, cols)`` of the stored weight.
+            tensors: the layer's, from the file.
+
+        Raises:
+            ValueError: tensors of sizes that fit no such layer.
+        """
+        return weightless_layer(shape)
+
+    @classmethod
+    def from_lora(cls, factors: Mapping[str, LoraFactors], fan_in_fan_out: bool) -> tuple[dict[str, Any], Tensors]:
+        """The adapter of this method that computes the same as a LoRA adapter.
+
+        Args:
+            factors: ``{layer name: LoRA's factors}``.
+            fan_in_fan_out: whether linear layers store their weight as ``(inputs, outputs)``.
+
+        Returns:
+            The config's fields, and what each layer has in a file, ``{layer: {name: tensor}}``.
+
+        Raises:
+            ValueError: there is no such adapter.
+        """
+        raise ValueError(f"{cls.__name__} adapters cannot be made from a LoRA adapter")
 
     # ------------------------------------------------------------------ checkpoints
 

@@ -5,6 +5,7 @@ Export, composition, summaries and plans ask these; none of them knows a method.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -125,14 +126,14 @@ class Forms:
             ValueError: it has no such form.
         """
         entries, factors = self.sparse_part(), self.low_rank_part()
-        if entries is None and factors is None:
-            raise self.no_form("LoRA form", self.why_no_parts)
-        if entries is None:
+        if entries is not None and factors is not None:
+            raise self.no_form("LoRA form", "it is low rank plus a sparse delta, which together are of full rank")
+        if entries is not None:
+            return factors_of_lines(entries, *lines_of(entries.support), in_dim)
+        if factors is not None:
             down, up = factors
             return LoraFactors(down.float(), up.float())
-        if factors is not None:
-            raise self.no_form("LoRA form", "it is low rank plus a sparse delta, which together are of full rank")
-        return factors_of_lines(entries, *lines_of(entries.support), in_dim)
+        raise self.no_form("LoRA form", self.why_no_parts)
 
     def no_form(self, form: str, reason: str) -> ValueError:
         """The error that says why the delta has no such form, and what to do instead."""
@@ -191,36 +192,43 @@ def weightless_layer(shape: tuple[int, int], in_dim: int = 1, taps: int = 1) -> 
     layer: nn.Module
     with torch.device("meta"):
         if taps > 1:
-            layer, shape = nn.Conv1d(cols // taps, rows, taps, bias=False), (rows, cols // taps, taps)
+            layer = nn.Conv1d(cols // taps, rows, taps, bias=False)
         elif in_dim == 0:
             layer = Conv1D(cols, rows)
             del layer.bias
         else:
             layer = nn.Linear(cols, rows, bias=False)
-    layer.weight = nn.Parameter(torch.empty(1, device="cpu").expand(shape), requires_grad=False)
+    size = (rows, cols // taps, taps) if taps > 1 else shape
+    layer.weight = nn.Parameter(torch.empty(1, device="cpu").expand(size), requires_grad=False)
     return layer
 
 
 def layer_of_factors(
-    layer: str, shape: tuple[int, int], sizes: tuple[int, int], numels: tuple[int, int], rank: int
+    layer: str,
+    shape: tuple[int, int],
+    tensors: Mapping[str, Tensor],
+    shapes_of: Callable[[int, int], Mapping[str, tuple[int, ...]]],
 ) -> nn.Module:
-    """The weightless layer that a file's low-rank factors fit.
+    """The weightless layer that low-rank factors fit; nothing is allocated of a size that the file does not have.
 
     Args:
         layer: its name.
         shape: ``(rows, cols)`` of the stored weight.
-        sizes: ``(inputs, outputs)`` of the factors.
-        numels: elements of each, so that no more is allocated than the file has.
-        rank: of both.
+        tensors: the layer's, from a file.
+        shapes_of: ``shapes_of(inputs, outputs)`` are the shapes that the factors must have, by names.
 
     Raises:
         ValueError: they fit no weight of this shape.
     """
-    in_dim = 1 if sizes[0] == shape[1] else 0
-    if sizes != (shape[in_dim], shape[1 - in_dim]) or numels != (rank * sizes[0], rank * sizes[1]):
-        raise ValueError(
-            f"layer {layer}: factors of {sizes[0]} inputs and {sizes[1]} outputs with {numels[0]} and {numels[1]} "
-            f"elements, for a weight of {shape[0]} x {shape[1]} and rank {rank}; the adapter's file is damaged: save "
-            "or download it again"
-        )
-    return weightless_layer(shape, in_dim)
+    rows, cols = shape
+    for in_dim, (inputs, outputs) in ((1, (cols, rows)), (0, (rows, cols))):
+        wanted = shapes_of(inputs, outputs)
+        found = {name: tuple(tensors[name].shape) for name in wanted if name in tensors}
+        # missing tensors are named by what takes the file
+        if found == wanted or len(found) < len(wanted):
+            return weightless_layer(shape, in_dim)
+    raise ValueError(
+        f"layer {layer}: factors of shapes {', '.join(map(str, found.values()))}, where a weight of {rows} x {cols} "
+        f"has {', '.join(map(str, shapes_of(cols, rows).values()))}; the adapter's file is damaged: save or download "
+        "it again"
+    )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import ClassVar
 
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ..ops import FACTOR_COMBINATIONS, Combination, combine_factors
 from .base_layer import TunerLayer
 from .base_state import TrainedState
-from .forms import StateSizes
+from .forms import StateSizes, layer_of_factors
 
 ALWAYS_POSSIBLE = 64
 
@@ -102,6 +102,11 @@ class LowRankLayer(TunerLayer):
         down, up = self.deltas[adapter_name].factors()
         weight = up @ down
         return (weight if self.product.in_dim == 1 else weight.t()).reshape(self.weight_shape)
+
+
+def skeleton_of_factors(name: str, shape: tuple[int, int], tensors: Mapping[str, Tensor], rank: int) -> nn.Module:
+    """The weightless layer of a file's factors ``A`` and ``B``; see ``BaseSparseModel.skeleton_layer``."""
+    return layer_of_factors(name, shape, tensors, lambda ins, outs: {"A": (rank, ins), "B": (outs, rank)})
 
 
 def factor_sizes(shape: tuple[int, int], in_dim: int) -> tuple[int, int]:

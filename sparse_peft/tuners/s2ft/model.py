@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from operator import attrgetter
@@ -17,10 +17,12 @@ from ...support import ChannelSupport, Support
 from ..base_model import BaseSparseModel
 from ..combination import Tensors
 from ..delta_layer import SparseTunerLayer
+from ..forms import LoraFactors
 from ..targets import Targets, base_of, check_shapes, dense_weight, in_dim_of, layer_views, stored_shape
 from .budget import choose_units
 from .config import S2FTConfig
 from .delta import BUFFERS, ChannelDelta
+from .forms import channels_of_lora, skeleton_of_channels
 from .layer import S2FTLinear
 from .roles import DEFAULT_TARGETS
 from .structures import Heads, Structure, build, side_of
@@ -239,6 +241,16 @@ class S2FTModel(BaseSparseModel):
             batches = ModelPass(model, data, loss_fn)
             squares = channel_squares(config.selection, batches, layer_views(targets), sides)
         return cls._choose(config, model, targets, sides, squares)
+
+    @classmethod
+    def skeleton_layer(
+        cls, config: S2FTConfig, name: str, shape: tuple[int, int], tensors: Mapping[str, Tensor]
+    ) -> nn.Module:
+        return skeleton_of_channels(config, name, shape, tensors)
+
+    @classmethod
+    def from_lora(cls, factors: Mapping[str, LoraFactors], fan_in_fan_out: bool) -> tuple[dict[str, Any], Tensors]:
+        return channels_of_lora(factors, fan_in_fan_out)
 
 
 def _unit_squares(structure: Structure, squares: dict[str, Tensor], selection: str) -> Tensor:

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.functional import pad
 
 from ..combination import Tensors
 from ..entry_model import DeltaPlan
-from ..low_rank import check_rank, factor_sizes
+from ..low_rank import check_rank, factor_sizes, skeleton_of_factors
 from ..sparse.model import SparseModel
 from ..targets import base_of, in_dim_of, stored_shape
 from .config import SLTrainConfig
@@ -86,6 +86,12 @@ class SLTrainModel(SparseModel):
             found["A"], found["B"] = pad(found["A"], (0, 0, 0, more)), pad(found["B"], (0, more))
         fields = super().combined_fields(configs, tensors)
         return {**fields, "r": rank, "alpha": rank, "trainable_scale": False}
+
+    @classmethod
+    def skeleton_layer(
+        cls, config: SLTrainConfig, name: str, shape: tuple[int, int], tensors: Mapping[str, Tensor]
+    ) -> nn.Module:
+        return skeleton_of_factors(name, shape, tensors, config.r)
 
     # ------------------------------------------------------------------ pretraining
 

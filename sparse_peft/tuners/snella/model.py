@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
-from torch import nn
+from torch import Tensor, nn
 
-from ...ops import ConvProduct, LayerProduct, LinearProduct, is_convolution
+from ...ops import PIECES, ConvProduct, LayerProduct, LinearProduct, is_convolution
 from ..base_model import BaseSparseModel
+from ..forms import layer_of_factors
 from ..low_rank import factor_sizes
 from ..targets import base_of, check_shapes, in_dim_of, stored_shape
 from .config import SnellaConfig
@@ -63,3 +65,12 @@ class SnellaModel(BaseSparseModel):
                 None if known is None else known.entries,
             )
         return plans
+
+    @classmethod
+    def skeleton_layer(
+        cls, config: SnellaConfig, name: str, shape: tuple[int, int], tensors: Mapping[str, Tensor]
+    ) -> nn.Module:
+        width = config.r // PIECES
+        return layer_of_factors(
+            name, shape, tensors, lambda ins, outs: {"A": (PIECES, ins, width), "B": (PIECES, outs, width)}
+        )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ...support import matches_layer
 from ..base_model import BaseSparseModel
 from ..combination import Tensors
-from ..low_rank import check_rank, factor_sizes
+from ..low_rank import check_rank, factor_sizes, skeleton_of_factors
 from ..targets import check_shapes, in_dim_of, stored_shape
 from .config import SoRAConfig
 from .layer import SoRALinear
@@ -85,6 +85,13 @@ class SoRAModel(BaseSparseModel):
         most = max(1, *ranks.values())
         # the scales are in B now
         return {"r": most, "alpha": most, "rank_pattern": {}, "target_rank": None, "ranks": ranks}
+
+    @classmethod
+    def skeleton_layer(
+        cls, config: SoRAConfig, name: str, shape: tuple[int, int], tensors: Mapping[str, Tensor]
+    ) -> nn.Module:
+        rank = tensors["gate"].numel() if "gate" in tensors else config.r
+        return skeleton_of_factors(name, shape, tensors, rank)
 
     @classmethod
     def _fit(cls, config: SoRAConfig, delta: GatedLowRank, parameters: dict[str, Tensor]) -> None:

@@ -10,7 +10,7 @@ from peft import PeftModel, get_peft_model, set_peft_model_state_dict
 from safetensors.torch import load_file
 from torch import nn
 
-from sparse_peft import SnellaConfig, SparseConfig, panel_limit
+from sparse_peft import SnellaConfig, SoRAConfig, SparseConfig, panel_limit
 from sparse_peft.adapters import save_as_sparse, to_sparse
 from sparse_peft.tuners.delta_layer import TunerLayer
 from tests.helpers.two_layers import TwoLayers
@@ -442,8 +442,8 @@ def test_export_of_a_convolution_and_of_nothing(tmp_path):
         state.keep(0)
     with pytest.raises(ValueError, match="keeps any entry"):
         to_sparse(model)
-    with pytest.raises(ValueError, match="SparseConfig.*only SnellaConfig"):
-        to_sparse(get_peft_model(TwoLayers(), SparseConfig(target_modules=NAMES)))
+    with pytest.raises(ValueError, match="layer first: the delta has no sparse form because it has low-rank factors"):
+        to_sparse(get_peft_model(TwoLayers(), SoRAConfig(r=2, target_modules=NAMES)))
 
 
 # ------------------------------------------------------------------------------------------------------------- errors
