@@ -16,8 +16,7 @@ from .tuners.files.card import guard_model_cards
 from .tuners.files.checks import guard_adapter_writes
 from .tuners.method import Method
 from .tuners.selection import select_support
-
-__version__ = "0.1.0"
+from .version import __version__
 
 _of_methods = register_folders(tuners)
 globals().update(_of_methods)

@@ -15,6 +15,8 @@ ROOT = Path(__file__).parents[1] / PACKAGE
 
 # Each may import those before it; the package itself only collects names.
 LAYERS = (
+    "version",
+    "constraints",
     "numerics",
     "support",
     "ops",

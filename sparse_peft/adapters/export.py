@@ -93,7 +93,7 @@ def _with_adapter(folder: str | os.PathLike, base: nn.Module | str | os.PathLike
             raise ValueError(f"base={os.fspath(base)!r}: no such folder; pass the loaded model, or its local folder")
         structure = structure_of(base)
         base = getattr(transformers, type(structure).__name__).from_pretrained(base, dtype="auto")
-    model = PeftModel.from_pretrained(base, os.fspath(folder), config=config.for_a_visit())
+    model = PeftModel.from_pretrained(base, os.fspath(folder), config=config.for_temporary_load())
     try:
         yield model
     finally:

@@ -9,6 +9,7 @@ import torch
 from peft import LoraConfig
 from torch import nn
 
+from ..constraints import Count, validated
 from ..support import principal_factors
 from ..tuners.base_layer import TunerLayer
 from ..tuners.forms import LoraFactors
@@ -48,8 +49,7 @@ def save_low_rank(
     Raises:
         ValueError: no such adapter, nothing left of it, or a rank below 1.
     """
-    if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
-        raise ValueError(f"rank={rank!r}: an int of at least 1 is expected")
+    rank = validated("rank", rank, Count)
     lost: dict[str, tuple[float, float]] = {}
 
     def approximate(layer: TunerLayer, name: str) -> LoraFactors | None:

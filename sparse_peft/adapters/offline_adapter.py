@@ -9,12 +9,12 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from numbers import Integral
 from typing import Any
 
 from peft import inject_adapter_in_model, set_peft_model_state_dict
 from torch import Tensor, nn
 
+from ..constraints import Count, validated
 from ..registry import method_of
 from ..support import Support
 from ..tuners.base_config import BaseSparseConfig
@@ -68,10 +68,12 @@ def check_shape(shape: Any, layer: str, source: str) -> tuple[int, int]:
     Raises:
         ValueError: it is no shape of a matrix.
     """
-    whole = isinstance(shape, (list, tuple)) and len(shape) == 2
-    if not whole or any(isinstance(n, bool) or not isinstance(n, Integral) or n < 1 for n in shape):
-        raise ValueError(f"{source}: layer {layer} has the shape {shape!r}; [rows, cols] of a weight is expected")
-    rows, cols = int(shape[0]), int(shape[1])
+    try:
+        rows, cols = validated(f"shape of layer {layer}", shape, list[Count])
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"{source}: layer {layer} has the shape {shape!r}; [rows, cols] of a weight is expected"
+        ) from error
     if rows * cols > MAX_WEIGHT:
         raise ValueError(f"{source}: layer {layer} has the shape {shape!r}, larger than any weight; it is damaged")
     return rows, cols

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 import shutil
 from collections.abc import Mapping, Sequence
@@ -11,6 +10,7 @@ from pathlib import Path
 from huggingface_hub import EvalResult
 from peft import PeftConfig
 
+from ..constraints import validated
 from ..tuners.files.card import complete_card, insert_section, read_card, write_card
 
 HEADING = "## Results"
@@ -68,9 +68,7 @@ def add_results(
             f"task: not given, and task_type={config.task_type!r} of {folder} names none; give the Hub's name of it, "
             "such as 'text-generation'"
         )
-    for name, value in metrics.items():
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
-            raise ValueError(f"metrics[{name!r}]={value!r}: a finite number is expected")
+    metrics = validated("metrics", metrics, dict[str, float])
     missing = [os.fspath(plot) for plot in plots if not Path(plot).is_file()]
     if missing:
         raise ValueError(f"plots: no such file: {', '.join(missing)}")

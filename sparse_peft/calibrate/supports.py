@@ -5,11 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from numbers import Real
+from typing import Annotated
 
 import torch
 from torch import Tensor
 
+from ..constraints import Limits, validated
 from ..numerics.topk import topk_indices
 from ..support.blocks import Block, best_blocks, divide_in_blocks, resolve_block_counts
 from ..support.budget import Budget, Division, allocate, divide
@@ -19,6 +20,9 @@ from .activations import feature_norms
 from .gradient_sums import CandidateBudget, GradientSums
 from .layer_view import LayerView
 from .model_pass import ModelPass
+
+# Candidates for each trained entry; infinitely many keep them all.
+Oversample = Annotated[float, Limits(least=1, finite=False)]
 
 _SOURCES = {
     "none": "a seed and no data: use Support.random",
@@ -32,11 +36,6 @@ def _check_needs(criterion: Criterion, *needs: str) -> None:
     if criterion.needs not in needs:
         fitting = ", ".join(other.name for other in CRITERIA.values() if other.needs in needs)
         raise ValueError(f"selection={criterion.name!r} is computed from {_SOURCES[criterion.needs]}; use {fitting}")
-
-
-def _check_oversample(oversample: object) -> None:
-    if isinstance(oversample, bool) or not isinstance(oversample, Real) or not float(oversample) >= 1:
-        raise ValueError(f"oversample={oversample!r}: a number of at least 1 is expected")
 
 
 @dataclass(frozen=True)
@@ -142,7 +141,7 @@ def collect_supports(
             that does not fit.
     """
     _check_needs(criterion, "gradient", "activation")
-    _check_oversample(oversample)
+    oversample = validated("oversample", oversample, Oversample)
     views = {layer.name: layer for layer in layers}
     choice = _Choice({name: layer.shape for name, layer in views.items()}, criterion, budget, block)
     division = divide(choice.shapes, budget)  # raises before the model runs

@@ -8,13 +8,17 @@ A keyed permutation of ``range(n)`` is evaluated at ``0 .. k-1``. It is a balanc
 from __future__ import annotations
 
 import hashlib
-from numbers import Integral
+from typing import Annotated
 
 import numpy as np
 import torch
 
+from ..constraints import CountOrZero, Limits, validated
+
 ROUNDS = 8
 MAX_BITS = 62
+AnyInt = Annotated[int, Limits(finite=False)]
+RangeSize = Annotated[int, Limits(least=0, most=2**MAX_BITS)]
 
 # Evaluated in blocks of this many positions, so that the rounds' temporaries stay in the processor's cache.
 _BLOCK = 2**16
@@ -69,14 +73,11 @@ def sample_without_replacement(n: int, k: int, *, seed: int, name: str) -> torch
         TypeError: ``n``, ``k`` or ``seed`` is no int.
         ValueError: ``n`` or ``k`` is out of range.
     """
-    for field, value in (("n", n), ("k", k), ("seed", seed)):
-        if isinstance(value, bool) or not isinstance(value, Integral):
-            raise TypeError(f"{field}={value!r} for {name!r}: an int is expected")
-    n, k, seed = int(n), int(k), int(seed)
-    if not 0 <= n <= 2**MAX_BITS:
-        raise ValueError(f"n={n} for {name!r}: between 0 and 2**{MAX_BITS} positions are possible")
-    if not 0 <= k <= n:
-        raise ValueError(f"k={k} for {name!r}: between 0 and n={n} different positions can be drawn")
+    n = validated(f"layer {name}: n", n, RangeSize)
+    k = validated(f"layer {name}: k", k, CountOrZero)
+    seed = validated(f"layer {name}: seed", seed, AnyInt)
+    if k > n:
+        raise ValueError(f"layer {name}: k={k}: between 0 and n={n} different positions can be drawn")
     if k > n // 2:
         # what is left out is the smaller part
         chosen = np.ones(n, dtype=bool)

@@ -45,7 +45,7 @@ from .mixed_batch import BatchOrder, add_channel_deltas_, add_entry_deltas_, dia
 from .nuclear import nuclear_norm
 from .plans import GradientPlan, plan_support_grad
 from .products import LayerProduct, LinearProduct, WeightSource
-from .proximal import reference_threshold, soft_threshold
+from .proximal import PROXIMAL_OPERATORS, reference_threshold, soft_threshold
 from .sparse_low_rank import cheaper_way, compose_weight, sparse_low_rank_linear
 from .support_grad import support_grad
 from .support_layer import support_layer
@@ -60,6 +60,7 @@ __all__ = [
     "MIX",
     "PANEL_BYTES_PER_WEIGHT",
     "PIECES",
+    "PROXIMAL_OPERATORS",
     "THRESHOLDS",
     "UNOBSERVED",
     "BatchOrder",

@@ -19,3 +19,7 @@ def reference_threshold(z: Tensor, threshold: Tensor | float) -> Tensor:
     size = z.abs()
     shrunk = torch.where(size >= 2 * threshold, z - z.sign() * threshold, torch.zeros_like(z))
     return torch.where(size == threshold, z, shrunk)
+
+
+PROXIMAL_OPERATORS = {"soft": soft_threshold, "reference": reference_threshold}
+"""The operators by name, ``operator(values, threshold)``."""

@@ -8,10 +8,10 @@ positions are.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from numbers import Integral
 
 from torch import Tensor
 
+from ..constraints import Count, validated
 from .budget import Budget, Division, allocate, divide
 from .support import Support
 
@@ -23,16 +23,13 @@ def as_block(block_size: int | Sequence[int]) -> Block:
     """``(rows, cols)`` of a block from one number or two.
 
     Raises:
-        ValueError: anything else.
+        TypeError, ValueError: anything else.
     """
-    sizes = (block_size, block_size) if isinstance(block_size, Integral) else block_size
-    if (
-        not isinstance(sizes, (tuple, list))
-        or len(sizes) != 2
-        or any(isinstance(n, bool) or not isinstance(n, Integral) or n < 1 for n in sizes)
-    ):
-        raise ValueError(f"block_size={block_size!r}: one positive number, or (rows, cols) of a block, is expected")
-    return int(sizes[0]), int(sizes[1])
+    sizes = validated("block_size", block_size, Count | list[Count])
+    rows, *cols = sizes if isinstance(sizes, list) else (sizes, sizes)
+    if len(cols) != 1:
+        raise ValueError(f"block_size={block_size!r}: one number, or the (rows, cols) of a block, is expected")
+    return rows, cols[0]
 
 
 def grid_of(shape: tuple[int, int], block: Block, name: str) -> tuple[int, int]:

@@ -8,11 +8,12 @@ import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
-from numbers import Integral, Real
+from typing import Annotated
 
 import torch
 from torch import Tensor
 
+from ..constraints import Count, CountOrZero, OneOf, Pattern, Share, validate_fields
 from ..numerics.topk import RunningTopK, topk_indices
 from .criteria import CRITERIA
 
@@ -40,47 +41,19 @@ class Budget:
         ValueError: none or several budgets, or a value out of range.
     """
 
-    density: float | None = None
-    num_params: int | None = None
-    r: int | None = None
-    density_pattern: dict[str, float] = field(default_factory=dict)
-    allocation: str = "numel"
-    at_least: int = 1
+    density: Share | None = None
+    num_params: Count | None = None
+    r: Count | None = None
+    density_pattern: dict[Pattern, Share] = field(default_factory=dict)
+    allocation: Annotated[str, OneOf(ALLOCATIONS)] = "numel"
+    at_least: CountOrZero = 1
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
+        validate_fields(self)
         given = [name for name in ("density", "num_params", "r") if getattr(self, name) is not None]
         if len(given) != 1:
             values = ", ".join(f"{name}={getattr(self, name)!r}" for name in given) or "none of them"
             raise ValueError(f"exactly one of density, num_params and r is expected, but {values} is given")
-        if self.density is not None:
-            _check_density("density", self.density)
-        for name in ("num_params", "r"):
-            value = getattr(self, name)
-            if value is None:
-                continue
-            if isinstance(value, bool) or not isinstance(value, Integral):
-                raise TypeError(f"{name}={value!r}: an int is expected")
-            if value < 1:
-                raise ValueError(f"{name}={value}: at least 1 is expected")
-        if self.allocation not in ALLOCATIONS:
-            raise ValueError(f"allocation={self.allocation!r}: one of {', '.join(ALLOCATIONS)} is expected")
-        if not isinstance(self.density_pattern, dict):
-            raise TypeError(f"density_pattern={self.density_pattern!r}: a dict of layer name to density is expected")
-        for key, density in self.density_pattern.items():
-            if not isinstance(key, str):
-                raise TypeError(f"density_pattern: key {key!r}; a layer name or regular expression is expected")
-            try:
-                re.compile(key)
-            except re.error as error:
-                raise ValueError(f"density_pattern: key {key!r} is no regular expression: {error}") from error
-            _check_density(f"density_pattern[{key!r}]", density)
-
-
-def _check_density(field_name: str, value: object) -> None:
-    if isinstance(value, bool) or not isinstance(value, Real):
-        raise TypeError(f"{field_name}={value!r}: a number in (0, 1] is expected")
-    if not 0 < value <= 1:
-        raise ValueError(f"{field_name}={value!r}: a share in (0, 1] is expected, such as 0.01 for 1 %")
 
 
 def apportion(weights: Sequence[float], caps: Sequence[int], total: int, floor: int = 1) -> list[int]:
@@ -177,7 +150,7 @@ def _total(budget: Budget, shapes: dict[str, tuple[int, int]], taken: int) -> in
                 + (f"the largest r that fits is {most}" if most else "not even r=1 fits, use density or num_params")
             )
     else:
-        total = int(budget.num_params) - taken
+        total = budget.num_params - taken
         own, left = (f", of which density_pattern takes {taken}", " left") if taken else ("", "")
         if total > numel:
             raise ValueError(

@@ -14,6 +14,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from ..constraints import Count, validated
 from ..numerics.low_rank import principal_factors
 from .support import Support
 
@@ -179,8 +180,7 @@ class Residual(WeightCriterion):
 
 def _approximation(weight: Tensor, r: int, seed: int) -> Tensor:
     """The best rank-``r`` approximation, float32."""
-    if isinstance(r, bool) or not isinstance(r, int) or r < 1:
-        raise ValueError(f"r={r!r}: a rank of at least 1 is expected")
+    r = validated("r", r, Count)
     weight = weight.to(torch.float32)
     rows, cols = weight.shape
     left, right = principal_factors(

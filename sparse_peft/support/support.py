@@ -5,11 +5,11 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 from functools import cached_property
-from numbers import Integral
 
 import torch
 from torch import Tensor
 
+from ..constraints import Count, validated
 from ..numerics.rng import sample_without_replacement
 from ..numerics.topk import topk_indices
 
@@ -26,11 +26,17 @@ def _prefix(name: str) -> str:
 
 
 def _check_shape(shape: Sequence[int], name: str) -> tuple[int, int]:
-    if len(shape) != 2 or any(isinstance(n, bool) or not isinstance(n, Integral) or n < 1 for n in shape):
+    return _check_pair("shape", shape, "a matrix", name)
+
+
+def _check_pair(field: str, pair: Sequence[int], what: str, name: str) -> tuple[int, int]:
+    try:
+        rows, cols = validated(field, pair, list[Count])
+    except (TypeError, ValueError) as error:
         raise ValueError(
-            f"{_prefix(name)}shape={tuple(shape)!r}: (rows, cols) of a matrix, both at least 1, is expected"
-        )
-    return int(shape[0]), int(shape[1])
+            f"{_prefix(name)}{field}={pair!r}: the (rows, cols) of {what}, both at least 1, are expected"
+        ) from error
+    return rows, cols
 
 
 def _check_integers(indices: Tensor, what: str, name: str) -> None:
@@ -254,11 +260,7 @@ class Support:
             TypeError, ValueError: blocks that are no integers, out of range or repeated, or a bad block size.
         """
         rows, cols = shape = _check_shape(shape, name)
-        if len(block_size) != 2 or any(
-            isinstance(n, bool) or not isinstance(n, Integral) or n < 1 for n in block_size
-        ):
-            raise ValueError(f"{_prefix(name)}block_size={block_size!r}: (rows, cols), both at least 1, is expected")
-        height, width = block_size
+        height, width = _check_pair("block_size", block_size, "a block", name)
         grid = -(-rows // height), -(-cols // width)
         extent = f"a grid of {grid[0]} x {grid[1]} blocks"
         ids = _sorted_unique(block_ids, grid[0] * grid[1], "block_ids", extent, name)

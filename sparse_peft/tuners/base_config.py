@@ -1,58 +1,100 @@
-"""What the configs of all sparse methods share: which layers, and a saved form that explains and protects itself."""
+"""The base config of all sparse methods: which layers, checked fields, and a saved form that protects itself."""
 
 from __future__ import annotations
 
 import copy
-import math
+import functools
 import os
 import tempfile
-from collections.abc import Mapping
+import warnings
+from collections.abc import Callable, Mapping
 from dataclasses import MISSING, dataclass, field, fields
 from types import MappingProxyType
-from typing import Any, ClassVar, Self, cast
+from typing import Annotated, Any, ClassVar, Self, TypeVar, cast, dataclass_transform
 
+from packaging.version import InvalidVersion, Version
 from peft.config import PeftConfig
 from peft.utils import PeftType
 
+from ..constraints import Names, OneOf, Pattern, field_hints, validated
 from ..support import Support
+from ..version import __version__
 from .experts import CURE
 from .files.card import complete_card, update_model_card
+from .files.checks import CURE as DAMAGED
 from .files.checks import check_adapter_file, read_config_file
-from .files.field_types import check_field_types
+from .unknown_fields import VERSION_FIELD, settable_fields, unknown_fields_error
 
-SAVE_DTYPES = ("float32", "bfloat16", "float16")
+FLOAT_DTYPES = ("float32", "bfloat16", "float16")
+
+Config = TypeVar("Config")
+Value = TypeVar("Value")
 
 
-def check_number(
-    name: str, value: object, least: float, *, above: bool = False, integer: bool = False, below: float | None = None
-) -> None:
-    """Refuse what is no finite number of at least ``least``, or not above it, or not below ``below``.
+@dataclass_transform(field_specifiers=(field,))
+def config_dataclass(cls: type[Config]) -> type[Config]:
+    """A dataclass whose constructor explains keyword arguments that it does not have.
+
+    Those of a config that a newer version of this package wrote are ignored with a warning, as PEFT ignores those of a
+    newer PEFT.
+    """
+    made = dataclass(cls)
+    made.__init__ = _explaining(made.__init__)  # type: ignore[method-assign]
+    return made
+
+
+def _explaining(init: Callable[..., None]) -> Callable[..., None]:
+    @functools.wraps(init)
+    def __init__(self: Any, *args: Any, **values: Any) -> None:
+        newer = newer_version(values.get(VERSION_FIELD))
+        unknown = [name for name in values if name not in field_hints(type(self))]
+        if unknown and newer is None:
+            raise unknown_fields_error(type(self), unknown)
+        if unknown:
+            warnings.warn(f"{', '.join(map(repr, unknown))} of the adapter's config ignored: {newer}", stacklevel=2)
+        try:
+            init(self, *args, **{name: value for name, value in values.items() if name not in unknown})
+        except (TypeError, ValueError) as error:
+            if newer is None:
+                raise
+            raise _with_advice(error, f"{error}: {newer}") from error
+
+    return __init__
+
+
+def _with_advice(error: TypeError | ValueError, message: str) -> TypeError | ValueError:
+    return TypeError(message) if isinstance(error, TypeError) else ValueError(message)
+
+
+def newer_version(written_by: object) -> str | None:
+    """Advice for a config that a newer version of this package wrote; None for any other config."""
+    try:
+        if not isinstance(written_by, str) or Version(written_by) <= Version(__version__):
+            return None
+    except InvalidVersion:
+        return None
+    return (
+        f"the config was written by sparse_peft {written_by}, and this is {__version__}; upgrade with "
+        "`pip install -U sparse-peft`"
+    )
+
+
+def required(value: Value | None, name: str) -> Value:
+    """The value of a config field that is filled in when an adapter is made, or by the constructor.
 
     Raises:
-        TypeError: no number, or no int where one is wanted.
-        ValueError: out of range.
+        ValueError: it is not filled in yet.
     """
-    kinds = (int,) if integer else (int, float)
-    if isinstance(value, bool) or not isinstance(value, kinds):
-        raise TypeError(f"{name}={value!r}: {'an int' if integer else 'a number'} is expected")
-    if not math.isfinite(value) or value < least or (above and value == least):
-        raise ValueError(f"{name}={value!r}: {'more than' if above else 'at least'} {least} is expected")
-    if below is not None and value >= below:
-        raise ValueError(f"{name}={value!r}: less than {below} is expected")
+    if value is None:
+        raise ValueError(f"{name}=None: it is filled in when an adapter is made from the config; make one first")
+    return value
 
 
-def check_steps(name: str, value: object) -> None:
-    """Refuse what is neither a number of optimizer steps (int) nor a share of the run (float in [0, 1])."""
-    check_number(name, value, 0)
-    if isinstance(value, float) and value > 1:
-        raise ValueError(
-            f"{name}={value!r}: a number of optimizer steps (int), or a share of the run (float in [0, 1]) is expected"
-        )
-
-
-@dataclass
+@config_dataclass
 class BaseSparseConfig(PeftConfig):
     """Fields and file handling common to the sparse methods.
+
+    Every field is compared with its annotation whenever it is set.
 
     Args:
         target_modules: names, a regular expression, or ``"all-linear"``, as in ``LoraConfig``.
@@ -67,26 +109,30 @@ class BaseSparseConfig(PeftConfig):
         fan_in_fan_out: accepted for parity with ``LoraConfig``; the layout is read from the layer's type.
         init_weights: ``True`` starts as the base model; ``False`` draws random values, for tests only.
         save_dtype: dtype of the values on disk. Training always keeps float32 values.
+        weight_shapes: resolved ``[rows, cols]`` of the layers' stored weights; filled in when the adapter is made.
+        sparse_peft_version: version of this package that the config is of; always the installed one.
     """
 
     method: ClassVar[str]  # the PEFT type's name
     # Fields that decide what each layer trains: once one is set again, what was resolved from it is void.
     deciding_fields: ClassVar[frozenset[str]] = frozenset()
-    resolved_fields: ClassVar[tuple[str, ...]] = ()
+    resolved_fields: ClassVar[tuple[str, ...]] = ("weight_shapes",)
+    # Positions chosen beforehand, {layer name: support}; no field, because a file has them with the values.
+    supports = cast("Mapping[str, Support]", MappingProxyType({}))
 
-    target_modules: list[str] | str | None = field(
+    target_modules: Names | Pattern | None = field(
         default=None,
         metadata={
             "help": "Module names, a regular expression, or 'all-linear'. Default: PEFT's for the architecture."
         },
     )
-    exclude_modules: list[str] | str | None = field(
+    exclude_modules: Names | Pattern | None = field(
         default=None, metadata={"help": "Module names or a regular expression of modules to leave out."}
     )
     layers_to_transform: list[int] | int | None = field(
         default=None, metadata={"help": "Index or indices of the layers to adapt; others are left alone."}
     )
-    layers_pattern: list[str] | str | None = field(
+    layers_pattern: list[Pattern] | Pattern | None = field(
         default=None, metadata={"help": "Name of the list of layers, used with layers_to_transform."}
     )
     modules_to_save: list[str] | None = field(
@@ -106,17 +152,32 @@ class BaseSparseConfig(PeftConfig):
     init_weights: bool = field(
         default=True, metadata={"help": "True: the adapter starts as the identity. False: random values, for tests."}
     )
-    save_dtype: str = field(
-        default="float32", metadata={"help": "dtype of the values on disk: 'float32', 'bfloat16' or 'float16'."}
+    save_dtype: Annotated[str, OneOf(FLOAT_DTYPES)] = field(
+        default="float32", metadata={"help": "dtype of the values on disk."}
+    )
+    weight_shapes: dict[str, list[int]] | None = field(
+        default=None, metadata={"help": "Resolved [rows, cols] of the layers' weights; filled in, not set by hand."}
+    )
+    sparse_peft_version: str | None = field(
+        default=None, metadata={"help": "The version of sparse_peft, filled in, not set by hand."}
     )
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = PeftType[self.method]
-        for name in ("target_modules", "exclude_modules"):
-            value = getattr(self, name)
-            if isinstance(value, (list, tuple)):
-                setattr(self, name, set(value))
+        self.sparse_peft_version = __version__
+        self.fill_in()
+        self.check()
+
+    def fill_in(self) -> None:
+        """Set defaults that depend on other fields; called before the fields are compared with each other."""
+
+    def check(self) -> None:
+        """Compare the fields with each other; ``__setattr__`` has compared each with its annotation.
+
+        Raises:
+            ValueError: fields that contradict each other.
+        """
         if isinstance(self.target_modules, str) and self.layers_to_transform is not None:
             raise ValueError("`layers_to_transform` cannot be used when `target_modules` is a str.")
         if isinstance(self.target_modules, str) and self.layers_pattern is not None:
@@ -125,20 +186,21 @@ class BaseSparseConfig(PeftConfig):
             raise ValueError("When `layers_pattern` is specified, `layers_to_transform` must also be specified.")
         if self.target_parameters:
             raise ValueError(f"target_parameters={self.target_parameters!r}: {CURE}")
-        biases = ("none", "all", f"{self.method.lower()}_only")
-        if self.bias not in biases:
-            raise ValueError(f"bias={self.bias!r}: choose one of {', '.join(map(repr, biases))}")
-        if self.save_dtype not in SAVE_DTYPES:
-            raise ValueError(f"save_dtype={self.save_dtype!r}: choose one of {', '.join(map(repr, SAVE_DTYPES))}")
+        validated("bias", self.bias, Annotated[str, OneOf(("none", "all", f"{self.method.lower()}_only"))])
 
-    def __setattr__(self, name, value):
+    def __setattr__(self, name: str, value: Any) -> None:
+        hint = field_hints(type(self)).get(name)
+        if hint is not None:
+            value = validated(name, self._default_of(name) if value is None else value, hint)
         if name in self.deciding_fields and name in self.__dict__ and value != self.__dict__[name]:
             for resolved in self.resolved_fields:
                 self.__dict__[resolved] = None
         super().__setattr__(name, value)
 
-    # Positions chosen beforehand, {layer name: support}; no field, because a file has them with the values.
-    supports = cast("Mapping[str, Support]", MappingProxyType({}))
+    def _default_of(self, name: str) -> Any:
+        """What None stands for: an empty dict where that is the default."""
+        factory = self.__dataclass_fields__[name].default_factory
+        return None if factory is MISSING else factory()
 
     @classmethod
     def prefix(cls) -> str:
@@ -147,11 +209,11 @@ class BaseSparseConfig(PeftConfig):
 
     @property
     def changes_in_training(self) -> bool:
-        """Whether training needs a controller: something else happens than that the optimizer steps the values."""
+        """Whether training needs a controller, which does more than the optimizer's steps."""
         return False
 
     @property
-    def attendance_needed_for(self) -> str:
+    def controller_role(self) -> str:
         """What the controller does, for the warning that there is none."""
         return "reselects its positions"
 
@@ -160,15 +222,15 @@ class BaseSparseConfig(PeftConfig):
         """What positions are chosen from: ``"none"``, ``"weight"``, ``"activation"`` or ``"gradient"``."""
         return "none"
 
-    def for_a_visit(self) -> Self:
-        """A copy to load an adapter with whose base is to be had back by ``unload()``."""
+    def for_temporary_load(self) -> Self:
+        """A copy to load an adapter with whose base model ``unload()`` can restore."""
         return copy.copy(self)
 
-    def to_dict(self) -> dict:
+    def to_dict(self) -> dict[str, Any]:
         """As PEFT's, with sets sorted, so that saving twice gives the same file."""
         return {key: sorted(value) if isinstance(value, set) else value for key, value in super().to_dict().items()}
 
-    def save_pretrained(self, save_directory: str, **kwargs) -> None:
+    def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
         """As PEFT's, whole or not at all, and the model card beside it says what to install and import."""
         os.makedirs(save_directory, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=save_directory, prefix=".saving-") as staging:
@@ -177,13 +239,15 @@ class BaseSparseConfig(PeftConfig):
                 os.replace(os.path.join(staging, name), os.path.join(save_directory, name))
         update_model_card(save_directory)
 
-    def _upload_modified_files(self, working_dir: str, *args, **kwargs):
+    def _upload_modified_files(self, working_dir: Any, *args: Any, **kwargs: Any) -> Any:
         # push_to_hub of a config alone: transformers has put its own card beside it
         complete_card(working_dir, set(), self.base_model_name_or_path)
         return super()._upload_modified_files(working_dir, *args, **kwargs)
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs):
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any
+    ) -> PeftConfig:
         """As PEFT's; a local adapter file is checked for truncation before anything is built from it.
 
         Raises:
@@ -193,15 +257,21 @@ class BaseSparseConfig(PeftConfig):
         return super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
 
     @classmethod
-    def from_json_file(cls, path_json_file: str, **kwargs):
+    def from_json_file(cls, path_json_file: str, **kwargs: Any) -> dict[str, Any]:
         """As PEFT's; a file that is damaged, or written to do damage, is refused and names itself.
 
         Raises:
-            ValueError: the file is no JSON object.
+            ValueError: the file is no JSON object, or a field is out of range.
             TypeError: a field of another type.
         """
         content = read_config_file(path_json_file)
-        check_field_types(cls, content, os.fspath(path_json_file))
+        hints = field_hints(cls)
+        try:
+            for name, value in content.items():
+                validated(name, value, hints.get(name, Any))
+        except (TypeError, ValueError) as error:
+            cure = newer_version(content.get(VERSION_FIELD)) or DAMAGED
+            raise _with_advice(error, f"{os.fspath(path_json_file)}: {error}; {cure}") from error
         return super().from_json_file(path_json_file, **kwargs)
 
 
@@ -210,9 +280,9 @@ def changed_fields(config: BaseSparseConfig, everything: bool = False) -> dict[s
 
     What was resolved from them when the adapter was made is left out.
     """
-    found = {}
+    settable, found = settable_fields(type(config)), {}
     for field_ in fields(config):
-        if field_.name in PeftConfig.__dataclass_fields__ or field_.name in config.resolved_fields:
+        if field_.name not in settable:
             continue
         value = getattr(config, field_.name)
         usual = field_.default if field_.default_factory is MISSING else field_.default_factory()

@@ -259,7 +259,7 @@ class BaseSparseModel(BaseTuner):
             inference_mode=peft_config.inference_mode,
         )
         if peft_config.changes_in_training and not peft_config.inference_mode:
-            expect_attendance(layer.deltas[adapter_name], peft_config.attendance_needed_for)
+            expect_attendance(layer.deltas[adapter_name], peft_config.controller_role)
         if layer is not target:
             if adapter_name not in self.active_adapters:
                 layer.requires_grad_(False)  # an additional adapter is not trained before it is made active

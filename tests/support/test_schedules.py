@@ -89,20 +89,20 @@ def test_each_event_has_exactly_its_window(every, window, leads, start, length):
 @pytest.mark.parametrize(
     ("fields", "error", "message"),
     [
-        ({"reselect_every": 0}, ValueError, "reselect_every=0: at least 1"),
+        ({"reselect_every": 0}, ValueError, "reselect_every=0: an int of at least 1"),
         ({"reselect_every": 2.5}, TypeError, "reselect_every=2.5: an int"),
         ({"accumulate": 0}, ValueError, "accumulate=0: at least 1.*accumulated_gradient"),
         ({"accumulate": 21}, ValueError, "accumulate=21 and reselect_every=20"),
         ({"replace_rate": 0}, ValueError, "replace_rate=0: a share in"),
         ({"replace_rate": 1.5}, ValueError, "replace_rate=1.5"),
         ({"first_replace_rate": -1}, ValueError, "first_replace_rate=-1"),
-        ({"schedule": "linaer"}, ValueError, "schedule='linaer': one of constant, linear, cosine, cubic"),
+        ({"schedule": "linaer"}, ValueError, "schedule='linaer': one of 'constant', 'linear', 'cosine', 'cubic'"),
         ({"reselect_start": -1}, ValueError, "reselect_start=-1: a number of optimizer steps"),
         ({"reselect_stop": 1.5}, ValueError, "reselect_stop=1.5"),
         ({"candidates": 0}, ValueError, "candidates=0"),
-        ({"seed_moments": "ones"}, ValueError, "seed_moments='ones': one of gradient, zero"),
+        ({"seed_moments": "ones"}, ValueError, "seed_moments='ones': one of 'gradient', 'zero'"),
         ({"selection": "set", "redistribute": True}, ValueError, "redistribute=True with selection='set'"),
-        ({"selection": "spiel"}, ValueError, "selection='spiel'.*accumulated_gradient, momentum, set, rigl"),
+        ({"selection": "spiel"}, ValueError, "selection='spiel'.*'accumulated_gradient', 'momentum', 'set', 'rigl'"),
     ],
 )
 def test_a_wrong_field_is_named(fields, error, message):

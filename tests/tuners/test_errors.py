@@ -26,7 +26,7 @@ from tests.helpers.two_layers import TwoLayers
         ({"selection": "best"}, "selection='best'.*random"),
         ({"selection": "threshold"}, "selection='threshold' with threshold=None"),
         ({"threshold": 0.1}, "threshold=0.1: a threshold is given exactly when selection='threshold'"),
-        ({"selection": "threshold", "threshold": -1.0}, "threshold=-1.0: a positive number"),
+        ({"selection": "threshold", "threshold": -1.0}, "threshold=-1.0: a number above 0"),
         ({"selection": "threshold", "threshold": 0.1, "density": 0.1}, "threshold=0.1 and density are both given"),
         ({"principal_rank": 0}, "principal_rank=0"),
         ({"seed": "a"}, "seed='a'"),

@@ -14,7 +14,7 @@ from ...numerics import sample_without_replacement, topk_indices
 from ...support import matches_layer
 from .structures import Structure
 
-ALLOCATIONS = ("per_layer", "global")
+UNIT_ALLOCATIONS = ("per_layer", "global")
 
 
 @dataclass(frozen=True)

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import ClassVar
+from dataclasses import field
+from typing import Annotated, ClassVar
 
 from ...calibrate import CHANNEL_CRITERIA
-from ..base_config import BaseSparseConfig
-from .budget import ALLOCATIONS, UnitBudget
+from ...constraints import Count, OneOf, Pattern, Share
+from ..base_config import BaseSparseConfig, config_dataclass
+from .budget import UNIT_ALLOCATIONS, UnitBudget
 
 SIDES = ("auto", "in", "out")
-GRANULARITIES = ("channel", "head")
+UNITS = ("channel", "head")
 BUDGETS = ("ratio", "k", "num_params", "r")
 # Without a budget: the share of down_proj's channels that the paper's Llama 3 runs train.
 DEFAULT_RATIO = 0.03
@@ -20,7 +21,7 @@ SELECTION_FIELDS = frozenset(
 )
 
 
-@dataclass
+@config_dataclass
 class S2FTConfig(BaseSparseConfig):
     """Structured sparse fine-tuning, S2FT (NeurIPS 2024): train some input or output channels of each layer.
 
@@ -64,28 +65,28 @@ class S2FTConfig(BaseSparseConfig):
     deciding_fields: ClassVar[frozenset[str]] = SELECTION_FIELDS
     resolved_fields: ClassVar[tuple[str, ...]] = ("num_channels", "sides", "weight_shapes")
 
-    side: str = field(default="auto", metadata={"help": f"Which channels train: one of {', '.join(SIDES)}."})
-    ratio: float | None = field(
-        default=None, metadata={"help": "Share of the channels that trains, in (0, 1]; without any budget 0.03."}
+    side: Annotated[str, OneOf(SIDES)] = field(default="auto", metadata={"help": "Which channels train."})
+    ratio: Share | None = field(
+        default=None, metadata={"help": "Share of the channels that trains; without any budget 0.03."}
     )
-    k: int | None = field(default=None, metadata={"help": "Number of trained channels of each layer."})
-    num_params: int | None = field(default=None, metadata={"help": "Number of trained parameters over all layers."})
-    r: int | None = field(
+    k: Count | None = field(default=None, metadata={"help": "Number of trained channels of each layer."})
+    num_params: Count | None = field(default=None, metadata={"help": "Number of trained parameters over all layers."})
+    r: Count | None = field(
         default=None, metadata={"help": "LoRA-rank equivalent: at least as many parameters as LoRA of this rank."}
     )
-    ratio_pattern: dict[str, float] = field(
+    ratio_pattern: dict[Pattern, Share] = field(
         default_factory=dict,
         metadata={"help": "{layer name or regular expression: ratio} for layers with a ratio of their own."},
     )
-    allocation: str = field(
-        default="per_layer", metadata={"help": f"How layers share the budget: one of {', '.join(ALLOCATIONS)}."}
+    allocation: Annotated[str, OneOf(UNIT_ALLOCATIONS)] = field(
+        default="per_layer", metadata={"help": "How layers share the budget."}
     )
-    granularity: str = field(default="channel", metadata={"help": f"What trains: one of {', '.join(GRANULARITIES)}."})
+    granularity: Annotated[str, OneOf(UNITS)] = field(default="channel", metadata={"help": "What trains."})
     coupled: bool = field(
         default=True, metadata={"help": "Whether layers of a block train the channels that they share."}
     )
-    selection: str = field(
-        default="random", metadata={"help": f"How channels are chosen: one of {', '.join(CHANNEL_CRITERIA)}."}
+    selection: Annotated[str, OneOf(CHANNEL_CRITERIA)] = field(
+        default="random", metadata={"help": "How channels are chosen."}
     )
     largest: bool | None = field(
         default=None, metadata={"help": "Whether large scores train; by default only with selection='gradient'."}
@@ -104,43 +105,17 @@ class S2FTConfig(BaseSparseConfig):
     sides: dict[str, str] | None = field(
         default=None, metadata={"help": "Resolved side per layer; filled in, not set by hand."}
     )
-    weight_shapes: dict[str, list[int]] | None = field(
-        default=None, metadata={"help": "Resolved [rows, cols] of the layers' weights; filled in, not set by hand."}
-    )
 
-    def __post_init__(self):
-        super().__post_init__()
-        choices = {
-            "side": SIDES,
-            "allocation": ALLOCATIONS,
-            "granularity": GRANULARITIES,
-            "selection": tuple(CHANNEL_CRITERIA),
-        }
-        for name, known in choices.items():
-            value = getattr(self, name)
-            if value not in known:
-                raise ValueError(f"{name}={value!r}: one of {', '.join(known)} is expected")
+    def fill_in(self) -> None:
+        super().fill_in()
+        self.avoid = self.avoid or None
+
+    def check(self) -> None:
+        super().check()
         given = [name for name in BUDGETS if getattr(self, name) is not None]
         if len(given) > 1:
             values = " and ".join(f"{name}={getattr(self, name)!r}" for name in given)
             raise ValueError(f"{values} are both given: only one budget can be")
-        self.ratio_pattern = dict(self.ratio_pattern or {})
-        ratios = {f"ratio_pattern[{key!r}]": value for key, value in self.ratio_pattern.items()}
-        for name, value in {"ratio": self.ratio, **ratios}.items():
-            if value is None:
-                continue
-            if isinstance(value, bool) or not isinstance(value, (int, float)):
-                raise TypeError(f"{name}={value!r}: a number in (0, 1] is expected")
-            if not 0 < value <= 1:
-                raise ValueError(f"{name}={value!r}: a share in (0, 1] is expected, such as 0.03 for 3 %")
-        for name, least in (("k", 1), ("num_params", 1), ("r", 1), ("seed", None)):
-            value = getattr(self, name)
-            if value is None:
-                continue
-            if isinstance(value, bool) or not isinstance(value, int):
-                raise TypeError(f"{name}={value!r}: an int is expected")
-            if least is not None and value < least:
-                raise ValueError(f"{name}={value}: at least {least} is expected")
         if self.num_params is not None and self.ratio_pattern:
             raise ValueError(
                 f"num_params={self.num_params} and ratio_pattern are both given: a number of parameters is shared by "
@@ -148,9 +123,6 @@ class S2FTConfig(BaseSparseConfig):
             )
         if self.largest is not None and self.selection == "random":
             raise ValueError(f"largest={self.largest} with selection='random': random channels have no scores")
-        if isinstance(self.avoid, str):
-            raise TypeError(f"avoid={self.avoid!r}: a list of adapter names is expected, [{self.avoid!r}]")
-        self.avoid = list(self.avoid) if self.avoid else None
 
     @property
     def selection_needs(self) -> str:
@@ -163,7 +135,7 @@ class S2FTConfig(BaseSparseConfig):
 
     def budget(self) -> UnitBudget:
         """The budget that the fields describe."""
-        shared = {"ratio_pattern": self.ratio_pattern, "allocation": self.allocation}
-        if all(getattr(self, name) is None for name in BUDGETS):
-            return UnitBudget(DEFAULT_RATIO, **shared)
-        return UnitBudget(self.ratio, self.k, self.num_params, self.r, **shared)
+        given = {name: getattr(self, name) for name in BUDGETS if getattr(self, name) is not None}
+        return UnitBudget(
+            **(given or {"ratio": DEFAULT_RATIO}), ratio_pattern=self.ratio_pattern, allocation=self.allocation
+        )

@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from dataclasses import field
+from typing import Annotated, Any, ClassVar
 
+from ...constraints import Count, CountOrZero, Limits, OneOf, Positive, PositiveOrZero, validated
 from ...support import Criterion, get_criterion, steps_of
+from ..base_config import config_dataclass
 from ..entry_config import EntryConfig
 
 NUCLEAR_MATRICES = ("one", "all")
+FreezingStep = (
+    Annotated[int, Limits(least=1, noun="a number of optimizer steps (int)")]
+    | Annotated[float, Limits(above=0, below=1, noun="a share of the run (float)")]
+)
 
 
 def sara_learning_rate(threshold: float) -> float:
@@ -21,12 +27,10 @@ def sara_learning_rate(threshold: float) -> float:
     Raises:
         ValueError: it is not positive.
     """
-    if not (math.isfinite(threshold) and threshold > 0):
-        raise ValueError(f"threshold={threshold!r}: a positive number is expected")
-    return 1e-3 * math.exp(-350 * threshold)
+    return 1e-3 * math.exp(-350 * validated("threshold", threshold, Positive))
 
 
-@dataclass
+@config_dataclass
 class SaRAConfig(EntryConfig):
     """SaRA (ICLR 2025): train the weights that are smallest in absolute value, which the model hardly uses.
 
@@ -63,57 +67,28 @@ class SaRAConfig(EntryConfig):
 
     method: ClassVar[str] = "SPARSE_PEFT_SARA"
     deciding_fields: ClassVar[frozenset[str]] = EntryConfig.deciding_fields | {"threshold"}
-    # about what the authors' threshold of 2e-3 takes of normally distributed weights of deviation 0.03
-    default_density: ClassVar[float] = 0.05
 
-    threshold: float | None = field(
-        default=None, metadata={"help": "Train entries with |weight| below it, in place of a budget."}
-    )
-    progressive: int | float | None = field(
+    progressive: FreezingStep | None = field(
         default=0.5,
         metadata={"help": "When entries that have grown freeze: optimizer steps (int) or a share of the run (float)."},
     )
-    nuclear_weight: float = field(
+    nuclear_weight: PositiveOrZero = field(
         default=5e-4, metadata={"help": "Weight of the trained entries' nuclear norm; 0 for none."}
     )
-    nuclear_matrices: str = field(
+    nuclear_matrices: Annotated[str, OneOf(NUCLEAR_MATRICES)] = field(
         default="one", metadata={"help": "Nuclear norm of 'one' layer, another in each step, or of 'all'."}
     )
-    nuclear_every: int = field(
+    nuclear_every: Count = field(
         default=1, metadata={"help": "Optimizer steps from one nuclear norm to the next, so many times as strong."}
     )
-    nuclear_min_size: int = field(
+    nuclear_min_size: CountOrZero = field(
         default=64, metadata={"help": "Nuclear norms are taken of matrices with more rows and columns than this."}
     )
 
-    def __post_init__(self):
-        super().__post_init__()
-        if self.threshold is not None:
-            self.check_threshold(self.threshold)
-        else:
-            self.budget()
-        if self.progressive is not None:
-            given = self.progressive
-            if isinstance(given, bool) or not isinstance(given, (int, float)):
-                raise TypeError(f"progressive={given!r}: optimizer steps (int), a share of the run (float) or None")
-            if not (given >= 1 if isinstance(given, int) else 0 < given < 1):
-                raise ValueError(
-                    f"progressive={given!r}: at least 1 optimizer step (int), or a share of the run (float) between 0 "
-                    "and 1, is expected; None for never"
-                )
-        weight = self.nuclear_weight
-        if isinstance(weight, bool) or not isinstance(weight, (int, float)):
-            raise TypeError(f"nuclear_weight={weight!r}: a number is expected")
-        if not (math.isfinite(weight) and weight >= 0):
-            raise ValueError(f"nuclear_weight={weight!r}: a number of at least 0 is expected")
-        if self.nuclear_matrices not in NUCLEAR_MATRICES:
-            raise ValueError(f"nuclear_matrices={self.nuclear_matrices!r}: 'one' or 'all' is expected")
-        for name, least in (("nuclear_every", 1), ("nuclear_min_size", 0)):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int):
-                raise TypeError(f"{name}={value!r}: an int is expected")
-            if value < least:
-                raise ValueError(f"{name}={value}: at least {least} is expected")
+    @property
+    def default_density(self) -> float:
+        # about what the authors' threshold of 2e-3 takes of normally distributed weights of deviation 0.03
+        return 0.05
 
     @property
     def selection(self) -> str:
@@ -133,7 +108,7 @@ class SaRAConfig(EntryConfig):
         return self.progressive is not None or self.nuclear_weight > 0
 
     @property
-    def attendance_needed_for(self) -> str:
+    def controller_role(self) -> str:
         wanted = {"progressive": self.progressive is not None, "nuclear_weight": self.nuclear_weight > 0}
         return "applies its " + " and ".join(name for name, is_wanted in wanted.items() if is_wanted)
 

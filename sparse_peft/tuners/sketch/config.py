@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar, Self
+from dataclasses import field
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Self, cast
 
 from huggingface_hub import hf_hub_download
+from peft import PeftConfig
 
 from ...calibrate.codebooks import CODEBOOK_METHODS
-from ..base_config import BaseSparseConfig
+from ...constraints import Count, OneOf, Pattern
+from ..base_config import FLOAT_DTYPES, BaseSparseConfig, config_dataclass
 from .sidecar import SIDECAR, write_sketches
 
 if TYPE_CHECKING:
@@ -17,14 +19,13 @@ if TYPE_CHECKING:
 
 from ...calibrate.codebooks import Sketch
 
-MODES = ("delta", "replace")
+SKETCH_MODES = ("delta", "replace")
 BITS = (2, 3, 4)
 STORAGES = ("recompute", "sidecar", "embed")
-DTYPES = ("float32", "bfloat16", "float16")
 KEEPS = ("drop", "cpu")
 
 
-@dataclass
+@config_dataclass
 class SketchConfig(BaseSparseConfig):
     """SketchTune: weights of a row that share a code share one trained number.
 
@@ -61,26 +62,30 @@ class SketchConfig(BaseSparseConfig):
     method: ClassVar[str] = "SPARSE_PEFT_SKETCH"
     deciding_fields: ClassVar[frozenset[str]] = frozenset({"mode", "bits", "groups", "groups_pattern", "clustering"})
     resolved_fields: ClassVar[tuple[str, ...]] = ("weight_shapes", "base_dtype", "sketch_sha256")
+    # without annotations, and so no fields: the folder that the config was read from, and codes on their way to a file
+    folder = cast("str | None", None)
+    _codes_to_save = cast("dict[str, Sketch] | None", None)
 
-    mode: str = field(default="delta", metadata={"help": "'delta' beside the weights, 'replace' in their place."})
-    bits: int = field(default=4, metadata={"help": "Of a code: 2, 3 or 4."})
-    groups: int = field(default=1, metadata={"help": "Tables in a row, each of a part of it."})
-    groups_pattern: dict[str, int] = field(
+    mode: Annotated[str, OneOf(SKETCH_MODES)] = field(
+        default="delta", metadata={"help": "'delta' beside the weights, 'replace' in their place."}
+    )
+    bits: Annotated[int, OneOf(BITS)] = field(default=4, metadata={"help": "Of a code."})
+    groups: Count = field(default=1, metadata={"help": "Tables in a row, each of a part of it."})
+    groups_pattern: dict[Pattern, Count] = field(
         default_factory=dict, metadata={"help": "{layer name or regular expression: groups}."}
     )
-    clustering: str = field(
-        default="dp", metadata={"help": f"How tables are first made: one of {', '.join(CODEBOOK_METHODS)}."}
+    clustering: Annotated[str, OneOf(CODEBOOK_METHODS)] = field(
+        default="dp", metadata={"help": "How tables are first made."}
     )
-    initial_dtype: str | None = field(
+    initial_dtype: Annotated[str, OneOf(FLOAT_DTYPES)] | None = field(
         default=None, metadata={"help": "dtype of the first tables: bfloat16 for 'delta', float32 for 'replace'."}
     )
-    index_storage: str | None = field(
-        default=None, metadata={"help": f"Where a saved adapter has its codes: one of {', '.join(STORAGES)}."}
+    index_storage: Annotated[str, OneOf(STORAGES)] | None = field(
+        default=None, metadata={"help": "Where a saved adapter has its codes."}
     )
     sketch: str | None = field(default=None, metadata={"help": "Path of the file that codes are in."})
-    keep_base: str = field(default="drop", metadata={"help": "Dense weights of 'replace': 'drop' or keep on 'cpu'."})
-    weight_shapes: dict[str, list[int]] | None = field(
-        default=None, metadata={"help": "Resolved shapes of the layers' weights; recorded, not to be set."}
+    keep_base: Annotated[str, OneOf(KEEPS)] = field(
+        default="drop", metadata={"help": "Dense weights of 'replace': dropped or kept on the CPU."}
     )
     base_dtype: str | None = field(
         default=None, metadata={"help": "dtype of the weights that were sketched; recorded, not to be set."}
@@ -89,21 +94,13 @@ class SketchConfig(BaseSparseConfig):
         default=None, metadata={"help": "Hash of the side file; recorded, not to be set."}
     )
 
-    def __post_init__(self):
-        super().__post_init__()
-        for name, choices in (("mode", MODES), ("clustering", CODEBOOK_METHODS), ("keep_base", KEEPS)):
-            self._check_choice(name, choices)
-        for name, choices in (("index_storage", STORAGES), ("initial_dtype", DTYPES)):
-            if getattr(self, name) is not None:
-                self._check_choice(name, choices)
-        if self.bits not in BITS or isinstance(self.bits, bool):
-            raise ValueError(f"bits={self.bits!r}: 2, 3 or 4 is expected")
-        for name, groups in {"groups": self.groups, **self.groups_pattern}.items():
-            where = name if name == "groups" else f"groups_pattern[{name!r}]"
-            if isinstance(groups, bool) or not isinstance(groups, int):
-                raise TypeError(f"{where}={groups!r}: an int is expected, the number of tables in a row")
-            if groups < 1:
-                raise ValueError(f"{where}={groups}: at least 1 is expected")
+    def fill_in(self) -> None:
+        super().fill_in()
+        if self.initial_dtype is None:
+            self.initial_dtype = "bfloat16" if self.mode == "delta" else "float32"
+
+    def check(self) -> None:
+        super().check()
         if self.sketch is not None and self.index_storage not in (None, "sidecar"):
             raise ValueError(
                 f"sketch={self.sketch!r} with index_storage={self.index_storage!r}: only 'sidecar' has such a file"
@@ -112,16 +109,9 @@ class SketchConfig(BaseSparseConfig):
             raise ValueError(
                 f"keep_base={self.keep_base!r} with mode={self.mode!r}: the base is only dropped by 'replace'"
             )
-        if self.initial_dtype is None:
-            self.initial_dtype = "bfloat16" if self.mode == "delta" else "float32"
 
-    def _check_choice(self, name: str, choices: tuple[str, ...]) -> None:
-        value = getattr(self, name)
-        if value not in choices:
-            raise ValueError(f"{name}={value!r}: one of {', '.join(map(repr, choices))} is expected")
-
-    def for_a_visit(self) -> Self:
-        config = super().for_a_visit()
+    def for_temporary_load(self) -> Self:
+        config = super().for_temporary_load()
         config.keep_base = "cpu" if self.mode == "replace" else self.keep_base
         return config
 
@@ -140,21 +130,20 @@ class SketchConfig(BaseSparseConfig):
         """
         if self.sketch is not None:
             return self.sketch
-        folder = self.__dict__.get("folder")
-        if folder is None:
+        if self.folder is None:
             raise ValueError(
                 f"index_storage='sidecar': the codes are in the adapter's {SIDECAR}, whose folder is not known; load "
                 "the adapter with PeftModel.from_pretrained, or set the config's `sketch` to the file's path"
             )
-        return os.path.join(folder, SIDECAR)
+        return os.path.join(self.folder, SIDECAR)
 
     def give_codes_to_save(self, sketches: dict[str, Sketch]) -> None:
         """Note the layers' codes for ``save_pretrained``, which PEFT calls after it took the adapter's tensors."""
-        self.__dict__["_codes_to_save"] = sketches
+        self._codes_to_save = sketches
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
         """As PEFT's, whole or not at all, with the side file where codes have one."""
-        sketches = self.__dict__.pop("_codes_to_save", None)
+        sketches, self._codes_to_save = self._codes_to_save, None
         if sketches is not None:
             path = self.sketch or os.path.join(save_directory, SIDECAR)
             if self.sketch is None or not os.path.exists(path):
@@ -163,10 +152,12 @@ class SketchConfig(BaseSparseConfig):
         super().save_pretrained(save_directory, **kwargs)
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any):
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any
+    ) -> PeftConfig:
         """As PEFT's; the config knows the folder that its side file is in, fetched from the Hub if need be."""
         config = super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
-        if config.index_storage == "sidecar" and config.sketch is None:
+        if isinstance(config, cls) and config.index_storage == "sidecar" and config.sketch is None:
             config.folder = cls._folder_of_sidecar(pretrained_model_name_or_path, subfolder, kwargs)
         return config
 

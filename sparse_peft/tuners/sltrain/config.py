@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass, field
-from typing import ClassVar
+from dataclasses import field
+from typing import Annotated, ClassVar
 
+from ...constraints import Count, OneOf, Positive, Probability
+from ..base_config import config_dataclass
 from ..sparse.config import SparseConfig
 
-MODES = ("finetune", "pretrain")
+TRAINING_MODES = ("finetune", "pretrain")
 PATHS = ("auto", "composed", "factored")
 DEFAULT_DENSITY = {"finetune": 0.01, "pretrain": 0.03}
 
 
-@dataclass
+@config_dataclass
 class SLTrainConfig(SparseConfig):
     """SLTrain (NeurIPS 2024): sparse plus low rank, ``alpha / r * B A + scatter(values)``.
 
@@ -45,44 +46,33 @@ class SLTrainConfig(SparseConfig):
     method: ClassVar[str] = "SPARSE_PEFT_SLTRAIN"
     budget_fields: ClassVar[tuple[str, ...]] = ("density", "num_params")
 
-    r: int | None = field(default=None, metadata={"help": "Rank of the low-rank part; 8 for fine-tuning."})
-    alpha: float = field(default=16, metadata={"help": "The low-rank part is scaled by alpha / r."})
-    dropout: float = field(default=0.0, metadata={"help": "Dropout of the low-rank part's inputs; fine-tuning only."})
-    mode: str = field(
+    r: Count | None = field(default=None, metadata={"help": "Rank of the low-rank part; 8 for fine-tuning."})
+    alpha: Positive = field(default=16, metadata={"help": "The low-rank part is scaled by alpha / r."})
+    dropout: Probability = field(
+        default=0.0, metadata={"help": "Dropout of the low-rank part's inputs; fine-tuning only."}
+    )
+    mode: Annotated[str, OneOf(TRAINING_MODES)] = field(
         default="finetune", metadata={"help": "'finetune' beside the weights, 'pretrain' in their place."}
     )
-    init_scale: float = field(
+    init_scale: Positive = field(
         default=1.0, metadata={"help": "Scale of the sparse part's first values in pretraining."}
     )
     trainable_scale: bool = field(default=False, metadata={"help": "Scale the low-rank part with a trained tanh."})
-    backend: str = field(
-        default="auto", metadata={"help": f"How layers without weights compute: one of {', '.join(PATHS)}."}
+    backend: Annotated[str, OneOf(PATHS)] = field(
+        default="auto", metadata={"help": "How layers without weights compute (speed only)."}
     )
 
-    def __post_init__(self):
-        if self.mode not in MODES:
-            raise ValueError(f"mode={self.mode!r}: one of {', '.join(map(repr, MODES))} is expected")
+    def fill_in(self) -> None:
+        super().fill_in()
         if self.r is None and self.mode == "pretrain":
             raise ValueError(
                 "r=None with mode='pretrain': give the rank of the low-rank part; the paper uses about a quarter of "
                 "the model's hidden size"
             )
         self.r = 8 if self.r is None else self.r
-        if isinstance(self.r, bool) or not isinstance(self.r, int):
-            raise TypeError(f"r={self.r!r}: an int is expected, the rank of the low-rank part")
-        if self.r < 1:
-            raise ValueError(f"r={self.r}: a rank of at least 1 is expected")
-        super().__post_init__()
-        for name in ("alpha", "init_scale"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, (int, float)):
-                raise TypeError(f"{name}={value!r}: a number is expected")
-            if not (math.isfinite(value) and value > 0):
-                raise ValueError(f"{name}={value!r}: a positive number is expected")
-        if not 0 <= self.dropout < 1:
-            raise ValueError(f"dropout={self.dropout!r}: a probability below 1 is expected")
-        if self.backend not in PATHS:
-            raise ValueError(f"backend={self.backend!r}: one of {', '.join(map(repr, PATHS))} is expected")
+
+    def check(self) -> None:
+        super().check()
         if self.mode == "pretrain":
             self._check_pretraining()
 

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import ClassVar
+from dataclasses import field
+from typing import Annotated, Any, ClassVar
 
 import torch
 
+from ...constraints import Count, CountOrZero, Limits, OneOf, Probability, ShareOrZero, Steps
 from ...ops import PIECES, THRESHOLDS
 from ...support import BudgetSchedule, steps_of
-from ..base_config import BaseSparseConfig, check_number, check_steps
+from ..base_config import BaseSparseConfig, config_dataclass, required
 
 KERNELS = ("distance", "mixed")
 INITS = ("residual", "reference", "symmetric")
@@ -18,8 +19,10 @@ QUANTILE_LIMIT = 2**24
 # Of the layers' weights, without an allocator.
 DEFAULT_SPARSITY = 0.5
 
+Decay = Annotated[float, Limits(least=0, below=1)]
 
-@dataclass
+
+@config_dataclass
 class SnellaConfig(BaseSparseConfig):
     """SNELL (NeurIPS 2024) and SNELLA: a delta computed from distances, whose entries compete to be not zero.
 
@@ -63,66 +66,52 @@ class SnellaConfig(BaseSparseConfig):
 
     method: ClassVar[str] = "SPARSE_PEFT_SNELLA"
 
-    r: int = field(default=8, metadata={"help": "Trained numbers for each input and output; even."})
-    kernel: str = field(default="distance", metadata={"help": f"One of {', '.join(KERNELS)}."})
-    sparsity: float | None = field(
+    r: Annotated[int, Limits(least=PIECES)] = field(
+        default=8, metadata={"help": "Trained numbers for each input and output; even."}
+    )
+    kernel: Annotated[str, OneOf(KERNELS)] = field(default="distance", metadata={"help": "SNELL's or SNELLA's."})
+    sparsity: ShareOrZero | None = field(
         default=None, metadata={"help": "Share of a layer's entries that are zero; 0.5, or 0 with target_sparsity."}
     )
-    threshold: str = field(default="soft", metadata={"help": f"How entries compete: one of {', '.join(THRESHOLDS)}."})
-    init: str = field(default="residual", metadata={"help": f"How training starts: one of {', '.join(INITS)}."})
+    threshold: Annotated[str, OneOf(THRESHOLDS)] = field(default="soft", metadata={"help": "How entries compete."})
+    init: Annotated[str, OneOf(INITS)] = field(default="residual", metadata={"help": "How training starts."})
     seed: int = field(default=0, metadata={"help": "Of the first numbers, together with the layer's name."})
-    dropout: float = field(default=0.0, metadata={"help": "Probability with which an input is left out in training."})
-    tau_interval: int = field(
+    dropout: Probability = field(
+        default=0.0, metadata={"help": "Probability with which an input is left out in training."}
+    )
+    tau_interval: Count = field(
         default=1, metadata={"help": "Changes of the parameters from one computation of the threshold to the next."}
     )
     cache: bool = field(default=True, metadata={"help": "Keep the dense delta in evaluation mode without gradients."})
-    target_sparsity: float | None = field(
+    target_sparsity: ShareOrZero | None = field(
         default=None,
         metadata={"help": "Share of all layers' entries that are zero in the end."},
     )
-    allocate_start: int | float = field(
+    allocate_start: Steps = field(
         default=0.1, metadata={"help": "Steps (int) or share of the run (float) before the first sharing."}
     )
-    allocate_stop: int | float = field(
+    allocate_stop: Steps = field(
         default=0.7, metadata={"help": "When the target is reached: steps (int) or a share of the run (float)."}
     )
-    allocate_every: int = field(default=10, metadata={"help": "Optimizer steps from one sharing to the next."})
-    beta1: float = field(default=0.85, metadata={"help": "Decay of the average of sensitivity."})
-    beta2: float = field(default=0.85, metadata={"help": "Decay of the average of its uncertainty."})
-    at_least: int = field(default=1, metadata={"help": "Entries that every layer keeps."})
+    allocate_every: Count = field(default=10, metadata={"help": "Optimizer steps from one sharing to the next."})
+    beta1: Decay = field(default=0.85, metadata={"help": "Decay of the average of sensitivity."})
+    beta2: Decay = field(default=0.85, metadata={"help": "Decay of the average of its uncertainty."})
+    at_least: CountOrZero = field(default=1, metadata={"help": "Entries that every layer keeps."})
     weigh_by_size: bool = field(default=False, metadata={"help": "Multiply a layer's score with its size."})
-    weight_shapes: dict[str, list[int]] | None = field(
-        default=None, metadata={"help": "Resolved [rows, cols] of the layers' weights; filled in, not set by hand."}
-    )
 
-    def __post_init__(self):
-        super().__post_init__()
-        for name, choices in (("kernel", KERNELS), ("threshold", THRESHOLDS), ("init", INITS)):
-            if getattr(self, name) not in choices:
-                raise ValueError(f"{name}={getattr(self, name)!r}: one of {', '.join(map(repr, choices))} is expected")
-        for name, least in (("r", PIECES), ("tau_interval", 1), ("allocate_every", 1), ("at_least", 0)):
-            check_number(name, getattr(self, name), least, integer=True)
-        if self.r % PIECES:
-            raise ValueError(f"r={self.r}: a multiple of {PIECES} is expected, the kernel's pieces have equal parts")
-        if isinstance(self.seed, bool) or not isinstance(self.seed, int):
-            raise TypeError(f"seed={self.seed!r}: an int is expected")
-        if not -(2**63) <= self.seed < 2**63:
-            raise ValueError(f"seed={self.seed}: an int of 64 bits is expected, it is saved with each layer")
-        check_number("dropout", self.dropout, 0, below=1)
+    def fill_in(self) -> None:
+        super().fill_in()
         if self.sparsity is None:
             self.sparsity = DEFAULT_SPARSITY if self.target_sparsity is None else 0.0
-        for name in ("sparsity", "target_sparsity"):
-            if getattr(self, name) is not None:
-                check_number(name, getattr(self, name), 0)
-                if getattr(self, name) > 1:
-                    raise ValueError(f"{name}={getattr(self, name)!r}: a share in [0, 1] is expected")
-        for name in ("beta1", "beta2"):
-            check_number(name, getattr(self, name), 0, below=1)
-        for name in ("allocate_start", "allocate_stop"):
-            check_steps(name, getattr(self, name))
-        if self.target_sparsity is not None and self.target_sparsity < self.sparsity:
+
+    def check(self) -> None:
+        super().check()
+        if self.r % PIECES:
+            raise ValueError(f"r={self.r}: a multiple of {PIECES} is expected, the kernel's pieces have equal parts")
+        sparsity = required(self.sparsity, "sparsity")
+        if self.target_sparsity is not None and self.target_sparsity < sparsity:
             raise ValueError(
-                f"target_sparsity={self.target_sparsity} below sparsity={self.sparsity}: layers only lose entries in "
+                f"target_sparsity={self.target_sparsity} below sparsity={sparsity}: layers only lose entries in "
                 "the course of training; start with a lower sparsity"
             )
         if self.init == "symmetric" and (self.threshold != "hard_ste" or self.kernel != "distance"):
@@ -132,7 +121,7 @@ class SnellaConfig(BaseSparseConfig):
             )
 
     @classmethod
-    def paper(cls, **fields) -> SnellaConfig:
+    def paper(cls, **fields: Any) -> SnellaConfig:
         """What the authors' code of SNELLA computes, with its settings: for comparisons."""
         return cls(
             **{"r": 8, "kernel": "mixed", "threshold": "reference", "init": "reference", "dropout": 0.1, **fields}
@@ -141,14 +130,14 @@ class SnellaConfig(BaseSparseConfig):
     def kept(self, numel: int) -> int:
         """Number of a layer's entries that are not zero at the start."""
         interpolates = THRESHOLDS[self.threshold].interpolates
-        return numel - (_not_above_quantile if interpolates else _share)(self.sparsity, numel)
+        return numel - (_not_above_quantile if interpolates else _share)(required(self.sparsity, "sparsity"), numel)
 
     @property
     def changes_in_training(self) -> bool:
         return self.target_sparsity is not None
 
     @property
-    def attendance_needed_for(self) -> str:
+    def controller_role(self) -> str:
         return "shares the entries among the layers"
 
     def budget_schedule(self, initial: int, numel: int, total_steps: int | None) -> BudgetSchedule:
@@ -169,7 +158,7 @@ class SnellaConfig(BaseSparseConfig):
                 f"allocate_start={self.allocate_start!r} is step {start}, and allocate_stop={self.allocate_stop!r} "
                 f"step {stop}: the stop must come later"
             )
-        target = numel - _share(self.target_sparsity, numel)
+        target = numel - _share(required(self.target_sparsity, "target_sparsity"), numel)
         return BudgetSchedule(min(initial, numel), min(target, initial), start, stop, self.allocate_every)
 
 

@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
-import re
-from dataclasses import dataclass, field
-from typing import ClassVar
+from dataclasses import field
+from typing import Annotated, Any, ClassVar
 
+from ...constraints import Count, Limits, OneOf, Pattern, Positive, PositiveOrZero, Probability, Steps
+from ...ops import PROXIMAL_OPERATORS
 from ...support import steps_of
-from ..base_config import BaseSparseConfig, check_number, check_steps
+from ..base_config import BaseSparseConfig, config_dataclass, required
 from .penalty import SPACINGS, PenaltySchedule
 from .state import GATES
 
 PROXIMALS = ("lr", "constant", "adam")
-OPERATORS = ("soft", "reference")
+TargetRank = (
+    Annotated[int, Limits(least=1, noun="a number of ranks (int)")]
+    | Annotated[float, Limits(above=0, most=1, noun="a share of the ranks (float)")]
+)
 # Of a penalty that a learning rate multiplies, and of a threshold that is taken as it is.
 DEFAULT_PENALTY = {"lr": 0.5, "adam": 0.5, "constant": 3e-4}
 
 
-@dataclass
+@config_dataclass
 class SoRAConfig(BaseSparseConfig):
     """SoRA (EMNLP 2023): low rank with a gate that a proximal step pulls to exact zeros, so that ranks die.
 
@@ -65,100 +69,66 @@ class SoRAConfig(BaseSparseConfig):
     deciding_fields: ClassVar[frozenset[str]] = frozenset({"r", "rank_pattern"})
     resolved_fields: ClassVar[tuple[str, ...]] = ("ranks", "weight_shapes")
 
-    r: int = field(default=8, metadata={"help": "Ranks that each layer starts with."})
-    alpha: float = field(default=16, metadata={"help": "The product is scaled by alpha / r."})
-    dropout: float = field(default=0.0, metadata={"help": "Probability with which an input is left out in training."})
-    rank_pattern: dict[str, int] = field(
+    r: Count = field(default=8, metadata={"help": "Ranks that each layer starts with."})
+    alpha: Positive = field(default=16, metadata={"help": "The product is scaled by alpha / r."})
+    dropout: Probability = field(
+        default=0.0, metadata={"help": "Probability with which an input is left out in training."}
+    )
+    rank_pattern: dict[Pattern, Count] = field(
         default_factory=dict, metadata={"help": "{layer name or regular expression: r} for layers with their own."}
     )
-    init_gate: str = field(default="ones", metadata={"help": f"How gates start: one of {', '.join(GATES)}."})
-    prox: str = field(default="lr", metadata={"help": f"What a gate's threshold is: one of {', '.join(PROXIMALS)}."})
-    operator: str = field(
-        default="soft", metadata={"help": "'soft' thresholding, or the authors' code's 'reference' operator."}
+    init_gate: Annotated[str, OneOf(GATES)] = field(default="ones", metadata={"help": "How gates start."})
+    prox: Annotated[str, OneOf(PROXIMALS)] = field(default="lr", metadata={"help": "What a gate's threshold is."})
+    operator: Annotated[str, OneOf(PROXIMAL_OPERATORS)] = field(
+        default="soft", metadata={"help": "Soft thresholding, or the operator of the authors' code."}
     )
-    penalty: float | None = field(
+    penalty: PositiveOrZero | None = field(
         default=None, metadata={"help": "Weight of the gates' L1 norm; 0.5, or 3e-4 with prox='constant'."}
     )
-    first_penalty: float = field(default=0.0, metadata={"help": "Penalty of the first of several stages."})
-    stages: int = field(default=1, metadata={"help": "Number of equally long stages with rising penalties."})
-    stage_spacing: str = field(
-        default="linear", metadata={"help": f"How penalties rise: one of {', '.join(SPACINGS)}."}
-    )
-    prox_start: int | float = field(
+    first_penalty: PositiveOrZero = field(default=0.0, metadata={"help": "Penalty of the first of several stages."})
+    stages: Count = field(default=1, metadata={"help": "Number of equally long stages with rising penalties."})
+    stage_spacing: Annotated[str, OneOf(SPACINGS)] = field(default="linear", metadata={"help": "How penalties rise."})
+    prox_start: Steps = field(
         default=0.06, metadata={"help": "Steps (int) or share of the run (float) before the first proximal step."}
     )
-    max_threshold: float = field(default=0.01, metadata={"help": "With prox='adam': most a step takes from a gate."})
-    target_rank: int | float | None = field(
-        default=None, metadata={"help": "Ranks of all layers that are to be left: a number (int) or a share (float)."}
+    max_threshold: Positive = field(
+        default=0.01, metadata={"help": "With prox='adam': most a step takes from a gate."}
     )
-    target_step: int | float = field(
+    target_rank: TargetRank | None = field(
+        default=None, metadata={"help": "Remaining ranks of all layers: a number (int) or a share (float)."}
+    )
+    target_step: Steps = field(
         default=0.7, metadata={"help": "When target_rank is reached: steps (int) or a share of the run (float)."}
     )
-    gate_lr_scale: float = field(
+    gate_lr_scale: Positive = field(
         default=1.0, metadata={"help": "The gates' learning rate relative to that of the factors."}
     )
-    l1_weight: float = field(default=0.0, metadata={"help": "Weight of the gates' mean absolute value in the loss."})
-    compact_every: int | None = field(
-        default=None, metadata={"help": "Cut out ranks that were zero for so many optimizer steps; None: never."}
+    l1_weight: PositiveOrZero = field(
+        default=0.0, metadata={"help": "Weight of the gates' mean absolute value in the loss."}
     )
-    report_every: int = field(default=50, metadata={"help": "Optimizer steps from one report of ranks to the next."})
+    compact_every: Count | None = field(
+        default=None, metadata={"help": "Remove ranks that were zero for this many optimizer steps; None: never."}
+    )
+    report_every: Count = field(default=50, metadata={"help": "Optimizer steps from one report of ranks to the next."})
     ranks: dict[str, int] | None = field(
         default=None, metadata={"help": "Resolved ranks per layer; filled in, not set by hand."}
     )
-    weight_shapes: dict[str, list[int]] | None = field(
-        default=None, metadata={"help": "Resolved [rows, cols] of the layers' weights; filled in, not set by hand."}
-    )
 
-    def __post_init__(self):
-        super().__post_init__()
-        for name, choices in (
-            ("init_gate", GATES),
-            ("prox", PROXIMALS),
-            ("operator", OPERATORS),
-            ("stage_spacing", SPACINGS),
-        ):
-            if getattr(self, name) not in choices:
-                raise ValueError(f"{name}={getattr(self, name)!r}: one of {', '.join(map(repr, choices))} is expected")
-        self.rank_pattern = dict(self.rank_pattern or {})
-        for name, least in (("r", 1), ("stages", 1), ("report_every", 1)):
-            check_number(name, getattr(self, name), least, integer=True)
-        if self.compact_every is not None:
-            check_number("compact_every", self.compact_every, 1, integer=True)
-        if self.target_rank is not None:
-            check_number("target_rank", self.target_rank, 0, above=True)
-            if isinstance(self.target_rank, float) and self.target_rank > 1:
-                raise ValueError(
-                    f"target_rank={self.target_rank!r}: a number of ranks (int), or a share of those at the start "
-                    "(float in (0, 1]) is expected"
-                )
-        for pattern, rank in self.rank_pattern.items():
-            check_number(f"rank_pattern[{pattern!r}]", rank, 1, integer=True)
-            try:
-                re.compile(pattern)
-            except re.error as error:
-                raise ValueError(f"rank_pattern: {pattern!r} is no regular expression ({error})") from error
+    def fill_in(self) -> None:
+        super().fill_in()
         if self.penalty is None:
             self.penalty = DEFAULT_PENALTY[self.prox]
-        for name, above in (
-            ("alpha", True),
-            ("penalty", False),
-            ("first_penalty", False),
-            ("max_threshold", True),
-            ("gate_lr_scale", True),
-            ("l1_weight", False),
-        ):
-            check_number(name, getattr(self, name), 0, above=above)
-        check_number("dropout", self.dropout, 0, below=1)
-        for name in ("prox_start", "target_step"):
-            check_steps(name, getattr(self, name))
-        if self.stage_spacing == "geometric" and self.stages > 1 and self.first_penalty * self.penalty == 0:
+
+    def check(self) -> None:
+        super().check()
+        if self.stage_spacing == "geometric" and self.stages > 1 and 0 in (self.first_penalty, self.penalty):
             raise ValueError(
                 f"stage_spacing='geometric' with first_penalty={self.first_penalty} and penalty={self.penalty}: both "
                 "must be above 0 for ratios"
             )
 
     @classmethod
-    def paper(cls, **fields) -> SoRAConfig:
+    def paper(cls, **fields: Any) -> SoRAConfig:
         """The settings of the authors' script, with what their code does: for comparisons."""
         return cls(
             **{
@@ -178,17 +148,17 @@ class SoRAConfig(BaseSparseConfig):
         return self.alpha / self.r
 
     def target_of(self, ranks: int) -> int | None:
-        """How many of so many ranks are to be left; None if that is not said."""
+        """Target rank count given ``ranks`` initial ranks; None if unset."""
         if isinstance(self.target_rank, float):
             return max(1, round(self.target_rank * ranks))
         return self.target_rank
 
     @property
     def changes_in_training(self) -> bool:
-        return self.penalty > 0 or self.l1_weight > 0 or self.target_rank is not None
+        return required(self.penalty, "penalty") > 0 or self.l1_weight > 0 or self.target_rank is not None
 
     @property
-    def attendance_needed_for(self) -> str:
+    def controller_role(self) -> str:
         return "pulls its gates to zero"
 
     def penalty_schedule(self, total_steps: int | None) -> PenaltySchedule:
@@ -198,6 +168,5 @@ class SoRAConfig(BaseSparseConfig):
             ValueError: shares or stages of a run whose length is not known.
         """
         start = steps_of(self.prox_start, total_steps, "prox_start")
-        return PenaltySchedule.of(
-            self.first_penalty, self.penalty, self.stages, self.stage_spacing, start, total_steps
-        )
+        penalty = required(self.penalty, "penalty")
+        return PenaltySchedule.of(self.first_penalty, penalty, self.stages, self.stage_spacing, start, total_steps)

@@ -14,14 +14,13 @@ from ...dynamics.loss_term import LossTerm
 from ...dynamics.optimizer_state import add_gradient_, replace_parameter
 from ...dynamics.protocol import Dynamics, TrainingContext
 from ...dynamics.step_param_group import StepParamGroup
-from ...ops import log_once, reference_threshold, soft_threshold
+from ...ops import PROXIMAL_OPERATORS, log_once
 from ...support import steps_of
 from .config import SoRAConfig
 from .layer import SoRALinear
 from .records import LayerRanks, Ranks
 from .state import GatedLowRank
 
-OPERATORS = {"soft": soft_threshold, "reference": reference_threshold}
 # How fast the penalty follows the number of ranks: by this power of e in a step in which all ranks are too many.
 GAIN = 0.3
 MOST = 1e3
@@ -80,7 +79,7 @@ class SoRADynamics(Dynamics[SoRAConfig, SoRALinear]):
                 f"{self.collectives.size} processes: DDP and FSDP fix the parameters' sizes when they wrap the "
                 "model; use compact_every=None, or train in one process"
             )
-        self.operator = OPERATORS[config.operator]
+        self.operator = PROXIMAL_OPERATORS[config.operator]
         self.multiplier = 1.0
         self.parts: dict[str, _Part] = {}
         for name, layer in self.layers.items():

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from dataclasses import field
+from typing import Annotated, Any, ClassVar
 
+from ...constraints import Count, CountOrZero, OneOf, Positive, Share, Steps
 from ...support import (
+    CRITERIA,
     DECAYS,
     REGROWTHS,
     Block,
@@ -17,17 +18,14 @@ from ...support import (
     get_criterion,
     steps_of,
 )
+from ..base_config import config_dataclass, required
 from ..entry_config import EntryConfig
 
 SEED_MOMENTS = ("gradient", "zero")
 GRANULARITIES = ("entry", "block")
 
 
-def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
-
-
-@dataclass
+@config_dataclass
 class SparseConfig(EntryConfig):
     """Fine-tune a sparse delta: a chosen set of the weight's entries, everything else frozen.
 
@@ -89,65 +87,68 @@ class SparseConfig(EntryConfig):
         "block_size",
     }
 
-    selection: str = field(default="random", metadata={"help": "The criterion that chooses the trained entries."})
-    granularity: str = field(default="entry", metadata={"help": f"What trains: one of {', '.join(GRANULARITIES)}."})
-    block_size: int | list[int] = field(
+    selection: Annotated[str, OneOf(CRITERIA, REGROWTHS)] = field(
+        default="random", metadata={"help": "The criterion that chooses the trained entries."}
+    )
+    granularity: Annotated[str, OneOf(GRANULARITIES)] = field(
+        default="entry", metadata={"help": "Whether single entries or whole blocks train."}
+    )
+    block_size: Count | list[Count] = field(
         default=16, metadata={"help": "With granularity='block': size of a block, or its [rows, cols]."}
     )
-    threshold: float | None = field(
-        default=None, metadata={"help": "With selection='threshold': train entries with |weight| below it."}
-    )
-    principal_rank: int = field(
+    principal_rank: Count = field(
         default=32, metadata={"help": "With selection='principal' or 'residual': rank of the approximation."}
     )
-    reselect_every: int = field(
+    reselect_every: Count = field(
         default=20, metadata={"help": "Optimizer steps from one reselection to the next; dynamic selections only."}
     )
-    accumulate: int | None = field(
+    accumulate: CountOrZero | None = field(
         default=None,
         metadata={"help": "Optimizer steps observed before a reselection; by default 5 for SpIEL and 1 for RigL."},
     )
-    replace_rate: float = field(
+    replace_rate: Share = field(
         default=0.2, metadata={"help": "Share of the entries up for replacement at the start of the schedule."}
     )
-    first_replace_rate: float | None = field(
+    first_replace_rate: Share | None = field(
         default=None,
         metadata={"help": "Share at the first reselection; by default 1 for SpIEL, else what the schedule says."},
     )
-    schedule: str = field(
-        default="linear", metadata={"help": f"How the share falls over the run: one of {', '.join(DECAYS)}."}
+    schedule: Annotated[str, OneOf(DECAYS)] = field(
+        default="linear", metadata={"help": "How the share falls over the run."}
     )
-    reselect_start: int | float = field(
+    reselect_start: Steps = field(
         default=0, metadata={"help": "Where reselection begins: optimizer steps (int) or a share of the run (float)."}
     )
-    reselect_stop: int | float = field(
+    reselect_stop: Steps = field(
         default=1.0, metadata={"help": "Where reselection ends: optimizer steps (int) or a share of the run (float)."}
     )
-    candidates: float = field(default=1.0, metadata={"help": "Positions watched in a window for each trained entry."})
+    candidates: Positive = field(
+        default=1.0, metadata={"help": "Positions watched in a window for each trained entry."}
+    )
     redistribute: bool = field(
         default=False, metadata={"help": "Whether entries may move between layers, the total being fixed."}
     )
-    seed_moments: str = field(
-        default="gradient", metadata={"help": "Optimizer moments of new entries: 'gradient' (observed) or 'zero'."}
+    seed_moments: Annotated[str, OneOf(SEED_MOMENTS)] = field(
+        default="gradient", metadata={"help": "Optimizer moments of new entries: what was observed, or none."}
     )
 
-    def __post_init__(self):
-        super().__post_init__()
-        self._check_selection()
-        self._check_granularity()
-        if isinstance(self.principal_rank, bool) or not isinstance(self.principal_rank, int):
-            raise TypeError(f"principal_rank={self.principal_rank!r}: an int is expected")
-        if self.principal_rank < 1:
-            raise ValueError(f"principal_rank={self.principal_rank}: a rank of at least 1 is expected")
+    def fill_in(self) -> None:
+        super().fill_in()
+        if self.regrowth is not None and self.accumulate is None:
+            self.accumulate = self.regrowth.accumulate
+
+    def check(self) -> None:
+        super().check()
         if (self.selection == "threshold") != (self.threshold is not None):
             raise ValueError(
                 f"selection={self.selection!r} with threshold={self.threshold!r}: a threshold is given exactly when "
                 "selection='threshold'"
             )
-        if self.threshold is None:
-            self.budget()
-            return
-        self.check_threshold(self.threshold)
+        as_block(self.block_size)
+        if self.granularity == "block":
+            self._check_blocks()
+        if self.regrowth is not None:
+            self._check_reselection(self.regrowth)
 
     @property
     def regrowth(self) -> Regrowth | None:
@@ -170,17 +171,21 @@ class SparseConfig(EntryConfig):
 
     @property
     def criterion_options(self) -> dict[str, Any]:
-        low_rank = {"r": self.principal_rank}
-        options = {"principal": low_rank, "residual": low_rank, "threshold": {"threshold": self.threshold}}
-        return options.get(self.criterion.name, {})
+        name = self.criterion.name
+        if name in ("principal", "residual"):
+            return {"r": self.principal_rank}
+        return {"threshold": self.threshold} if name == "threshold" else {}
 
     def reselection_schedule(self, total_steps: int | None) -> ReselectionSchedule:
         """When entries are replaced in a run of this many optimizer steps.
 
         Raises:
-            ValueError: start or stop are shares of a run whose length is not known, or leave no room.
+            ValueError: start or stop are shares of a run whose length is not known, the stop comes before the start,
+                or the selection is one that does not change positions.
         """
         regrowth = self.regrowth
+        if regrowth is None:
+            raise ValueError(f"selection={self.selection!r}: only {', '.join(REGROWTHS)} change positions in training")
         start = steps_of(self.reselect_start, total_steps, "reselect_start")
         stop = steps_of(self.reselect_stop, total_steps, "reselect_stop")
         if start > stop:
@@ -190,7 +195,7 @@ class SparseConfig(EntryConfig):
             )
         return ReselectionSchedule(
             every=self.reselect_every,
-            window=self.accumulate,
+            window=required(self.accumulate, "accumulate"),
             leads=regrowth.leads,
             rate=self.replace_rate,
             first_rate=regrowth.replaces_first if self.first_replace_rate is None else self.first_replace_rate,
@@ -199,61 +204,30 @@ class SparseConfig(EntryConfig):
             stop=stop,
         )
 
-    def _check_granularity(self) -> None:
-        if self.granularity not in GRANULARITIES:
-            raise ValueError(f"granularity={self.granularity!r}: one of {', '.join(GRANULARITIES)} is expected")
-        if isinstance(self.block_size, tuple):
-            self.block_size = list(self.block_size)  # as it comes back from a saved config
-        as_block(self.block_size)
-        if self.granularity == "block" and self.regrowth is not None:
+    def _check_blocks(self) -> None:
+        if self.regrowth is not None:
             raise ValueError(
                 f"granularity='block' with selection={self.selection!r}: positions that change are single entries; "
                 "use a fixed selection for blocks, or granularity='entry'"
             )
-        if self.granularity == "block" and self.selection == "threshold":
+        if self.selection == "threshold":
             raise ValueError(
                 "granularity='block' with selection='threshold': a threshold is for single entries; "
                 "use selection='magnitude_smallest' with a density"
             )
 
-    def _check_selection(self) -> None:
-        if self.selection not in REGROWTHS:
-            try:
-                get_criterion(self.selection)
-            except ValueError as error:
-                raise ValueError(f"{error}, or for positions that change: {', '.join(REGROWTHS)}") from None
-            return
-        regrowth = self.regrowth
-        if self.accumulate is None:
-            self.accumulate = regrowth.accumulate
-        for name, least in (("reselect_every", 1), ("accumulate", 0 if regrowth.observes == "nothing" else 1)):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int):
-                raise TypeError(f"{name}={value!r}: an int is expected, a number of optimizer steps")
-            if value < least:
-                raise ValueError(f"{name}={value}: at least {least} is expected with selection={self.selection!r}")
-        if self.accumulate > self.reselect_every:
+    def _check_reselection(self, regrowth: Regrowth) -> None:
+        accumulate = required(self.accumulate, "accumulate")
+        if accumulate == 0 and regrowth.observes != "nothing":
             raise ValueError(
-                f"accumulate={self.accumulate} and reselect_every={self.reselect_every}: the steps that are observed "
+                f"accumulate=0: at least 1 observed step is expected with selection={self.selection!r}, which chooses "
+                "new positions from observed steps"
+            )
+        if accumulate > self.reselect_every:
+            raise ValueError(
+                f"accumulate={accumulate} and reselect_every={self.reselect_every}: the steps that are observed "
                 "before a reselection must fit between two of them"
             )
-        for name in ("replace_rate", "first_replace_rate"):
-            value = getattr(self, name)
-            if value is not None and not (_is_number(value) and 0 < value <= 1):
-                raise ValueError(f"{name}={value!r}: a share in (0, 1] is expected")
-        if self.schedule not in DECAYS:
-            raise ValueError(f"schedule={self.schedule!r}: one of {', '.join(DECAYS)} is expected")
-        for name in ("reselect_start", "reselect_stop"):
-            value = getattr(self, name)
-            if not (_is_number(value) and (value >= 0 if isinstance(value, int) else 0 <= value <= 1)):
-                raise ValueError(
-                    f"{name}={value!r}: a number of optimizer steps (int), or a share of the run (float in [0, 1]) is "
-                    "expected"
-                )
-        if not (_is_number(self.candidates) and math.isfinite(self.candidates) and self.candidates > 0):
-            raise ValueError(f"candidates={self.candidates!r}: a positive number of positions per entry is expected")
-        if self.seed_moments not in SEED_MOMENTS:
-            raise ValueError(f"seed_moments={self.seed_moments!r}: one of {', '.join(SEED_MOMENTS)} is expected")
         if self.redistribute and regrowth.observes == "nothing":
             raise ValueError(
                 f"redistribute=True with selection={self.selection!r}: positions that grow at random have no scores "

@@ -393,7 +393,7 @@ def test_s10_panels_change_nothing():
 def test_s15_the_authors_learning_rate():
     assert sara_learning_rate(2e-3) == pytest.approx(4.966e-4, rel=1e-3)
     assert sara_learning_rate(8e-4) == pytest.approx(7.558e-4, rel=1e-3)
-    with pytest.raises(ValueError, match="threshold=0: a positive"):
+    with pytest.raises(ValueError, match="threshold=0: a number above 0"):
         sara_learning_rate(0)
 
 
@@ -403,16 +403,16 @@ def test_its_positions_need_no_data():
 
 
 @pytest.mark.parametrize("kwargs, message", [
-    ({"threshold": -1.0}, "threshold=-1.0: a positive number"),
+    ({"threshold": -1.0}, "threshold=-1.0: a number above 0"),
     ({"threshold": 0.1, "density": 0.1}, "threshold=0.1 and density are both given"),
     ({"density": 2}, "density=2: a share"),
-    ({"progressive": 0}, "progressive=0: at least 1 optimizer step"),
-    ({"progressive": 1.0}, "progressive=1.0: at least 1"),
-    ({"progressive": "half"}, "progressive='half': optimizer steps"),
+    ({"progressive": 0}, "progressive=0: a number of optimizer steps .int. of at least 1"),
+    ({"progressive": 1.0}, "progressive=1.0: .*a share of the run .float. in .0, 1."),
+    ({"progressive": "half"}, "progressive='half': a number of optimizer steps"),
     ({"nuclear_weight": -1}, "nuclear_weight=-1: a number of at least 0"),
     ({"nuclear_weight": None}, "nuclear_weight=None: a number"),
     ({"nuclear_matrices": "some"}, "nuclear_matrices='some'"),
-    ({"nuclear_every": 0}, "nuclear_every=0: at least 1"),
+    ({"nuclear_every": 0}, "nuclear_every=0: an int of at least 1"),
     ({"nuclear_min_size": 1.5}, "nuclear_min_size=1.5: an int"),
 ])  # fmt: skip
 def test_configs_that_are_refused(kwargs, message):

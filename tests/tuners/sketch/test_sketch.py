@@ -647,7 +647,7 @@ def test_copies_and_deleted_adapters():
 
 
 def test_what_cannot_be_done_says_why():
-    with pytest.raises(ValueError, match="bits=5: 2, 3 or 4"):
+    with pytest.raises(ValueError, match="bits=5: one of 2, 3, 4"):
         SketchConfig(bits=5)
     with pytest.raises(ValueError, match="mode='both'"):
         SketchConfig(mode="both")
