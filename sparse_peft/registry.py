@@ -15,7 +15,8 @@ from peft.utils import PeftType, register_peft_method
 
 from .tuners.method import Method
 
-_methods: dict[str, Method] = {}  # {PEFT type: method}
+# {PEFT type: method}; kept when this module is reloaded, as methods of other packages register once only
+_methods: dict[str, Method] = globals().get("_methods", {})
 
 
 def methods() -> tuple[Method, ...]:

@@ -16,15 +16,18 @@ class Method:
 
     Args:
         name: its name on a command line and in reports, which is that of its folder.
-        config_class: what a user configures.
-        model_class: PEFT's tuner.
+        model_class: PEFT's tuner, which knows its layer and config classes.
         dynamics_class: what changes during training besides the values.
     """
 
     name: str
-    config_class: type[BaseSparseConfig]
     model_class: type[BaseSparseModel]
     dynamics_class: type[Dynamics[Any, Any]] = Dynamics
+
+    @property
+    def config_class(self) -> type[BaseSparseConfig]:
+        """What a user configures."""
+        return self.model_class.layer_cls.config_cls
 
     @property
     def peft_type(self) -> str:

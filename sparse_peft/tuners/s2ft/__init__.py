@@ -7,4 +7,4 @@ from .model import S2FTModel
 
 __all__ = ["S2FTConfig", "S2FTLinear", "S2FTModel"]
 
-METHOD = Method("s2ft", S2FTConfig, S2FTModel)
+METHOD = Method("s2ft", S2FTModel)

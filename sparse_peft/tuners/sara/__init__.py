@@ -7,4 +7,4 @@ from .model import SaRALinear, SaRAModel
 
 __all__ = ["SaRAConfig", "SaRALinear", "SaRAModel", "sara_learning_rate"]
 
-METHOD = Method("sara", SaRAConfig, SaRAModel, SaRADynamics)
+METHOD = Method("sara", SaRAModel, SaRADynamics)

@@ -8,4 +8,4 @@ from .model import SketchModel
 
 __all__ = ["SketchConfig", "SketchLinear", "SketchModel", "sketch_model"]
 
-METHOD = Method("sketch", SketchConfig, SketchModel)
+METHOD = Method("sketch", SketchModel)

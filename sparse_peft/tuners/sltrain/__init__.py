@@ -9,4 +9,4 @@ from .scratch import build_for_pretraining
 
 __all__ = ["SLTrainConfig", "SLTrainLinear", "SLTrainModel", "build_for_pretraining"]
 
-METHOD = Method("sltrain", SLTrainConfig, SLTrainModel, ReselectionDynamics)
+METHOD = Method("sltrain", SLTrainModel, ReselectionDynamics)

@@ -8,4 +8,4 @@ from .model import SnellaModel
 
 __all__ = ["SnellaConfig", "SnellaLinear", "SnellaModel"]
 
-METHOD = Method("snella", SnellaConfig, SnellaModel, SnellaDynamics)
+METHOD = Method("snella", SnellaModel, SnellaDynamics)

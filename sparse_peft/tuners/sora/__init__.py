@@ -9,4 +9,4 @@ from .penalty import rewarmed_schedule
 
 __all__ = ["SoRAConfig", "SoRALinear", "SoRAModel", "rewarmed_schedule"]
 
-METHOD = Method("sora", SoRAConfig, SoRAModel, SoRADynamics)
+METHOD = Method("sora", SoRAModel, SoRADynamics)

@@ -8,4 +8,4 @@ from .model import SparseModel
 
 __all__ = ["SparseConfig", "SparseLinear", "SparseModel"]
 
-METHOD = Method("sparse", SparseConfig, SparseModel, ReselectionDynamics)
+METHOD = Method("sparse", SparseModel, ReselectionDynamics)
