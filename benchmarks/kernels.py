@@ -134,7 +134,7 @@ def _writes(layer: Layer, density: float) -> Iterator[tuple[str, Callable[[], ob
     for backend in backends:
         name = "" if backend is None else f", {backend}"
         for op, run in (
-            ("resync_", lambda: resync_([layer.weight], [support.indices], [originals], [values], False)),
+            ("resync_", lambda: resync_([layer.weight], [support.indices], [originals], [values])),
             ("scatter_add_", lambda: scatter_add_(layer.weight, support.indices, values)),
         ):
             yield f"write entries: {op}{name}", run if backend is None else _forced(backend, run)

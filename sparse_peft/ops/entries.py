@@ -11,7 +11,7 @@ matrix ``(out, everything else)``.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -80,22 +80,26 @@ def scatter_add_(weight: Tensor, indices: Tensor, values: Tensor) -> None:
 # ------------------------------------------------------------------------------------------ many weights in one launch
 
 
+Mode = Literal["take", "resync", "restore"]
+
+
 class _Write(NamedTuple):
-    """One weight whose entries are written.
+    """One weight whose entries are read or written.
 
     Attributes:
+        mode: ``"take"`` reads the originals from the weight, ``"restore"`` writes them, ``"resync"`` writes their
+            sums with the values.
         weight: the base weight.
         indices: ``(entries,)`` flat positions.
         originals: ``(entries,)`` in the weight's dtype.
-        values: ``(entries,)`` deltas; None to write the originals alone.
-        take: whether to fill ``originals`` from the weight first.
+        values: ``(entries,)`` deltas, for ``"resync"``.
     """
 
+    mode: Mode
     weight: Tensor
     indices: Tensor
     originals: Tensor
-    values: Tensor | None
-    take: bool
+    values: Tensor | None = None
 
     def kernel(self) -> str | None:
         """The kernel backend that takes these tensors."""
@@ -104,11 +108,12 @@ class _Write(NamedTuple):
         return _kernel_for("write_many", self.weight, self.indices, self.values)
 
     def run(self) -> None:
-        """Write with PyTorch's operations."""
+        """Read or write with PyTorch's operations."""
         if self.indices.numel() == 0:
             return
-        if self.take:
+        if self.mode == "take":
             read_entries(self.weight.detach(), self.indices, out=self.originals)
+            return
         entries = self.originals if self.values is None else effective_entries(self.originals, self.values)
         write_entries_(self.weight, self.indices, entries)
 
@@ -138,17 +143,17 @@ def _table(columns: tuple[tuple[int, ...], ...], device: torch.device) -> Tensor
 
 
 def _launch(kernel: str, writes: Sequence[_Write]) -> None:
-    """Write all of one kind of weight and position in one launch."""
+    """All of one mode and one kind of weight and position in one launch."""
     first, largest = writes[0], max(write.indices.numel() for write in writes)
     table = _table(tuple(write.addresses() for write in writes), first.weight.device)
     if kernel == "cuda":
-        mode = "restore" if first.values is None else "take" if first.take else "resync"
-        cuda_kernels.write_many_(table, largest, first.weight.dtype, first.indices.dtype, mode)
+        cuda_kernels.write_many_(table, largest, first.weight.dtype, first.indices.dtype, first.mode)
     else:
         triton_kernels.kernels("entries").write_many_(
-            table, largest, first.weight, first.indices, first.values, first.take
+            table, largest, first.weight, first.indices, first.values, first.mode
         )
-    increment_version([write.weight for write in writes])
+    if first.mode != "take":
+        increment_version([write.weight for write in writes])
 
 
 def _write_many(writes: Sequence[_Write]) -> None:
@@ -159,19 +164,26 @@ def _write_many(writes: Sequence[_Write]) -> None:
         if kernel is None:
             write.run()
         else:
-            kind = (kernel, write.weight.dtype, write.indices.dtype, write.weight.device)
+            kind = (kernel, write.mode, write.weight.dtype, write.indices.dtype, write.weight.device)
             launches.setdefault(kind, []).append(write)
     for (kernel, *_), members in launches.items():
         for start in range(0, len(members), cuda_kernels.GRID_LIMIT):
             _launch(kernel, members[start : start + cuda_kernels.GRID_LIMIT])
 
 
+def take_(weights: Sequence[Tensor], indices: Sequence[Tensor], originals: Sequence[Tensor]) -> None:
+    """``original = weight.flat[index]`` for many weights, in one launch where there is a kernel.
+
+    Args:
+        weights: ``(rows, cols)`` each.
+        indices: ``(entries,)`` flat positions each, unique within a weight.
+        originals: ``(entries,)`` each, in the weight's dtype, to be filled.
+    """
+    _write_many([_Write("take", *column) for column in zip(weights, indices, originals, strict=True)])
+
+
 def resync_(
-    weights: Sequence[Tensor],
-    indices: Sequence[Tensor],
-    originals: Sequence[Tensor],
-    values: Sequence[Tensor],
-    take: bool,
+    weights: Sequence[Tensor], indices: Sequence[Tensor], originals: Sequence[Tensor], values: Sequence[Tensor]
 ) -> None:
     """``weight.flat[index] = round(original + value)`` for many weights, in one launch where there is a kernel.
 
@@ -180,16 +192,14 @@ def resync_(
         indices: ``(entries,)`` flat positions each, unique within a weight.
         originals: ``(entries,)`` each, in the weight's dtype: the entries of the base model.
         values: ``(entries,)`` each: the deltas.
-        take: fill ``originals`` from the weights first.
     """
     columns = zip(weights, indices, originals, values, strict=True)
-    _write_many([_Write(weight, index, own, value.detach(), take) for weight, index, own, value in columns])
+    _write_many([_Write("resync", weight, index, own, value.detach()) for weight, index, own, value in columns])
 
 
 def restore_(weights: Sequence[Tensor], indices: Sequence[Tensor], originals: Sequence[Tensor]) -> None:
     """``weight.flat[index] = original`` for many weights, in one launch where there is a kernel."""
-    columns = zip(weights, indices, originals, strict=True)
-    _write_many([_Write(weight, index, own, None, False) for weight, index, own in columns])
+    _write_many([_Write("restore", *column) for column in zip(weights, indices, originals, strict=True)])
 
 
 # ------------------------------------------------------------------------------------------------------------ supports
@@ -245,12 +255,22 @@ def add_to_support_(weight: Tensor, support: Support, values: Tensor) -> None:
 
 
 @torch.no_grad()
+def read_supports(weights: Sequence[Tensor], supports: Sequence[Support]) -> list[Tensor]:
+    """``read_support`` for many weights, on a GPU in one launch."""
+    found, reads = [], []
+    for weight, support in zip(weights, supports, strict=True):
+        if isinstance(support, ChannelSupport):
+            found.append(_read_channels(weight.detach(), support))
+        else:
+            found.append(weight.new_empty(support.nnz))
+            reads.append(_Write("take", weight, support.indices, found[-1]))
+    _write_many(reads)
+    return found
+
+
+@torch.no_grad()
 def resync_supports_(
-    weights: Sequence[Tensor],
-    supports: Sequence[Support],
-    originals: Sequence[Tensor],
-    values: Sequence[Tensor],
-    take: bool,
+    weights: Sequence[Tensor], supports: Sequence[Support], originals: Sequence[Tensor], values: Sequence[Tensor]
 ) -> None:
     """``weight[support] = round(original + value)`` for many weights.
 
@@ -259,16 +279,13 @@ def resync_supports_(
         supports: of each.
         originals: ``(entries,)`` each, in the weight's dtype: the entries of the base model.
         values: ``(entries,)`` each: the deltas.
-        take: fill ``originals`` from the weights first.
     """
     writes = []
     for weight, support, own, value in zip(weights, supports, originals, values, strict=True):
-        if not isinstance(support, ChannelSupport):
-            writes.append(_Write(weight, support.indices, own, value.detach(), take))
-            continue
-        if take:
-            own.copy_(_read_channels(weight.detach(), support))
-        _write_channels_(weight, support, effective_entries(own, value))
+        if isinstance(support, ChannelSupport):
+            _write_channels_(weight, support, effective_entries(own, value))
+        else:
+            writes.append(_Write("resync", weight, support.indices, own, value.detach()))
     _write_many(writes)
 
 
@@ -280,5 +297,5 @@ def restore_supports_(weights: Sequence[Tensor], supports: Sequence[Support], or
         if isinstance(support, ChannelSupport):
             _write_channels_(weight, support, own)
         else:
-            writes.append(_Write(weight, support.indices, own, None, False))
+            writes.append(_Write("restore", weight, support.indices, own))
     _write_many(writes)

@@ -19,6 +19,7 @@ from .delta_matmul import delta_matmul_add_ as _delta_matmul_add_
 from .entries import restore_ as _restore_
 from .entries import resync_ as _resync_
 from .entries import scatter_add_ as _scatter_add_
+from .entries import take_ as _take_
 from .masked_dw import masked_dw as _masked_dw
 from .support_grad import observed_support_grad
 
@@ -69,9 +70,10 @@ def _(left, right, row_ptr, cols, indices, rows, columns, limit):
 
 delta_matmul_add_ = torch.library.custom_op("sparse_peft::delta_matmul_add_", _delta_matmul_add_, mutates_args={"out"})
 scatter_add_ = torch.library.custom_op("sparse_peft::scatter_add_", _scatter_add_, mutates_args={"weight"})
-resync_ = torch.library.custom_op("sparse_peft::resync_", _resync_, mutates_args={"weights", "originals"})
+take_ = torch.library.custom_op("sparse_peft::take_", _take_, mutates_args={"originals"})
+resync_ = torch.library.custom_op("sparse_peft::resync_", _resync_, mutates_args={"weights"})
 restore_ = torch.library.custom_op("sparse_peft::restore_", _restore_, mutates_args={"weights"})
-for _op in (delta_matmul_add_, scatter_add_, resync_, restore_):
+for _op in (delta_matmul_add_, scatter_add_, take_, resync_, restore_):
     _op.register_fake(lambda *args: None)
 
 code_gather = torch.library.custom_op("sparse_peft::code_gather", _code_gather, mutates_args=())

@@ -18,7 +18,15 @@ from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from ..numerics import panels
-from ..ops import LayerProduct, add_to_support_, read_support, remember, restore_supports_, resync_supports_
+from ..ops import (
+    LayerProduct,
+    add_to_support_,
+    read_support,
+    read_supports,
+    remember,
+    restore_supports_,
+    resync_supports_,
+)
 from ..support import ChannelSupport, Support
 from .delta import SparseDelta
 
@@ -181,9 +189,9 @@ def write_all(writes: Sequence[Write]) -> None:
             continue
         for w in part:
             w.ledger.check_untouched(w.weight)
-        originals = [w.weight.new_empty(w.support.nnz) if take else w.ledger.held.originals for w in part]
-        supports, values = [w.support for w in part], [w.values.detach() for w in part]
-        resync_supports_([w.weight for w in part], supports, originals, values, take)
+        weights, supports, values = [w.weight for w in part], [w.support for w in part], [w.values for w in part]
+        originals = read_supports(weights, supports) if take else [w.ledger.held.originals for w in part]
+        resync_supports_(weights, supports, originals, values)
         for w, own in zip(part, originals, strict=True):
             w.ledger.held = Held(w.support, own, w.stamp, version(w.weight))
 

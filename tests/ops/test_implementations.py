@@ -82,7 +82,7 @@ def test_kernels_are_deterministic_and_fit_a_cuda_graph(backend):
     originals, values = torch.empty(support.nnz, device="cuda", dtype=torch.bfloat16), torch.randn(support.nnz).cuda()
 
     def step():
-        resync_([weight], [support.indices], [originals], [values], take=False)
+        resync_([weight], [support.indices], [originals], [values])
         return support_grad(left, right, support)
 
     with use_backend(backend):

@@ -62,7 +62,7 @@ enum Mode { RESYNC = 0, TAKE = 1, RESTORE = 2 };
 
 // For each tensor, blockIdx.y, of the table (rows: weights, indices, originals, values, numbers of entries):
 //   RESYNC   weight[i] = round(original + value)
-//   TAKE     original = weight[i], then the same
+//   TAKE     original = weight[i]
 //   RESTORE  weight[i] = original
 extern "C" __global__ void write_many(const long long* table, int tensors, int mode) {
     const int t = blockIdx.y;
@@ -75,12 +75,14 @@ extern "C" __global__ void write_many(const long long* table, int tensors, int m
     const float* values = reinterpret_cast<const float*>(table[3LL * tensors + t]);
 
     const bool whole = e + PER_THREAD <= entries && aligned(indices, 16) && aligned(originals, sizeof(Weight4)) &&
-                       (mode == RESTORE || aligned(values, 16));
+                       (mode != RESYNC || aligned(values, 16));
     if (!whole) {
         for (int n = 0; n < PER_THREAD && e + n < entries; ++n) {
             const INDEX i = indices[e + n];
-            if (mode == TAKE) originals[e + n] = weight[i];
-            weight[i] = mode == RESTORE ? originals[e + n] : narrow(widen(originals[e + n]) + values[e + n]);
+            if (mode == TAKE)
+                originals[e + n] = weight[i];
+            else
+                weight[i] = mode == RESTORE ? originals[e + n] : narrow(widen(originals[e + n]) + values[e + n]);
         }
         return;
     }
@@ -92,10 +94,10 @@ extern "C" __global__ void write_many(const long long* table, int tensors, int m
         o.z = weight[i.z];
         o.w = weight[i.w];
         *reinterpret_cast<Weight4*>(originals + e) = o;
-    } else {
-        o = *reinterpret_cast<const Weight4*>(originals + e);
+        return;
     }
-    if (mode != RESTORE) {
+    o = *reinterpret_cast<const Weight4*>(originals + e);
+    if (mode == RESYNC) {
         const float4 v = *reinterpret_cast<const float4*>(values + e);
         o.x = narrow(widen(o.x) + v.x);
         o.y = narrow(widen(o.y) + v.y);

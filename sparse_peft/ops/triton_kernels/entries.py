@@ -21,9 +21,7 @@ def scatter_add_kernel(weight, indices, values, entries, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def write_many_kernel(
-    table, tensors, weight_like, index_like, value_like, TAKE: tl.constexpr, PLAIN: tl.constexpr, BLOCK: tl.constexpr
-):
+def write_many_kernel(table, tensors, weight_like, index_like, value_like, MODE: tl.constexpr, BLOCK: tl.constexpr):
     # `table` has, for each tensor, the addresses of weight, indices, originals and values, and the number of entries;
     # the `_like` arguments are there for their types alone
     tensor = tl.program_id(1)
@@ -34,17 +32,16 @@ def write_many_kernel(
     indices = tl.load(table + tensors + tensor).to(index_like.dtype)
     originals = tl.load(table + 2 * tensors + tensor).to(weight_like.dtype)
     at = weight + tl.load(indices + e, inside, 0).to(tl.int64)
-    if TAKE:
-        original = tl.load(at, inside, 0.0)
-        tl.store(originals + e, original, inside)
+    if MODE == "take":
+        tl.store(originals + e, tl.load(at, inside, 0.0), inside)
     else:
         original = tl.load(originals + e, inside, 0.0)
-    if PLAIN:
-        tl.store(at, original, inside)
-    else:
-        values = tl.load(table + 3 * tensors + tensor).to(value_like.dtype)
-        total = original.to(tl.float32) + tl.load(values + e, inside, 0.0).to(tl.float32)
-        tl.store(at, total.to(original.dtype), inside)
+        if MODE == "resync":
+            values = tl.load(table + 3 * tensors + tensor).to(value_like.dtype)
+            total = original.to(tl.float32) + tl.load(values + e, inside, 0.0).to(tl.float32)
+            tl.store(at, total.to(original.dtype), inside)
+        else:
+            tl.store(at, original, inside)
 
 
 def scatter_add_(weight: Tensor, indices: Tensor, values: Tensor) -> None:
@@ -54,13 +51,13 @@ def scatter_add_(weight: Tensor, indices: Tensor, values: Tensor) -> None:
 
 
 def write_many_(
-    table: Tensor, largest: int, weight: Tensor, indices: Tensor, values: Tensor | None, take: bool
+    table: Tensor, largest: int, weight: Tensor, indices: Tensor, values: Tensor | None, mode: str
 ) -> None:
-    """Write the entries of all tensors of a table; ``weight``, ``indices``, ``values`` are one of each kind."""
+    """Read or write the entries of all tensors of a table; ``weight``, ``indices``, ``values`` give the types."""
     tensors = table.shape[1]
     write_many_kernel[(triton.cdiv(largest, BLOCK), tensors)](
         table, tensors, weight, indices, weight if values is None else values,
-        TAKE=take, PLAIN=values is None, BLOCK=BLOCK,
+        MODE=mode, BLOCK=BLOCK,
     )  # fmt: skip
 
 
@@ -70,6 +67,5 @@ def signatures(dtype: torch.dtype) -> list[tuple]:
     add = {"weight": w, "indices": "*i32", "values": "*fp32", "entries": "i32"}
     many = {"table": "*i64", "tensors": "i32", "weight_like": w, "index_like": "*i32", "value_like": "*fp32"}
     return [(scatter_add_kernel, add, {"BLOCK": BLOCK})] + [
-        (write_many_kernel, many, {"TAKE": take, "PLAIN": plain, "BLOCK": BLOCK})
-        for take, plain in ((True, False), (False, False), (False, True))
+        (write_many_kernel, many, {"MODE": mode, "BLOCK": BLOCK}) for mode in ("take", "resync", "restore")
     ]
