@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import copy
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
 from peft import get_peft_model
-from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
+from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
 
 from ..numerics import panel_bytes
@@ -16,7 +16,6 @@ from ..ops import Crossover, known_crossover
 from ..registry import method_of
 from ..structure import build_on_meta
 from ..tuners.base_config import BaseSparseConfig, changed_fields
-from ..tuners.entry_config import EntryConfig
 from .sizes import (
     FORMATS,
     OPTIMIZERS,
@@ -27,6 +26,7 @@ from .sizes import (
     kinds_of,
     layer_sizes,
     optimizer_bytes,
+    trains_entries,
 )
 from .step import MEASURED_SIZE, Need, Step, Work, measure_flops
 from .trace import trace_forward
@@ -61,7 +61,7 @@ class PlanOptions:
     flops: float | None = None
     device: str = "cpu"
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.base is not None and self.base not in FORMATS:
             raise ValueError(f"base={self.base!r}: one of {', '.join(FORMATS)} is expected")
         if self.optimizer not in OPTIMIZERS:
@@ -121,40 +121,6 @@ class TrainingPlan:
         return {**asdict(self), "needs": needs}
 
 
-def countable(config: BaseSparseConfig) -> tuple[BaseSparseConfig, list[str]]:
-    """A copy that says how much trains without weights or data, and in sentences what that leaves open.
-
-    Raises:
-        ValueError: how much trains is decided by the weights.
-    """
-    config, notes = copy.copy(config), []
-    if isinstance(config, EntryConfig) and config.threshold is not None:
-        raise ValueError(
-            f"threshold={config.threshold}: how many entries lie below it is decided by the weights, which a plan "
-            "does not load; plan with the density that it comes to"
-        )
-    if getattr(config, "avoid", None):
-        config.avoid = None
-        notes.append("avoid=: that channels are taken by other adapters is left out; it changes no number")
-    if getattr(config, "allocation", None) == "global":
-        config.allocation = type(config).__dataclass_fields__["allocation"].default
-        notes.append(
-            f"allocation='global' is decided by the weights: layers are shown with allocation={config.allocation!r}; "
-            "the total is the same"
-        )
-    if config.selection_needs != "none":
-        source = "the weights" if config.selection_needs == "weight" else "data"
-        notes.append(
-            f"selection={config.selection!r} chooses positions from {source}: the plan counts them, and training has "
-            "to choose them"
-        )
-        if "selection" in type(config).__dataclass_fields__:
-            config.selection = "random"
-            if hasattr(config, "largest"):
-                config.largest = None
-    return config, notes
-
-
 def base_format(config: PretrainedConfig, wanted: str | None) -> BaseFormat:
     """The format asked for, or the one that the model's config says."""
     if wanted is not None:
@@ -192,88 +158,92 @@ def plan_training(
     """
     options = options or PlanOptions()
     form = base_format(model_config, options.base)
-    changed = changed_fields(config)
-    config, notes = countable(config)
+    counted, notes = config.countable()
     model = build_on_meta(model_config, form.dtype).requires_grad_(False)
-    weights = [parameter.numel() for parameter in model.parameters()]
-    whole = frozen_bytes(model, form)
+    frozen = _Frozen.of(model, options, form)
+    adapted = _Adapted.of(model, counted, form)
     crossover = known_crossover(torch.device(options.device), form.dtype)
-    step, step_notes = _step_of(model, options, form)
-
-    tuner = PEFT_TYPE_TO_TUNER_MAPPING[config.peft_type]
-    tuner.resolve_sizes(config, model)
-    get_peft_model(model, config, adapter_name=ADAPTER)
-    sizes = layer_sizes(model, config, ADAPTER, form)
-    trained = {name: tensor for name, tensor in model.named_parameters() if tensor.requires_grad}
-    beside = {name: tensor for name, tensor in trained.items() if f".{tuner.prefix}" not in name}
-    dense = {name.split(".modules_to_save.")[0].removesuffix(".weight") for name in beside}
-
-    def need(name: str, counts: list[int], works: dict[str, Work], base: int, temporary: int, **rest: int) -> Need:
-        flops = step.flops(works)
-        return Need(
-            name=name,
-            trained=sum(counts),
-            share=sum(counts) / sum(weights),
-            base_bytes=base,
-            trained_bytes=4 * sum(counts),
-            gradient_bytes=4 * sum(counts),
-            optimizer_bytes=optimizer_bytes(options.optimizer, counts),
-            activation_bytes=step.activations(works),
-            temporary_bytes=temporary,
-            flops=flops,
-            seconds=step.seconds(flops),
-            **rest,
-        )
-
-    largest = max(size.weights for size in sizes)
-    # a quantised weight is unpacked for its product, by every method
-    unpacked = largest * form.dtype.itemsize if form.is_quantised else 0
-    panel = min(panel_bytes(), 4 * largest) if any(size.entries and not size.state.channels for size in sizes) else 0
-    counts = [n for size in sizes for n in size.state.parameters] + [tensor.numel() for tensor in beside.values()]
-    lora = [LORA_RANK * side for size in sizes for side in size.shape]
-    needs = [
-        need(
-            method_of(config).name,
-            counts,
-            {**step.dense(dense), **step.sparse(sizes, crossover.density)},
-            frozen_bytes(model, form),
-            unpacked + panel,
-            position_bytes=sum(size.position_bytes for size in sizes),
-            file_bytes=sum(size.state.file_bytes for size in sizes)
-            + sum(tensor.numel() * tensor.element_size() for tensor in beside.values()),
-        ),
-        need(
-            f"LoRA r={LORA_RANK}",
-            lora,
-            step.lora(sizes, LORA_RANK),
-            whole,
-            unpacked,
-            position_bytes=0,
-            file_bytes=4 * sum(lora),
-        ),
-        need("full", weights, step.dense(step.products), 0, 0, position_bytes=0, file_bytes=4 * sum(weights)),
-    ]
+    method = method_of(config).name
     return TrainingPlan(
         architecture=type(model).__name__,
-        parameters=sum(weights),
-        method=method_of(config).name,
-        config=changed,
+        parameters=sum(frozen.weights),
+        method=method,
+        config=changed_fields(config),
         base=form.name,
         optimizer=options.optimizer,
         batch=options.batch,
         length=options.length,
         checkpointing=options.checkpointing,
         device=options.device,
-        flops_per_second=step.speed,
-        kinds=kinds_of(sizes, options.optimizer),
-        beside=sum(tensor.numel() for tensor in beside.values()),
-        needs=needs,
-        assumptions=[*notes, *step_notes, *_assumptions(options, form, crossover, sizes)],
+        flops_per_second=frozen.step.speed,
+        kinds=kinds_of(adapted.sizes, options.optimizer),
+        beside=sum(tensor.numel() for tensor in adapted.beside.values()),
+        needs=[
+            _adapter_need(method, frozen, adapted, crossover),
+            _lora_need(frozen, adapted),
+            _full_need(frozen),
+        ],
+        assumptions=[*notes, *frozen.notes, *_assumptions(options, form, crossover, adapted.sizes)],
     )
 
 
+@dataclass(frozen=True)
+class _Frozen:
+    """The model before it has an adapter.
+
+    Attributes:
+        options, form: of the training, and of the weights.
+        weights: numbers of elements of the parameters.
+        base_bytes: what they take, frozen.
+        step: what a pass takes.
+        notes: what is not known, in sentences.
+    """
+
+    options: PlanOptions
+    form: BaseFormat
+    weights: list[int]
+    base_bytes: int
+    step: Step
+    notes: list[str]
+
+    @classmethod
+    def of(cls, model: PreTrainedModel, options: PlanOptions, form: BaseFormat) -> _Frozen:
+        step, notes = _step_of(model, options, form)
+        weights = [parameter.numel() for parameter in model.parameters()]
+        return cls(options, form, weights, frozen_bytes(model, form), step, notes)
+
+    def need(
+        self, name: str, counts: list[int], works: dict[str, Work], base_bytes: int, temporary: int, **others: int
+    ) -> Need:
+        """What training takes.
+
+        Args:
+            name: of the way of training.
+            counts: numbers of elements of the trained tensors.
+            works: ``{layer name: what it adds to a step}``.
+            base_bytes: frozen weights.
+            temporary: the largest temporary of a step, in bytes.
+            others: the remaining fields of ``Need``.
+        """
+        flops = self.step.flops(works)
+        return Need(
+            name=name,
+            trained=sum(counts),
+            share=sum(counts) / sum(self.weights),
+            base_bytes=base_bytes,
+            trained_bytes=4 * sum(counts),
+            gradient_bytes=4 * sum(counts),
+            optimizer_bytes=optimizer_bytes(self.options.optimizer, counts),
+            activation_bytes=self.step.activations(works),
+            temporary_bytes=temporary,
+            flops=flops,
+            seconds=self.step.seconds(flops),
+            **others,
+        )
+
+
 def _step_of(model: PreTrainedModel, options: PlanOptions, form: BaseFormat) -> tuple[Step, list[str]]:
-    """The model's step; a model that cannot be run without tensors has none, which is said."""
+    """The model's step, without activations and times where the model cannot be traced, and a note of that."""
     try:
         trace = trace_forward(model, options.batch, options.length)
     except RuntimeError as error:
@@ -282,22 +252,99 @@ def _step_of(model: PreTrainedModel, options: PlanOptions, form: BaseFormat) -> 
     return Step(trace, form.dtype.itemsize, options.checkpointing, speed), []
 
 
+@dataclass(frozen=True)
+class _Adapted:
+    """The model with its adapter.
+
+    Attributes:
+        sizes: of the adapted layers.
+        beside: ``{name: trained tensor}`` outside of these.
+        base_bytes: frozen weights.
+    """
+
+    sizes: list[LayerSize]
+    beside: Mapping[str, Tensor]
+    base_bytes: int
+
+    @classmethod
+    def of(cls, model: PreTrainedModel, config: BaseSparseConfig, form: BaseFormat) -> _Adapted:
+        tuner = method_of(config).model_class
+        tuner.resolve_sizes(config, model)
+        get_peft_model(model, config, adapter_name=ADAPTER)
+        trained = {name: tensor for name, tensor in model.named_parameters() if tensor.requires_grad}
+        beside = {name: tensor for name, tensor in trained.items() if f".{tuner.prefix}" not in name}
+        return cls(layer_sizes(model, config, ADAPTER, form), beside, frozen_bytes(model, form))
+
+    @property
+    def modules_beside(self) -> set[str]:
+        """Names of the modules that train whole."""
+        return {name.split(".modules_to_save.")[0].removesuffix(".weight") for name in self.beside}
+
+    def unpacked_bytes(self, form: BaseFormat) -> int:
+        """The largest weight while it is unpacked for a product, which every method does with a quantised one."""
+        return self._largest * form.dtype.itemsize if form.is_quantised else 0
+
+    @property
+    def panel_bytes(self) -> int:
+        """The largest panel of a dense gradient, of which single entries are taken."""
+        return min(panel_bytes(), 4 * self._largest) if trains_entries(self.sizes) else 0
+
+    @property
+    def _largest(self) -> int:
+        return max(size.weights for size in self.sizes)
+
+
+def _adapter_need(method: str, frozen: _Frozen, adapted: _Adapted, crossover: Crossover) -> Need:
+    step, sizes, beside = frozen.step, adapted.sizes, adapted.beside.values()
+    return frozen.need(
+        method,
+        [n for size in sizes for n in size.state.parameters] + [tensor.numel() for tensor in beside],
+        {**step.dense(adapted.modules_beside), **step.sparse(sizes, crossover.density)},
+        adapted.base_bytes,
+        adapted.unpacked_bytes(frozen.form) + adapted.panel_bytes,
+        position_bytes=sum(size.position_bytes for size in sizes),
+        file_bytes=sum(size.state.file_bytes for size in sizes) + sum(t.numel() * t.element_size() for t in beside),
+    )
+
+
+def _lora_need(frozen: _Frozen, adapted: _Adapted) -> Need:
+    counts = [LORA_RANK * side for size in adapted.sizes for side in size.shape]
+    return frozen.need(
+        f"LoRA r={LORA_RANK}",
+        counts,
+        frozen.step.lora(adapted.sizes, LORA_RANK),
+        frozen.base_bytes,
+        adapted.unpacked_bytes(frozen.form),
+        position_bytes=0,
+        file_bytes=4 * sum(counts),
+    )
+
+
+def _full_need(frozen: _Frozen) -> Need:
+    works = frozen.step.dense(frozen.step.layers)
+    return frozen.need("full", frozen.weights, works, 0, 0, position_bytes=0, file_bytes=4 * sum(frozen.weights))
+
+
+def _precision(options: PlanOptions, dtype: str) -> str:
+    states = (
+        " (adamw8bit: two bytes a parameter in tensors of 4,096 or more)" if options.optimizer == "adamw8bit" else ""
+    )
+    return (
+        f"Layers compute in {dtype}; trained parameters, gradients and optimizer states are float32{states}; full "
+        "fine-tuning trains float32 weights under autocast."
+    )
+
+
 def _assumptions(options: PlanOptions, form: BaseFormat, crossover: Crossover, sizes: list[LayerSize]) -> list[str]:
     dtype = str(form.dtype).removeprefix("torch.")
     sentences = [
-        f"Layers compute in {dtype}; trained parameters, gradients and optimizer states are float32"
-        + (
-            ""
-            if options.optimizer != "adamw8bit"
-            else " (adamw8bit: two bytes a parameter in tensors of 4,096 or more)"
-        )
-        + "; full fine-tuning trains float32 weights under autocast.",
+        _precision(options, dtype),
         "Peak: everything in the table at once, as at the start of a backward pass with gradients of earlier ones; "
         "fragmentation, the CUDA context and libraries' workspaces come on top.",
         "Activations: what one forward pass keeps for backward, with fused attention"
         + (", every block recomputed from its input." if options.checkpointing else ", nothing recomputed."),
     ]
-    if any(size.entries and not size.state.channels for size in sizes):
+    if trains_entries(sizes):
         sentences.append(
             f"Gradients at single entries take as long as dense ones from a density of {crossover.density:.2g} "
             f"({crossover.source}, {options.device}), below it in proportion."

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from ..tuners.base_config import BaseSparseConfig
 from ..tuners.base_layer import TunerLayer
 from ..tuners.base_model import BaseSparseModel
+from ..tuners.base_state import TrainedState
 from ..tuners.forms import StateSizes
 
 OPTIMIZERS = ("adamw", "adamw8bit", "sgd")
@@ -62,7 +63,8 @@ FORMATS = {
 
 def frozen_bytes(model: nn.Module, form: BaseFormat) -> int:
     """What the parameters and buffers of a model take that are no adapter's and do not train."""
-    skip = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    head = getattr(model, "get_output_embeddings", None)
+    skip = head() if callable(head) else None
     packed = {id(m.weight) for m in model.modules() if isinstance(m, nn.Linear) and m is not skip}
     own = {id(tensor) for layer in BaseSparseModel.sparse_layers(model) for tensor in _tensors(layer.deltas)}
     total = 0.0
@@ -136,13 +138,19 @@ class LayerSize:
 def layer_sizes(model: nn.Module, config: BaseSparseConfig, adapter: str, form: BaseFormat) -> list[LayerSize]:
     """Every adapted layer's, in the model's order."""
     found = []
-    resident = getattr(config, "resident", False) and not form.is_quantised
     layers: Iterator[TunerLayer] = BaseSparseModel.sparse_layers(model)
     for layer in (layer for layer in layers if adapter in layer.deltas):
-        state = layer.deltas[adapter].sizes(getattr(torch, config.save_dtype))
-        kept = form.dtype.itemsize * (state.entries or 0) if resident else 0
-        found.append(LayerSize(layer.name, layer.stored_shape, layer.product.in_dim, state, kept))
+        state: TrainedState = layer.deltas[adapter]
+        sizes = state.sizes(getattr(torch, config.save_dtype))
+        holds = layer.resident and not form.is_quantised
+        kept = form.dtype.itemsize * (sizes.entries or 0) if holds else 0
+        found.append(LayerSize(layer.name, layer.stored_shape, layer.product.in_dim, sizes, kept))
     return found
+
+
+def trains_entries(sizes: Iterable[LayerSize]) -> bool:
+    """Whether single entries train in any layer, whose gradients are sampled or cut out of panels."""
+    return any(size.entries and not size.state.channels for size in sizes)
 
 
 @dataclass(frozen=True)

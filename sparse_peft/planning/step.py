@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Hashable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
 
 from .sizes import LayerSize
-from .trace import Kept, Product, Trace
+from .trace import Kept, LayerPass, Trace
 
 MEASURED_SIZE = 768  # of the matrices that a machine's speed is measured with
 
@@ -36,7 +36,7 @@ def low_rank_work(rank: int, sides: int, tokens: int, itemsize: int) -> Work:
     return Work(True, itemsize < 4, tokens * rank * itemsize, 6.0 * tokens * rank * sides)
 
 
-def sparse_work(size: LayerSize, product: Product, itemsize: int, crossover: float) -> Work:
+def sparse_work(size: LayerSize, product: LayerPass, itemsize: int, crossover: float) -> Work:
     """What a layer of one of this package's methods adds."""
     tokens = product.tokens
     keeps, own, extra, flops = False, False, 0, 0.0
@@ -75,15 +75,15 @@ class Step:
         self.trace, self.itemsize, self.checkpointing, self.speed = trace, itemsize, checkpointing, speed
 
     @property
-    def products(self) -> list[str]:
+    def layers(self) -> list[str]:
         """Names of the linear layers, convolutions and norms that run."""
-        return [] if self.trace is None else list(self.trace.products)
+        return [] if self.trace is None else list(self.trace.layers)
 
-    def _works(self, work: Callable[[LayerSize, Product], Work], sizes: Iterable[LayerSize]) -> dict[str, Work]:
+    def _works(self, work: Callable[[LayerSize, LayerPass], Work], sizes: Iterable[LayerSize]) -> dict[str, Work]:
         if self.trace is None:
             return {}
-        products = self.trace.products
-        return {size.name: work(size, products[size.name]) for size in sizes if size.name in products}
+        layers = self.trace.layers
+        return {size.name: work(size, layers[size.name]) for size in sizes if size.name in layers}
 
     def sparse(self, sizes: Iterable[LayerSize], crossover: float) -> dict[str, Work]:
         """Of an adapter of this package."""
@@ -99,8 +99,8 @@ class Step:
         """Of layers whose whole weights train."""
         if self.trace is None:
             return {}
-        products = self.trace.products
-        return {name: Work(True, False, 0, products[name].flops) for name in names if name in products}
+        layers = self.trace.layers
+        return {name: Work(True, False, 0, layers[name].flops) for name in names if name in layers}
 
     def activations(self, works: Mapping[str, Work]) -> int | None:
         """Bytes that are kept for backward, by the frozen model and by the trained layers.
@@ -109,9 +109,9 @@ class Step:
         """
         if self.trace is None:
             return None
-        kept: dict[Hashable, Kept] = dict(self.trace.kept)
+        kept = dict(self.trace.kept)
         for name, part in works.items():
-            product = self.trace.products[name]
+            product = self.trace.layers[name]
             if part.keeps_input and part.own_copy:
                 size = product.input.bytes // product.input_itemsize * self.itemsize
                 kept[name, "copy"] = Kept(size, product.input.block)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterator
+import math
+from collections.abc import Callable, Hashable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,9 +16,10 @@ from transformers import PreTrainedModel, masking_utils
 from transformers.pytorch_utils import Conv1D
 
 from ..ops import is_convolution
+from ..tuners.targets import in_dim_of, stored_shape
 
 
-def _attention_flops(query, key, value, *args: Any, out_shape=None, **kwargs: Any) -> int:
+def _attention_flops(query: Any, key: Any, value: Any, *args: Any, **kwargs: Any) -> int:
     return sdpa_flop_count(query, key, value)
 
 
@@ -38,7 +40,7 @@ class Kept:
 
 
 @dataclass(frozen=True)
-class Product:
+class LayerPass:
     """One linear layer's part in a forward pass, or a norm's, which has no product.
 
     Attributes:
@@ -62,20 +64,20 @@ class Trace:
 
     Attributes:
         kept: ``{tensor: its memory}``: what norms, attention, activation functions and the loss keep for backward.
-        products: ``{layer name: its part}`` of linear layers, convolutions and norms.
+        layers: ``{layer name: its part}`` of linear layers, convolutions and norms.
         flops: of the whole pass, two for each multiplication and addition.
         block_inputs: bytes of the blocks' inputs, which gradient checkpointing keeps.
     """
 
-    kept: dict[int, Kept] = field(default_factory=dict)
-    products: dict[str, Product] = field(default_factory=dict)
+    kept: dict[Hashable, Kept] = field(default_factory=dict)
+    layers: dict[str, LayerPass] = field(default_factory=dict)
     flops: int = 0
     block_inputs: int = 0
 
     @property
     def product_flops(self) -> int:
         """Of the linear layers; the rest is attention's."""
-        return sum(product.flops for product in self.products.values())
+        return sum(product.flops for product in self.layers.values())
 
 
 class _Recorder:
@@ -99,7 +101,7 @@ class _Recorder:
             self.trace.kept.setdefault(key, kept)
         return tensor
 
-    def enter_block(self, number: int):
+    def enter_block(self, number: int) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
             self.block = number
             hidden = next((x for x in (*args, *kwargs.values()) if isinstance(x, Tensor)), None)
@@ -111,29 +113,27 @@ class _Recorder:
     def leave_block(self, *_: Any) -> None:
         self.block = None
 
-    def see_product(self, name: str):
+    def see_product(self, name: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple, output: Tensor) -> None:
             source, kept = self._memory(args[0])
             tokens = output.numel() // max(1, outputs_of(module))
-            flops = 2 * tokens * module.weight.numel()
-            self.trace.products[name] = Product(source, kept, args[0].element_size(), tokens, flops)
+            flops = 2 * tokens * math.prod(stored_shape(module))
+            self.trace.layers[name] = LayerPass(source, kept, args[0].element_size(), tokens, flops)
 
         return hook
 
-    def see_norm(self, name: str):
+    def see_norm(self, name: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple, output: Tensor) -> None:
             # what is normalised is kept for the scale's gradient alone
             kept = Kept(output.numel() * output.element_size(), self.block)
-            self.trace.products[name] = Product(name, kept, output.element_size(), 0, 0)
+            self.trace.layers[name] = LayerPass(name, kept, output.element_size(), 0, 0)
 
         return hook
 
 
 def outputs_of(module: nn.Module) -> int:
     """Output features or channels of a linear layer or convolution."""
-    if is_convolution(module):
-        return module.out_channels
-    return module.nf if isinstance(module, Conv1D) else module.out_features
+    return stored_shape(module)[1 - in_dim_of(module)]
 
 
 def is_norm(module: nn.Module) -> bool:

@@ -222,6 +222,17 @@ class BaseSparseConfig(PeftConfig):
         """What positions are chosen from: ``"none"``, ``"weight"``, ``"activation"`` or ``"gradient"``."""
         return "none"
 
+    def countable(self) -> tuple[Self, list[str]]:
+        """A copy whose sizes need neither weights nor data, for plans.
+
+        Returns:
+            The copy, and in sentences what it leaves open.
+
+        Raises:
+            ValueError: the weights decide how much trains.
+        """
+        return copy.copy(self), []
+
     def for_temporary_load(self) -> Self:
         """A copy to load an adapter with whose base model ``unload()`` can restore."""
         return copy.copy(self)
@@ -273,6 +284,23 @@ class BaseSparseConfig(PeftConfig):
             cure = newer_version(content.get(VERSION_FIELD)) or DAMAGED
             raise _with_advice(error, f"{os.fspath(path_json_file)}: {error}; {cure}") from error
         return super().from_json_file(path_json_file, **kwargs)
+
+
+def allocation_note(used: str) -> str:
+    """For plans: the layers' shares of a budget are not known without weights."""
+    return (
+        f"allocation='global' is decided by the weights: layers are shown with allocation={used!r}; the total is the "
+        "same"
+    )
+
+
+def selection_note(selection: str, needs: str) -> str:
+    """For plans: the positions are not known without weights or data."""
+    source = "the weights" if needs == "weight" else "data"
+    return (
+        f"selection={selection!r} chooses positions from {source}: the plan counts them, and training has to choose "
+        "them"
+    )
 
 
 def changed_fields(config: BaseSparseConfig, everything: bool = False) -> dict[str, Any]:

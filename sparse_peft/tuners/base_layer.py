@@ -35,6 +35,7 @@ class TunerLayer(BaseTunerLayer, nn.Module):
     """
 
     config_cls: ClassVar[type[BaseSparseConfig]]
+    resident: bool = False  # whether the base weight may hold adapters' entries between steps
     delta_container: ClassVar[str]  # the attribute with the adapters' states; starts with the method's prefix
 
     def __init_subclass__(cls, **kwargs: Any) -> None:

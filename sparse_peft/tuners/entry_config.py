@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from dataclasses import field
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any, ClassVar, Self
 
 from ..constraints import Count, OneOf, Pattern, Positive, Share
 from ..support import ALLOCATIONS, Block, Budget, Criterion
-from .base_config import BaseSparseConfig, config_dataclass
+from .base_config import BaseSparseConfig, allocation_note, config_dataclass, selection_note
 
 # Without a budget: a density, and in layers so small that it would be next to nothing, this many entries.
 DEFAULT_AT_LEAST = 16
@@ -88,6 +88,20 @@ class EntryConfig(BaseSparseConfig):
     @property
     def selection_needs(self) -> str:
         return self.criterion.needs
+
+    def countable(self) -> tuple[Self, list[str]]:
+        if self.threshold is not None:
+            raise ValueError(
+                f"threshold={self.threshold}: how many entries lie below it is decided by the weights, which a plan "
+                "does not load; plan with the density that it comes to"
+            )
+        config, notes = super().countable()
+        if self.allocation == "global":
+            config.allocation = "numel"
+            notes.append(allocation_note(config.allocation))
+        if self.selection_needs != "none":
+            notes.append(selection_note(self.criterion.name, self.selection_needs))
+        return config, notes
 
     def budget(self) -> Budget:
         """The budget that the fields describe.

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import field
-from typing import Annotated, ClassVar
+from typing import Annotated, ClassVar, Self
 
 from ...calibrate import CHANNEL_CRITERIA
 from ...constraints import Count, OneOf, Pattern, Share
-from ..base_config import BaseSparseConfig, config_dataclass
+from ..base_config import BaseSparseConfig, allocation_note, config_dataclass, selection_note
 from .budget import UNIT_ALLOCATIONS, UnitBudget
 
 SIDES = ("auto", "in", "out")
@@ -132,6 +132,19 @@ class S2FTConfig(BaseSparseConfig):
     def trains_largest(self) -> bool:
         """Whether channels with large scores train."""
         return CHANNEL_CRITERIA[self.selection][1] if self.largest is None else self.largest
+
+    def countable(self) -> tuple[Self, list[str]]:
+        config, notes = super().countable()
+        if self.avoid:
+            config.avoid = None
+            notes.append("avoid=: that channels are taken by other adapters is left out; it changes no number")
+        if self.allocation == "global":
+            config.allocation = "per_layer"
+            notes.append(allocation_note(config.allocation))
+        if self.selection_needs != "none":
+            config.selection, config.largest = "random", None
+            notes.append(selection_note(self.selection, self.selection_needs))
+        return config, notes
 
     def budget(self) -> UnitBudget:
         """The budget that the fields describe."""

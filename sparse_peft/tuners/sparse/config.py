@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import field
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any, ClassVar, Self
 
 from ...constraints import Count, CountOrZero, OneOf, Positive, Share, Steps
 from ...support import (
@@ -175,6 +175,12 @@ class SparseConfig(EntryConfig):
         if name in ("principal", "residual"):
             return {"r": self.principal_rank}
         return {"threshold": self.threshold} if name == "threshold" else {}
+
+    def countable(self) -> tuple[Self, list[str]]:
+        config, notes = super().countable()
+        if self.selection_needs != "none":
+            config.selection = "random"
+        return config, notes
 
     def reselection_schedule(self, total_steps: int | None) -> ReselectionSchedule:
         """When entries are replaced in a run of this many optimizer steps.
