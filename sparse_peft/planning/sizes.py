@@ -66,7 +66,8 @@ def frozen_bytes(model: nn.Module, form: BaseFormat) -> int:
     head = getattr(model, "get_output_embeddings", None)
     skip = head() if callable(head) else None
     packed = {id(m.weight) for m in model.modules() if isinstance(m, nn.Linear) and m is not skip}
-    own = {id(tensor) for layer in BaseSparseModel.sparse_layers(model) for tensor in _tensors(layer.deltas)}
+    states = (state for layer in BaseSparseModel.sparse_layers(model) for state in layer.deltas.values())
+    own = {id(tensor) for state in states for tensor in _tensors(state)}
     total = 0.0
     for tensor in dict.fromkeys(_tensors(model)):
         if id(tensor) in own or tensor.requires_grad:

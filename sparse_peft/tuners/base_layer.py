@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from typing import Any, ClassVar
+from collections.abc import Mapping
+from typing import Any, ClassVar, Generic, TypeVar, cast
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer, _get_in_out_features, check_adapters_to_merge
@@ -22,7 +23,10 @@ SET_ASIDE = "set_aside"  # the module that what stands in a weight's place is ke
 BASE_ADAPTER = "__base__"  # PEFT's name for "no adapter" in a mixed batch
 
 
-class TunerLayer(BaseTunerLayer, nn.Module):
+StateT = TypeVar("StateT", bound=TrainedState)
+
+
+class TunerLayer(BaseTunerLayer, nn.Module, Generic[StateT]):
     """A base layer with the trained state of its adapters, whose parts are added to its output.
 
     Args:
@@ -70,9 +74,9 @@ class TunerLayer(BaseTunerLayer, nn.Module):
     # ------------------------------------------------------------------ adapters
 
     @property
-    def deltas(self) -> nn.ModuleDict:
-        """The adapters' trained state, ``{adapter name: TrainedState}``."""
-        return getattr(self, self.delta_container)
+    def deltas(self) -> Mapping[str, StateT]:
+        """``{adapter name: trained state}`` of the adapters."""
+        return cast("Mapping[str, StateT]", self._modules[self.delta_container])
 
     @property
     def base_parameter(self) -> Tensor:
@@ -80,16 +84,16 @@ class TunerLayer(BaseTunerLayer, nn.Module):
         base = self._modules["base_layer"]
         return base.weight if "base_layer" not in base._modules else self.get_base_layer().weight
 
-    def add_delta(self, adapter_name: str, delta: TrainedState, *, init_weights: bool, inference_mode: bool) -> None:
+    def add_delta(self, adapter_name: str, delta: StateT, *, init_weights: bool, inference_mode: bool) -> None:
         """Add an adapter's trained state to this layer and make it active if its name is."""
         self.release()
         if not init_weights:
             delta.randomise()
-        self.deltas[adapter_name] = delta
+        getattr(self, self.delta_container)[adapter_name] = delta
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=inference_mode)
 
-    def settled(self, adapter_name: str) -> TrainedState:
+    def settled(self, adapter_name: str) -> StateT:
         """An adapter's trained state, of which nothing is left to be chosen."""
         return self.deltas[adapter_name]
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -56,7 +56,10 @@ def _rejoin(layer: SparseTunerLayer, _incompatible_keys: Any) -> None:
 Joined = tuple[tuple[Support, ...], ActiveDelta]
 
 
-class SparseTunerLayer(TunerLayer):
+DeltaT = TypeVar("DeltaT", bound=Delta)
+
+
+class SparseTunerLayer(TunerLayer[DeltaT]):
     """A layer whose weight is trained at the supports of its adapters.
 
     Args:
@@ -94,7 +97,7 @@ class SparseTunerLayer(TunerLayer):
         names = self._active_names()
         return self._join(names).support if names else None
 
-    def settled(self, adapter_name: str) -> Delta:
+    def settled(self, adapter_name: str) -> DeltaT:
         """The adapter's trained state; positions that no file has brought are chosen now, from the base weight."""
         delta = self.deltas[adapter_name]
         if delta.known_support() is None:

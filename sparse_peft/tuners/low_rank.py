@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import ClassVar
+from typing import ClassVar, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -87,12 +87,15 @@ class LowRankState(TrainedState):
         return down, up
 
 
-class LowRankLayer(TunerLayer):
+LowRankT = TypeVar("LowRankT", bound=LowRankState)
+
+
+class LowRankLayer(TunerLayer[LowRankT]):
     """A layer whose adapters have such a product."""
 
     def low_rank_output(self, x: Tensor, adapter_name: str) -> Tensor:
         """What the product of one adapter makes of the layer's input; it is never formed."""
-        state: LowRankState = self.deltas[adapter_name]
+        state = self.deltas[adapter_name]
         down, up = state.factors()
         x = self._cast_input_dtype(x, down.dtype)
         return self.product.low_rank(state.dropout(x), down, up)

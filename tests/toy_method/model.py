@@ -13,7 +13,7 @@ from .config import BandConfig
 from .state import BandDelta
 
 
-class BandLinear(SparseTunerLayer):
+class BandLinear(SparseTunerLayer[BandDelta]):
     """A layer with a trained band."""
 
     config_cls = BandConfig

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from ..delta import SparseDelta
 from ..delta_layer import SparseTunerLayer
 from ..entry_model import EntryModel
 from .config import SaRAConfig
 from .targets import DEFAULT_TARGETS
 
 
-class SaRALinear(SparseTunerLayer):
+class SaRALinear(SparseTunerLayer[SparseDelta]):
     """A layer whose smallest weights train; see ``SparseTunerLayer``."""
 
     config_cls = SaRAConfig

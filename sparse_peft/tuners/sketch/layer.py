@@ -17,7 +17,7 @@ from .sketched import SketchedLinear
 from .state import SketchState
 
 
-class SketchLinear(TunerLayer):
+class SketchLinear(TunerLayer[SketchState]):
     """A layer with trained tables beside its weight, or codes and trained tables in the place of it.
 
     Rows are always outputs and columns inputs, also of GPT-2's ``Conv1D``, which stores its weight as ``(in, out)``.
@@ -62,14 +62,14 @@ class SketchLinear(TunerLayer):
         return self.replaced is not None or base.weight.device.type != "meta"
 
     def settled(self, adapter_name: str) -> SketchState:
-        state: SketchState = self.deltas[adapter_name]
+        state = self.deltas[adapter_name]
         if not state.is_settled:
             self._settle(state)
         return state
 
     def receive(self, adapter_name: str) -> None:
         """Take the codes that a file brought for an adapter; nothing is different after an exception."""
-        state: SketchState = self.deltas[adapter_name]
+        state = self.deltas[adapter_name]
         with state.receiving():
             self.settled(adapter_name)
 

@@ -16,7 +16,7 @@ from .delta import SLTrainDelta
 from .weightless import WeightlessLinear
 
 
-class SLTrainLinear(LowRankLayer, SparseTunerLayer):
+class SLTrainLinear(LowRankLayer[SLTrainDelta], SparseTunerLayer[SLTrainDelta]):
     """A layer with trained entries and low rank, beside its weight or, ``weightless``, in the place of it.
 
     Args:
@@ -84,13 +84,13 @@ class SLTrainLinear(LowRankLayer, SparseTunerLayer):
             return super().path(x)
         if self.backend != "auto":
             return self.backend
-        delta: SLTrainDelta = self.settled(self._only_name)
+        delta = self.settled(self._only_name)
         tokens, dtype = (1, self.base_layer.dtype) if x is None else (x.numel() // max(1, x.shape[-1]), x.dtype)
         return cheaper_way(delta.rank, delta.support, tokens, dtype, delta.values.device)
 
     @torch.compiler.disable  # panels and positions are no business of a graph, which would keep the weight whole
     def _weightless_forward(self, x: Tensor) -> Tensor:
-        delta: SLTrainDelta = self.settled(self._only_name)
+        delta = self.settled(self._only_name)
         dtype, bias = self._compute_dtype(x), self.base_layer.bias
         x = x.to(dtype)
         down, up, values = (tensor.to(dtype) for tensor in (*delta.factors(), delta()))

@@ -16,7 +16,7 @@ from .state import KernelState
 ADDED_TO = (torch.float32, torch.float64)
 
 
-class SnellaLinear(TunerLayer):
+class SnellaLinear(TunerLayer[KernelState]):
     """A layer with a kernelised delta; see ``TunerLayer``."""
 
     config_cls = SnellaConfig
@@ -55,14 +55,14 @@ class SnellaLinear(TunerLayer):
 
     @torch.compiler.disable  # parts and thresholds are no business of a graph, which would keep the delta whole
     def _fused_forward(self, x: Tensor, adapter_name: str) -> Tensor:
-        state: KernelState = self.deltas[adapter_name]
+        state = self.deltas[adapter_name]
         how, dtype, bias = state.competition(), self._compute_dtype(x), self.base_layer.bias
         bias = None if bias is None else bias.to(dtype)
         return distance_layer(x.to(dtype), state(), state.tau.clone(), how, self.base_parameter.detach(), bias)
 
     @torch.compiler.disable
     def adapter_output(self, x: Tensor, adapter_name: str) -> Tensor:
-        state: KernelState = self.deltas[adapter_name]
+        state = self.deltas[adapter_name]
         state.sharded = self._is_sharded()
         x = x.to(self._compute_dtype(x))
         if self._serves() and state.settings.cache:

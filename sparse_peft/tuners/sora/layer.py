@@ -6,9 +6,10 @@ from torch import Tensor
 
 from ..low_rank import LowRankLayer
 from .config import SoRAConfig
+from .state import GatedLowRank
 
 
-class SoRALinear(LowRankLayer):
+class SoRALinear(LowRankLayer[GatedLowRank]):
     """A layer with gated low rank beside it; see ``TunerLayer``."""
 
     config_cls = SoRAConfig
