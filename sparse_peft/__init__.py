@@ -13,7 +13,7 @@ from .training.controller import SparsityController
 from .training.sm3 import SM3
 from .tuners.base_model import base_weights
 from .tuners.files.card import guard_model_cards
-from .tuners.files.checks import guard_adapter_writes
+from .tuners.files.writes import guard_adapter_writes
 from .tuners.method import Method
 from .tuners.selection import select_support
 from .version import __version__

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,6 +16,7 @@ from transformers import PreTrainedModel
 
 from ..tuners.base_layer import SET_ASIDE, TunerLayer
 from ..tuners.base_model import BaseSparseModel
+from ..tuners.files.writes import staging_folder
 from .files import config_of
 from .lora import save_as_lora
 from .lora_approximation import LowRankExport, save_low_rank
@@ -166,8 +166,7 @@ def _plain_state(model: nn.Module, adapter_name: str) -> dict[str, Tensor]:
 
 
 def _write_model(model: nn.Module, state: dict[str, Tensor], folder: str | os.PathLike) -> None:
-    os.makedirs(folder, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder, prefix=".saving-") as staging:
+    with staging_folder(folder) as staging:
         if isinstance(model, PreTrainedModel):
             attached = model.__dict__.pop("_hf_peft_config_loaded", None)  # or it would save the adapter alone
             try:
@@ -176,8 +175,6 @@ def _write_model(model: nn.Module, state: dict[str, Tensor], folder: str | os.Pa
                 if attached is not None:
                     model._hf_peft_config_loaded = attached
         else:
-            save_torch_state_dict(state, staging)
+            save_torch_state_dict(state, os.fspath(staging))
             if hasattr(model, "save_config"):  # diffusers
                 model.save_config(staging)
-        for name in os.listdir(staging):
-            os.replace(os.path.join(staging, name), os.path.join(folder, name))

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import copy
 import os
-import tempfile
 from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
@@ -23,6 +22,7 @@ from torch import Tensor, nn
 from ..tuners.base_model import BaseSparseModel
 from ..tuners.files.card import FRAMEWORK_HEADING, TAG
 from ..tuners.files.checks import CURE, check_adapter_file, check_adapter_name, read_config_file
+from ..tuners.files.writes import staging_folder
 from ..tuners.traversal import configs_of
 
 # What PeftModel's state dicts begin with, and so every adapter file.
@@ -66,17 +66,14 @@ def write_adapter(
         tensors: under the names that they have in a file.
         story: a sentence on where it comes from; with it a model card is written as well.
     """
-    os.makedirs(folder, exist_ok=True)
     config = copy.copy(config)
     config.inference_mode = True
-    with tempfile.TemporaryDirectory(dir=folder, prefix=".saving-") as staging:
+    with staging_folder(folder) as staging:
         whole = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-        save_file(whole, os.path.join(staging, SAFETENSORS_WEIGHTS_NAME), metadata={"format": "pt"})
+        save_file(whole, staging / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
         if story is not None:
-            _card(config, story).save(os.path.join(staging, "README.md"))
-        config.save_pretrained(staging)
-        for name in os.listdir(staging):
-            os.replace(os.path.join(staging, name), os.path.join(folder, name))
+            _card(config, story).save(staging / "README.md")
+        config.save_pretrained(os.fspath(staging))
 
 
 def read_adapter(folder: str | os.PathLike) -> tuple[PeftConfig, dict[str, Tensor]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -43,7 +43,9 @@ def plan(
         with asked():
             config_class = method_named(method).config_class
             common = {"density": density, "r": r, "num_params": num_params}
-            values = {check_field(config_class, name): value for name, value in common.items() if value is not None}
+            values: dict[str, Any] = {
+                check_field(config_class, name): value for name, value in common.items() if value is not None
+            }
             targets = [f"target_modules={target_modules}"] if target_modules is not None else []
             config = config_class(**values, **parse_fields(config_class, [*targets, *(settings or [])]))
             options = PlanOptions(base, optimizer, batch, length, checkpointing, flops, device)

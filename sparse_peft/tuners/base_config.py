@@ -5,10 +5,10 @@ from __future__ import annotations
 import copy
 import functools
 import os
-import tempfile
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import MISSING, dataclass, field, fields
+from pathlib import Path
 from types import MappingProxyType
 from typing import Annotated, Any, ClassVar, Self, TypeVar, cast, dataclass_transform
 
@@ -23,6 +23,7 @@ from .experts import CURE
 from .files.card import complete_card, update_model_card
 from .files.checks import CURE as DAMAGED
 from .files.checks import check_adapter_file, read_config_file
+from .files.writes import staging_folder
 from .unknown_fields import VERSION_FIELD, settable_fields, unknown_fields_error
 
 FLOAT_DTYPES = ("float32", "bfloat16", "float16")
@@ -243,11 +244,8 @@ class BaseSparseConfig(PeftConfig):
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
         """As PEFT's, whole or not at all, and the model card beside it says what to install and import."""
-        os.makedirs(save_directory, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=save_directory, prefix=".saving-") as staging:
-            super().save_pretrained(staging, **kwargs)
-            for name in os.listdir(staging):
-                os.replace(os.path.join(staging, name), os.path.join(save_directory, name))
+        with staging_folder(save_directory) as staging:
+            super().save_pretrained(os.fspath(staging), **kwargs)
         update_model_card(save_directory)
 
     def _upload_modified_files(self, working_dir: Any, *args: Any, **kwargs: Any) -> Any:
@@ -264,7 +262,7 @@ class BaseSparseConfig(PeftConfig):
         Raises:
             ValueError: the adapter's weight file is truncated or not a safetensors file.
         """
-        check_adapter_file(os.path.join(pretrained_model_name_or_path, subfolder or ""))
+        check_adapter_file(Path(pretrained_model_name_or_path, subfolder or ""))
         return super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
 
     @classmethod

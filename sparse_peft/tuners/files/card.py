@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import functools
+import os
 from pathlib import Path
+from typing import Any, cast
 
 from huggingface_hub import ModelCard, ModelCardData
 from peft import PeftModel
@@ -58,7 +60,12 @@ def insert_section(card: ModelCard, heading: str, section: str) -> None:
     card.text = f"{head.rstrip()}\n\n{section.strip()}\n\n{tail}"
 
 
-def update_model_card(directory: str) -> None:
+def _data_of(card: ModelCard) -> ModelCardData:
+    """The card's metadata, which huggingface_hub annotates as those of any repository."""
+    return cast("ModelCardData", card.data)
+
+
+def update_model_card(directory: str | os.PathLike) -> None:
     """Add the paragraph on installing and importing the plugin to the card PEFT wrote, once.
 
     PEFT writes one card, into the folder given to ``save_pretrained``; adapters other than ``default`` lie in a folder
@@ -67,25 +74,28 @@ def update_model_card(directory: str) -> None:
     for folder in (Path(directory), Path(directory).parent):
         if (folder / "README.md").is_file():
             card = read_card(folder)
-            if card.data.library_name == "peft" and CARD_HEADING not in card.text:
+            if _data_of(card).library_name == "peft" and CARD_HEADING not in card.text:
                 insert_section(card, CARD_HEADING, CARD_PARAGRAPH)
                 write_card(card, folder)
             return
 
 
-def complete_card(directory: str, tags: set[str], base_model: str | None) -> None:
+def complete_card(directory: str | os.PathLike, tags: set[str], base_model: str | None) -> None:
     """Turn whatever card transformers has written into an adapter's, with these tags besides its own."""
     card = read_card(Path(directory))
-    card.data.library_name = "peft"
-    card.data.tags = sorted({*(card.data.tags or []), TAG, *tags})
+    data = _data_of(card)
+    data.library_name = "peft"
+    data.tags = sorted({*(data.tags or []), TAG, *tags})
     if base_model:
-        card.data.base_model = base_model
+        data.base_model = base_model
     write_card(card, Path(directory))
     update_model_card(directory)
 
 
-def _is_sparse(model: PeftModel) -> bool:
-    return any(str(config.peft_type.value).startswith("SPARSE_PEFT_") for config in model.peft_config.values())
+def is_sparse(model: PeftModel) -> bool:
+    """Whether any adapter of the model is one of this package's methods."""
+    types = [getattr(config.peft_type, "value", config.peft_type) for config in model.peft_config.values()]
+    return any(str(kind).startswith("SPARSE_PEFT_") for kind in types)
 
 
 def guard_model_cards() -> None:
@@ -101,20 +111,20 @@ def guard_model_cards() -> None:
     upload = PeftModel._upload_modified_files
 
     @functools.wraps(write)
-    def create_or_update_model_card(self, output_dir):
-        tags = read_card(Path(output_dir)).data.tags
+    def create_or_update_model_card(self: PeftModel, output_dir: str) -> None:
+        tags = _data_of(read_card(Path(output_dir))).tags
         write(self, output_dir)
-        if _is_sparse(self):
+        if is_sparse(self):
             # PEFT drops the tags that were there; those that name a base model may be of another one
             kept = {tag for tag in tags or [] if not tag.startswith("base_model:")}
             complete_card(output_dir, kept, None)
 
     @functools.wraps(upload)
-    def _upload_modified_files(self, working_dir, *args, **kwargs):
-        if _is_sparse(self):
+    def _upload_modified_files(self: PeftModel, working_dir: str, *args: Any, **kwargs: Any) -> Any:
+        if is_sparse(self):
             self.create_or_update_model_card(working_dir)
         return upload(self, working_dir, *args, **kwargs)
 
-    create_or_update_model_card.explains_sparse_adapters = True
-    PeftModel.create_or_update_model_card = create_or_update_model_card
-    PeftModel._upload_modified_files = _upload_modified_files
+    create_or_update_model_card.explains_sparse_adapters = True  # type: ignore[attr-defined]
+    PeftModel.create_or_update_model_card = create_or_update_model_card  # type: ignore[method-assign]
+    PeftModel._upload_modified_files = _upload_modified_files  # type: ignore[assignment,method-assign]

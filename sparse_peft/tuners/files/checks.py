@@ -1,13 +1,11 @@
-"""Adapter files: written whole or not at all, and checked before they are loaded."""
+"""Adapter files, checked before they are loaded."""
 
 from __future__ import annotations
 
 import json
 import os
-import tempfile
 from typing import Any
 
-import peft.peft_model
 import torch
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors import SafetensorError, safe_open
@@ -145,24 +143,3 @@ def check_loaded_entries(layer: str, values: Tensor, indices: Tensor, shape: tup
     check_dtype(values, "values", layer)
     check_indices(indices, shape, layer)
     check_values(values, layer, "load")
-
-
-def guard_adapter_writes() -> None:
-    """Make ``PeftModel.save_pretrained`` replace an adapter's weight file only once the new one is complete.
-
-    PEFT writes the file in place, so a full disk leaves neither the old adapter nor the new one, and it offers no hook
-    around the write. Its writer is therefore replaced, for every adapter of the process: same bytes, other moment.
-    """
-    write = peft.peft_model.safe_save_file
-    if getattr(write, "replaces_whole_files", False):
-        return
-
-    def write_then_replace(tensors, filename, metadata=None):
-        folder, name = os.path.split(os.fspath(filename))
-        with tempfile.TemporaryDirectory(dir=folder or ".", prefix=".saving-") as staging:
-            staged = os.path.join(staging, name)
-            write(tensors, staged, metadata=metadata)
-            os.replace(staged, filename)
-
-    write_then_replace.replaces_whole_files = True
-    peft.peft_model.safe_save_file = write_then_replace

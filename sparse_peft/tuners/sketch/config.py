@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import field
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Self, cast
 
 from huggingface_hub import hf_hub_download
@@ -12,6 +13,7 @@ from peft import PeftConfig
 from ...calibrate.codebooks import CODEBOOK_METHODS
 from ...constraints import Count, OneOf, Pattern
 from ..base_config import FLOAT_DTYPES, BaseSparseConfig, config_dataclass
+from ..files.writes import is_waiting
 from .sidecar import SIDECAR, write_sketches
 
 if TYPE_CHECKING:
@@ -135,7 +137,7 @@ class SketchConfig(BaseSparseConfig):
                 f"index_storage='sidecar': the codes are in the adapter's {SIDECAR}, whose folder is not known; load "
                 "the adapter with PeftModel.from_pretrained, or set the config's `sketch` to the file's path"
             )
-        return os.path.join(self.folder, SIDECAR)
+        return os.fspath(Path(self.folder, SIDECAR))
 
     def give_codes_to_save(self, sketches: dict[str, Sketch]) -> None:
         """Note the layers' codes for ``save_pretrained``, which PEFT calls after it took the adapter's tensors."""
@@ -145,9 +147,8 @@ class SketchConfig(BaseSparseConfig):
         """As PEFT's, whole or not at all, with the side file where codes have one."""
         sketches, self._codes_to_save = self._codes_to_save, None
         if sketches is not None:
-            path = self.sketch or os.path.join(save_directory, SIDECAR)
-            if self.sketch is None or not os.path.exists(path):
-                os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
+            path = Path(self.sketch or Path(save_directory, SIDECAR))
+            if self.sketch is None or not (path.exists() or is_waiting(path)):
                 self.sketch_sha256 = write_sketches(path, sketches)
         super().save_pretrained(save_directory, **kwargs)
 
@@ -163,7 +164,7 @@ class SketchConfig(BaseSparseConfig):
 
     @classmethod
     def _folder_of_sidecar(cls, where: str, subfolder: str | None, kwargs: dict[str, Any]) -> str:
-        if os.path.isdir(where):
-            return os.path.join(where, subfolder or "")
+        if Path(where).is_dir():
+            return os.fspath(Path(where, subfolder or ""))
         hub, _, _ = cls._split_kwargs(kwargs)
-        return os.path.dirname(hf_hub_download(where, SIDECAR, subfolder=subfolder, **hub))
+        return os.fspath(Path(hf_hub_download(where, SIDECAR, subfolder=subfolder, **hub)).parent)

@@ -5,18 +5,19 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import tempfile
+from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from ...calibrate.codebooks import Sketch
+from ..files.writes import staging_folder
 
 SIDECAR = "sketch.safetensors"
 FORMAT = "sparse_peft_sketch"
 
 
-def file_sha256(path: str) -> str:
+def file_sha256(path: str | os.PathLike) -> str:
     """The file's SHA-256 in hexadecimal."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
@@ -26,7 +27,7 @@ def write_sketches(path: str | os.PathLike, sketches: dict[str, Sketch]) -> str:
     """Write the layers' codes and first tables, whole or not at all.
 
     Args:
-        path: of the file, whose folder exists.
+        path: of the file; its folder is made if need be.
         sketches: ``{layer name: sketch}``.
 
     Returns:
@@ -37,13 +38,10 @@ def write_sketches(path: str | os.PathLike, sketches: dict[str, Sketch]) -> str:
         tensors[f"{name}.codes"] = sketch.codes.contiguous()
         tensors[f"{name}.codebooks"] = sketch.codebooks.contiguous()
         sizes[name] = [sketch.bits, sketch.cols]
-    folder = os.path.dirname(os.fspath(path)) or "."
-    with tempfile.TemporaryDirectory(dir=folder, prefix=".saving-") as staging:
-        staged = os.path.join(staging, SIDECAR)
-        save_file(tensors, staged, metadata={"format": "pt", FORMAT: json.dumps(sizes)})
-        digest = file_sha256(staged)
-        os.replace(staged, path)
-    return digest
+    path = Path(path)
+    with staging_folder(path.parent) as staging:
+        save_file(tensors, staging / path.name, metadata={"format": "pt", FORMAT: json.dumps(sizes)})
+        return file_sha256(staging / path.name)
 
 
 def read_sketches(path: str | os.PathLike, sha256: str | None = None) -> dict[str, Sketch]:
@@ -73,11 +71,11 @@ def read_sketches(path: str | os.PathLike, sha256: str | None = None) -> dict[st
             sizes = json.loads((file.metadata() or {}).get(FORMAT, "null"))
             if sizes is None:
                 raise ValueError(f"{path}: no file of sketches, its metadata has no {FORMAT}")
-            found = {}
+            sketches = {}
             for name, (bits, cols) in sizes.items():
                 codebooks = file.get_tensor(f"{name}.codebooks")
                 codes = file.get_tensor(f"{name}.codes")
-                found[name] = Sketch(codebooks, codes, bits=bits, groups=codebooks.shape[1], cols=cols)
-            return found
+                sketches[name] = Sketch(codebooks, codes, bits=bits, groups=codebooks.shape[1], cols=cols)
+            return sketches
     except SafetensorError as error:
         raise ValueError(f"{path}: no valid safetensors file ({error}); copy or download it again") from error

@@ -5,7 +5,6 @@ import json
 import os
 import signal
 
-import peft.peft_model
 import pytest
 import torch
 from huggingface_hub import ModelCard
@@ -243,14 +242,6 @@ def test_a_write_that_fails_half_way_leaves_the_old_adapter(tmp_path, monkeypatc
         signal.signal(signal.SIGXFSZ, handler)
     assert {name: (tmp_path / name).read_bytes() for name in os.listdir(tmp_path)} == before
     PeftModel.from_pretrained(TwoLayers(64, 512, 64), tmp_path)
-
-
-def test_the_guard_is_put_up_once():
-    from sparse_peft.tuners.files.checks import guard_adapter_writes
-
-    write = peft.peft_model.safe_save_file
-    guard_adapter_writes()
-    assert peft.peft_model.safe_save_file is write
 
 
 def test_best_model_reload_into_a_living_adapter(saved):

@@ -1,0 +1,108 @@
+"""Files that are replaced whole: each once it is complete, or those of one adapter together."""
+
+from __future__ import annotations
+
+import functools
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from contextvars import ContextVar
+from pathlib import Path
+from typing import Any
+
+import peft.peft_model
+from peft import PeftModel
+from torch import Tensor
+
+from .card import is_sparse
+
+
+class _Waiting:
+    """Staging folders whose files are complete, and the folders that they belong to."""
+
+    def __init__(self, stack: ExitStack) -> None:
+        self.stack = stack
+        self.moves: list[tuple[Path, Path]] = []
+
+
+_waiting: ContextVar[_Waiting | None] = ContextVar("waiting", default=None)
+
+
+@contextmanager
+def staging_folder(folder: str | os.PathLike) -> Iterator[Path]:
+    """A folder to write into, whose files move to ``folder`` once all of them are complete.
+
+    Within ``replaced_together`` they wait for the others. After an exception nothing is left of them.
+
+    Args:
+        folder: made if need be; its files of the same names are replaced.
+    """
+    target, waiting = Path(folder), _waiting.get()
+    target.mkdir(parents=True, exist_ok=True)
+    with ExitStack() as own:
+        stack = own if waiting is None else waiting.stack
+        staging = Path(stack.enter_context(tempfile.TemporaryDirectory(dir=target, prefix=".saving-")))
+        yield staging
+        if waiting is None:
+            _move(staging, target)
+        else:
+            waiting.moves.append((staging, target))
+
+
+def _move(staging: Path, target: Path) -> None:
+    for path in sorted(staging.iterdir()):
+        path.replace(target / path.name)
+
+
+@contextmanager
+def replaced_together() -> Iterator[None]:
+    """Files of the staging folders inside take their places at the end, all of them or none."""
+    with ExitStack() as stack:
+        waiting = _Waiting(stack)
+        token = _waiting.set(waiting)
+        try:
+            yield
+        finally:
+            _waiting.reset(token)
+        for staging, target in waiting.moves:
+            _move(staging, target)
+
+
+def is_waiting(path: str | os.PathLike) -> bool:
+    """Whether a file is complete and will take this place."""
+    waiting, wanted = _waiting.get(), Path(path)
+    moves = [] if waiting is None else waiting.moves
+    return any(target == wanted.parent and (staging / wanted.name).exists() for staging, target in moves)
+
+
+def guard_adapter_writes() -> None:
+    """Make ``PeftModel.save_pretrained`` replace an adapter's files only once all of the new ones are complete.
+
+    PEFT writes the weights in place and the config after them, so a full disk, or a config that cannot be written,
+    would leave a mixture of the old adapter and the new one; it offers no hook around the writes. Its writer of
+    weights is replaced for every adapter of the process: same bytes, other moment.
+    """
+    write, save = peft.peft_model.safe_save_file, PeftModel.save_pretrained
+    if getattr(write, "replaces_whole_files", False):
+        return
+
+    @functools.wraps(write)
+    def safe_save_file(
+        tensors: dict[str, Tensor], filename: str | os.PathLike, metadata: dict[str, str] | None = None
+    ) -> None:
+        path = Path(filename)
+        with staging_folder(path.parent) as staging:
+            write(tensors, staging / path.name, metadata=metadata)
+
+    @functools.wraps(save)
+    def save_pretrained(self: PeftModel, *args: Any, **kwargs: Any) -> None:
+        if not is_sparse(self):
+            save(self, *args, **kwargs)
+            return
+        with replaced_together():
+            save(self, *args, **kwargs)
+
+    safe_save_file.replaces_whole_files = True  # type: ignore[attr-defined]
+    peft.peft_model.safe_save_file = safe_save_file
+    PeftModel.save_pretrained = save_pretrained  # type: ignore[method-assign]
