@@ -17,9 +17,8 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from sparse_peft.numerics import topk_indices
+from sparse_peft.numerics import accumulation_dtype, topk_indices
 from sparse_peft.ops import (
-    accumulation_dtype,
     cache_file,
     code_gather,
     code_scatter_add,

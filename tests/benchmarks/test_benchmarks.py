@@ -323,7 +323,9 @@ def test_command_writes_json_with_samples_and_goals(tmp_path, monkeypatch):
     app = benchmarks.step.typer.Typer()
     app.command()(benchmarks.step.main)
     path = tmp_path / "out" / "run.json"
-    command = f"--model llama --d 64 --depth 1 --tokens 16 --rounds 2 --rank 2 --densities 0.05 --output {path}"
+    command = (
+        f"--model llama --d 64 --depth 1 --tokens 16 --rounds 2 --rank 2 --densities 0.05 --threads 1 --output {path}"
+    )
     outcome = CliRunner().invoke(app, command.split(), catch_exceptions=False)
 
     assert outcome.exit_code == 0
@@ -495,7 +497,7 @@ def channels_run(tmp_path_factory):
     app.command()(main)
     path = tmp_path_factory.mktemp("channels") / "found.json"
     arguments = ["--d", "128", "--depth", "2", "--tokens", "64", "--rounds", "2", "--rank", "4", "--adapters", "3"]
-    result = CliRunner().invoke(app, [*arguments, "--mixed-tokens", "2", "--output", str(path)])
+    result = CliRunner().invoke(app, [*arguments, "--mixed-tokens", "2", "--threads", "1", "--output", str(path)])
     assert result.exit_code == 0, result.output
     return json.loads(path.read_text()), result.output
 
@@ -530,7 +532,7 @@ def test_nuclear_measures_time_error_and_memory(tmp_path):
     app = typer.Typer()
     app.command()(main)
     path = tmp_path / "found.json"
-    result = CliRunner().invoke(app, ["--rounds", "1", "--shapes", "96x200", "--output", str(path)])
+    result = CliRunner().invoke(app, ["--rounds", "1", "--shapes", "96x200", "--threads", "1", "--output", str(path)])
     assert result.exit_code == 0, result.output
     (case,) = json.loads(path.read_text())["cases"]
     assert case["error"] < 1e-3 and case["shape"] == [96, 200]
@@ -543,8 +545,8 @@ def test_weightless_measures_both_ways(tmp_path):
     app = typer.Typer()
     app.command()(main)
     path = tmp_path / "found.json"
-    command = ["--rounds", "1", "--shapes", "96x64", "--tokens", "64", "--tokens", "8", "--output", str(path)]
-    result = CliRunner().invoke(app, command, catch_exceptions=False)
+    command = ["--rounds", "1", "--shapes", "96x64", "--tokens", "64", "--tokens", "8", "--threads", "1"]
+    result = CliRunner().invoke(app, [*command, "--output", str(path)], catch_exceptions=False)
     assert result.exit_code == 0, result.output
     many, few = json.loads(path.read_text())["cases"]
     assert many["shape"] == [96, 64] and many["rank"] == 16

@@ -13,7 +13,7 @@ def test_serving_is_measured_against_lora(tmp_path):
     app = typer.Typer()
     app.command()(serving.main)
     path = tmp_path / "serving.json"
-    command = f"--d 64 --depth 1 --adapters 3 --tokens 4 --rank 2 --rounds 2 --output {path}"
+    command = f"--d 64 --depth 1 --adapters 3 --tokens 4 --rank 2 --rounds 2 --threads 1 --output {path}"
     outcome = CliRunner().invoke(app, command.split(), catch_exceptions=False)
     assert outcome.exit_code == 0 and "What a server does" in outcome.output
     content = json.loads(path.read_text())
