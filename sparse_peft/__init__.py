@@ -13,6 +13,7 @@ from .training.controller import SparsityController
 from .training.sm3 import SM3
 from .tuners.base_model import base_weights
 from .tuners.files.card import guard_model_cards
+from .tuners.files.refused_loads import guard_refused_loads
 from .tuners.files.writes import guard_adapter_writes
 from .tuners.method import Method
 from .tuners.selection import select_support
@@ -22,6 +23,7 @@ _of_methods = register_folders(tuners)
 globals().update(_of_methods)
 guard_adapter_writes()
 guard_model_cards()
+guard_refused_loads()
 
 __all__ = [
     "SM3",

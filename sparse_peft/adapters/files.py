@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from ..tuners.base_model import BaseSparseModel
 from ..tuners.files.card import FRAMEWORK_HEADING, TAG
 from ..tuners.files.checks import CURE, check_adapter_file, check_adapter_name, read_config_file
+from ..tuners.files.refused_loads import undone_if_refused
 from ..tuners.files.writes import staging_folder
 from ..tuners.traversal import configs_of
 
@@ -86,10 +87,11 @@ def read_adapter(folder: str | os.PathLike) -> tuple[PeftConfig, dict[str, Tenso
     if not os.path.isfile(config_path):
         raise ValueError(f"{os.fspath(folder)}: no {CONFIG_NAME} in it; the folder of an adapter is expected")
     peft_type = read_config_file(config_path).get("peft_type")
-    if not isinstance(peft_type, str) or peft_type not in PEFT_TYPE_TO_CONFIG_MAPPING:
+    config_classes: dict[object, type[PeftConfig]] = {kind.value: c for kind, c in PEFT_TYPE_TO_CONFIG_MAPPING.items()}
+    if not isinstance(peft_type, str) or peft_type not in config_classes:
         raise ValueError(f"{config_path}: peft_type={peft_type!r} is no method that is known here; {CURE}")
     check_adapter_file(folder)
-    config = PEFT_TYPE_TO_CONFIG_MAPPING[peft_type].from_pretrained(os.fspath(folder))
+    config = config_classes[peft_type].from_pretrained(os.fspath(folder))
     return config, read_tensors(os.path.join(folder, SAFETENSORS_WEIGHTS_NAME))
 
 
@@ -134,21 +136,30 @@ def load_adapter(
         is_trainable: whether training is to go on.
 
     Raises:
-        ValueError: no adapter in the folder, a damaged one, or one for another base model.
+        ValueError: no adapter in the folder, a damaged one, or one for another base model; the model is as before.
     """
     check_adapter_name(adapter_name)
     config, tensors = read_adapter(folder)
     config.inference_mode = not is_trainable
+    with undone_if_refused(model, adapter_name):
+        _make_adapter(model, config, adapter_name)
+        _fill_adapter(model, tensors, adapter_name, os.fspath(folder))
+
+
+def _make_adapter(model: Any, config: PeftConfig, adapter_name: str) -> None:
     if hasattr(model, "_hf_peft_config_loaded"):
         model.add_adapter(config, adapter_name)  # diffusers and transformers keep an account of their own
     else:
         inject_adapter_in_model(config, model, adapter_name)
-    if not is_trainable:  # diffusers makes whatever it activates trainable
+    if config.inference_mode:  # diffusers makes whatever it activates trainable
         for layer in BaseSparseModel.sparse_layers(model):
             if adapter_name in layer.deltas:
                 layer.deltas[adapter_name].requires_grad_(False)
+
+
+def _fill_adapter(model: nn.Module, tensors: dict[str, Tensor], adapter_name: str, folder: str) -> None:
     state = {name.removeprefix(PREFIX): tensor for name, tensor in tensors.items()}
-    result = set_peft_model_state_dict(model, state, adapter_name=adapter_name)
+    result: Any = set_peft_model_state_dict(model, state, adapter_name=adapter_name)
     if result.unexpected_keys:
         raise ValueError(
             f"{folder}: the model has no place for {result.unexpected_keys[0]} and {len(result.unexpected_keys) - 1} "
