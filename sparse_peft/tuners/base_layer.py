@@ -3,25 +3,29 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
-from typing import Any, ClassVar, Generic, TypeVar, cast
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, Self, TypeVar, cast
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer, _get_in_out_features, check_adapters_to_merge
 from peft.utils import quantization_extra_repr, resolve_quantization_backend
+from peft.utils.quantization_utils import QuantizationBackend
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from ..ops import CONVOLUTIONS, ConvProduct, LinearProduct, is_convolution
+from ..ops import CONVOLUTIONS, ConvProduct, LayerProduct, LinearProduct, is_convolution
 from .base_config import BaseSparseConfig
 from .base_state import TrainedState
 from .four_bit import base_weight
+from .layer_parts import bias_of, weight_of
 from .packed_weight import PackedWeight
+
+if TYPE_CHECKING:
+    from .residency import Residency, Write
 
 STOCK_FORWARDS = {nn.Linear.forward, Conv1D.forward, *(kind.forward for kind in CONVOLUTIONS)}
 SET_ASIDE = "set_aside"  # the module that what stands in a weight's place is kept as, while a merged weight does
 BASE_ADAPTER = "__base__"  # PEFT's name for "no adapter" in a mixed batch
-
 
 StateT = TypeVar("StateT", bound=TrainedState)
 
@@ -41,6 +45,9 @@ class TunerLayer(BaseTunerLayer, nn.Module, Generic[StateT]):
     config_cls: ClassVar[type[BaseSparseConfig]]
     resident: bool = False  # whether the base weight may hold adapters' entries between steps
     delta_container: ClassVar[str]  # the attribute with the adapters' states; starts with the method's prefix
+    product: LayerProduct
+    weight_shape: tuple[int, ...]  # of the base weight, (rows, cols) or a convolution's
+    stored_shape: tuple[int, int]  # (rows, cols) of the base weight as a matrix
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -57,15 +64,17 @@ class TunerLayer(BaseTunerLayer, nn.Module, Generic[StateT]):
         self.quantization_backend = resolve_quantization_backend(
             base, get_apply_tensor_subclass=kwargs.get("get_apply_tensor_subclass")
         )
-        self.in_features, self.out_features = _get_in_out_features(base)
+        inputs, outputs = _get_in_out_features(base)
+        assert inputs is not None and outputs is not None  # unknown only of layers that no method accepts
+        self.in_features, self.out_features = inputs, outputs
         if is_convolution(base):
             self.product = ConvProduct.of(base)
             self.weight_shape = tuple(base.weight.shape)
             self.stored_shape = (self.weight_shape[0], base.weight[0].numel())
         else:
-            self.product = LinearProduct(0 if isinstance(base, Conv1D) else 1)
-            sides = (self.out_features, self.in_features)
-            self.weight_shape = self.stored_shape = sides if self.product.in_dim == 1 else sides[::-1]
+            in_dim = 0 if isinstance(base, Conv1D) else 1
+            self.product = LinearProduct(in_dim)
+            self.weight_shape = self.stored_shape = (outputs, inputs) if in_dim == 1 else (inputs, outputs)
         self._disable_adapters = False
         self.merged_adapters = []
         self._packed: PackedWeight | None = None
@@ -82,7 +91,12 @@ class TunerLayer(BaseTunerLayer, nn.Module, Generic[StateT]):
     def base_parameter(self) -> Tensor:
         # the usual case without get_base_layer's search, which every layer would pay for several times a pass
         base = self._modules["base_layer"]
-        return base.weight if "base_layer" not in base._modules else self.get_base_layer().weight
+        assert base is not None
+        return weight_of(base if "base_layer" not in base._modules else self.get_base_layer())
+
+    @property
+    def base_bias(self) -> Tensor | None:
+        return bias_of(self.base_layer)
 
     def add_delta(self, adapter_name: str, delta: StateT, *, init_weights: bool, inference_mode: bool) -> None:
         """Add an adapter's trained state to this layer and make it active if its name is."""
@@ -102,10 +116,10 @@ class TunerLayer(BaseTunerLayer, nn.Module, Generic[StateT]):
 
     # What layers do that let the base weight hold adapters' entries; see SparseTunerLayer.
 
-    def held_weight(self) -> None:
+    def held_weight(self) -> tuple[Residency, Tensor] | None:
         return None
 
-    def pending_write(self) -> None:
+    def pending_write(self) -> Write | None:
         return None
 
     def release(self) -> None:
@@ -128,11 +142,13 @@ class TunerLayer(BaseTunerLayer, nn.Module, Generic[StateT]):
     def _base_is_stock(self, x: Tensor | None = None) -> bool:
         """Whether the base layer's forward (on ``x``) is a plain product with a frozen, ordinary weight."""
         base = self.base_layer
+        if type(base).forward not in STOCK_FORWARDS:
+            return False
+        weight = weight_of(base)
         return (
-            type(base).forward in STOCK_FORWARDS
-            and type(base.weight) in (nn.Parameter, Tensor)
-            and not (base.weight.requires_grad and torch.is_grad_enabled())
-            and (x is None or x.dtype == base.weight.dtype or torch.is_autocast_enabled(x.device.type))
+            type(weight) in (nn.Parameter, Tensor)
+            and not (weight.requires_grad and torch.is_grad_enabled())
+            and (x is None or x.dtype == weight.dtype or torch.is_autocast_enabled(x.device.type))
         )
 
     def _is_sharded(self) -> bool:
@@ -241,7 +257,7 @@ class TunerLayer(BaseTunerLayer, nn.Module, Generic[StateT]):
     def _merge(self, names: tuple[str, ...], safe_merge: bool) -> None:
         """Merge, besides those that are merged already. Keeps the base weight as it was: sums of floats round."""
         if self.quantization_backend is not None:
-            return self._merge_packed(names, safe_merge)
+            return self._merge_packed(self.quantization_backend, names, safe_merge)
         weight = self.base_parameter
         own = weight.detach() if self._unmerged is None else self._unmerged
         merged = own.to(torch.promote_types(own.dtype, torch.float32), copy=True)
@@ -263,8 +279,7 @@ class TunerLayer(BaseTunerLayer, nn.Module, Generic[StateT]):
                 f"layer {self.name} has values that are not finite; use an earlier checkpoint"
             )
 
-    def _merge_packed(self, names: tuple[str, ...], safe_merge: bool) -> None:
-        backend = self.quantization_backend
+    def _merge_packed(self, backend: QuantizationBackend, names: tuple[str, ...], safe_merge: bool) -> None:
         if not backend.supports_merge:
             raise ValueError(
                 f"layer {self.name}: a {backend.backend_name} base cannot be merged into; keep the adapter unmerged, "
@@ -324,8 +339,8 @@ class TunerLayer(BaseTunerLayer, nn.Module, Generic[StateT]):
                         parameter.requires_grad_(trains)
         self._active_adapter = names
 
-    def _apply(self, fn, *args, **kwargs):
-        module = super()._apply(fn, *args, **kwargs)
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        module = super()._apply(fn, recurse)
         if self._unmerged is not None:
             self._unmerged = fn(self._unmerged)
         return module

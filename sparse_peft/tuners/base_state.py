@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from abc import abstractmethod
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import ClassVar, NoReturn, Self
 
 import torch
@@ -45,7 +45,17 @@ class TrainedState(Forms, nn.Module):
     @property
     def watched(self) -> nn.Parameter:
         """The parameter that the method watches."""
-        return self._parameters[self.value_name]
+        return self.own_parameters[self.value_name]
+
+    @property
+    def own_parameters(self) -> dict[str, nn.Parameter]:
+        """The state's parameters by name, without those of modules in it."""
+        return {name: parameter for name, parameter in self._parameters.items() if parameter is not None}
+
+    @property
+    def own_buffers(self) -> dict[str, Tensor]:
+        """The state's buffers by name, without those of modules in it."""
+        return {name: buffer for name, buffer in self._buffers.items() if buffer is not None}
 
     def entry_support(self) -> Support | None:
         """The positions of the watched parameter's numbers, where each trains one entry of the weight.
@@ -127,11 +137,11 @@ class TrainedState(Forms, nn.Module):
         else:
             values.data = values.data.to(self.trained_dtype)
 
-    def _apply(self, fn, *args, **kwargs):
-        before = {name: self._parameters[name].data for name in self.always_float32}
-        module = super()._apply(fn, *args, **kwargs)
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        before = {name: self.own_parameters[name].data for name in self.always_float32}
+        module = super()._apply(fn, recurse)
         for name, data in before.items():
-            parameter = self._parameters[name]
+            parameter = self.own_parameters[name]
             if parameter.dtype in (torch.float16, torch.bfloat16) and data.device.type != "meta":
                 parameter.data = data.to(parameter.device, torch.float32)
         self.keep_dtype()
@@ -152,7 +162,8 @@ class TrainedState(Forms, nn.Module):
         return self._stored_buffers()
 
     def _stored_buffers(self) -> dict[str, Tensor]:
-        kept = {name: self._buffers[name] for name in self.position_names if name in self._buffers}
+        buffers = self.own_buffers
+        kept = {name: buffers[name] for name in self.position_names if name in buffers}
         return {name: tensor for name, tensor in kept.items() if name not in self._non_persistent_buffers_set}
 
     def take_file(self, positions: dict[str, Tensor], parameters: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -167,19 +178,21 @@ class TrainedState(Forms, nn.Module):
         """
         self._check_parameters(self._parameters, parameters)
         expected = self.file_buffers()
-        self._require(**{name: positions.get(name) for name in expected})
+        self._required(**{name: positions.get(name) for name in expected})
         for name, tensor in positions.items():
-            shape, dtype = expected.get(name, (None, None))
-            if dtype is not None and dtype.is_floating_point:
+            if name not in expected:
+                self._refuse(name, tensor, "none")
+            shape, dtype = expected[name]
+            if dtype.is_floating_point:
                 self._check_floats(name, tensor, shape)
             elif tensor.dtype != dtype or tuple(tensor.shape) != shape:
-                self._refuse(name, tensor, "none" if dtype is None else f"{dtype} of shape {shape}")
+                self._refuse(name, tensor, f"{dtype} of shape {shape}")
         return positions
 
     def _check_parameters(self, names: Iterable[str], parameters: dict[str, Tensor]) -> None:
-        self._require(**{name: parameters.get(name) for name in names})
-        for name in names:
-            self._check_floats(name, parameters[name], tuple(self._parameters[name].shape))
+        own = self.own_parameters
+        for name, tensor in self._required(**{name: parameters.get(name) for name in names}).items():
+            self._check_floats(name, tensor, tuple(own[name].shape))
 
     def _check_floats(self, name: str, tensor: Tensor, shape: tuple[int, ...]) -> None:
         check_dtype(tensor, name, self.name)
@@ -194,10 +207,17 @@ class TrainedState(Forms, nn.Module):
             "base model it was made for"
         )
 
-    def _require(self, **tensors: object) -> None:
-        missing = [name for name, tensor in tensors.items() if tensor is None]
+    def _required(self, **tensors: Tensor | None) -> dict[str, Tensor]:
+        """The tensors, by name.
+
+        Raises:
+            ValueError: the file has not all of them.
+        """
+        found = {name: tensor for name, tensor in tensors.items() if tensor is not None}
+        missing = [name for name in tensors if name not in found]
         if missing:
             raise ValueError(
                 f"the adapter file has no {' and '.join(missing)} for layer {self.name}; it was saved for other "
                 "target_modules, or it is damaged: load it with the adapter_config.json it was saved with"
             )
+        return found

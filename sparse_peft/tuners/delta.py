@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from typing import ClassVar, Self
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
@@ -177,6 +177,7 @@ class SparseDelta(Delta):
     """
 
     position_names = NAMES
+    indices: Tensor  # while positions are flat
 
     def entry_support(self) -> Support:
         return self.support
@@ -205,7 +206,7 @@ class SparseDelta(Delta):
     def _keep_support(self, support: Support) -> None:
         self._keep_flat(support.indices.to(self.values.device).clone())
 
-    def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs):
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
         # states have positions as they are in memory, files of transformers' adapters as they are on disk
         if f"{prefix}{FLAT}" in state_dict and FLAT not in self._buffers:
             self._keep_flat(torch.full((self.values.numel(),), UNSET, dtype=index_dtype(self.shape)))
@@ -213,7 +214,7 @@ class SparseDelta(Delta):
             self._await_file()
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
-    def train(self, mode: bool = True):
+    def train(self, mode: bool = True) -> Self:
         self._refresh()  # before any wrapper for distributed training, which has no operations on uint16
         return super().train(mode)
 
@@ -235,19 +236,22 @@ class SparseDelta(Delta):
 
     def _unpack(self) -> bool:
         """Positions that lie as in a file become flat; False if none were loaded."""
-        tensors = {name: self._buffers[name] for name in NAMES if name in self._buffers}
+        tensors = {name: buffer for name, buffer in self.own_buffers.items() if name in NAMES}
         if self.values.device.type == "meta" or any(t.device.type == "meta" for t in tensors.values()):
             return False
         if not bool((tensors["row_counts"] != 0).any()):
             return False
-        self._keep_flat(unpack(tensors, self.shape, self.name))
+        indices = unpack(tensors, self.shape, self.name)
+        if indices is None:
+            return False
+        self._keep_flat(indices)
         return True
 
     def file_positions(self, support: Support) -> dict[str, Tensor]:
         return pack(support)
 
     def take_file(self, positions: dict[str, Tensor], parameters: dict[str, Tensor]) -> dict[str, Tensor]:
-        indices, values = unpack(positions, self.shape, self.name), parameters.get("values")
-        self._require(values=values, positions=indices)
-        check_loaded_entries(self.name, values, indices, self.shape, self.values.numel())
-        return {FLAT: indices.to(index_dtype(self.shape))}
+        indices = unpack(positions, self.shape, self.name)
+        found = self._required(values=parameters.get("values"), positions=indices)
+        check_loaded_entries(self.name, found["values"], found["positions"], self.shape, self.values.numel())
+        return {FLAT: found["positions"].to(index_dtype(self.shape))}

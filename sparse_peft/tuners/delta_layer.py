@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, TypeVar
+from collections.abc import Callable
+from typing import Any, ClassVar, Self, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +12,7 @@ from ..ops import (
     UNOBSERVED,
     BatchOrder,
     LinearProduct,
+    WeightSource,
     add_to_support_,
     delta_matmul,
     effective_entries,
@@ -23,6 +25,7 @@ from ..ops import (
 from ..support import Support
 from .base_layer import TunerLayer
 from .delta import Delta
+from .layer_parts import weight_of
 from .residency import (
     ActiveDelta,
     DeltaSource,
@@ -49,14 +52,12 @@ def is_dense(weight: Tensor) -> bool:
     return weight.is_contiguous() or (channels_last is not None and weight.is_contiguous(memory_format=channels_last))
 
 
-def _rejoin(layer: SparseTunerLayer, _incompatible_keys: Any) -> None:
+def _rejoin(layer: SparseTunerLayer[Any], _incompatible_keys: Any) -> None:
     layer.rejoin()
 
 
-Joined = tuple[tuple[Support, ...], ActiveDelta]
-
-
 DeltaT = TypeVar("DeltaT", bound=Delta)
+Joined = tuple[tuple[Support, ...], ActiveDelta]
 
 
 class SparseTunerLayer(TunerLayer[DeltaT]):
@@ -160,7 +161,7 @@ class SparseTunerLayer(TunerLayer[DeltaT]):
     @torch.no_grad()
     def hold(self, delta: ActiveDelta | None, stamp: Stamp | None) -> None:
         """Make the base weight hold these adapters' entries, or its own for ``None``; nothing if it does already."""
-        if delta is None:
+        if delta is None or stamp is None:
             self.release()
         elif self._step_expected or not self._residency.holds(stamp):
             self.check_stamp(delta, stamp)
@@ -284,9 +285,9 @@ class SparseTunerLayer(TunerLayer[DeltaT]):
             and held.stamp.is_current()
         )
 
-    def _product(self, x: Tensor, delta: ActiveDelta | None, source) -> Tensor:
+    def _product(self, x: Tensor, delta: ActiveDelta | None, source: WeightSource) -> Tensor:
         dtype = self._compute_dtype(x)
-        bias = self.base_layer.bias
+        bias = self.base_bias
         return support_layer(
             x.to(dtype),
             None if delta is None else self.sum_values(delta),
@@ -307,13 +308,13 @@ class SparseTunerLayer(TunerLayer[DeltaT]):
 
     def _functional_forward(self, x: Tensor, delta: ActiveDelta) -> Tensor:
         dtype = self._compute_dtype(x)
-        base, held = self.base_layer, self._residency.held
+        weight, bias, held = weight_of(self.base_layer), self.base_bias, self._residency.held
         return functional_layer(
             x.to(dtype),
             self.sum_values(delta),
-            None if base.bias is None else base.bias.to(dtype),
-            base.weight,
-            read_support(base.weight, delta.support) if held is None else held.originals,
+            None if bias is None else bias.to(dtype),
+            weight,
+            read_support(weight, delta.support) if held is None else held.originals,
             delta.support,
             delta.csr,
             self.product,
@@ -350,28 +351,29 @@ class SparseTunerLayer(TunerLayer[DeltaT]):
         names = tuple(name for name in self.deltas if name in used)
         trains = torch.is_grad_enabled() and any(self.deltas[name].values.requires_grad for name in names)
         # FSDP2 gathers values anew in each pass: nothing tells whether they are those that a stack was made of
-        stacks = self.stack_cls is not None and isinstance(self.product, LinearProduct) and not self._is_sharded()
-        if not names or trains or not stacks:
+        stacks = isinstance(self.product, LinearProduct) and not self._is_sharded()
+        if not names or trains or not stacks or self.stack_cls is None:
             return super()._mixed_deltas_(result, x, adapter_names)
         numbers = {name: number for number, name in enumerate(names)}
         order = BatchOrder.of(tuple(numbers.get(name, -1) for name in adapter_names), len(names), x.device)
-        stack = self._stacked(names, x) if self.stack_cls.suits(order, x[0, ..., 0].numel()) else None
+        suits = self.stack_cls.suits(order, x[0, ..., 0].numel())
+        stack = self._stacked(self.stack_cls, names, x) if suits else None
         if stack is None:
             return super()._mixed_deltas_(result, x, adapter_names)
         stack.add_(result, x, order)
 
-    def _stacked(self, names: tuple[str, ...], x: Tensor) -> Stack | None:
+    def _stacked(self, kind: type[Stack], names: tuple[str, ...], x: Tensor) -> Stack | None:
         if self._stack is None or not self._stack.serves(names, x):
             deltas = {name: self.settled(name) for name in names}
             with torch.no_grad(), torch.inference_mode(False):
-                self._stack = self.stack_cls.of(deltas, self.product.in_dim, x.dtype)
+                self._stack = kind.of(deltas, self.product.in_dim, x.dtype)
         return self._stack
 
     # ------------------------------------------------------------------ merging
 
     def _merge(self, names: tuple[str, ...], safe_merge: bool) -> None:
         if self.quantization_backend is not None:
-            return self._merge_packed(names, safe_merge)
+            return self._merge_packed(self.quantization_backend, names, safe_merge)
         delta = self._join((*self.merged_adapters, *names))
         values, weight = self.sum_values(delta), self.base_parameter
         if safe_merge:
@@ -408,27 +410,27 @@ class SparseTunerLayer(TunerLayer[DeltaT]):
         self._stack = None
         super().delete_adapter(adapter_name)
 
-    def _apply(self, fn, *args, **kwargs):
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         self.release()
         self._stack = None
-        module = super()._apply(fn, *args, **kwargs)
+        module = super()._apply(fn, recurse)
         if self._residency.held is not None:
             self._residency.moved(self.base_parameter)
         self.rejoin()
         return module
 
-    def _save_to_state_dict(self, destination, prefix, keep_vars):
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         self.release()
         super()._save_to_state_dict(destination, prefix, keep_vars)
 
-    def _load_from_state_dict(self, *args, **kwargs):
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         self.release()
         super()._load_from_state_dict(*args, **kwargs)
 
-    def __getstate__(self):
+    def __getstate__(self) -> dict[str, Any]:
         self.release()
         return {**self.__dict__, "_writable": None, "_joins": {}, "_stack": None}
 
-    def __setstate__(self, state):
+    def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self.observer_key = new_key()  # a copy's gradients are none of the original's observer's business

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Self
 
@@ -34,7 +35,7 @@ class Stack(ABC):
 
     @classmethod
     @abstractmethod
-    def of(cls, deltas: dict[str, Delta], in_dim: int, dtype: torch.dtype) -> Self | None:
+    def of(cls, deltas: Mapping[str, Delta], in_dim: int, dtype: torch.dtype) -> Self | None:
         """Made of a layer's adapters for inputs of a dtype; None where they do not go together."""
 
     @staticmethod
@@ -54,7 +55,7 @@ class EntryStack(Stack):
     diagonal: Tensor
 
     @classmethod
-    def of(cls, deltas: dict[str, Delta], in_dim: int, dtype: torch.dtype) -> Self:
+    def of(cls, deltas: Mapping[str, Delta], in_dim: int, dtype: torch.dtype) -> Self:
         supports, values = [], []
         for delta in deltas.values():
             support, own = delta.support, delta().detach()
@@ -89,10 +90,10 @@ class ChannelStack(Stack):
     is_input: bool
 
     @classmethod
-    def of(cls, deltas: dict[str, Delta], in_dim: int, dtype: torch.dtype) -> Self | None:
+    def of(cls, deltas: Mapping[str, Delta], in_dim: int, dtype: torch.dtype) -> Self | None:
         """None where some have rows and others columns."""
-        supports: list[ChannelSupport] = [delta.support for delta in deltas.values()]
-        if len({support.dim for support in supports}) > 1:
+        supports = [support for delta in deltas.values() if isinstance(support := delta.support, ChannelSupport)]
+        if len(supports) < len(deltas) or len({support.dim for support in supports}) > 1:
             return None
         most, dim, device = max(support.count for support in supports), supports[0].dim, supports[0].device
         shape = list(supports[0].matrix_shape)

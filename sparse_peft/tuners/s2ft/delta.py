@@ -19,6 +19,17 @@ from ..forms import LoraFactors, StateSizes, factors_of_lines
 BUFFERS = ("rows", "columns")
 
 
+def whole_channels(support: Support) -> ChannelSupport:
+    """The support, which must be one of whole channels.
+
+    Raises:
+        TypeError: it is one of single entries.
+    """
+    if not isinstance(support, ChannelSupport):
+        raise TypeError(f"layer {support.name}: a support of single entries, where one of whole channels is expected")
+    return support
+
+
 class ChannelDelta(Delta):
     """``values``, as the matrix ``(channels, cols)`` or ``(rows, channels)``, is added to those rows or columns.
 
@@ -42,7 +53,7 @@ class ChannelDelta(Delta):
         width: int,
         name: str,
         draw: Callable[[Callable[[], Tensor], tuple[int, int]], Support],
-        support: ChannelSupport | None = None,
+        support: Support | None = None,
     ):
         super().__init__(shape, count * width * shape[1 - dim], name, draw)
         self.dim, self.count, self.width = dim, count, width
@@ -65,26 +76,26 @@ class ChannelDelta(Delta):
         return isinstance(other, ChannelDelta) and self.dim == other.dim
 
     def lora_factors(self, in_dim: int) -> LoraFactors:
-        return factors_of_lines(self.sparse_part(), self.dim, self.support.lines, in_dim)
+        return factors_of_lines(self.sparse_part(), self.dim, whole_channels(self.support).lines, in_dim)
 
     def sizes(self, save_dtype: torch.dtype) -> StateSizes:
         sizes = super().sizes(save_dtype)
         return replace(sizes, channels=(self.dim, self.count), position_bytes=4 * self.count)
 
-    def _position_buffer(self) -> Tensor:
+    def _position_buffer(self) -> Tensor | None:
         return self._buffers[BUFFERS[self.dim]]
 
     def _support_from(self, buffer: Tensor) -> ChannelSupport:
         return ChannelSupport(self.shape, self.dim, buffer, self.width, name=self.name)
 
-    def _keep_support(self, support: ChannelSupport) -> None:
-        self._keep({BUFFERS[self.dim]: support.channels.to(self.values.device).clone()})
+    def _keep_support(self, support: Support) -> None:
+        self._keep({BUFFERS[self.dim]: whole_channels(support).channels.to(self.values.device).clone()})
 
     def position_layout(self) -> dict[str, tuple[int, torch.dtype]]:
         return {BUFFERS[self.dim]: (self.count, torch.int32)}
 
-    def file_positions(self, support: ChannelSupport) -> dict[str, Tensor]:
-        return {BUFFERS[self.dim]: support.channels}
+    def file_positions(self, support: Support) -> dict[str, Tensor]:
+        return {BUFFERS[self.dim]: whole_channels(support).channels}
 
     def take_file(self, positions: dict[str, Tensor], parameters: dict[str, Tensor]) -> dict[str, Tensor]:
         own, other = BUFFERS[self.dim], BUFFERS[1 - self.dim]
@@ -93,8 +104,8 @@ class ChannelDelta(Delta):
                 f"layer {self.name}: the adapter file has {other} where this model's adapter trains {own}; load it "
                 "with the adapter_config.json it was saved with"
             )
-        channels, values = positions.get(own), parameters.get("values")
-        self._require(values=values, positions=channels)
+        found = self._required(values=parameters.get("values"), positions=positions.get(own))
+        channels, values = found["positions"], found["values"]
         if channels.shape != (self.count,) or values.shape != self.values.shape:
             raise ValueError(
                 f"layer {self.name}: the adapter file has {tuple(channels.shape)} {own} and {tuple(values.shape)} "

@@ -193,7 +193,7 @@ class SketchLinear(TunerLayer[SketchState]):
         if self.quantization_backend is not None:
             dtype = getattr(self.base_layer, "compute_dtype", None) or dtype
         tables, coded = self._coded(names, with_base=True)
-        bias = self.base_layer.bias
+        bias = self.base_bias
         out = codebook_linear(x.to(dtype), tables, None if bias is None else bias.to(dtype), coded)
         return out if self.quantization_backend is None else out.to(x.dtype)
 

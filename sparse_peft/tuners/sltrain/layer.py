@@ -91,7 +91,7 @@ class SLTrainLinear(LowRankLayer[SLTrainDelta], SparseTunerLayer[SLTrainDelta]):
     @torch.compiler.disable  # panels and positions are no business of a graph, which would keep the weight whole
     def _weightless_forward(self, x: Tensor) -> Tensor:
         delta = self.settled(self._only_name)
-        dtype, bias = self._compute_dtype(x), self.base_layer.bias
+        dtype, bias = self._compute_dtype(x), self.base_bias
         x = x.to(dtype)
         down, up, values = (tensor.to(dtype) for tensor in (*delta.factors(), delta()))
         bias = None if bias is None else bias.to(dtype)

@@ -56,7 +56,7 @@ class SnellaLinear(TunerLayer[KernelState]):
     @torch.compiler.disable  # parts and thresholds are no business of a graph, which would keep the delta whole
     def _fused_forward(self, x: Tensor, adapter_name: str) -> Tensor:
         state = self.deltas[adapter_name]
-        how, dtype, bias = state.competition(), self._compute_dtype(x), self.base_layer.bias
+        how, dtype, bias = state.competition(), self._compute_dtype(x), self.base_bias
         bias = None if bias is None else bias.to(dtype)
         return distance_layer(x.to(dtype), state(), state.tau.clone(), how, self.base_parameter.detach(), bias)
 
