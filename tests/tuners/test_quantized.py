@@ -10,9 +10,7 @@ from peft.utils.quantization_utils import ForwardOnlyQuantizationBackend
 from torch import nn
 
 from sparse_peft import SparseConfig, SparsityController
-from sparse_peft.tuners import base_layer as tuner_layer
-from sparse_peft.tuners import base_model
-from sparse_peft.tuners import delta_layer as base_layer
+from sparse_peft.tuners import base_layer, delta_layer, targets
 from tests.helpers.quantized import build, check_against_the_dense_reference, dequantised
 
 bnb = pytest.importorskip("bitsandbytes")
@@ -137,7 +135,7 @@ def test_criteria_look_at_the_dequantised_weight(selection):
 
 def test_backend_without_merge_uses_base_plus_delta(monkeypatch):
     backend = ForwardOnlyQuantizationBackend("gptq")
-    for module in (tuner_layer, base_model):
+    for module in (base_layer, targets):
         monkeypatch.setattr(module, "resolve_quantization_backend", lambda base, **kw: backend)
     model = get_peft_model(
         nn.Sequential(nn.Linear(9, 7)), SparseConfig(target_modules=["0"], density=0.3, init_weights=False)
@@ -179,7 +177,7 @@ def test_deepcopy_while_merged():
 def test_positions_change_on_a_quantised_base(kind):
     config = {"selection": "accumulated_gradient", "reselect_every": 4, "accumulate": 2, "init_weights": True}
     model = adapted(kind, **config)
-    layers = [m for m in model.modules() if isinstance(m, base_layer.SparseTunerLayer)]
+    layers = [m for m in model.modules() if isinstance(m, delta_layer.SparseTunerLayer)]
     packed = [layer.base_layer.weight.detach().clone() for layer in layers]
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
     controller = SparsityController(model, optimizer, total_steps=12)
