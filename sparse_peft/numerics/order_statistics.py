@@ -1,4 +1,4 @@
-"""Numbers of given ranks among very many that never lie in memory together."""
+"""Order statistics of numbers that do not fit into memory together."""
 
 from __future__ import annotations
 
@@ -7,29 +7,29 @@ from collections.abc import Callable, Iterable, Sequence
 import torch
 from torch import Tensor
 
-# So many bits of the numbers are told apart in one pass.
+# Bits of the numbers that one pass distinguishes.
 DIGIT = 16
 _INTEGERS = {torch.float32: torch.int32, torch.float64: torch.int64}
 
 
 def order_statistics(chunks: Callable[[], Iterable[Tensor]], ranks: Sequence[int]) -> list[Tensor]:
-    """The smallest number, the second smallest and so on: exactly, whatever the order and the sizes of the chunks.
+    """The numbers of given ranks, exactly and independent of the order and sizes of the chunks.
 
-    Floats that are not negative are ordered as their bits are as integers, so the answer is found digit by digit, with
-    one pass over the numbers and one histogram for each digit of 16 bits. NaNs come last.
+    Nonnegative floats have the order of their bits as integers. The result is found digit by digit, with one pass over
+    the numbers and one histogram for each digit of 16 bits. NaNs come last.
 
     Args:
-        chunks: gives all numbers, in tensors of any shape; called once a pass, and must give the same ones each time.
-            float32 or float64, not negative.
-        ranks: wanted ranks, the smallest number's being 1; none above the number of numbers.
+        chunks: returns all numbers in tensors of any shape, nonnegative float32 or float64. It is called once per pass
+            and must return the same numbers each time.
+        ranks: from 1 for the smallest number to the number of numbers.
 
     Returns:
         One 0-d tensor for each rank, in the numbers' dtype.
 
     Raises:
-        ValueError: a rank for which there are not enough numbers.
+        ValueError: a rank that is out of range.
     """
-    wanted = [(0, rank) for rank in ranks]  # the digits found so far, and the rank among the numbers that have them
+    wanted = [(0, rank) for rank in ranks]  # the digits found so far, and the rank among the numbers with these
     dtype = next(iter(chunks())).dtype
     integer = _INTEGERS[dtype]
     for shift in range(integer.itemsize * 8 - DIGIT, -1, -DIGIT):

@@ -1,7 +1,7 @@
-"""How much of a weight-sized matrix may be alive at a time.
+"""The memory limit of temporaries.
 
-A *panel* is a block of consecutive rows. Every operation that would need a matrix of the weight's size (a weight
-gradient, an overlaid or cast copy of the weight) runs panel by panel, so that no temporary is larger than the limit.
+A *panel* is a block of consecutive rows. Operations that would need a matrix of the weight's size (a weight gradient,
+an overlaid or cast copy of the weight) run panel by panel, so that no temporary exceeds the limit.
 """
 
 from __future__ import annotations
@@ -11,18 +11,21 @@ from contextlib import contextmanager
 
 DEFAULT_PANEL_BYTES = 64 * 2**20
 
-# A plain global, not a context variable: backward may run in the autograd engine's own threads.
+# A global and no context variable: backward may run in the autograd engine's own threads.
 _panel_bytes = DEFAULT_PANEL_BYTES
 
 
 def panel_bytes() -> int:
-    """Largest temporary, in bytes, that an operation of this package makes besides its inputs and outputs."""
+    """Largest temporary of an operation, in bytes, besides its inputs and outputs."""
     return _panel_bytes
 
 
 @contextmanager
 def panel_limit(num_bytes: int) -> Iterator[None]:
-    """Set the panel limit, in bytes, for the calls (forward and backward) made inside the block.
+    """Set the panel limit for the calls, forward and backward, made inside the block.
+
+    Args:
+        num_bytes: largest temporary of an operation; 64 MiB by default.
 
     Raises:
         ValueError: ``num_bytes`` is not positive.
@@ -38,9 +41,15 @@ def panel_limit(num_bytes: int) -> Iterator[None]:
 
 
 def panels(length: int, bytes_per_item: int, at_most: int | None = None) -> list[tuple[int, int]]:
-    """Cut ``range(length)`` into half-open ranges whose items fit the panel limit, and are ``at_most`` so many.
+    """Split ``range(length)`` into half-open ranges whose items fit the panel limit.
 
-    Each range holds at least one item.
+    Args:
+        length: number of items.
+        bytes_per_item: memory of one item.
+        at_most: maximum number of items in a range.
+
+    Returns:
+        ``(start, stop)`` of each range; each holds at least one item.
     """
     step = max(1, min(_panel_bytes // max(1, bytes_per_item), at_most or length))
     return [(start, min(start + step, length)) for start in range(0, length, step)]

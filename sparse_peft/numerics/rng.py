@@ -1,4 +1,4 @@
-"""Random positions and numbers that depend on (seed, name) alone: equal on every rank, device and library version.
+"""Random positions and numbers from a seed and a name: equal on every rank, device and library version.
 
 A keyed permutation of ``range(n)`` is evaluated at ``0 .. k-1``. It is a balanced Feistel network (Luby and Rackoff,
 1988) over the smallest even number of bits that holds ``n``, made a permutation of ``range(n)`` by cycle walking
@@ -20,12 +20,12 @@ MAX_BITS = 62
 AnyInt = Annotated[int, Limits(finite=False)]
 RangeSize = Annotated[int, Limits(least=0, most=2**MAX_BITS)]
 
-# Evaluated in blocks of this many positions, so that the rounds' temporaries stay in the processor's cache.
+# Positions per block; the temporaries of a block stay in the processor's cache.
 _BLOCK = 2**16
 
 
 def _round_keys(seed: int, name: str) -> np.ndarray:
-    """``(ROUNDS,)`` 64-bit keys. The seed is written in decimal and ends at a zero byte, so no two pairs collide."""
+    """``(ROUNDS,)`` 64-bit keys. A zero byte separates seed and name, so that no two pairs collide."""
     digest = hashlib.blake2b(f"{seed}\0{name}".encode(), digest_size=8 * ROUNDS).digest()
     return np.frombuffer(digest, dtype="<u8").astype(np.uint64)
 
@@ -46,7 +46,7 @@ def _feistel(x: np.ndarray, half: int, keys: np.ndarray) -> np.ndarray:
 
 
 def _permute(x: np.ndarray, n: int, half: int, keys: np.ndarray) -> np.ndarray:
-    """One permutation of ``range(n)``: values that leave the range are permuted again until they are back in it."""
+    """One permutation of ``range(n)``: values outside the range are permuted again until they are inside."""
     x = _feistel(x, half, keys)
     outside = np.flatnonzero(x >= n)
     while outside.size:
@@ -55,22 +55,22 @@ def _permute(x: np.ndarray, n: int, half: int, keys: np.ndarray) -> np.ndarray:
     return x
 
 
-def sample_without_replacement(n: int, k: int, *, seed: int, name: str) -> torch.LongTensor:
-    """``k`` different numbers of ``range(n)``, sorted, chosen by ``seed`` and ``name`` alone.
+def sample_without_replacement(n: int, k: int, *, seed: int, name: str) -> torch.Tensor:
+    """``k`` different numbers of ``range(n)``, sorted, determined by ``seed`` and ``name``.
 
     Memory and time grow with ``k``, not with ``n``. No global random state is read or changed.
 
     Args:
         n: size of the range, at most 2**62.
-        k: how many, ``0 <= k <= n``.
+        k: number of draws, ``0 <= k <= n``.
         seed: any int.
-        name: the layer's name: layers of equal shape draw different positions.
+        name: the layer's name, so that layers of equal shape draw different positions.
 
     Returns:
         ``(k,)`` int64 on the CPU.
 
     Raises:
-        TypeError: ``n``, ``k`` or ``seed`` is no int.
+        TypeError: ``n``, ``k`` or ``seed`` is not an int.
         ValueError: ``n`` or ``k`` is out of range.
     """
     n = validated(f"layer {name}: n", n, RangeSize)
@@ -79,7 +79,7 @@ def sample_without_replacement(n: int, k: int, *, seed: int, name: str) -> torch
     if k > n:
         raise ValueError(f"layer {name}: k={k}: between 0 and n={n} different positions can be drawn")
     if k > n // 2:
-        # what is left out is the smaller part
+        # draw the smaller part, which is left out
         chosen = np.ones(n, dtype=bool)
         chosen[sample_without_replacement(n, n - k, seed=seed, name=name).numpy()] = False
         return torch.from_numpy(np.flatnonzero(chosen))
@@ -94,9 +94,14 @@ def sample_without_replacement(n: int, k: int, *, seed: int, name: str) -> torch
 
 
 def uniform(n: int, *, seed: int, name: str) -> torch.Tensor:
-    """``n`` numbers spread evenly over [-1, 1), by ``seed`` and ``name`` alone.
+    """``n`` uniform numbers in [-1, 1), determined by ``seed`` and ``name``.
 
-    They are SplitMix64's output at the counters ``0 .. n-1``, from a start that the name and the seed decide.
+    They are the output of SplitMix64 at the counters ``0 .. n-1``, from a start given by the name and the seed.
+
+    Args:
+        n: number of draws.
+        seed: any int.
+        name: the layer's name.
 
     Returns:
         ``(n,)`` float32 on the CPU, multiples of 2**-23.

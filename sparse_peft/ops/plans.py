@@ -29,11 +29,11 @@ def plan_support_grad(support: Support, dtype: torch.dtype, device: torch.device
     """The path for a support: the forced one, else dense tiles, else by density and the device's crossover.
 
     Args:
-        support: of the stored weight; plans are cached with it.
+        support: of the stored weight; its plans are cached.
         dtype: of the activations.
         device: of the activations.
     """
-    plans = support.__dict__.setdefault("_plans", {})
+    plans = support.derived.setdefault("plans", {})
     key = (forced_backend(), dtype, device)
     if key not in plans:
         plans[key] = _plan(support, dtype, device)

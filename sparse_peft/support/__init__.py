@@ -1,4 +1,9 @@
-"""Which entries of a weight train: sets of positions, budgets, and the criteria that choose."""
+"""Which entries of a weight train: supports, budgets, and the criteria that choose.
+
+The public names are the ones in the documentation, such as [`Support`][sparse_peft.support.Support],
+[`Budget`][sparse_peft.support.Budget] and [`select`][sparse_peft.support.select]. All other exports are internal to
+sparse_peft and may change in any release.
+"""
 
 from ..numerics.low_rank import principal_factors
 from .blocks import Block, as_block, best_blocks, block_scores, expand_blocks, random_blocks, resolve_block_counts

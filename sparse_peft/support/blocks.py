@@ -1,13 +1,13 @@
 """Supports of whole blocks: the same budgets and criteria, counted in blocks.
 
-Blocks lie on a grid from the upper left corner of the stored weight. What is left over at the right and lower edge,
-less than a block wide, never trains: so every block has the same number of entries, and counts are known before
-positions are.
+Blocks lie on a grid from the upper left corner of the stored weight. Incomplete blocks at the right and lower edge
+never train: every block has the same number of entries, and counts are known before positions are.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 
 from torch import Tensor
 
@@ -20,10 +20,10 @@ Block = tuple[int, int]
 
 
 def as_block(block_size: int | Sequence[int]) -> Block:
-    """``(rows, cols)`` of a block from one number or two.
+    """``(rows, cols)`` of a block, from one number or two.
 
     Raises:
-        TypeError, ValueError: anything else.
+        TypeError, ValueError: another value.
     """
     sizes = validated("block_size", block_size, Count | list[Count])
     rows, *cols = sizes if isinstance(sizes, list) else (sizes, sizes)
@@ -33,10 +33,10 @@ def as_block(block_size: int | Sequence[int]) -> Block:
 
 
 def grid_of(shape: tuple[int, int], block: Block, name: str) -> tuple[int, int]:
-    """How many blocks fit a stored weight, ``(down, across)``.
+    """Number of blocks in a stored weight, ``(down, across)``.
 
     Raises:
-        ValueError: none does.
+        ValueError: the weight is smaller than a block.
     """
     grid = shape[0] // block[0], shape[1] // block[1]
     if 0 in grid:
@@ -58,8 +58,8 @@ def divide_in_blocks(shapes: dict[str, tuple[int, int]], budget: Budget, block: 
     per_block = block[0] * block[1]
 
     def blocks(count: int, names: Sequence[str]) -> int:
-        room = sum(grids[name][0] * grids[name][1] for name in names)
-        return min(max(len(names), round(count / per_block)), room)
+        most = sum(grids[name][0] * grids[name][1] for name in names)
+        return min(max(len(names), round(count / per_block)), most)
 
     own = {name: blocks(count, [name]) for name, count in entries.own.items()}
     rest = [name for name in shapes if name not in own]
@@ -73,22 +73,26 @@ def resolve_block_counts(
     scores: Callable[[str], Tensor] | None = None,
     largest: bool = True,
 ) -> dict[str, int]:
-    """Number of trained entries of each layer, whole blocks: the budget as nearly as blocks allow.
+    """Number of trained entries of each layer, in whole blocks: the budget to the nearest block.
 
     Args:
         shapes: ``{layer name: (rows, cols)}`` of the stored weights.
         budget: the number of entries, and how the layers share it.
         block: ``(rows, cols)`` of a block.
-        scores: for ``allocation="global"``: ``scores(name)`` gives the layer's entries' scores, ``(rows, cols)``.
-        largest: with scores: whether the largest train.
+        scores: for ``allocation="global"``: ``scores(name)`` returns ``(rows, cols)`` scores of the layer's entries.
+        largest: whether the largest scores train.
+
+    Raises:
+        ValueError: as ``divide_in_blocks``, or ``"global"`` without scores.
     """
-
-    def sums(name: str) -> Tensor:
-        return block_scores(scores(name), block)
-
     division = divide_in_blocks(shapes, budget, block)
-    counts = allocate(division, budget.allocation, None if scores is None else sums, largest)
+    sums = None if scores is None else partial(_block_scores_of, scores, block)
+    counts = allocate(division, budget.allocation, sums, largest)
     return {name: count * block[0] * block[1] for name, count in counts.items()}
+
+
+def _block_scores_of(scores: Callable[[str], Tensor], block: Block, name: str) -> Tensor:
+    return block_scores(scores(name), block)
 
 
 def block_scores(scores: Tensor, block: Block) -> Tensor:
@@ -107,11 +111,12 @@ def random_blocks(shape: tuple[int, int], block: Block, count: int, *, seed: int
 def best_blocks(scores: Tensor, count: int, block: Block, largest: bool, name: str) -> Support:
     """The ``count`` blocks with the largest (or smallest) sums of ``(rows, cols)`` scores."""
     chosen = Support.from_scores(block_scores(scores, block), count, largest, name)
-    return expand_blocks(chosen, tuple(scores.shape), block)
+    rows, cols = scores.shape
+    return expand_blocks(chosen, (rows, cols), block)
 
 
 def expand_blocks(chosen: Support, shape: tuple[int, int], block: Block) -> Support:
-    """The entries of the weight that the chosen blocks of its grid hold."""
-    across = -(-shape[1] // block[1])  # from_blocks also counts what is cut off at the edge
+    """The entries of chosen blocks of the weight's grid."""
+    across = -(-shape[1] // block[1])  # from_blocks counts incomplete blocks at the edge too
     ids = chosen.rows.long() * across + chosen.cols.long()
     return Support.from_blocks(shape, block, ids, chosen.name)

@@ -1,4 +1,4 @@
-"""How many entries each layer trains."""
+"""The number of entries that each layer trains."""
 
 from __future__ import annotations
 
@@ -23,18 +23,21 @@ ALLOCATIONS = ("numel", "uniform", "erk", "global")
 
 @dataclass(frozen=True)
 class Budget:
-    """How many entries train in all, and how the layers share them. Exactly one of the first three is given.
+    """The total number of trained entries, and how the layers share it.
+
+    Exactly one of ``density``, ``num_params`` and ``r`` is given.
 
     Args:
         density: share of the weights that trains, in (0, 1].
         num_params: number of trained entries over all layers.
         r: LoRA-rank equivalent: ``r * (rows + cols)`` summed over the layers.
-        density_pattern: ``{layer name, suffix or regular expression: density}``; the first that matches a layer sets
-            that layer's density, and the layer takes no part in the sharing.
-        allocation: ``"numel"`` shares in proportion to the layers' sizes, ``"uniform"`` equally, ``"erk"`` in
-            proportion to ``rows + cols`` (Evci et al. 2020, section 3), ``"global"`` by the best scores of all layers.
-        at_least: entries that every sharing layer gets if it has so many, whatever its part; 1 for ``"global"``. The
-            total is raised where it would not do.
+        density_pattern: ``{layer name, suffix or regular expression: density}``; the first key that matches a layer
+            sets its density, and the layer does not share the rest of the budget.
+        allocation: how the other layers share the rest. ``"numel"``: in proportion to their sizes; ``"uniform"``:
+            equally; ``"erk"``: in proportion to ``rows + cols`` (RigL, section 3, https://arxiv.org/abs/1911.11134);
+            ``"global"``: by the best scores of all layers.
+        at_least: minimum number of entries of a sharing layer, or all of its entries; 1 for ``"global"``. A smaller
+            total is raised to the sum of the minima.
 
     Raises:
         TypeError: a value of the wrong type.
@@ -59,14 +62,14 @@ class Budget:
 def apportion(weights: Sequence[float], caps: Sequence[int], total: int, floor: int = 1) -> list[int]:
     """Share ``total`` in proportion to ``weights``, exactly, between ``floor`` and ``caps``.
 
-    What a part cannot take goes to the others in proportion. Fractions are settled by largest remainder, ties by
-    lowest position. A part whose cap is below ``floor`` gets its cap.
+    The excess over a cap is shared by the other parts in proportion. Fractions are rounded by largest remainder, ties
+    by lowest position. A part whose cap is below ``floor`` gets its cap.
 
     Args:
         weights: one finite number of at least 0 for each part.
-        caps: the most that each part can take.
+        caps: maximum of each part.
         total: the sum of the result.
-        floor: the least that each part gets.
+        floor: minimum of each part.
 
     Raises:
         ValueError: ``total`` cannot be reached within the bounds, or bad weights.
@@ -83,15 +86,15 @@ def apportion(weights: Sequence[float], caps: Sequence[int], total: int, floor: 
     # exact rational numbers: sums of billions keep their last unit, and equal layers get equal shares
     shares = [Fraction(0)] * len(caps)
     free = list(range(len(caps)))
-    rest = total
+    rest = Fraction(total)
     while free:
         scale = sum(Fraction(weights[i]) for i in free)
-        wanted = {i: rest * Fraction(weights[i]) / scale if scale else Fraction(rest, len(free)) for i in free}
+        wanted = {i: rest * Fraction(weights[i]) / scale if scale else rest / len(free) for i in free}
         above = [i for i in free if wanted[i] > caps[i]]
         below = [i for i in free if wanted[i] < floors[i]]
         surplus = sum(wanted[i] - caps[i] for i in above)
         shortage = sum(floors[i] - wanted[i] for i in below)
-        # the larger of the two violations decides which bound is final; the other may vanish with the new scale
+        # the larger of the two violations fixes its parts at their bound; the other may vanish with the new scale
         fixed = above if surplus >= shortage else below
         if not fixed:
             for i in free:
@@ -110,7 +113,7 @@ def apportion(weights: Sequence[float], caps: Sequence[int], total: int, floor: 
 
 
 def matches_layer(pattern: str, name: str) -> bool:
-    """Whether a key of a ``*_pattern`` field, a layer's name, its end or a regular expression, means this layer."""
+    """Whether a key of a ``*_pattern`` field matches a layer: its name, a suffix of it or a regular expression."""
     return re.match(rf"(.*\.)?({pattern})$", name) is not None
 
 
@@ -135,7 +138,13 @@ def _match_patterns(names: Sequence[str], pattern: dict[str, float]) -> dict[str
 
 
 def _total(budget: Budget, shapes: dict[str, tuple[int, int]], taken: int) -> int:
-    """How many entries the layers ``shapes`` share, ``taken`` being those of the other layers."""
+    """Number of entries that layers share.
+
+    Args:
+        budget: of all layers.
+        shapes: of the sharing layers.
+        taken: entries of the other layers.
+    """
     numel = sum(rows * cols for rows, cols in shapes.values())
     if budget.density is not None:
         total = round(budget.density * numel)
@@ -150,7 +159,7 @@ def _total(budget: Budget, shapes: dict[str, tuple[int, int]], taken: int) -> in
                 + (f"the largest r that fits is {most}" if most else "not even r=1 fits, use density or num_params")
             )
     else:
-        total = budget.num_params - taken
+        total = (budget.num_params or 0) - taken
         own, left = (f", of which density_pattern takes {taken}", " left") if taken else ("", "")
         if total > numel:
             raise ValueError(
@@ -175,7 +184,7 @@ def _global_counts(
     offset = 0
     for name in names:
         flat = scores(name).reshape(-1)
-        # cut down to what can matter first: positions are twice as wide as scores
+        # the layer's own best first: positions are twice as wide as scores
         positions = topk_indices(flat, min(total, flat.numel()), largest, name=name)
         best.update(flat[positions].float(), positions + offset)
         offset += flat.numel()
@@ -185,7 +194,7 @@ def _global_counts(
     counts = torch.bincount(owner, minlength=len(names))
     missing = counts == 0
     if bool(missing.any()):
-        # the lowest ranked entries make room, but no layer gives up its best
+        # they replace the lowest ranked entries, but no layer loses its best
         order = values.argsort(descending=largest, stable=True)
         ranked = owner[order]
         first = torch.full_like(counts, keys.numel()).scatter_reduce_(
@@ -204,9 +213,9 @@ class Division:
 
     Attributes:
         shapes: ``{layer name: (rows, cols)}`` of all layers.
-        own: entries of the layers that ``density_pattern`` sets.
-        total: entries that the others share.
-        at_least: entries that each of the others gets, if it has so many.
+        own: ``{layer name: entries}`` of the layers in ``density_pattern``.
+        total: entries that the other layers share.
+        at_least: minimum entries of each of these layers, or all of its entries.
     """
 
     shapes: dict[str, tuple[int, int]]
@@ -221,7 +230,7 @@ class Division:
 
 
 def divide(shapes: dict[str, tuple[int, int]], budget: Budget) -> Division:
-    """What of the budget is settled by the layers' shapes and names alone.
+    """Apply a budget to layers, as far as their shapes and names determine it.
 
     Raises:
         ValueError: no layers, or a budget that does not fit them.
@@ -260,9 +269,9 @@ def allocate(
             raise ValueError(f"allocation='global' needs scores to compare; use a selection of {', '.join(scored)}")
         shared = _global_counts(rest, total, scores, largest)
     else:
-        weigh = {"numel": lambda r, c: r * c, "uniform": lambda r, c: 1, "erk": lambda r, c: r + c}[allocation]
         caps = [rows * cols for rows, cols in rest.values()]
-        parts = apportion([weigh(*shape) for shape in rest.values()], caps, total, division.at_least)
+        weights = {"numel": caps, "uniform": [1] * len(caps), "erk": [rows + cols for rows, cols in rest.values()]}
+        parts = apportion(weights[allocation], caps, total, division.at_least)
         shared = dict(zip(rest, parts, strict=True))
     if sum(shared.values()) != total:
         raise AssertionError(f"{sum(shared.values())} entries shared instead of {total}; please report this")
@@ -276,16 +285,16 @@ def resolve_counts(
     scores: Callable[[str], Tensor] | None = None,
     largest: bool = True,
 ) -> dict[str, int]:
-    """Number of trained entries of each layer: at least 1, at most all of it, and exactly the budget in all.
+    """Number of trained entries of each layer: at least 1, at most all, in sum exactly the budget.
 
     A budget of fewer entries than layers is raised to one entry per layer.
 
     Args:
         shapes: ``{layer name: (rows, cols)}`` of the stored weights.
-        budget: what to share, and how.
-        scores: for ``allocation="global"``: ``scores(name)`` gives the layer's scores, of any shape; called once for
-            each layer that takes part, one at a time. Scores of candidates alone will do, if there are enough of them.
-        largest: whether large scores are the good ones.
+        budget: the number of entries, and how the layers share it.
+        scores: for ``allocation="global"``: ``scores(name)`` returns the layer's scores, of any shape. It is called
+            once for each sharing layer, one at a time. Scores of enough candidates suffice.
+        largest: whether the largest scores are the best.
 
     Raises:
         ValueError: no layers, a budget larger than the layers, or ``"global"`` without scores.

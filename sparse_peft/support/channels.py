@@ -1,13 +1,13 @@
 """Supports of whole rows or columns of a weight: the output or input channels of a layer.
 
-A channel of a convolution's weight, viewed as ``(out, in * kernel)``, is as many columns wide as its kernel has taps.
-Everything an entry needs is known from the channels' numbers, so positions of entries are made only where somebody
-asks for them.
+An input channel of a convolution's weight, viewed as ``(out, in * taps)``, is ``taps`` columns wide. The channel
+numbers define the support, so positions of entries are computed only on demand.
 """
 
 from __future__ import annotations
 
 from functools import cached_property
+from typing import TypeGuard
 
 import torch
 from torch import Tensor
@@ -25,7 +25,7 @@ class ChannelSupport(Support):
         shape: ``(rows, cols)`` of the stored weight.
         dim: 0 for rows, 1 for columns.
         channels: ``(count,)`` integers, strictly increasing.
-        width: columns of one channel; 1 for rows.
+        width: columns per channel; 1 for rows.
         validate: whether to check ``channels``.
         name: the layer's name, for error messages.
 
@@ -83,7 +83,7 @@ class ChannelSupport(Support):
 
     @cached_property
     def lines(self) -> Tensor:
-        """The rows or columns that train, int64: the channels, each as many times as it is wide."""
+        """The rows or columns of the channels, int64."""
         channels = self.channels.long()
         if self.width == 1:
             return channels
@@ -91,7 +91,7 @@ class ChannelSupport(Support):
 
     @cached_property
     def indices(self) -> Tensor:
-        """``(entries,)`` flat positions; four or eight bytes an entry, made at first use."""
+        """``(entries,)`` flat positions, computed at first use."""
         rows, cols = self.shape
         if self.dim == 0:
             flat = self.lines[:, None] * cols + torch.arange(cols, device=self.device)
@@ -116,10 +116,10 @@ class ChannelSupport(Support):
         return part, first * shape[1], last * shape[1]
 
     def union(self, *others: Support) -> tuple[Support, list[Tensor]]:
-        parts = (self, *others)
         for other in others:
             self._check_same_shape(other)
-        if not all(isinstance(p, ChannelSupport) and (p.dim, p.width) == (self.dim, self.width) for p in others):
+        parts = [self, *(other for other in others if self._is_alike(other))]
+        if len(parts) < 1 + len(others):
             return super().union(*others)
         joined = torch.cat([part.channels.to(self.device) for part in parts]).unique(sorted=True)
         union = ChannelSupport(self.shape, self.dim, joined, self.width, validate=False, name=self.name)
@@ -130,12 +130,14 @@ class ChannelSupport(Support):
             slots.append(place.index_select(self.dim, where).reshape(-1))
         return union, slots
 
+    def _is_alike(self, other: object) -> TypeGuard[ChannelSupport]:
+        """Whether the other support is of channels of the same dimension and width."""
+        return isinstance(other, ChannelSupport) and (other.dim, other.width) == (self.dim, self.width)
+
     def __eq__(self, other: object) -> bool:
-        if isinstance(other, ChannelSupport) and (other.dim, other.width) == (self.dim, self.width):
+        if self._is_alike(other):
             return self.shape == other.shape and torch.equal(self.channels, other.channels.to(self.device))
         return super().__eq__(other)
-
-    __hash__ = None
 
     def __repr__(self) -> str:
         name = f"{self.name!r}, " if self.name else ""

@@ -1,7 +1,7 @@
-"""Structure that a support happens to have, whatever chose it: empty rows and columns, and rows that go together.
+"""The structure of a support: empty rows and columns, and groups of rows with the same columns.
 
-A support of whole rows, columns or blocks has a weight gradient that is a few dense products. What counts is where the
-entries lie, not which criterion put them there, so the structure is looked for in the positions themselves.
+The weight gradient at a support of whole rows, columns or blocks is a few dense products. The structure is found in
+the positions, so it does not matter how they were chosen.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ from torch import Tensor
 
 from .support import Support
 
-# Share of the weight that the non-empty rows and columns may span for leaving the others out to pay.
+# Rows and columns without entries are left out if the others span at most this share of the weight.
 COMPACT_MAX_SHARE = 0.5
-# Rows with the same columns, on average over the groups, from which on dense products beat products per entry.
+# Average rows per group from which dense products are faster than products per entry.
 MIN_GROUP_HEIGHT = 8
-# Gathering a group's columns, and a product of few rows, cost about as much as so many rows more: measured on one and
-# two CPU threads with blocks of 16, 32 and 64 rows at 1 to 50 % of weights 1,024 to 4,096 wide.
+# Overhead per group, to gather its columns and multiply few rows, in rows: measured on one and two CPU threads with
+# blocks of 16, 32 and 64 rows at 1 to 50 % of weights 1,024 to 4,096 wide.
 GATHER_COST = 36
 
 
@@ -28,11 +28,13 @@ GATHER_COST = 36
 class RowGroup:
     """Consecutive rows that train the same columns.
 
-    Their entries are consecutive as well, and together the matrix ``(rows, columns)`` in row-major order.
+    Their entries are consecutive and form the matrix ``(rows, columns)`` in row-major order.
 
     Attributes:
-        start, stop: the rows.
-        first, last: the entries.
+        start: first row.
+        stop: last row + 1.
+        first: first entry.
+        last: last entry + 1.
         cols: ``(columns,)`` int64 columns; None for all.
     """
 
@@ -44,18 +46,18 @@ class RowGroup:
 
 
 class Layout:
-    """What the positions of one support look like; computed at first use, and kept with it.
+    """The structure of one support; see ``layout_of``.
 
     Args:
-        support: the support, of whatever structure.
+        support: any support.
 
     Attributes:
-        rows, cols: ``(kept,)`` int64 rows and columns that hold entries, where leaving the others out pays; else None.
-        inner: the support within those rows and columns, its entries in the same order; the support itself if all
-            are kept.
+        rows: ``(kept,)`` int64 rows with entries; None if all rows are kept.
+        cols: ``(kept,)`` int64 columns with entries; None if all columns are kept.
+        inner: the support within the kept rows and columns, its entries in the same order.
     """
 
-    def __init__(self, support: Support):
+    def __init__(self, support: Support) -> None:
         self.rows: Tensor | None = None
         self.cols: Tensor | None = None
         self.inner = support
@@ -78,7 +80,7 @@ class Layout:
 
     @cached_property
     def groups(self) -> tuple[RowGroup, ...]:
-        """The inner support as row groups, if its rows go together; else nothing."""
+        """The inner support as row groups; empty if the groups are too small for dense products."""
         inner = self.inner
         counts = inner.row_ptr.diff()
         if inner.nnz == 0 or int((counts > 0).sum()) < MIN_GROUP_HEIGHT:
@@ -104,7 +106,7 @@ class Layout:
 
     @cached_property
     def tile_cost(self) -> float:
-        """What the groups' dense products cost, of that of the dense gradient within the kept rows and columns."""
+        """Cost of the groups' dense products, relative to the dense gradient of the kept rows and columns."""
         rows, cols = self.inner.shape
         cost = sum((g.last - g.first) * (1 + GATHER_COST / (g.stop - g.start)) for g in self.groups)
         return cost / (rows * cols)
@@ -112,7 +114,7 @@ class Layout:
     def work(
         self, build: Callable[[tuple[RowGroup, ...], torch.device], tuple[Tensor, Tensor]]
     ) -> tuple[Tensor, Tensor]:
-        """What a kernel makes of the groups to run on them; made once."""
+        """A kernel's work list, built once from the groups and the device."""
         if self._work is None:
             self._work = build(self.groups, self.inner.device)
         return self._work
@@ -123,7 +125,6 @@ class Layout:
 
 def layout_of(support: Support) -> Layout:
     """The support's [`Layout`][sparse_peft.support.Layout], computed once."""
-    layout = support.__dict__.get("_layout")
-    if layout is None:
-        layout = support.__dict__["_layout"] = Layout(support)
-    return layout
+    if "layout" not in support.derived:
+        support.derived["layout"] = Layout(support)
+    return support.derived["layout"]

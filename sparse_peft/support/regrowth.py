@@ -1,7 +1,7 @@
-"""Prune and regrow: which of a layer's entries are given up for which others.
+"""Prune and regrow: which of a layer's entries are replaced, and by which positions.
 
-A reselection gives up a share of the entries whose trained value is smallest and grows as many elsewhere. The methods
-differ in what they know about the positions that do not train.
+A reselection drops a share of the entries with the smallest trained values and grows as many elsewhere. The methods
+differ in how they score the positions that do not train.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ class Regrowth:
 
     Attributes:
         name: as in ``selection=``.
-        observes: what is collected during training: ``"gradients"`` of candidates in a window of steps, ``"covers"``
-            (one number for each row and column, from every step), or ``"nothing"``.
+        observes: the data collected during training: ``"gradients"`` of candidates in a window of steps, ``"covers"``
+            (one number per row and column, from every step), or ``"nothing"``.
         accumulate: default length of the window before an event, in optimizer steps.
-        leads: whether the first event comes at the end of a first window instead of after a whole period.
+        leads: whether the first event follows a first window instead of a whole period.
         replaces_first: share of the random first positions that the first event replaces; None for the schedule's.
-        competes: whether the entries that are to be dropped may win against the new ones.
-        fills: whether missing candidates are made up for at random.
+        competes: whether entries to be dropped compete with the candidates.
+        fills: whether missing candidates are filled up at random.
     """
 
     name: str
@@ -44,13 +44,13 @@ class Regrowth:
 REGROWTHS: dict[str, Regrowth] = {
     regrowth.name: regrowth
     for regrowth in (
-        # SpIEL-AG (Ansell et al. 2024, section 3): accumulated gradients of candidates
+        # SpIEL-AG, section 3, https://arxiv.org/abs/2401.16405: accumulated gradients of candidates
         Regrowth("accumulated_gradient", "gradients", 5, leads=True, replaces_first=1.0, competes=True),
-        # SpIEL-MA (the same, section 3): products of SM3's row and column accumulators
+        # SpIEL-MA, section 3 of the same paper: products of SM3's row and column accumulators
         Regrowth("momentum", "covers", 5, leads=True, replaces_first=1.0),
-        # SET (Mocanu et al. 2018): uniform among the positions that do not train
+        # SET, https://arxiv.org/abs/1707.04780: uniform among the positions that do not train
         Regrowth("set", "nothing", 0),
-        # RigL (Evci et al. 2020, section 3): the gradient of the step itself
+        # RigL, section 3, https://arxiv.org/abs/1911.11134: the gradient of the step itself
         Regrowth("rigl", "gradients", 1, competes=True, fills=True),
     )
 }
@@ -58,19 +58,18 @@ REGROWTHS: dict[str, Regrowth] = {
 
 
 RANDOM_SCORE = torch.finfo(torch.float32).tiny
-"""Score of a position drawn at random: below all observed ones, above that of an entry without a gradient."""
+"""Score of a random position: below all observed scores, above that of an entry without a gradient."""
 
 
 @dataclass(frozen=True)
 class Candidates:
-    """Positions that may start to train, of one layer.
+    """Candidate positions of one layer.
 
     Attributes:
-        positions: ``(candidates,)`` flat, ascending, none of them in the support.
+        positions: ``(candidates,)`` flat, ascending, outside the support.
         scores: ``(candidates,)`` float32; [`RANDOM_SCORE`][sparse_peft.support.RANDOM_SCORE] where a position was
             drawn at random.
-        incumbent_scores: ``(entries,)`` scores of the support's own entries, by which those to be dropped compete;
-            None if they may not.
+        incumbent_scores: ``(entries,)`` scores of the support's own entries, if they compete; otherwise None.
     """
 
     positions: Tensor
@@ -80,13 +79,13 @@ class Candidates:
 
 @dataclass(frozen=True)
 class Exchange:
-    """The outcome for one layer.
+    """The result of a reselection for one layer.
 
     Attributes:
         support: the new positions.
         source: ``(new entries,)`` int64: the old slot of an entry that stays, -1 for a new one.
-        drop_threshold: largest absolute value among the dropped entries.
-        grow_threshold: smallest score among the new entries; None where positions were drawn at random.
+        drop_threshold: largest absolute value among the dropped entries; None if none was dropped.
+        grow_threshold: smallest score among the new entries; None for random positions.
     """
 
     support: Support
@@ -96,18 +95,19 @@ class Exchange:
 
     @property
     def replaced(self) -> int:
+        """Number of new entries."""
         return int((self.source < 0).sum())
 
 
 def random_inactive(support: Support, k: int, *, seed: int, name: str) -> Tensor:
-    """``k`` positions outside the support, uniform, ascending int64; they depend on the arguments alone.
+    """``k`` uniform positions outside the support, ascending int64; determined by the arguments alone.
 
     Raises:
         ValueError: fewer than ``k`` positions are outside.
     """
     rows, cols = support.shape
     ranks = sample_without_replacement(rows * cols - support.nnz, k, seed=seed, name=name).to(support.device)
-    # the r-th free position stands behind as many taken ones as have fewer than r + 1 free ones before them
+    # rank -> position: the rank plus the number of occupied positions with at most as many free ones before them
     free_before = support.indices.long() - torch.arange(support.nnz, device=support.device)
     return ranks + torch.searchsorted(free_before, ranks, right=True)
 
@@ -122,17 +122,17 @@ def exchange(
 ) -> list[Exchange]:
     """Drop the entries with the smallest absolute values and grow the candidates with the highest scores.
 
-    In each layer, as many entries as ``counts`` says are up for replacement. They compete with the candidates where
-    their own scores are given, and the winners among them are not touched. Otherwise as many are replaced as there
-    are candidates for, the smallest first. Ties go to the lowest position.
+    In each layer, ``counts`` entries may be replaced. With scores of their own they compete with the candidates, and
+    the winners among them stay. Otherwise each candidate replaces one entry, the smallest first. Ties go to the
+    lowest position.
 
     Args:
         supports: of the layers.
         values: ``(entries,)`` trained values of each layer.
-        counts: entries of each layer that are up for replacement.
+        counts: entries of each layer that may be replaced.
         candidates: of each layer.
-        together: drop and grow by one ranking over all layers. The total of entries stays; each layer keeps at least
-            its largest entry.
+        together: drop and grow by one ranking over all layers. The total number of entries stays the same, and each
+            layer keeps at least its largest entry.
 
     Raises:
         ValueError: values or scores that are NaN.
@@ -157,44 +157,48 @@ def _exchange(
     name = supports[0].name if len(supports) == 1 else ""
     magnitude = torch.cat([value.detach().abs().to(device, torch.float32) for value in values])
     if keep_largest:
-        # a layer that gave up everything could never come back; infinite ones are not among the smallest
+        # an empty layer could never grow again; infinite magnitudes are never dropped
         starts = torch.tensor([0, *sizes[:-1]]).cumsum(0).tolist()
         for start, size in zip(starts, sizes, strict=True):
             magnitude[start + int(magnitude[start : start + size].argmax())] = torch.inf
         count = min(count, magnitude.numel() - len(sizes))
     scores = torch.cat([candidate.scores.to(device, torch.float32) for candidate in candidates])
-    competes = all(candidate.incumbent_scores is not None for candidate in candidates)
+    incumbents = [one.incumbent_scores for one in candidates if one.incumbent_scores is not None]
+    competes = len(incumbents) == len(candidates)
     if not competes:
         count = min(count, scores.numel())
     dropped = topk_indices(magnitude, count, largest=False, name=name)
     if competes:
-        own = torch.cat([candidate.incumbent_scores.to(device, torch.float32) for candidate in candidates])
+        own = torch.cat([score.to(device, torch.float32) for score in incumbents])
         grown, stays = _compete(scores, own[dropped], _ranks(supports, candidates, dropped, sizes), count, name)
         dropped = dropped[~stays]
     else:
         grown = topk_indices(scores, count, name=name)
-    given_up = torch.zeros(magnitude.numel(), dtype=torch.bool, device=device)
-    given_up[dropped] = True
-    chosen = torch.zeros(scores.numel(), dtype=torch.bool, device=device)
-    chosen[grown] = True
-    exchanges = []
     parts = zip(
         supports,
-        given_up.split(sizes),
+        _mask(dropped, magnitude.numel(), device).split(sizes),
         magnitude.split(sizes),
         candidates,
-        chosen.split([candidate.scores.numel() for candidate in candidates]),
-        strict=False,
+        _mask(grown, scores.numel(), device).split([candidate.scores.numel() for candidate in candidates]),
+        strict=True,
     )
-    for support, gone, size, candidate, new in parts:
-        exchanges.append(_assemble(support, gone, size, candidate, new.nonzero().squeeze(1)))
-    return exchanges
+    return [
+        _assemble(support, gone, size, candidate, new.nonzero().squeeze(1))
+        for support, gone, size, candidate, new in parts
+    ]
+
+
+def _mask(positions: Tensor, size: int, device: torch.device) -> Tensor:
+    """``(size,)`` bool, true at the positions."""
+    mask = torch.zeros(size, dtype=torch.bool, device=device)
+    mask[positions] = True
+    return mask
 
 
 def _ranks(
     supports: Sequence[Support], candidates: Sequence[Candidates], dropped: Tensor, sizes: list[int]
 ) -> tuple[Tensor, Tensor]:
-    """Keys that order candidates and dropped entries of all layers by (layer, position)."""
+    """Keys of the candidates and of the dropped entries, ordered by (layer, position)."""
     offset, keys, own = 0, [], []
     for support, candidate in zip(supports, candidates, strict=True):
         keys.append(candidate.positions.to(support.device, torch.int64) + offset)
@@ -204,7 +208,7 @@ def _ranks(
 
 
 def _compete(scores: Tensor, own: Tensor, keys: tuple[Tensor, Tensor], count: int, name: str) -> tuple[Tensor, Tensor]:
-    """The ``count`` best of both kinds: ``(winning candidates, whether each incumbent won)``."""
+    """The ``count`` best of candidates and incumbents: ``(winning candidates, whether each incumbent won)``."""
     order = torch.cat(keys).argsort()
     best = order[topk_indices(torch.cat((scores, own))[order], count, name=name)]
     stays = torch.zeros(own.numel(), dtype=torch.bool, device=own.device)
@@ -213,6 +217,7 @@ def _compete(scores: Tensor, own: Tensor, keys: tuple[Tensor, Tensor], count: in
 
 
 def _assemble(support: Support, gone: Tensor, magnitude: Tensor, candidate: Candidates, new: Tensor) -> Exchange:
+    """The exchange of one layer, which drops the entries ``gone`` and grows the candidates ``new``."""
     gone, new = gone.to(support.device), new.to(support.device)
     kept = (~gone).nonzero().squeeze(1)
     grown = candidate.positions.to(support.device, support.indices.dtype)[new]

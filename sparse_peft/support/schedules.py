@@ -1,4 +1,4 @@
-"""When supports change during training, and by how much: pure functions of the number of optimizer steps."""
+"""Schedules of support changes during training: pure functions of the number of optimizer steps."""
 
 from __future__ import annotations
 
@@ -6,21 +6,25 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
-# What is left of the first rate after a share ``x`` of the time between start and stop.
 DECAYS: dict[str, Callable[[float], float]] = {
     "constant": lambda x: 1.0,
     "linear": lambda x: 1 - x,
     "cosine": lambda x: (1 + math.cos(math.pi * x)) / 2,
     "cubic": lambda x: (1 - x) ** 3,
 }
-"""How a rate falls, ``{name: function}``: the share of the rate at a share of the way from start to stop."""
+"""Decays of a rate, ``{name: function}``: its remaining share after a share of the steps from start to stop."""
 
 
 def steps_of(value: int | float, total_steps: int | None, field: str) -> int:
-    """A number of optimizer steps: an int as it is, a float as that share of the whole run, rounded down.
+    """A number of optimizer steps, from a number or a share of the run.
+
+    Args:
+        value: an int is a number of steps; a float is a share of the run, rounded down.
+        total_steps: length of the run, if known.
+        field: name of the field, for the message.
 
     Raises:
-        ValueError: a share, and the length of the run is not known.
+        ValueError: a share of a run of unknown length.
     """
     if isinstance(value, int):
         return value
@@ -34,20 +38,21 @@ def steps_of(value: int | float, total_steps: int | None, field: str) -> int:
 
 @dataclass(frozen=True)
 class ReselectionSchedule:
-    """At which optimizer steps entries are replaced, what is observed before, and how many are replaced.
+    """The optimizer steps at which entries are replaced, the steps observed before, and the share replaced.
 
-    Steps are counted from 1, as the number of completed optimizer steps. An event comes every ``every`` steps, after
-    the step ``start + first`` for the first time, where ``first`` is ``window`` if the window leads and ``every``
-    otherwise; the ``window`` steps before an event are observed.
+    Steps are counted from 1, as the number of completed optimizer steps. The first event follows step
+    ``start + window`` if the window leads, otherwise ``start + every``. Further events follow every ``every`` steps.
+    The ``window`` steps before an event are observed.
 
     Attributes:
-        every: steps from one event to the next.
+        every: steps between events.
         window: steps observed before an event, at most ``every``.
-        leads: whether the first event comes after the first window.
-        rate: share of the entries replaced by an event at ``start``.
-        first_rate: share of the first event; None for what the decay says.
-        decay: name of one of [`DECAYS`][sparse_peft.support.DECAYS].
-        start, stop: number of completed steps before the first window, and after which there is no event.
+        leads: whether the first event follows the first window.
+        rate: share of the entries that an event at ``start`` replaces.
+        first_rate: share of the first event; None to follow the decay.
+        decay: a key of [`DECAYS`][sparse_peft.support.DECAYS].
+        start: completed steps before the first window.
+        stop: last step with an event.
     """
 
     every: int
@@ -61,6 +66,7 @@ class ReselectionSchedule:
 
     @property
     def first_event(self) -> int:
+        """The step that the first event follows."""
         return self.start + (self.window if self.leads else self.every)
 
     def is_event(self, step: int) -> bool:
@@ -68,13 +74,13 @@ class ReselectionSchedule:
         return self.first_event <= step <= self.stop and (step - self.first_event) % self.every == 0
 
     def observes(self, step: int) -> bool:
-        """Whether this step's gradients count for the next event."""
+        """Whether this step is observed for the next event."""
         until_event = (self.first_event - step) % self.every
         event = step + until_event
         return until_event < self.window and self.first_event <= event <= self.stop
 
     def rate_at(self, step: int) -> float:
-        """Share of the entries that an event after this step puts up for replacement."""
+        """Share of the entries that an event after this step may replace."""
         if self.first_rate is not None and step == self.first_event:
             return self.first_rate
         span = self.stop - self.start
@@ -83,12 +89,17 @@ class ReselectionSchedule:
 
 @dataclass(frozen=True)
 class BudgetSchedule:
-    """A budget that falls cubically in the course of a run (Zhu and Gupta 2018; AdaLoRA, equation 12).
+    """A budget that falls cubically during a run.
+
+    Sources: Zhu and Gupta (2017), https://arxiv.org/abs/1710.01878; AdaLoRA, equation 12,
+    https://arxiv.org/abs/2303.10512.
 
     Attributes:
-        initial, target: at the start, and from ``stop`` on.
-        start, stop: number of completed steps where it begins to fall, and where it has its target.
-        every: steps from one change to the next.
+        initial: the budget up to ``start``.
+        target: the budget from ``stop``.
+        start: completed steps before the budget falls.
+        stop: completed steps until the budget reaches its target.
+        every: steps between changes.
     """
 
     initial: int
@@ -98,7 +109,7 @@ class BudgetSchedule:
     every: int
 
     def is_event(self, step: int) -> bool:
-        """Whether the budget is shared anew after this step."""
+        """Whether the budget changes after this step."""
         return step == self.stop or (self.start < step < self.stop and (step - self.start) % self.every == 0)
 
     def at(self, step: int) -> int:

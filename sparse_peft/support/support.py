@@ -5,11 +5,13 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..constraints import Count, validated
+from ..numerics.errors import layer_prefix
 from ..numerics.rng import sample_without_replacement
 from ..numerics.topk import topk_indices
 
@@ -17,12 +19,8 @@ INT32_LIMIT = 2**31
 
 
 def index_dtype(shape: tuple[int, int]) -> torch.dtype:
-    """The integer type that positions in a matrix of this shape are kept in: int32 wherever it suffices."""
+    """The dtype of positions in a matrix of this shape: int32 wherever it suffices, else int64."""
     return torch.int32 if shape[0] * shape[1] < INT32_LIMIT else torch.int64
-
-
-def _prefix(name: str) -> str:
-    return f"layer {name}: " if name else ""
 
 
 def _check_shape(shape: Sequence[int], name: str) -> tuple[int, int]:
@@ -34,34 +32,36 @@ def _check_pair(field: str, pair: Sequence[int], what: str, name: str) -> tuple[
         rows, cols = validated(field, pair, list[Count])
     except (TypeError, ValueError) as error:
         raise ValueError(
-            f"{_prefix(name)}{field}={pair!r}: the (rows, cols) of {what}, both at least 1, are expected"
+            f"{layer_prefix(name)}{field}={pair!r}: the (rows, cols) of {what}, both at least 1, are expected"
         ) from error
     return rows, cols
 
 
 def _check_integers(indices: Tensor, what: str, name: str) -> None:
     if not isinstance(indices, Tensor):
-        raise TypeError(f"{_prefix(name)}{what} of type {type(indices).__name__}: a tensor is expected")
+        raise TypeError(f"{layer_prefix(name)}{what} of type {type(indices).__name__}: a tensor is expected")
     if indices.dtype == torch.bool or indices.is_floating_point() or indices.is_complex():
         cure = "use Support.from_mask for a mask" if indices.dtype == torch.bool else "convert them with .long()"
-        raise TypeError(f"{_prefix(name)}{what} of dtype {indices.dtype}: integers are expected; {cure}")
+        raise TypeError(f"{layer_prefix(name)}{what} of dtype {indices.dtype}: integers are expected; {cure}")
     if indices.ndim != 1:
-        raise ValueError(f"{_prefix(name)}{what} of shape {tuple(indices.shape)}: a 1-D tensor is expected")
+        raise ValueError(f"{layer_prefix(name)}{what} of shape {tuple(indices.shape)}: a 1-D tensor is expected")
 
 
 def _check_range(indices: Tensor, size: int, what: str, extent: str, name: str) -> None:
+    """Check integers of ``range(size)``; ``what`` and ``extent`` name them and the range in the message."""
     if indices.numel() == 0:
         return
     low, high = (int(bound) for bound in indices.aminmax())
     if low < 0 or high >= size:
+        bad = low if low < 0 else high
         raise ValueError(
-            f"{_prefix(name)}{what} contain {low if low < 0 else high}, but {extent} has positions 0 to {size - 1}; "
-            "they were made for a weight of another shape, or the file they come from is damaged"
+            f"{layer_prefix(name)}{what} contain {bad}, but {extent} has positions 0 to {size - 1}; they were "
+            "made for a weight of another shape, or the file they come from is damaged"
         )
 
 
 def check_indices(indices: Tensor, shape: tuple[int, int], name: str = "") -> None:
-    """Check flat positions, as of a file, against the weight they belong to.
+    """Check flat positions, for example of a file, against their weight.
 
     Args:
         indices: ``(entries,)`` flat row-major positions.
@@ -69,19 +69,26 @@ def check_indices(indices: Tensor, shape: tuple[int, int], name: str = "") -> No
         name: the layer's name.
 
     Raises:
-        TypeError: no integers.
-        ValueError: not 1-D, out of range, not sorted or repeated; names the layer and the first such value.
+        TypeError: positions that are no integers.
+        ValueError: positions that are not 1-D, out of range, not sorted or repeated.
     """
     rows, cols = _check_shape(shape, name)
     check_sorted(indices, rows * cols, "indices", f"a {rows} x {cols} weight", name)
 
 
 def check_sorted(indices: Tensor, size: int, what: str, extent: str, name: str = "") -> None:
-    """Check that ``indices`` are strictly increasing integers of ``range(size)``; ``what`` and ``extent`` word it.
+    """Check strictly increasing integers of ``range(size)``.
+
+    Args:
+        indices: ``(n,)`` integers.
+        size: of the range.
+        what: the integers in words, for the message.
+        extent: the range in words, for the message.
+        name: the layer's name.
 
     Raises:
-        TypeError: no integers.
-        ValueError: not 1-D, out of range, not sorted or repeated; names the layer and the first such value.
+        TypeError: values that are no integers.
+        ValueError: values that are not 1-D, out of range, not sorted or repeated.
     """
     _check_integers(indices, what, name)
     _check_range(indices, size, what, extent, name)
@@ -92,7 +99,7 @@ def check_sorted(indices: Tensor, size: int, what: str, extent: str, name: str =
         fault = f"{value} occurs twice" if value == before else f"{value} stands after {before}"
         cure = "Support.from_indices sorts" if what == "indices" else "sort"
         raise ValueError(
-            f"{_prefix(name)}{what} must increase strictly, but {fault} (at position {at}); "
+            f"{layer_prefix(name)}{what} must increase strictly, but {fault} (at position {at}); "
             f"{cure} positions that are in any order, and none may occur twice"
         )
 
@@ -100,30 +107,42 @@ def check_sorted(indices: Tensor, size: int, what: str, extent: str, name: str =
 class Support:
     """Positions of the trained entries of one weight matrix as it is stored.
 
-    Positions are flat, row-major, sorted and unique. A support is never changed; make a new one instead.
+    Positions are flat, row-major, sorted and unique. A support is immutable.
 
     Args:
         shape: ``(rows, cols)`` of the stored weight.
-        indices: ``(entries,)`` integers, strictly increasing; kept in int32 where ``rows * cols < 2**31``, else int64.
-        validate: whether to check ``indices``, which costs a pass over them and waits for their device.
+        indices: ``(entries,)`` integers, strictly increasing; stored as int32 where ``rows * cols < 2**31``, else
+            as int64.
+        validate: whether to check ``indices``, which takes a pass over them and waits for their device.
         name: the layer's name, for error messages.
 
     Attributes:
         shape: ``(rows, cols)``.
-        indices: ``(entries,)``.
         name: the layer's name.
 
     Raises:
         TypeError: indices that are no integers.
         ValueError: indices that are out of range, not sorted or repeated.
+
+    Example:
+        >>> import torch
+        >>> from sparse_peft.support import Support
+        >>> support = Support.from_scores(torch.tensor([[1.0, 5.0], [4.0, 2.0]]), k=2)
+        >>> support.indices.tolist()
+        [1, 2]
     """
 
     def __init__(self, shape: tuple[int, int], indices: Tensor, *, validate: bool = True, name: str = ""):
         self.shape = _check_shape(shape, name)
         if validate:
             check_indices(indices, self.shape, name)
-        self.indices = indices.to(index_dtype(self.shape))
+        self._indices = indices.to(index_dtype(self.shape))
         self.name = name
+
+    @property
+    def indices(self) -> Tensor:
+        """``(entries,)`` flat positions, ascending."""
+        return self._indices
 
     @property
     def nnz(self) -> int:
@@ -132,11 +151,12 @@ class Support:
 
     @property
     def density(self) -> float:
-        """Share of the weight's entries that are in the support."""
+        """Share of the weight's entries in the support."""
         return self.nnz / (self.shape[0] * self.shape[1])
 
     @property
     def device(self) -> torch.device:
+        """Device of the positions."""
         return self.indices.device
 
     @cached_property
@@ -157,7 +177,10 @@ class Support:
         return torch.div(self.indices, self.shape[1], rounding_mode="floor").to(torch.int32)
 
     def entry_ranges(self, row_ranges: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
-        """The half-open range of entries in each of some consecutive ranges of rows; asks the device once for each."""
+        """The half-open range of entries in each of several consecutive ranges of rows.
+
+        Waits for the device at the first call with these ranges.
+        """
         key = tuple(row_ranges)
         if key not in self._entry_ranges:
             bounds = [start for start, _ in row_ranges] + [stop for _, stop in row_ranges[-1:]]
@@ -166,18 +189,23 @@ class Support:
         return self._entry_ranges[key]
 
     def of_rows(self, start: int, stop: int) -> tuple[Support, int, int]:
-        """The part in some consecutive rows, as a support of those rows alone, and the range of its entries."""
+        """The part in rows ``start`` to ``stop`` as a support of these rows, and the range of its entries."""
         ((first, last),) = self.entry_ranges([(start, stop)])
         flat = self.indices[first:last] - start * self.shape[1]
         return Support((stop - start, self.shape[1]), flat, validate=False, name=self.name), first, last
 
     @cached_property
-    def _entry_ranges(self) -> dict[tuple, list[tuple[int, int]]]:
+    def _entry_ranges(self) -> dict[tuple[tuple[int, int], ...], list[tuple[int, int]]]:
+        return {}
+
+    @cached_property
+    def derived(self) -> dict[str, Any]:
+        """Results that other modules compute once from this support, by name."""
         return {}
 
     @cached_property
     def transposed(self) -> tuple[Support, Tensor]:
-        """The support of the transposed weight, and for each of its entries the place in this one: int64."""
+        """The support of the transposed weight, and the int64 slot of each of its entries in this support."""
         rows, cols = self.shape
         order = (self.cols.long() * rows + self.rows).argsort()
         flat = (self.cols.long() * rows + self.rows)[order]
@@ -187,7 +215,7 @@ class Support:
 
     @classmethod
     def from_csr(cls, shape: tuple[int, int], indices: Tensor, row_ptr: Tensor, cols: Tensor) -> Support:
-        """A support whose CSR view is at hand already; nothing is checked."""
+        """A support whose CSR view is known already; nothing is checked."""
         support = cls(shape, indices, validate=False)
         support.__dict__.update(row_ptr=row_ptr, cols=cols)
         return support
@@ -211,7 +239,9 @@ class Support:
             ValueError: it is not 2-D.
         """
         if mask.dtype != torch.bool:
-            raise TypeError(f"{_prefix(name)}mask of dtype {mask.dtype}: a bool mask is expected, such as `mask != 0`")
+            raise TypeError(
+                f"{layer_prefix(name)}mask of dtype {mask.dtype}: a bool mask is expected, such as `mask != 0`"
+            )
         shape = _check_shape(mask.shape, name)
         return cls(shape, mask.reshape(-1).nonzero().squeeze(1), validate=False, name=name)
 
@@ -251,8 +281,8 @@ class Support:
 
         Args:
             shape: ``(rows, cols)`` of the stored weight.
-            block_size: ``(rows, cols)`` of a block; blocks at the right and lower edge may be cut off.
-            block_ids: row-major numbers of blocks in the grid of ``ceil(rows / block rows)`` by
+            block_size: ``(rows, cols)`` of a block; blocks at the right and lower edge may be smaller.
+            block_ids: row-major block numbers in the grid of ``ceil(rows / block rows)`` by
                 ``ceil(cols / block cols)``.
             name: the layer's name.
 
@@ -308,20 +338,20 @@ class Support:
         """Whether each of the flat positions ``flat``, of any shape, is in the support: bool of ``flat``'s shape."""
         if self.nnz == 0:
             return torch.zeros(flat.shape, dtype=torch.bool, device=flat.device)
-        # clamped so that no wider number wraps round to one that is in the support; unequal to it below all the same
+        # clamped, since a wider number could wrap to one in the support; the comparison below rejects it
         inside = flat.long().clamp(0, self.shape[0] * self.shape[1] - 1).to(self.indices.dtype)
         slots = torch.searchsorted(self.indices, inside).clamp_(max=self.nnz - 1)
         return self.indices[slots] == flat
 
     def slots(self, flat: Tensor) -> Tensor:
-        """Where the positions ``flat``, each of which is in the support, stand in it: int64."""
+        """Index of each position ``flat`` in the support, int64; all must be in it."""
         return torch.searchsorted(self.indices, flat.to(self.indices.dtype))
 
     def union(self, *others: Support) -> tuple[Support, list[Tensor]]:
-        """All positions of this and other supports of the same weight.
+        """The union with other supports of the same weight.
 
         Returns:
-            The union, and for this support and each of the others the int64 places of its entries in the union.
+            The union, and the int64 slots of this support's and each other support's entries in the union.
 
         Raises:
             ValueError: supports of weights of other shapes.
@@ -334,7 +364,7 @@ class Support:
         return union, [union.slots(part.indices.to(self.device)) for part in parts]
 
     def intersection_size(self, other: Support) -> int:
-        """Number of positions that both supports have.
+        """Number of common positions.
 
         Raises:
             ValueError: supports of weights of other shapes.
@@ -345,7 +375,7 @@ class Support:
     def _check_same_shape(self, other: Support) -> None:
         if other.shape != self.shape:
             raise ValueError(
-                f"{_prefix(self.name)}supports over {self.shape} and {other.shape} ({other.name or 'unnamed'}) "
+                f"{layer_prefix(self.name)}supports over {self.shape} and {other.shape} ({other.name or 'unnamed'}) "
                 "belong to different weights"
             )
 
@@ -354,16 +384,13 @@ class Support:
             return NotImplemented
         return self.shape == other.shape and torch.equal(self.indices, other.indices.to(self.device))
 
-    # equal supports are equal in content, which is too long to hash
-    __hash__ = None
-
     def __repr__(self) -> str:
         name = f"{self.name!r}, " if self.name else ""
         return f"Support({name}shape={self.shape}, nnz={self.nnz}, density={self.density:.3g}, device={self.device})"
 
 
 def _sorted_unique(ids: Tensor | Sequence[int], size: int, what: str, extent: str, name: str) -> Tensor:
-    """Row, column or block numbers as sorted int64, checked."""
+    """Row, column or block numbers as sorted int64, checked; see ``_check_range``."""
     if not isinstance(ids, Tensor):
         ids = torch.tensor(ids, dtype=None if len(ids) else torch.int64)
     _check_integers(ids, what, name)
@@ -371,5 +398,5 @@ def _sorted_unique(ids: Tensor | Sequence[int], size: int, what: str, extent: st
     ids = ids.long().sort().values
     repeated = ids[1:][ids[1:] == ids[:-1]]
     if repeated.numel():
-        raise ValueError(f"{_prefix(name)}{what} contain {int(repeated[0])} twice; each may be given once")
+        raise ValueError(f"{layer_prefix(name)}{what} contain {int(repeated[0])} twice; each may be given once")
     return ids
