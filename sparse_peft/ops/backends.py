@@ -20,8 +20,6 @@ logger = logging.getLogger(__name__)
 
 # "panels", "sampled" and "tiles" use PyTorch's own operations; "triton" and "cuda" are kernels of this package.
 BACKENDS = ("auto", "panels", "sampled", "tiles", "triton", "cuda")
-# Ops with a CUDA C++ kernel; every op has a Triton kernel.
-CUDA_OPS = ("scatter_add", "write_many", "support_grad")
 
 _forced: str | None = None
 _logged: set[str] = set()
@@ -81,7 +79,7 @@ def kernel_backend(op: str, dtype: torch.dtype, device: torch.device, index: tor
     """The kernel that runs an op: ``"cuda"``, ``"triton"``, or None for PyTorch's operations.
 
     Args:
-        op: name of the op. Those in ``CUDA_OPS`` have a CUDA C++ kernel; every op has a Triton kernel.
+        op: name of the op. Those in ``cuda_kernels.OPS`` have a CUDA C++ kernel; every op has a Triton kernel.
         dtype: of the floats.
         device: of all tensors.
         index: dtype of the positions.
@@ -95,7 +93,7 @@ def kernel_backend(op: str, dtype: torch.dtype, device: torch.device, index: tor
     _check_device(forced, device)
     if dtype not in cuda_kernels.FLOATS:
         return None  # kernels sum in float32, which would round float64
-    if forced != "triton" and op in CUDA_OPS and cuda_kernels.usable(op, dtype, index, device):
+    if forced != "triton" and op in cuda_kernels.OPS and cuda_kernels.usable(op, dtype, index, device):
         return "cuda"
     if forced != "cuda" and triton_kernels.usable(device):
         return "triton"

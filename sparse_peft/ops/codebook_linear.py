@@ -1,14 +1,15 @@
-"""A linear layer whose weight is decoded from codes while it is multiplied, with gradients for the codebooks.
+"""A linear layer whose weight is decoded from codes during the product, with gradients for the codebooks.
 
-The weight is ``scale * (base + sum over i of tables_i[codes_i])``, of which each part may be missing. A panel of its
-rows is decoded, multiplied and dropped, in the forward pass and again in backward; the gradient of a panel's weights
-is reduced to the tables' before the next is formed. Source: SketchTune (Zhang et al., ICML 2025), panels ours.
+The weight is ``scale * (base + sum over i of tables_i[codes_i])``, where each part is optional. It is decoded one
+panel of rows at a time, in the forward pass and again in backward. There each panel's gradient is reduced to the
+tables' before the next is formed. Source: SketchTune, https://arxiv.org/abs/2410.06364; the panels are this package's.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,11 +23,11 @@ from .products import LinearProduct
 
 @dataclass(frozen=True)
 class Codes:
-    """Codes of a weight's rows, packed as ``sparse_peft.ops.codes`` has them.
+    """Codes of a weight's rows, packed by ``pack_codes``.
 
     Attributes:
         packed: ``(rows, packed_width(cols, bits))`` uint8.
-        bits: of a code.
+        bits: per code.
     """
 
     packed: Tensor
@@ -35,13 +36,13 @@ class Codes:
 
 @dataclass(frozen=True)
 class CodedWeight:
-    """A weight ``(rows, cols)`` without its tables.
+    """A coded weight ``(rows, cols)`` without its tables.
 
     Attributes:
-        shape: ``(rows, cols)``: outputs and inputs.
-        codes: for each table.
-        base: ``base(start, stop)`` gives these rows of what the decoded tables are added to, in any float dtype.
-        scale_: ``scale_(panel, start)`` multiplies rows from ``start`` on by what they are scaled with, in place.
+        shape: ``(outputs, inputs)``.
+        codes: for each table, at least one.
+        base: ``base(start, stop)`` returns rows of the weight that the tables are added to, in any float dtype.
+        scale_: ``scale_(panel, start)`` multiplies the rows from ``start`` by their scales, in place.
     """
 
     shape: tuple[int, int]
@@ -54,21 +55,23 @@ class CodedWeight:
         """Rows ``start`` to ``stop`` in ``dtype``; sums in at least float32, rounded once."""
         cols = self.shape[1]
         alone = len(tables) == 1 and self.base is None and self.scale_ is None
-        total = None
+        parts = []
         for table, codes in zip(tables, self.codes, strict=True):
             wide = dtype if alone else torch.promote_types(table.dtype, accumulation_dtype(dtype))
-            part = code_gather(table[start:stop], codes.packed[start:stop], codes.bits, cols, wide)
-            total = part if total is None else total.add_(part)
+            parts.append(code_gather(table[start:stop], codes.packed[start:stop], codes.bits, cols, wide))
+        total = parts[0]
+        for part in parts[1:]:
+            total = total.add_(part)
         if self.base is not None:
             base = self.base(start, stop)
-            # in the layout of a base that is stored transposed, whose product's bits depend on it
+            # the result keeps the layout of a transposed base, since the bits of its product depend on it
             total = total.add_(base) if base.is_contiguous() else torch.add(base, total)
         if self.scale_ is not None:
             self.scale_(total, start)
         return total.to(dtype)
 
     def table_grads(self, tables: Sequence[Tensor], left: Tensor, right: Tensor) -> list[Tensor]:
-        """The tables' gradients from the weight's, ``left.T @ right``, of which a panel is alive at a time."""
+        """The tables' gradients from the weight's, ``left.T @ right``, one panel at a time."""
         grads = [torch.empty_like(table) for table in tables]
         for start, stop, dense in gradient_panels([(left, right)], self.shape):
             if self.scale_ is not None:
@@ -80,7 +83,7 @@ class CodedWeight:
 
 @dataclass(frozen=True)
 class _Decoded:
-    """The weight with its tables, as a source of panels for the product."""
+    """The weight with its tables, in panels for the product."""
 
     coded: CodedWeight
     tables: Sequence[Tensor]
@@ -97,7 +100,7 @@ class _Decoded:
 
 class _CodebookLinear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, bias, coded, *tables):
+    def forward(ctx: Any, x: Tensor, bias: Tensor | None, coded: CodedWeight, *tables: Tensor) -> Tensor:
         ctx.coded = coded
         ctx.save_for_backward(x if any(ctx.needs_input_grad[3:]) else None, *tables)
         ctx.shape = x.shape
@@ -105,11 +108,11 @@ class _CodebookLinear(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, grad):
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, *tables = ctx.saved_tensors
         coded = ctx.coded
         grad_x = grad_bias = None
-        grads = [None] * len(tables)
+        grads: Sequence[Tensor | None] = [None] * len(tables)
         if ctx.needs_input_grad[0]:
             grad_x = coded.product.input_grad(grad, _Decoded(coded, tables), ctx.shape)
         if ctx.needs_input_grad[1]:
@@ -120,15 +123,16 @@ class _CodebookLinear(torch.autograd.Function):
 
 
 def codebook_linear(x: Tensor, tables: Sequence[Tensor], bias: Tensor | None, coded: CodedWeight) -> Tensor:
-    """``x @ W.T + bias`` for a coded weight, with no temporary of the weight's size larger than a panel.
+    """``x @ W.T + bias`` for a coded weight, without temporaries larger than a panel.
 
-    A table's gradient is the sum of the gradients of all weights that use an entry, in at least float32.
+    The gradient of a table entry is the sum of the gradients of its weights, in at least float32. Only ``x`` and the
+    tables are saved for backward.
 
     Args:
         x: ``(..., cols)``, in the dtype to multiply in.
         tables: ``(rows, groups, 2**bits)`` floats, one for each of ``coded.codes``; differentiable.
         bias: ``(rows,)`` in ``x``'s dtype, or None.
-        coded: the weight without its tables; saved for backward are ``x`` and the tables only.
+        coded: the weight without its tables.
 
     Returns:
         ``(..., rows)`` in ``x``'s dtype.

@@ -1,9 +1,8 @@
-"""Weights as codes: each weight an index into a small table of its row, or of its part of the row.
+"""Weights as codes: indices into a small table of the row, or of a part of the row.
 
-``rows`` weight rows of ``cols`` weights are cut into ``groups`` parts each; weight ``j`` of a row belongs to part
-``floor(j * groups / cols)``. A code of ``bits`` bits selects one of ``2**bits`` table entries. Packed, the codes of a
-row are one stream of bits, the highest bit of a byte first, padded to whole bytes: at 4 bits the even columns are the
-high halves, as in bitsandbytes.
+A row of ``cols`` weights has ``groups`` parts; weight ``j`` belongs to part ``floor(j * groups / cols)``. A code of
+``bits`` bits selects one of ``2**bits`` table entries. The packed codes of a row are one stream of bits, highest bit
+first, padded to whole bytes: at 4 bits the even columns are the high halves, as in bitsandbytes.
 """
 
 from __future__ import annotations
@@ -19,9 +18,10 @@ from .backends import kernel_backend
 
 BITS = (2, 3, 4, 8)
 
-# Larger blocks fall out of a CPU's cache, and their temporaries come from fresh pages each time: 1 MiB took a third of
-# the time of a whole 1,536 x 1,536 weight.
+# Larger tiles do not fit a CPU's cache, and their temporaries take fresh pages each time: with tiles of 1 MiB, weights
+# of 1,536 x 1,536 took a third of the time.
 CPU_TILE_BYTES = 2**20
+# {bytes: dtype of this size}
 _WIDE = {2: torch.int16, 4: torch.int32, 8: torch.int64, 16: torch.complex128}
 
 
@@ -36,7 +36,7 @@ def column_groups(cols: int, groups: int, device: torch.device | None = None) ->
 
 
 def packed_width(cols: int, bits: int) -> int:
-    """Bytes in a packed row of ``cols`` codes."""
+    """Bytes of a packed row of ``cols`` codes."""
     _check_bits(bits)
     return -(-cols * bits // 8)
 
@@ -45,7 +45,7 @@ def pack_codes(codes: Tensor, bits: int) -> Tensor:
     """Pack codes ``(rows, cols)`` of any integer dtype into uint8 ``(rows, packed_width(cols, bits))``.
 
     Raises:
-        ValueError: ``bits`` that are not supported, or a code that needs more.
+        ValueError: unsupported ``bits``, or a code that needs more.
     """
     width = packed_width(codes.shape[1], bits)
     if codes.numel() and not 0 <= int(codes.amin()) <= int(codes.amax()) < 1 << bits:
@@ -66,13 +66,13 @@ def unpack_codes(packed: Tensor, bits: int, cols: int) -> Tensor:
     """Codes ``(rows, cols)`` uint8 from packed ones ``(rows, packed_width(cols, bits))``.
 
     Raises:
-        ValueError: rows of another width than ``cols`` codes take.
+        ValueError: rows whose width does not match ``cols`` codes.
     """
     if packed.shape[1] != packed_width(cols, bits):
         raise ValueError(
             f"packed rows of {packed.shape[1]} bytes: {cols} codes of {bits} bits take {packed_width(cols, bits)}"
         )
-    if 8 % bits == 0:  # no code lies in two bytes
+    if 8 % bits == 0:  # no code spans two bytes
         places = torch.arange(8 - bits, -1, -bits, dtype=torch.uint8, device=packed.device)
         return (packed[..., None] >> places & ((1 << bits) - 1)).flatten(1)[:, :cols]
     # eight codes of three bits lie in three bytes
@@ -85,7 +85,7 @@ def unpack_codes(packed: Tensor, bits: int, cols: int) -> Tensor:
 
 
 def _tiles(rows: int, cols: int, device: torch.device) -> list[tuple[int, int]]:
-    """Blocks of rows that are unpacked at a time."""
+    """Ranges of rows that are unpacked at a time."""
     bytes_per_row = cols * torch.int64.itemsize
     return panels(rows, bytes_per_row, max(1, CPU_TILE_BYTES // bytes_per_row) if device.type == "cpu" else None)
 
@@ -102,20 +102,20 @@ def _check_tables(codebook_shape: torch.Size, codes: Tensor, bits: int, cols: in
 
 
 def code_gather(codebook: Tensor, codes: Tensor, bits: int, cols: int, dtype: torch.dtype) -> Tensor:
-    """The weights that codes stand for.
+    """The weights of a codebook and codes.
 
     Args:
         codebook: ``(rows, groups, 2**bits)``.
         codes: packed ``(rows, packed_width(cols, bits))`` uint8.
-        bits: of a code.
-        cols: weights in a row.
+        bits: per code.
+        cols: weights per row.
         dtype: of the result.
 
     Returns:
         ``(rows, cols)``.
 
     Raises:
-        ValueError: shapes that do not belong together.
+        ValueError: shapes that do not match.
     """
     _check_tables(codebook.shape, codes, bits, cols)
     rows, groups, entries = codebook.shape
@@ -135,7 +135,7 @@ def code_gather(codebook: Tensor, codes: Tensor, bits: int, cols: int, dtype: to
 
 
 def _bytes_are_indices(cols: int, groups: int, bits: int, dtype: torch.dtype) -> bool:
-    """Whether looking up all codes of a byte at once is possible, and cheaper than to unpack them."""
+    """Whether all codes of a byte can be looked up at once, and faster than by unpacking them."""
     if 8 % bits or bits == 8 or 8 // bits * dtype.itemsize not in _WIDE:
         return False
     codes_per_byte = 8 // bits
@@ -144,7 +144,14 @@ def _bytes_are_indices(cols: int, groups: int, bits: int, dtype: torch.dtype) ->
 
 
 def _gather_bytes_(out: Tensor, tables: Tensor, codes: Tensor, bits: int) -> None:
-    """``out`` ``(tables, cols)`` from ``tables`` ``(tables, 2**bits)``, with a table of all 256 bytes for each."""
+    """Look up all codes of a byte at once, in a table of the 256 bytes for each of the tables.
+
+    Args:
+        out: ``(tables, cols)``, written.
+        tables: ``(tables, 2**bits)``.
+        codes: packed uint8, reshaped to ``(tables, bytes)``.
+        bits: per code.
+    """
     (rows, cols), entries, count = out.shape, 1 << bits, 8 // bits
     codes, tables = codes.reshape(rows, -1), tables.to(out.dtype)
     wide = _WIDE[count * out.dtype.itemsize]
@@ -159,19 +166,19 @@ def _gather_bytes_(out: Tensor, tables: Tensor, codes: Tensor, bits: int) -> Non
 
 
 def code_scatter_add(grad: Tensor, codes: Tensor, bits: int, groups: int) -> Tensor:
-    """The codebook's gradient: for each table entry the sum of the gradients of the weights that use it.
+    """The codebook's gradient: for each table entry, the sum of the gradients of its weights.
 
     Args:
         grad: ``(rows, cols)`` gradient of the weights.
         codes: packed ``(rows, packed_width(cols, bits))`` uint8.
-        bits: of a code.
-        groups: tables in a row.
+        bits: per code.
+        groups: tables per row.
 
     Returns:
         ``(rows, groups, 2**bits)`` float32 (float64 for float64 gradients); the order of summation is fixed.
 
     Raises:
-        ValueError: shapes that do not belong together.
+        ValueError: shapes that do not match.
     """
     rows, cols = grad.shape
     shape = torch.Size((rows, groups, 1 << bits))
@@ -191,7 +198,7 @@ def code_scatter_add(grad: Tensor, codes: Tensor, bits: int, groups: int) -> Ten
             places = places if groups == 1 else places.add_(group * (1 << bits))
             out[start:stop].flatten(1).scatter_add_(1, places, part)
             continue
-        # scatter_add is not deterministic on a GPU: a masked sum for each table entry is
+        # scatter_add is not deterministic on a GPU, in contrast to a masked sum for each table entry
         for code in range(1 << bits):
             chosen = part.masked_fill(places != code, 0)
             for n, (first, last) in enumerate(itertools.pairwise(ends)):

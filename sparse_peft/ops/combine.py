@@ -1,8 +1,8 @@
-"""Several deltas of one weight made into one, on their supports: weighted sums, TIES, DARE, magnitude pruning.
+"""Combinations of several deltas of one weight, on their supports: weighted sums, TIES, DARE, magnitude pruning.
 
-What is pruned, elected and averaged is PEFT's (``peft.utils.merge_utils``), called on values aligned at the union of
-the supports, where an adapter that has no entry at a position counts as zero, as it would in dense deltas. Only
-``density`` is a share of something else: of an adapter's own entries, which are few of the weight's anyway.
+Pruning, sign election and averaging are PEFT's (``peft.utils.merge_utils``), on values aligned at the union of the
+supports. An adapter without an entry at a position counts as zero, as in dense deltas. Only ``density`` differs: it is
+a share of an adapter's own entries, which are few of the weight's.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import hashlib
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from peft.utils.merge_utils import calculate_majority_sign_mask, disjoint_merge, prune
@@ -29,21 +30,26 @@ class Combination:
     """How the deltas of several adapters become one.
 
     Args:
-        combination_type: ``"linear"``: the weighted sum; ``"ties"`` (Yadav et al. 2023): the largest entries of each,
-            of which those count whose sign the sum of all agrees with, averaged over the adapters that have them;
-            ``"dare_linear"`` and ``"dare_ties"`` (Yu et al. 2024): entries are dropped at random and the others scaled
-            up before; ``"magnitude_prune"``: the weighted sum of the largest entries of each. Of low-rank factors
-            ``"linear"`` and ``"cat"``: their ranks side by side, which is the exact weighted sum, and ``"svd"``: the
-            best approximation of it of ``svd_rank``.
+        combination_type: ``"linear"``: the weighted sum. ``"ties"`` (https://arxiv.org/abs/2306.01708): the largest
+            entries of each adapter; those whose sign agrees with the elected one are averaged over the adapters that
+            have them. ``"dare_linear"`` and ``"dare_ties"`` (https://arxiv.org/abs/2311.03099): the same sums after
+            dropping random entries and rescaling the others. ``"magnitude_prune"``: the weighted sum of the largest
+            entries of each adapter. For low-rank factors, ``"linear"`` and ``"cat"`` concatenate their ranks, which
+            is the exact weighted sum, and ``"svd"`` is its best approximation of rank ``svd_rank``.
         density: with pruning: share of each adapter's own entries that is kept, in (0, 1].
-        majority_sign_method: with TIES: whether the sum of values decides a sign (``"total"``) or the number of
-            adapters (``"frequency"``).
-        seed: with DARE: which entries are dropped, with the layer's name and the adapter's place; the same on every
-            device and in every process.
+        majority_sign_method: with TIES: whether a sign is elected by the sum of values (``"total"``) or by the number
+            of adapters (``"frequency"``).
+        seed: with DARE: determines the dropped entries, together with the layer's name and the adapter's place; the
+            same on every device and in every process.
         svd_rank: with ``"svd"``; by default the largest rank of the adapters.
 
     Raises:
-        ValueError: an unknown type, or a field that the type does not go with or needs.
+        ValueError: an unknown type, or a field that does not fit the type or is missing.
+
+    Example:
+        >>> from sparse_peft.ops import Combination
+        >>> Combination("ties", density=0.5).prunes
+        True
     """
 
     combination_type: str = "linear"
@@ -52,7 +58,7 @@ class Combination:
     seed: int = 0
     svd_rank: int | None = None
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         kind = self.combination_type
         if kind not in COMBINATIONS:
             raise ValueError(f"combination_type={kind!r}: one of {', '.join(COMBINATIONS)} is expected")
@@ -75,14 +81,17 @@ class Combination:
 
     @property
     def prunes(self) -> bool:
+        """Whether entries are pruned."""
         return self.combination_type in ("ties", "dare_linear", "dare_ties", "magnitude_prune")
 
     @property
     def elects_signs(self) -> bool:
+        """Whether signs are elected, as in TIES."""
         return self.combination_type in ("ties", "dare_ties")
 
     @property
     def drops_at_random(self) -> bool:
+        """Whether entries are dropped at random, as in DARE."""
         return self.combination_type.startswith("dare")
 
 
@@ -90,15 +99,15 @@ def check_weights(weights: Sequence[float], count: int) -> None:
     """Check the adapters' weights.
 
     Raises:
-        ValueError: not one finite number for each adapter.
+        ValueError: weights that are not one finite number for each adapter.
     """
     if len(weights) != count or not all(math.isfinite(weight) for weight in weights):
         raise ValueError(f"weights={list(weights)!r}: one finite number for each of {count} adapters is expected")
 
 
 def _pruned(values: Tensor, how: Combination, name: str) -> Tensor:
-    """One adapter's values ``(entries,)`` with those that are left out set to zero."""
-    if not how.prunes or how.density == 1:
+    """One adapter's values ``(entries,)``, with pruned ones set to zero."""
+    if how.density is None or how.density == 1:
         return values
     if not how.drops_at_random:
         return prune(values, how.density, method="magnitude")
@@ -111,10 +120,10 @@ def _pruned(values: Tensor, how: Combination, name: str) -> Tensor:
 def combine_on_supports(
     supports: Sequence[Support], values: Sequence[Tensor], weights: Sequence[float], how: Combination, name: str = ""
 ) -> tuple[Support, Tensor]:
-    """The combined delta of one weight: its support and its values.
+    """The support and the values of the combined delta of one weight.
 
-    Computed in float64 on the CPU and rounded once, so that the mean of equal adapters is that adapter bit for bit
-    and the order of adapters does not matter.
+    Computed in float64 on the CPU and rounded once: the mean of equal adapters is that adapter bit for bit, and the
+    order of adapters does not matter.
 
     Args:
         supports: of each adapter, over the same weight.
@@ -124,11 +133,11 @@ def combine_on_supports(
         name: the layer's name.
 
     Returns:
-        The union of the supports; after pruning only what is left of it, though at least one entry, where the union
-        is one of single entries. And ``(entries,)`` float32 values on the CPU.
+        The union of the supports, and ``(entries,)`` float32 values on the CPU. Pruning also removes entries from a
+        union of single entries, but keeps at least one.
 
     Raises:
-        ValueError: supports of weights of other shapes, or a combination that has no meaning for entries.
+        ValueError: supports of weights of other shapes, or a combination that is not defined for entries.
     """
     if how.combination_type not in ENTRY_COMBINATIONS:
         raise ValueError(
@@ -142,7 +151,8 @@ def combine_on_supports(
         aligned[number, slot] = _pruned(value.detach().cpu().double(), how, f"{number}:{name}")
     weighted = aligned * torch.tensor(weights, dtype=torch.float64)[:, None]
     if how.elects_signs:
-        combined = disjoint_merge(weighted, calculate_majority_sign_mask(aligned, method=how.majority_sign_method))
+        method: Literal["total", "frequency"] = "frequency" if how.majority_sign_method == "frequency" else "total"
+        combined = disjoint_merge(weighted, calculate_majority_sign_mask(aligned, method=method))
     else:
         combined = weighted.sum(dim=0)
     if how.prunes and not isinstance(union, ChannelSupport):
@@ -155,21 +165,21 @@ def combine_on_supports(
 def combine_factors(
     factors: Sequence[tuple[Tensor, Tensor]], weights: Sequence[float], how: Combination, name: str = ""
 ) -> tuple[Tensor, Tensor]:
-    """The weighted sum of low-rank products ``B @ A``, as factors again; the product is never formed.
+    """The weighted sum of low-rank products ``B @ A``, as factors; the product is never formed.
 
-    Factors are not averaged one by one: the mean of ``B`` times the mean of ``A`` is not the mean of the products.
+    The factors cannot be averaged separately: the mean of ``B`` times the mean of ``A`` is not the mean of products.
 
     Args:
         factors: ``(rank, inputs)`` and ``(outputs, rank)`` of each adapter.
         weights: one number for each.
-        how: ``"linear"`` or ``"cat"``: the ranks side by side, exactly the sum; ``"svd"``: its best approximation.
+        how: ``"linear"`` or ``"cat"`` concatenate the ranks, which is the exact sum; ``"svd"`` approximates it.
         name: the layer's name.
 
     Returns:
         ``(rank, inputs)`` and ``(outputs, rank)`` float32 on the CPU.
 
     Raises:
-        ValueError: a combination that has no meaning for factors.
+        ValueError: a combination that is not defined for factors.
     """
     if how.combination_type not in FACTOR_COMBINATIONS:
         raise ValueError(
@@ -187,7 +197,7 @@ def combine_factors(
 
 
 def _best_factors(down: Tensor, up: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """The best approximation of ``up @ down`` of a rank, by the singular values of its small core."""
+    """The best rank-``rank`` approximation of ``up @ down``, by a singular value decomposition of its small core."""
     right, right_core = torch.linalg.qr(down.t())
     left, left_core = torch.linalg.qr(up)
     u, s, vh = torch.linalg.svd(left_core @ right_core.t(), full_matrices=False)

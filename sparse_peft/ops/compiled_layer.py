@@ -1,10 +1,12 @@
-"""The layers as ordinary tensor operations, for compiled graphs, which must not see writes to the base.
+"""The layers as plain tensor operations, for compiled graphs, which must not see writes to the base weight.
 
-The effective entries are *set* in a transient copy of the weight, so the result is the same whether or not the weight
-already holds them. The copy is made again in backward and never saved.
+The effective entries are *set* in a temporary copy of the weight, so the result does not depend on whether the weight
+already contains them. The copy is built again in backward and never saved.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -17,11 +19,12 @@ from .entries import effective_entries
 from .products import LayerProduct
 from .torch_library import support_grad
 
-# In place of a dimension: positions are flat, of single entries.
+# In place of a dimension: positions are those of single entries.
 ENTRIES = -1
 
 
 def _effective(weight: Tensor, values: Tensor, positions: Tensor, originals: Tensor, dim: int) -> Tensor:
+    """The effective weight, as a new tensor."""
     entries = effective_entries(originals, values)
     if dim == ENTRIES:
         return weight.reshape(-1).scatter(0, positions.long(), entries).view(weight.shape)
@@ -32,7 +35,20 @@ def _effective(weight: Tensor, values: Tensor, positions: Tensor, originals: Ten
 
 class _Linear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, values, bias, weight, positions, originals, row_ptr, cols, dim, in_dim, key):
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        values: Tensor,
+        bias: Tensor | None,
+        weight: Tensor,
+        positions: Tensor,
+        originals: Tensor,
+        row_ptr: Tensor | None,
+        cols: Tensor | None,
+        dim: int,
+        in_dim: int,
+        key: int,
+    ) -> Tensor:
         kept = x.index_select(-1, positions) if dim == in_dim else x
         ctx.save_for_backward(kept, values, weight, positions, originals, row_ptr, cols)
         ctx.dim, ctx.in_dim, ctx.key = dim, in_dim, key
@@ -40,7 +56,7 @@ class _Linear(torch.autograd.Function):
         return F.linear(x, effective if in_dim == 1 else effective.t(), bias)
 
     @staticmethod
-    def backward(ctx, grad):
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         kept, values, weight, positions, originals, row_ptr, cols = ctx.saved_tensors
         grad_x = grad_values = grad_bias = None
         if ctx.needs_input_grad[0]:
@@ -48,11 +64,9 @@ class _Linear(torch.autograd.Function):
             grad_x = F.linear(grad, effective.t() if ctx.in_dim == 1 else effective)
         if ctx.needs_input_grad[1]:
             out = grad.index_select(-1, positions) if ctx.dim == 1 - ctx.in_dim else grad
-            left, right = (
-                (flatten_tokens(out), flatten_tokens(kept))
-                if ctx.in_dim == 1
-                else (flatten_tokens(kept), flatten_tokens(out))
-            )
+            left, right = flatten_tokens(out), flatten_tokens(kept)
+            if ctx.in_dim == 0:
+                left, right = right, left
             if ctx.dim == ENTRIES:
                 grad_values = support_grad(left, right, row_ptr, cols, positions, *weight.shape, ctx.key)
             else:
@@ -66,14 +80,24 @@ class _Linear(torch.autograd.Function):
 
 class _Conv(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, values, bias, weight, positions, originals, dim, product):
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        values: Tensor,
+        bias: Tensor | None,
+        weight: Tensor,
+        positions: Tensor,
+        originals: Tensor,
+        dim: int,
+        product: ConvProduct,
+    ) -> Tensor:
         ctx.save_for_backward(x.index_select(1, positions) if dim == 1 else x, values, weight, positions, originals)
         ctx.dim, ctx.product, ctx.shape = dim, product, x.shape
         effective = _effective(weight, values, positions, originals, dim).to(x.dtype)
         return product.convolve(x, effective, bias)
 
     @staticmethod
-    def backward(ctx, grad):
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         kept, values, weight, positions, originals = ctx.saved_tensors
         product = ctx.product
         grad_x = grad_values = grad_bias = None
@@ -102,15 +126,17 @@ def functional_layer(
 ) -> Tensor:
     """``support_layer`` for ``torch.compile``.
 
-    Of a convolution the dense weight gradient is alive whole.
+    A convolution forms its whole dense weight gradient.
 
     Args:
-        x, values, bias: as there.
+        x: as in ``support_layer``.
+        values: as in ``support_layer``.
+        bias: as in ``support_layer``.
         weight: the base weight.
-        originals: the base's entries at the support.
+        originals: ``(entries,)`` entries of the base model at the support.
         support: of the values.
-        csr: its row pointers and columns, made beforehand; None for whole channels.
-        product: the layer's.
+        csr: row pointers and columns of the support, computed beforehand; None for whole channels.
+        product: of the layer.
         key: of the layer, for observers.
     """
     if isinstance(support, ChannelSupport):

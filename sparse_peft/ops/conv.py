@@ -1,8 +1,8 @@
-"""The product of a convolution, of one to three dimensions.
+"""The product of a convolution of one to three dimensions.
 
-The weight counts as the matrix ``(out, in / groups * taps)``. Its gradient at single entries comes from unfolded
-input, a tile of it at a time, by whatever ``support_grad`` finds fastest; where that is the dense
-gradient, from the convolution's own, a block of output channels at a time.
+The weight counts as the matrix ``(out, in / groups * taps)``. Its gradient at single entries is computed by
+``support_grad`` from the unfolded input, one tile at a time. Where the dense gradient is faster, it is the
+convolution's own, for one block of output channels at a time.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from typing import TypeGuard
 
 import torch
 import torch.nn.functional as F
@@ -20,15 +21,16 @@ from ..numerics.tokens import accumulation_dtype
 from ..support import ChannelSupport, Support
 from .gradient_observers import observer_of
 from .plans import plan_support_grad
-from .products import WeightSource, trains_input_channels
+from .products import WeightPanels, trains_input_channels
 from .support_grad import observed_support_grad
 
+Convolution = nn.Conv1d | nn.Conv2d | nn.Conv3d
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _FORWARD = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 
 
-def is_convolution(module: nn.Module) -> bool:
-    """Whether the module computes what one of ``CONVOLUTIONS`` does; not if a subclass computes it its own way."""
+def is_convolution(module: nn.Module) -> TypeGuard[Convolution]:
+    """Whether the module is one of ``CONVOLUTIONS``; false for subclasses with a forward pass of their own."""
     return any(
         isinstance(module, kind)
         and type(module).forward is kind.forward
@@ -43,10 +45,12 @@ class ConvProduct:
 
     Attributes:
         kernel: taps in each dimension.
-        stride, padding, dilation: likewise; padding with zeros, alike on both sides.
+        stride: in each dimension.
+        padding: zeros on both sides of each dimension.
+        dilation: in each dimension.
         groups: as in ``nn.Conv2d``.
-        outer: padding of other kinds, as ``F.pad`` takes it, and its mode; None where there is none.
-        in_dim: 1: columns of the weight's matrix are the input's.
+        outer: other padding, as ``F.pad`` takes it, and its mode; None for none.
+        in_dim: always 1: the columns of the weight's matrix are the inputs.
     """
 
     kernel: tuple[int, ...]
@@ -58,15 +62,15 @@ class ConvProduct:
     in_dim: int = 1
 
     @classmethod
-    def of(cls, module: nn.Module) -> ConvProduct:
-        """The product of a module that ``is_convolution``."""
-        padding, outer = module.padding, None
+    def of(cls, module: Convolution) -> ConvProduct:
+        """The product of a convolution."""
+        kernel, padding = tuple(module.kernel_size), module.padding
+        outer: tuple[tuple[int, ...], str] | None = None
         if isinstance(padding, str) or module.padding_mode != "zeros":
             mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
             outer = tuple(module._reversed_padding_repeated_twice), mode
-            padding = (0,) * len(module.kernel_size)
-        kernel, stride, dilation = module.kernel_size, module.stride, module.dilation
-        return cls(tuple(kernel), tuple(stride), tuple(padding), tuple(dilation), module.groups, outer)
+            padding = (0,) * len(kernel)
+        return cls(kernel, tuple(module.stride), tuple(padding), tuple(module.dilation), module.groups, outer)
 
     def _weight(self, matrix: Tensor) -> Tensor:
         return matrix.reshape(matrix.shape[0], -1, *self.kernel)
@@ -74,7 +78,7 @@ class ConvProduct:
     # ------------------------------------------------------------------ forward and input
 
     def enter(self, x: Tensor) -> Tensor:
-        """Padded where the padding is no number of zeros; a single item as a batch of one."""
+        """The input with its outer padding, and a single item as a batch of one."""
         if self.outer is not None:
             x = F.pad(x, self.outer[0], mode=self.outer[1])
         return x.unsqueeze(0) if self._is_single(x) else x
@@ -85,8 +89,8 @@ class ConvProduct:
     def _is_single(self, x: Tensor) -> bool:
         return x.ndim == len(self.kernel) + 1
 
-    def forward(self, x: Tensor, source: WeightSource, bias: Tensor | None) -> Tensor:
-        out = None
+    def forward(self, x: Tensor, source: WeightPanels, bias: Tensor | None) -> Tensor:
+        out: Tensor | None = None
         for start, stop, matrix in self._panels(source, x.dtype):
             weight = self._weight(matrix)
             if stop - start == source.shape[0]:
@@ -95,6 +99,8 @@ class ConvProduct:
             if out is None:
                 out = part.new_empty(part.shape[0], source.shape[0], *part.shape[2:])
             out[:, start:stop] = part
+        if out is None:
+            raise ValueError(f"the source of a weight of {source.shape} returned no panels")
         return out
 
     def convolve(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -103,12 +109,13 @@ class ConvProduct:
         return _FORWARD[len(self.kernel)](x, weight, bias, *settings)
 
     def low_rank(self, x: Tensor, down: Tensor, up: Tensor) -> Tensor:
-        # of one group: the second product mixes all of them
+        # only for one group: the second product mixes all channels
         hidden = self.convolve(self.enter(x), self._weight(down), None)
         return self.leave(_FORWARD[len(self.kernel)](hidden, up.reshape(*up.shape, *(1 for _ in self.kernel))), x)
 
     @property
     def taps(self) -> int:
+        """Taps per input channel."""
         return math.prod(self.kernel)
 
     def part(self, x: Tensor, start: int, stop: int) -> Tensor:
@@ -123,23 +130,25 @@ class ConvProduct:
     def matrix_grad(self, grad: Tensor, x: Tensor) -> Tensor:
         return self.dense_grad(grad, x).flatten(1).to(accumulation_dtype(grad.dtype))
 
-    def _panels(self, source: WeightSource, dtype: torch.dtype) -> Iterator[tuple[int, int, Tensor]]:
+    def _panels(self, source: WeightPanels, dtype: torch.dtype) -> Iterator[tuple[int, int, Tensor]]:
         if self.groups == 1:
             return source.panels(dtype)
-        # a panel may end within a group; grouped weights are small, and are put together
+        # a panel may end within a group; grouped weights are small, so the whole weight is formed
         whole = torch.cat([weight.reshape(stop - start, -1) for start, stop, weight in source.panels(dtype)])
         return iter([(0, source.shape[0], whole)])
 
-    def input_grad(self, grad: Tensor, source: WeightSource, shape: torch.Size) -> Tensor:
-        total = None
+    def input_grad(self, grad: Tensor, source: WeightPanels, shape: torch.Size) -> Tensor:
+        total: Tensor | None = None
         for start, stop, matrix in self._panels(source, grad.dtype):
             part = self.dense_input_grad(grad[:, start:stop], self._weight(matrix), shape)
             total = part if total is None else total.add_(part)
+        if total is None:
+            raise ValueError(f"the source of a weight of {source.shape} returned no panels")
         return total
 
     def dense_input_grad(self, grad: Tensor, weight: Tensor, shape: torch.Size) -> Tensor:
         """The gradient of an input of this shape, for a dense weight."""
-        like_x = grad.new_empty(1).expand(shape)  # only its shape is looked at
+        like_x = grad.new_empty(1).expand(shape)  # only its shape is read
         return self._backward(grad, like_x, weight, 0)
 
     def _backward(self, grad: Tensor, x: Tensor, weight: Tensor, of: int) -> Tensor:
@@ -209,9 +218,9 @@ class ConvProduct:
         return values
 
     def _unfolded(self, grad: Tensor, x: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-        """Output gradient ``(tokens, out)`` and the input that each output saw, ``(tokens, in * taps)``, in tiles.
+        """Tiles of the output gradient ``(tokens, out)`` and of the unfolded input ``(tokens, in * taps)``.
 
-        Tokens are the places of the output. Both lie with their tokens contiguous, as the sampled products want them.
+        Tokens are the positions of the output. Both have contiguous tokens, as the sampled products need.
         """
         sizes = grad.shape[2:]
         x = F.pad(x, [p for pad in reversed(self.padding) for p in (pad, pad)]) if any(self.padding) else x

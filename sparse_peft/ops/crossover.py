@@ -1,4 +1,4 @@
-"""Up to which density a product at the entries alone beats the dense gradient: measured once per device and kept."""
+"""The density up to which a product at the entries is faster than the dense gradient, measured once per device."""
 
 from __future__ import annotations
 
@@ -25,12 +25,13 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Bench:
-    """What a kind of device is measured on.
+    """The benchmark for one kind of device.
 
     Attributes:
-        default: the crossover where nothing was measured.
-        size, tokens: of the layer.
-        densities: where the two are compared; outside of them the answer is known.
+        default: the crossover without a measurement.
+        size: rows and columns of the weight.
+        tokens: of the activations.
+        densities: where the two are compared; outside of their range the faster one is known.
     """
 
     default: float
@@ -44,7 +45,7 @@ BENCHES = {
     "cuda": Bench(0.004, 4096, 2048, (0.001, 0.002, 0.004, 0.008, 0.016, 0.032)),
 }
 REPEATS = 3
-TOLERANCE = 2e-3  # of a kernel against PyTorch, relative to the largest gradient; a wrong one is off by far more
+TOLERANCE = 2e-3  # error of a kernel, relative to the largest gradient; errors of a broken kernel are far larger
 
 
 @dataclass(frozen=True)
@@ -65,7 +66,7 @@ class Crossover:
 
 
 def cache_file() -> Path:
-    """``$SPARSE_PEFT_CACHE``, or ``sparse_peft`` in the user's cache folder, and there ``calibration.json``."""
+    """``calibration.json`` in ``$SPARSE_PEFT_CACHE``, by default ``sparse_peft`` in the user's cache folder."""
     folder = os.environ.get("SPARSE_PEFT_CACHE")
     if folder is not None:
         return Path(folder) / "calibration.json"
@@ -128,7 +129,11 @@ def _seconds(action: Callable[[], object], device: torch.device) -> float:
 
 
 def meeting_point(ratios: dict[float, float]) -> float:
-    """Where the ratio passes 1, between the measured densities on a logarithmic scale; the ends if it never does."""
+    """The density where the ratio reaches 1, interpolated on a logarithmic scale; the nearest end if it never does.
+
+    Args:
+        ratios: ``{density: time of the path / time of the dense panels}``.
+    """
     points = sorted(ratios.items())
     if points[0][1] >= 1:
         return points[0][0]
@@ -141,12 +146,12 @@ def meeting_point(ratios: dict[float, float]) -> float:
 
 @torch.no_grad()
 def measure(device: torch.device, dtype: torch.dtype, bench: Bench | None = None) -> Crossover:
-    """Time every path against dense panels; a kernel whose result is wrong is left out, with a warning.
+    """Time every path against dense panels; a kernel with a wrong result is left out, with a warning.
 
     Args:
         device: to measure.
         dtype: of the activations.
-        bench: what to measure on, ``BENCHES`` if None.
+        bench: by default that of ``BENCHES`` for the device.
     """
     bench = bench or BENCHES[device.type]
     generator = torch.Generator().manual_seed(0)
@@ -158,19 +163,19 @@ def measure(device: torch.device, dtype: torch.dtype, bench: Bench | None = None
         Support.random(shape, max(1, round(density * bench.size**2)), seed=0, name="calibration").to(device)
         for density in bench.densities
     ]
-    dense = _seconds(lambda: grad_by_path("panels", left, right, supports[0]), device)
-    expected = grad_by_path("panels", left, right, supports[0])
+
+    def seconds(path: str, support: Support) -> float:
+        return _seconds(lambda: grad_by_path(path, left, right, support), device)
+
+    dense, expected = seconds("panels", supports[0]), grad_by_path("panels", left, right, supports[0])
     best: Crossover | None = None
     for path in _paths(device, dtype):
         error = (grad_by_path(path, left, right, supports[0]) - expected).abs().max() / expected.abs().max()
         if not error <= TOLERANCE:
             logger.warning("the %s kernel is wrong on %s (error %.1e) and will not be used", path, device, error)
             continue
-        ratios = {
-            density: _seconds(lambda path=path, support=support: grad_by_path(path, left, right, support), device)
-            / dense
-            for density, support in zip(bench.densities, supports, strict=True)
-        }
+        times = [seconds(path, support) for support in supports]
+        ratios = {density: time / dense for density, time in zip(bench.densities, times, strict=True)}
         found = Crossover(path, meeting_point(ratios), "measured", {f"{d:g}": round(r, 3) for d, r in ratios.items()})
         if best is None or found.density > best.density:
             best = found
@@ -202,22 +207,22 @@ def _stored(key: str) -> Crossover | None:
 
 
 def known_crossover(device: torch.device, dtype: torch.dtype) -> Crossover:
-    """What was measured on this device, here or in an earlier process, or else the default; nothing is measured."""
+    """The crossover measured on this device, now or in an earlier process, else the default; measures nothing."""
     found = _known.get((device, dtype, torch.get_num_threads()))
     if found is None and device.type == "cuda" and not torch.cuda.is_available():
-        return Crossover("triton", BENCHES["cuda"].default, "default", {})  # of a GPU that is elsewhere
+        return Crossover("triton", BENCHES["cuda"].default, "default", {})  # of a GPU in another machine
     return found or _stored(_key(device, dtype)) or _default(device, dtype)
 
 
 def crossover(device: torch.device, dtype: torch.dtype, density: float) -> Crossover:
-    """The crossover of a device, measured when it first matters: where ``density`` is within the measured range.
+    """The crossover of a device, measured at the first density within the range of the benchmark.
 
-    ``SPARSE_PEFT_CALIBRATE=0`` keeps to the defaults.
+    ``SPARSE_PEFT_CALIBRATE=0`` disables the measurement.
 
     Args:
         device: a CPU or a CUDA device.
         dtype: of the activations.
-        density: of the support it is asked for.
+        density: of the support.
     """
     known = (device, dtype, torch.get_num_threads())
     found = _known.get(known)

@@ -1,10 +1,12 @@
-"""Product of activations with a sparse delta alone: the path that leaves the base layer's own product untouched.
+"""The product of activations with a sparse delta alone, beside the base layer's own product.
 
-Used where the effective weight cannot be formed (mixed batches, quantisation backends that cannot dequantise, base
-layers with hooks of their own).
+Used where the effective weight cannot be formed: in mixed batches, with quantisation backends that cannot dequantise,
+and for base layers with hooks.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -19,13 +21,13 @@ from .csr import csr_matrix, csr_product
 from .gradient_observers import UNOBSERVED
 from .support_grad import observed_support_grad
 
-# A sparse matrix times columns takes a third of the time of the transposed product on a CPU, as long as a tile of
-# tokens stays in the processor's cache.
+# On a CPU, a sparse matrix times columns takes a third of the time of the transposed product if a tile of tokens fits
+# the cache.
 TOKEN_TILE = 128
 
 
 def delta_matmul_add_(out: Tensor, x: Tensor, values: Tensor, row_ptr: Tensor, cols: Tensor) -> None:
-    """``out += x @ S.T`` for the sparse matrix S in CSR form; sums in float32 (float64 for float64), rounded once.
+    """``out += x @ S.T`` for a sparse matrix S in CSR form; sums in float32 (float64 for float64), rounded once.
 
     Args:
         out: ``(tokens, rows)``.
@@ -62,14 +64,14 @@ def _product(x: Tensor, values: Tensor, support: Support, t: bool) -> Tensor:
 
 class _DeltaMatmul(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, values, support, t, key):
+    def forward(ctx: Any, x: Tensor, values: Tensor, support: Support, t: bool, key: int) -> Tensor:
         ctx.save_for_backward(x if values.requires_grad else None, values)
         ctx.support, ctx.t, ctx.key = support, t, key
         return _product(x, values, support, t)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, grad):
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, values = ctx.saved_tensors
         grad = grad.contiguous()
         grad_x = grad_values = None
@@ -82,7 +84,7 @@ class _DeltaMatmul(torch.autograd.Function):
 
 
 def _channels(x: Tensor, values: Tensor, support: ChannelSupport, in_dim: int) -> Tensor:
-    """``delta_matmul`` for whole channels, ``values`` as their matrix: one dense product."""
+    """``delta_matmul`` for whole channels, with ``values`` as their matrix: one dense product."""
     weight = values if in_dim == 1 else values.t()
     if support.dim == in_dim:
         return F.linear(x.index_select(-1, support.channels), weight)
@@ -91,13 +93,13 @@ def _channels(x: Tensor, values: Tensor, support: ChannelSupport, in_dim: int) -
 
 
 def delta_matmul(x: Tensor, values: Tensor, support: Support, in_dim: int, key: int = UNOBSERVED) -> Tensor:
-    """``x @ S.T`` for a weight stored ``(out, in)`` (``in_dim=1``), ``x @ S`` for one stored ``(in, out)`` (``0``).
+    """``x @ S.T`` for a weight stored ``(out, in)``, or ``x @ S`` for one stored ``(in, out)``.
 
     Args:
         x: ``(..., in_features)``.
         values: ``(entries,)``, the delta at ``support``; differentiable.
-        support: the [`Support`][sparse_peft.support.Support] of the stored weight.
-        in_dim: which dimension of the stored weight is the input's.
+        support: of the stored weight.
+        in_dim: the dimension of input features of the stored weight.
         key: of the layer, for observers of its gradient.
 
     Returns:

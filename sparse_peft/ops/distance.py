@@ -1,7 +1,10 @@
-"""A weight out of the distances between an input's and an output's vectors, thresholded (SNELL and SNELLA).
+"""The thresholded distance matrix of SNELL and SNELLA: a weight delta from the distances between vectors.
 
-Everything is computed for a *part* of the inputs at a time, as a matrix ``(outputs, inputs of the part)``: the softmax
-of SNELLA's kernel runs over the outputs, so a part needs no other. Source: SNELL (NeurIPS 2024), sections 3.2 and 3.3.
+Each input and each output of the layer has a vector; the papers call the function of two vectors a kernel. It is a
+weighted sum of distances (``"distance"``), optionally mixed with its softmax over the outputs (``"mixed"``).
+
+The matrix is computed for a *part* of the inputs at a time, ``(outputs, inputs of the part)``. The softmax runs over
+the outputs, so parts are independent. Source: SNELL, sections 3.2 and 3.3, https://arxiv.org/abs/2411.01800.
 """
 
 from __future__ import annotations
@@ -15,25 +18,25 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..numerics import order_statistics
+from ..numerics.order_statistics import order_statistics
 from ..numerics.panels import panels
 
-# What the pieces' distances are weighted by. The paper lists the weights as trained, its code holds them fixed.
+# Coefficients of the pieces' distances. The paper lists them as trained; its code holds them fixed.
 COEFFICIENTS = (0.1, -0.1)
 PIECES = len(COEFFICIENTS)
-# Matrices of a part's size that are alive together, at most.
+# Maximum number of matrices of a part's size that are alive together.
 ALIVE = 8
-# The trained numbers of the mixed kernel, and how they start.
+# The trained scalars of the mixed distance, with their initial values.
 MIX = {"alpha": 1.0, "log_gamma": 0.0, "beta": 0.0}
 
 
 class Factors(NamedTuple):
-    """What a kernel is computed from.
+    """The vectors that distances are computed from.
 
     Attributes:
         inputs: ``(PIECES, inputs, r / PIECES)``.
         outputs: ``(PIECES, outputs, r / PIECES)``.
-        mix: ``(3,)`` alpha, log gamma and beta of the mixed kernel; None for the distance kernel.
+        mix: ``(3,)`` alpha, log gamma and beta of the mixed distance; None for the plain one.
     """
 
     inputs: Tensor
@@ -47,22 +50,27 @@ class Factors(NamedTuple):
 
     @property
     def numel(self) -> int:
+        """Number of entries of the distance matrix."""
         return math.prod(self.shape)
 
     def parts(self, taps: int = 1) -> list[tuple[int, int]]:
-        """Ranges of inputs, of whole channels of ``taps`` inputs, whose matrices fit the panel limit together."""
+        """Ranges of inputs whose matrices fit the panel limit together.
+
+        Args:
+            taps: inputs per channel; ranges contain whole channels.
+        """
         outputs, inputs = self.shape
         bounds = panels(inputs // taps, ALIVE * outputs * taps * self.inputs.element_size())
         return [(start * taps, stop * taps) for start, stop in bounds]
 
 
 class DistanceMatrix(NamedTuple):
-    """A part of the kernel, with what its gradient needs; all ``(outputs, inputs of the part)``.
+    """A part of the distance matrix, with the tensors its gradient needs; all ``(outputs, inputs of the part)``.
 
     Attributes:
-        value: the kernel.
+        value: the weighted sum of distances, mixed or not.
         distances: of each piece.
-        attention: of the mixed kernel the softmax over the outputs.
+        attention: softmax over the outputs of the mixed distance; None for the plain one.
     """
 
     value: Tensor
@@ -72,26 +80,34 @@ class DistanceMatrix(NamedTuple):
 
 @contextmanager
 def full_precision(device: torch.device) -> Iterator[None]:
-    """Without autocast: rounded distances have no order."""
+    """Disable autocast: rounded distances could not be compared with a threshold."""
     with torch.autocast(device.type, enabled=False):
         yield
 
 
 def distances(a: Tensor, b: Tensor) -> Tensor:
-    """Euclidean distances ``(len(a), len(b))`` of rows; exactly 0 between rows that are equal."""
+    """Euclidean distances ``(len(a), len(b))`` of rows; exactly 0 between equal rows."""
     if a.device.type == "cpu":
         return torch.cdist(a, b, compute_mode="donot_use_mm_for_euclid_dist")
-    # elsewhere one matrix product is much faster; what is below its rounding counts as 0
+    # elsewhere one matrix product is much faster; distances within its rounding error count as 0
     squares_a, squares_b = a.square().sum(1, keepdim=True), b.square().sum(1)
     squares = torch.addmm(squares_b, a, b.t(), alpha=-2).add_(squares_a)
     noise = (squares_a + squares_b).mul_(8 * torch.finfo(a.dtype).eps)
     return squares.masked_fill_(squares <= noise, 0).sqrt_()
 
 
+def _weighted_sum(apart: list[Tensor]) -> Tensor:
+    """The sum of the pieces' distances by their coefficients."""
+    total = COEFFICIENTS[0] * apart[0]
+    for coefficient, distance in zip(COEFFICIENTS[1:], apart[1:], strict=True):
+        total = total + coefficient * distance
+    return total
+
+
 def distance_matrix(factors: Factors, start: int = 0, stop: int | None = None) -> DistanceMatrix:
-    """The part of the kernel that belongs to inputs ``start`` to ``stop``."""
+    """The distance matrix of inputs ``start`` to ``stop``."""
     apart = [distances(b, a[start:stop]) for a, b in zip(factors.inputs, factors.outputs, strict=True)]
-    value = sum(c * d for c, d in zip(COEFFICIENTS, apart, strict=True))
+    value = _weighted_sum(apart)
     if factors.mix is None:
         return DistanceMatrix(value, apart, None)
     alpha, log_gamma, beta = factors.mix
@@ -99,52 +115,66 @@ def distance_matrix(factors: Factors, start: int = 0, stop: int | None = None) -
     return DistanceMatrix(value + alpha * attention + beta, apart, attention)
 
 
+class FactorGrads(NamedTuple):
+    """Gradients of ``Factors``, of the same shapes."""
+
+    inputs: Tensor
+    outputs: Tensor
+    mix: Tensor | None
+
+    @classmethod
+    def zeros(cls, factors: Factors) -> FactorGrads:
+        """Zeros for all factors."""
+        mix = None if factors.mix is None else torch.zeros_like(factors.mix)
+        return cls(torch.zeros_like(factors.inputs), torch.zeros_like(factors.outputs), mix)
+
+
 def distance_grads_(
-    factors: Factors,
-    part: DistanceMatrix,
-    grad: Tensor,
-    start: int,
-    stop: int,
-    into: tuple[Tensor, Tensor, Tensor | None],
+    factors: Factors, part: DistanceMatrix, grad: Tensor, start: int, stop: int, into: FactorGrads
 ) -> None:
-    """Add the gradients that a part gives.
+    """Add the gradients from one part of the distance matrix.
 
     Args:
-        factors, start, stop: as in ``kernel``, which gave ``part``.
+        factors: of the distance matrix.
+        part: of inputs ``start`` to ``stop``, by ``distance_matrix``.
         grad: ``(outputs, inputs of the part)`` gradient of the part's value; overwritten.
-        into: gradients of the factors' inputs, outputs and mix.
+        start: first input.
+        stop: last input + 1.
+        into: the gradients to add to.
     """
-    of_inputs, of_outputs, of_mix = into
-    if factors.mix is not None:
-        alpha, log_gamma, _ = factors.mix
-        gamma, attention = log_gamma.exp(), part.attention
-        of_mix[0] += (grad * attention).sum()
-        of_mix[2] += grad.sum()
-        through = grad * attention
-        through -= attention * through.sum(0)
-        through *= alpha / gamma  # now the gradient of the distances' sum that the softmax sees
-        seen = sum(c * d for c, d in zip(COEFFICIENTS, part.distances, strict=True))
-        of_mix[1] -= (through * seen).sum()
-        grad += through
+    if factors.mix is not None and part.attention is not None and into.mix is not None:
+        _mix_grads_(factors.mix, part.distances, part.attention, grad, into.mix)
     for piece, (coefficient, apart) in enumerate(zip(COEFFICIENTS, part.distances, strict=True)):
         a, b = factors.inputs[piece, start:stop], factors.outputs[piece]
-        # of a distance of 0 any number up to 1 is a subgradient
+        # at a distance of 0, the subgradient 0
         rate = (coefficient * grad).div_(apart).masked_fill_(apart == 0, 0)
-        of_inputs[piece, start:stop] += rate.sum(0)[:, None] * a - rate.t() @ b
-        of_outputs[piece] += rate.sum(1)[:, None] * b - rate @ a
+        into.inputs[piece, start:stop] += rate.sum(0)[:, None] * a - rate.t() @ b
+        into.outputs[piece] += rate.sum(1)[:, None] * b - rate @ a
 
 
-# ---------------------------------------------------------------------------------------------------- thresholds
+def _mix_grads_(mix: Tensor, apart: list[Tensor], attention: Tensor, grad: Tensor, into: Tensor) -> None:
+    """Add the gradients of the mixed distance's scalars, and pass ``grad`` on to the plain distance, in place."""
+    alpha, log_gamma, _ = mix
+    into[0] += (grad * attention).sum()
+    into[2] += grad.sum()
+    through = grad * attention
+    through -= attention * through.sum(0)
+    through *= alpha / log_gamma.exp()  # now the gradient of the plain distance through the softmax
+    into[1] -= (through * _weighted_sum(apart)).sum()
+    grad += through
+
+
+# ---------------------------------------------------------------------------------------------------------- thresholds
 
 
 @dataclass(frozen=True)
 class Threshold:
-    """How entries compete: what becomes of the kernel's value at a threshold, and of its gradient.
+    """How a threshold tau turns the distance matrix into a sparse delta.
 
     Attributes:
-        apply: ``(value, tau)`` to the weight's entries.
-        slope: ``(value, tau)`` to the derivative that autograd is given; tau counts as a constant.
-        interpolates: tau lies between two of the kernel's absolute values, as a quantile does.
+        apply: ``(value, tau)`` to the delta's entries.
+        slope: ``(value, tau)`` to their derivative for autograd; tau counts as a constant.
+        interpolates: whether tau lies between two absolute values, as a quantile does.
     """
 
     apply: Callable[[Tensor, Tensor], Tensor]
@@ -184,10 +214,10 @@ THRESHOLDS = {
 
 @torch.no_grad()
 def find_threshold(factors: Factors, kept: int, threshold: Threshold) -> Tensor:
-    """The tau, a 0-d tensor, above which ``kept`` of the kernel's absolute values lie.
+    """The tau, a 0-d tensor, that ``kept`` absolute values of the distance matrix exceed.
 
-    With ``dropped`` the others: the ``dropped``-th smallest of them, or, where the threshold interpolates, their
-    quantile of ``dropped / numel``; 0 if none is dropped.
+    With ``dropped`` other values, tau is the ``dropped``-th smallest, or, where the threshold interpolates, the
+    quantile of ``dropped / numel``. It is 0 if none is dropped.
     """
     numel, dropped = factors.numel, factors.numel - kept
     if dropped == 0:

@@ -1,30 +1,31 @@
-"""A layer with a kernelised delta: the input, the factors and tau are all that is kept for backward.
+"""A layer with a thresholded distance matrix as its delta: only the input, the factors and tau are saved for backward.
 
-The delta is computed a part of the inputs at a time, in the forward pass and again in backward, where the part of the
-weight's gradient is formed as well and dropped once the factors' gradients were taken from it. With the base weight at
-hand the parts are added to it, so that each pass multiplies once.
+The delta is computed one part of the inputs at a time, in the forward pass and again in backward. There the part of
+the weight's gradient is formed as well, and released after the factors' gradients. With the base weight given, the
+parts are added to it, so that each pass multiplies once.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..numerics.tokens import accumulation_dtype
-from .distance import Factors, Threshold, distance_grads_, distance_matrix, full_precision
+from .distance import FactorGrads, Factors, Threshold, distance_grads_, distance_matrix, full_precision
 from .products import LayerProduct
 
 
 @dataclass(frozen=True)
 class First:
-    """What a delta began as, and what is subtracted from it.
+    """The initial delta, which is subtracted.
 
     Attributes:
-        factors: the first ones, which are not trained.
-        tau: theirs.
+        factors: the initial ones, which are not trained.
+        tau: threshold of ``factors``.
     """
 
     factors: Factors
@@ -36,10 +37,10 @@ class Competition:
     """How factors become a delta.
 
     Attributes:
-        product: the layer's.
-        threshold: of its kernel.
-        first: subtracted where an entry is kept, so that the delta starts as zero; None for nothing.
-        after_backward: called once gradients of the factors were formed.
+        product: of the layer.
+        threshold: of the distance matrix.
+        first: subtracted where an entry is kept, so that the initial delta is zero; None for nothing.
+        after_backward: called after the factors' gradients were formed.
     """
 
     product: LayerProduct
@@ -48,59 +49,71 @@ class Competition:
     after_backward: Callable[[], None] | None = None
 
     def delta(self, value: Tensor, tau: Tensor, start: int = 0, stop: int | None = None) -> Tensor:
-        """The part of the delta that the kernel's value gives, ``(outputs, inputs of the part)``."""
+        """The delta of inputs ``start`` to ``stop``, ``(outputs, inputs of the part)``, from the distance matrix."""
         delta = self.threshold.apply(value, tau)
         if self.first is not None:
             began = self.threshold.apply(distance_matrix(self.first.factors, start, stop).value, self.first.tau)
             delta -= began.mul_(value.abs() > tau)
         return delta
 
-
-def _matrix(delta: Tensor, weight: Tensor | None, product: LayerProduct, start: int, stop: int, dtype: torch.dtype):
-    """The part of the matrix to multiply with: the delta's, on top of the base weight's if that is given."""
-    if weight is None:
-        return delta.to(dtype)
-    if product.in_dim == 0:
-        part = weight[start:stop].t()
-    else:
-        part = weight[:, start // product.taps : stop // product.taps].flatten(1)
-    return (part + delta.to(part.dtype)).to(dtype)
+    def matrix(
+        self, value: Tensor, tau: Tensor, start: int, stop: int, weight: Tensor | None, dtype: torch.dtype
+    ) -> Tensor:
+        """The matrix to multiply with: the delta of a part, plus the stored base weight if it is given."""
+        delta, product = self.delta(value, tau, start, stop), self.product
+        if weight is None:
+            return delta.to(dtype)
+        if product.in_dim == 0:
+            part = weight[start:stop].t()
+        else:
+            part = weight[:, start // product.taps : stop // product.taps].flatten(1)
+        return (part + delta.to(part.dtype)).to(dtype)
 
 
 class _DistanceLayer(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, inputs, outputs, mix, tau, weight, bias, how: Competition):
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        inputs: Tensor,
+        outputs: Tensor,
+        mix: Tensor | None,
+        tau: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        how: Competition,
+    ) -> Tensor:
         ctx.how = how
         ctx.save_for_backward(x, inputs, outputs, mix, tau, weight)
         factors, product = Factors(inputs, outputs, mix), how.product
         parts = factors.parts(product.taps)
-        total = None
+        total: Tensor | None = None
         with full_precision(x.device):
             for start, stop in parts:
-                delta = how.delta(distance_matrix(factors, start, stop).value, tau, start, stop)
-                matrix = _matrix(delta, weight, product, start, stop, x.dtype)
+                value = distance_matrix(factors, start, stop).value
+                matrix = how.matrix(value, tau, start, stop, weight, x.dtype)
                 if len(parts) == 1:
                     return product.multiply(x, matrix, bias)
                 out = product.multiply(product.part(x, start, stop), matrix, bias if start == 0 else None)
-                # of many parts' sums each would be rounded
+                # a sum over many parts would be rounded at each of them
                 total = out.to(accumulation_dtype(x.dtype)) if total is None else total.add_(out)
-        return total.to(x.dtype)
+        return (out if total is None else total).to(x.dtype)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, grad):
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, inputs, outputs, mix, tau, weight = ctx.saved_tensors
         how, product = ctx.how, ctx.how.product
         factors = Factors(inputs, outputs, mix)
         for_x, *for_factors = ctx.needs_input_grad[:4]
         grad_x = torch.empty_like(x) if for_x else None
-        grads = tuple(None if t is None else torch.zeros_like(t) for t in factors)
+        grads = FactorGrads.zeros(factors)
         grad = grad.to(x.dtype)
         with full_precision(x.device):
             for start, stop in factors.parts(product.taps):
                 part, seen = distance_matrix(factors, start, stop), product.part(x, start, stop)
-                if for_x:
-                    matrix = _matrix(how.delta(part.value, tau, start, stop), weight, product, start, stop, x.dtype)
+                if grad_x is not None:
+                    matrix = how.matrix(part.value, tau, start, stop, weight, x.dtype)
                     product.part(grad_x, start, stop).copy_(product.multiply_back(grad, matrix, seen))
                     del matrix
                 if any(for_factors):
@@ -122,14 +135,14 @@ def distance_layer(
     weight: Tensor | None = None,
     bias: Tensor | None = None,
 ) -> Tensor:
-    """What a kernelised delta makes of an input, with gradients for the input, the factors and the bias.
+    """The output of a thresholded distance matrix, with gradients for the input, the factors and the bias.
 
     Args:
         x: the layer's input, in the dtype to multiply in.
-        factors: in float32 (or float64), in which the kernel is computed.
-        tau: 0-d threshold of the kernel's absolute values.
-        how: the rest.
-        weight: the frozen base weight as stored, for the whole layer's output instead of the delta's alone.
+        factors: in float32 or float64, in which the distances are computed.
+        tau: 0-d threshold of the absolute distances.
+        how: how the factors become a delta.
+        weight: the frozen base weight as stored, to return the whole layer's output; by default the delta's output.
         bias: of the base layer, with its weight.
 
     Returns:
@@ -142,7 +155,7 @@ def distance_layer(
 
 @torch.no_grad()
 def distance_delta(factors: Factors, tau: Tensor, how: Competition, dtype: torch.dtype) -> Tensor:
-    """The delta as a whole, ``(outputs, inputs)`` in ``dtype``, computed in parts."""
+    """The whole delta, ``(outputs, inputs)`` in ``dtype``, computed in parts."""
     with full_precision(factors.inputs.device):
         delta = torch.empty(factors.shape, dtype=dtype, device=factors.inputs.device)
         for start, stop in factors.parts(how.product.taps):
@@ -152,7 +165,7 @@ def distance_delta(factors: Factors, tau: Tensor, how: Competition, dtype: torch
 
 @torch.no_grad()
 def distance_entries(factors: Factors, tau: Tensor, how: Competition) -> tuple[Tensor, Tensor]:
-    """The entries that are kept.
+    """The delta's entries above the threshold.
 
     Returns:
         ``(entries,)`` int64 positions in the flat ``(outputs, inputs)``, ascending, and their values.

@@ -1,7 +1,7 @@
-"""Looking at a weight's gradient in the moment the backward pass has what it is made from.
+"""Observers called with the factors of a weight gradient during backward.
 
-A layer has a number, its *key*; whoever wants to see the layer's gradients leaves an observer under it. Numbers and
-not objects, so that a compiled graph, traced once, finds the observers of each later step.
+Each layer has a number, its *key*, under which an observer is registered. Keys are numbers and no objects, so that a
+compiled graph, traced once, finds the observers of later steps.
 """
 
 from __future__ import annotations
@@ -20,18 +20,20 @@ UNOBSERVED = 0
 
 
 class GradientObserver(Protocol):
+    """Takes the place of ``support_grad`` for one layer."""
+
     def support_grad(self, left: Tensor, right: Tensor, support: Support) -> Tensor:
-        """What ``support_grad`` returns for these arguments, having seen what it wants to."""
+        """The same result as ``sparse_peft.ops.support_grad`` for these arguments."""
         ...
 
 
 def new_key() -> int:
-    """A key that no other layer of this process has."""
+    """A key that is unique in this process."""
     return next(_keys)
 
 
 def observe(key: int, observer: GradientObserver | None) -> None:
-    """Leave an observer under a layer's key, or take it away."""
+    """Register an observer under a layer's key; None removes it."""
     if observer is None:
         _observers.pop(key, None)
     else:
@@ -39,4 +41,5 @@ def observe(key: int, observer: GradientObserver | None) -> None:
 
 
 def observer_of(key: int) -> GradientObserver | None:
+    """The observer under a layer's key."""
     return _observers.get(key)

@@ -1,8 +1,8 @@
-"""One look at a dense weight gradient: its entries at a support, and the largest of all others.
+"""The entries of a dense weight gradient at a support, and the largest of all others.
 
-The dense gradient is never alive whole. On a GPU it does not reach memory at all: tiles are formed in registers, and
-what is not below a threshold is appended to a list. The threshold comes from a sample of the gradient; a list that
-comes out too short or too long is made again, so the result is exact either way.
+The whole gradient is never in memory. On a GPU, tiles are formed in registers, and gradients that are not below a
+threshold are appended to a list. The threshold is estimated from a sample of the gradient. With too few or too many
+found, it is adjusted and the list is built again, so the result is exact.
 """
 
 from __future__ import annotations
@@ -19,22 +19,22 @@ from . import triton_kernels
 from .backends import kernel_backend, log_once
 from .gradient_paths import gradient_panels
 
-# Of a panel's weights, in bytes, all float32: the panel itself, its absolute values, and what their top-k makes.
+# Memory per weight of a panel, in bytes: the panel, its absolute values and the temporaries of top-k, in float32.
 PANEL_BYTES_PER_WEIGHT = 12
-BITS = 32
+WORD_BITS = 32
 SAMPLE_ROWS = 128
-# Room for this many times the wanted number: the sample's threshold is good to a few percent.
+# Capacity of the list, relative to the wanted number: the threshold of the sample is accurate to a few percent.
 CAPACITY = 4
 ATTEMPTS = 3
 
 
 def bitmap(support: Support) -> tuple[Tensor, Tensor]:
-    """One bit for each weight, and the number of entries before each word of 32: ``(rows, words)`` int32 each."""
+    """One bit per weight, and the number of entries before each word of 32 bits: ``(rows, words)`` int32 each."""
     rows, cols = support.shape
-    words_a_row = -(-cols // BITS)
-    word = support.rows.long() * words_a_row + torch.div(support.cols, BITS, rounding_mode="floor")
+    words_a_row = -(-cols // WORD_BITS)
+    word = support.rows.long() * words_a_row + torch.div(support.cols, WORD_BITS, rounding_mode="floor")
     words = torch.zeros(rows * words_a_row, dtype=torch.int64, device=support.device)
-    words.index_add_(0, word, torch.ones_like(word) << (support.cols.long() % BITS))
+    words.index_add_(0, word, torch.ones_like(word) << (support.cols.long() % WORD_BITS))
     words = torch.where(words >= 2**31, words - 2**32, words)
     every = torch.arange(rows * words_a_row, device=support.device)
     before = torch.searchsorted(word, every, out_int32=True)
@@ -56,7 +56,7 @@ def _by_panels(left: Tensor, right: Tensor, support: Support, limit: int) -> tup
         local = support.indices[first:last] - start * cols
         values[first:last] = flat[local]
         scores = flat.abs()
-        scores[local] = -1  # never among the largest while there are others
+        scores[local] = -1  # below all others
         finite = finite and bool(scores.amax().isfinite())
         if finite:
             best.update_block(scores, start * cols, flat)
@@ -69,7 +69,7 @@ def _by_panels(left: Tensor, right: Tensor, support: Support, limit: int) -> tup
 
 
 def _threshold(left: Tensor, right: Tensor, support: Support, limit: int) -> Tensor:
-    """A magnitude that a sample of rows says about ``1.5 * limit`` weights outside the support reach."""
+    """A magnitude that about ``1.5 * limit`` weights outside the support reach, estimated from a sample of rows."""
     rows, cols = support.shape
     step = max(1, rows // SAMPLE_ROWS)
     sampled = torch.arange(step // 2, rows, step, device=left.device)
@@ -107,19 +107,19 @@ def _by_kernel(left: Tensor, right: Tensor, support: Support, limit: int) -> tup
 
 
 def masked_dw(left: Tensor, right: Tensor, support: Support, limit: int) -> tuple[Tensor, Tensor, Tensor]:
-    """The entries of ``left.T @ right`` at a support, and the ``limit`` largest absolute others with their positions.
+    """The entries of ``left.T @ right`` at a support, and the ``limit`` other entries of largest magnitude.
 
-    Among equal ones the lowest positions win. If any other entry is not finite, the gradients found are all NaN.
+    Among equal magnitudes the lowest positions win. If any other entry is not finite, all found gradients are NaN.
 
     Args:
         left: ``(tokens, rows)``.
         right: ``(tokens, cols)``, same dtype.
         support: of the weight ``(rows, cols)``.
-        limit: how many others; at most as many as there are.
+        limit: number of other entries.
 
     Returns:
-        ``(entries,)`` gradients at the support, ``(limit,)`` ascending int64 positions of the others, and their
-        gradients; gradients in float32 (float64 for float64 inputs).
+        ``(entries,)`` gradients at the support, ``(limit,)`` int64 positions of the others, ascending, and their
+        ``(limit,)`` gradients; gradients in float32 (float64 for float64 inputs).
 
     Raises:
         ValueError: ``limit`` is out of range.

@@ -1,15 +1,15 @@
-"""The nuclear norm of a sparse matrix and its gradient there, by matrix products alone.
+"""The nuclear norm of a sparse matrix and its gradient at the entries, by matrix products alone.
 
-The gradient of the sum of singular values is the polar factor ``A (A^T A)^(-1/2)``, here of the tall one of A and its
-transpose. The inverse square root comes from the Newton-Schulz iteration on the Gram matrix, each step scaled for the
-interval that the singular values are known to be in (Chen and Chow, "A stable scaling of Newton-Schulz", 2014), so
-that eleven steps do what plain ones need twenty for. Only the Gram matrix and two more of its size are alive, and
-panels of A: nothing of A's own size is.
+The gradient of the sum of singular values is the polar factor ``A (A^T A)^(-1/2)``, for A or its transpose, whichever
+is tall. The inverse square root is computed by the Newton-Schulz iteration on the Gram matrix. Each step is scaled for
+the interval of the singular values (Chen and Chow, "A stable scaling of Newton-Schulz", 2014), so that eleven steps
+replace twenty plain ones. Only the Gram matrix, two more of its size and panels of A are alive together.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -17,7 +17,7 @@ from torch import Tensor
 from ..numerics.panels import panels
 from ..support import Support
 
-# Singular values below this share of the largest count only in part; float32 knows no better from a Gram matrix.
+# Singular values below this share of the largest count only in part: float32 cannot resolve them in a Gram matrix.
 LEAST_SHARE = 1e-3
 CONVERGED = 1e-5
 
@@ -33,21 +33,27 @@ def _steps() -> list[tuple[float, float]]:
 
 
 def _inverse_sqrt(gram: Tensor) -> Tensor:
-    """``gram^(-1/2)`` on the space where it is not zero, ``(n, n)``; what it makes of the rest stays bounded."""
+    """``gram^(-1/2)`` on the range of ``gram``, ``(n, n)``; bounded on its null space."""
     scale = gram.diagonal().sum()
     gram = gram / scale
-    # a bound on the largest eigenvalue that is never too low: a share above 1 would turn the iteration's sign
+    # an upper bound of the largest eigenvalue: a share above 1 would make the iteration diverge
     square = gram @ gram
     bound = (square @ square).norm() ** 0.25 * (1 + 1e-4)
     gram = gram.div_(bound)
-    root, steps = None, _steps()
-    for number, (a, b) in enumerate(steps, 1):
-        step = gram * b
-        step.diagonal().add_(a)
-        root = step if root is None else root @ step
-        if number < len(steps):
-            gram = step @ gram @ step
+    first, *others = _steps()
+    root = step = _polynomial(gram, *first)
+    for coefficients in others:
+        gram = step @ gram @ step
+        step = _polynomial(gram, *coefficients)
+        root = root @ step
     return root.div_((scale * bound).sqrt())
+
+
+def _polynomial(gram: Tensor, a: float, b: float) -> Tensor:
+    """``a + b * gram``."""
+    step = gram * b
+    step.diagonal().add_(a)
+    return step
 
 
 @torch.no_grad()
@@ -56,24 +62,22 @@ def nuclear_norm(entries: Tensor, support: Support) -> tuple[Tensor, Tensor]:
 
     Args:
         entries: ``(entries,)`` float32 or float64.
-        support: where they are.
+        support: of the matrix.
 
     Returns:
-        The norm, and ``(entries,)`` its gradient, 0 where all entries are 0. Directions with singular values below a
-        thousandth of the largest count in part.
+        The norm, and its ``(entries,)`` gradient, which is 0 if all entries are 0. Singular values below a thousandth
+        of the largest count in part.
     """
     if not bool(entries.any()):
         return entries.new_zeros(()), torch.zeros_like(entries)
-    order = None
+    order, values = None, entries
     if support.shape[0] < support.shape[1]:
         support, order = support.transposed
         values = entries[order]
-    else:
-        values = entries
     rows, cols = support.shape
     bounds = panels(rows, cols * entries.dtype.itemsize)
 
-    def each_panel():
+    def each_panel() -> Iterator[tuple[Tensor, Tensor, int, int]]:
         for (start, stop), (first, last) in zip(bounds, support.entry_ranges(bounds), strict=True):
             at = support.indices[first:last].long() - start * cols
             panel = entries.new_zeros((stop - start) * cols).scatter_(0, at, values[first:last])

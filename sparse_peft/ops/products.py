@@ -1,14 +1,14 @@
-"""How a layer's output comes from its input and its weight: the product of a linear layer.
+"""How a layer's output follows from its input and its weight.
 
-A *product* knows nothing of supports' values or of where the weight comes from; it multiplies what a
-``WeightSource`` gives it, and forms the weight's gradient at a support.
+A *product* multiplies the weight that a ``WeightSource`` returns, and forms the weight's gradient at a support. It
+knows neither the values of a delta nor the origin of the weight.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Protocol
+from typing import ClassVar, Protocol, TypeGuard
 
 import torch
 import torch.nn.functional as F
@@ -19,58 +19,75 @@ from ..support import ChannelSupport, Support
 from .support_grad import observed_support_grad
 
 
-class WeightSource(Protocol):
-    """Where a step's effective weight comes from.
+class WeightPanels(Protocol):
+    """A weight in panels of rows."""
 
-    ``shape`` is that of the weight as a matrix, as stored; ``product`` the layer's; ``key`` the layer's for observers.
-    """
-
-    shape: tuple[int, int]
-    product: LayerProduct
-    key: int
+    @property
+    def shape(self) -> tuple[int, int]:
+        """``(rows, cols)`` of the weight as a matrix, as stored."""
+        ...
 
     def panels(self, dtype: torch.dtype) -> Iterator[tuple[int, int, Tensor]]:
-        """``(start, stop, weight[start:stop])`` in ``dtype``, over consecutive rows, together all rows."""
+        """``(start, stop, weight[start:stop])`` in ``dtype``, over consecutive ranges of all rows."""
+        ...
+
+
+class WeightSource(WeightPanels, Protocol):
+    """The source of a step's effective weight."""
+
+    @property
+    def product(self) -> LayerProduct:
+        """The layer's product."""
+        ...
+
+    @property
+    def key(self) -> int:
+        """The layer's key, for observers."""
         ...
 
     def after_backward(self) -> None:
-        """Called once the values' gradient was formed."""
+        """Called after the values' gradient was formed."""
         ...
 
 
 class LayerProduct(Protocol):
-    """One kind of layer.
+    """The product of one kind of layer."""
 
-    ``in_dim`` is the dimension of the weight, as a matrix, that is the input's.
-    """
+    @property
+    def in_dim(self) -> int:
+        """The dimension of input features of the weight as a matrix."""
+        ...
 
-    in_dim: int
+    @property
+    def taps(self) -> int:
+        """Inputs of the weight's matrix per channel of the layer's input."""
+        ...
 
     def enter(self, x: Tensor) -> Tensor:
         """The input as the other methods take it; differentiable."""
         ...
 
     def leave(self, out: Tensor, x: Tensor) -> Tensor:
-        """The layer's output from that of ``forward``, for the input that was given to ``enter``."""
+        """The layer's output, from the result of ``forward`` and the input that ``enter`` was given."""
         ...
 
-    def forward(self, x: Tensor, source: WeightSource, bias: Tensor | None) -> Tensor:
+    def forward(self, x: Tensor, source: WeightPanels, bias: Tensor | None) -> Tensor:
         """The layer's output."""
         ...
 
-    def input_grad(self, grad: Tensor, source: WeightSource, shape: torch.Size) -> Tensor:
+    def input_grad(self, grad: Tensor, source: WeightPanels, shape: torch.Size) -> Tensor:
         """The gradient of an input of this shape."""
         ...
 
     def keep(self, x: Tensor, support: Support) -> Tensor:
-        """What of the input the gradient at a support needs: the input, or a copy of its trained channels alone.
+        """The part of the input that the gradient at a support needs: the input, or a copy of its trained channels.
 
-        A copy, not a view: a view would keep all of the input alive.
+        A copy and no view, since a view would keep the whole input in memory.
         """
         ...
 
     def support_grad(self, grad: Tensor, kept: Tensor, support: Support, key: int) -> Tensor:
-        """The weight's gradient at a support, ``(entries,)`` in at least float32, from what ``keep`` kept."""
+        """The weight's gradient at a support, ``(entries,)`` in at least float32, from the result of ``keep``."""
         ...
 
     def bias_grad(self, grad: Tensor) -> Tensor:
@@ -78,7 +95,7 @@ class LayerProduct(Protocol):
         ...
 
     def low_rank(self, x: Tensor, down: Tensor, up: Tensor) -> Tensor:
-        """What the layer makes of its input with the weight ``up @ down`` alone, which is never formed.
+        """The layer's output with the weight ``up @ down``, which is never formed.
 
         Args:
             x: the layer's input.
@@ -89,14 +106,12 @@ class LayerProduct(Protocol):
 
     # Products with a part of the weight's inputs, as the dense matrix ``(outputs, inputs of the part)``.
 
-    taps: int  # inputs of the weight's matrix for each channel of the layer's input
-
     def part(self, x: Tensor, start: int, stop: int) -> Tensor:
-        """What of a layer's input belongs to inputs ``start`` to ``stop`` of the matrix, whole channels."""
+        """Slice of the input for the weight matrix's inputs ``start`` to ``stop``, in whole channels."""
         ...
 
     def multiply(self, x: Tensor, matrix: Tensor, bias: Tensor | None = None) -> Tensor:
-        """The layer's output for this part of the input alone."""
+        """The layer's output for a part of the input."""
         ...
 
     def multiply_back(self, grad: Tensor, matrix: Tensor, x: Tensor) -> Tensor:
@@ -108,8 +123,8 @@ class LayerProduct(Protocol):
         ...
 
 
-def trains_input_channels(support: Support, in_dim: int) -> bool:
-    """Whether a support is of whole input channels, whose gradient needs no other channel of the input."""
+def trains_input_channels(support: Support, in_dim: int) -> TypeGuard[ChannelSupport]:
+    """Whether a support consists of whole input channels, whose gradient needs no other channel of the input."""
     return isinstance(support, ChannelSupport) and support.dim == in_dim
 
 
@@ -118,10 +133,11 @@ class LinearProduct:
     """``x @ W.T``, or ``x @ W`` for a weight stored ``(in, out)``.
 
     Attributes:
-        in_dim: the dimension of the stored weight that is the input's: 1 for ``nn.Linear``, 0 for GPT-2's ``Conv1D``.
+        in_dim: the dimension of input features of the stored weight: 1 for ``nn.Linear``, 0 for GPT-2's ``Conv1D``.
     """
 
     in_dim: int
+    taps: ClassVar[int] = 1
 
     def enter(self, x: Tensor) -> Tensor:
         return x
@@ -129,34 +145,35 @@ class LinearProduct:
     def leave(self, out: Tensor, x: Tensor) -> Tensor:
         return out
 
-    def forward(self, x: Tensor, source: WeightSource, bias: Tensor | None) -> Tensor:
+    def forward(self, x: Tensor, source: WeightPanels, bias: Tensor | None) -> Tensor:
         return self._multiply(x, source, self.in_dim == 1, bias)
 
-    def input_grad(self, grad: Tensor, source: WeightSource, shape: torch.Size) -> Tensor:
+    def input_grad(self, grad: Tensor, source: WeightPanels, shape: torch.Size) -> Tensor:
         return self._multiply(grad, source, self.in_dim == 0)
 
     @staticmethod
-    def _multiply(x: Tensor, source: WeightSource, t: bool, bias: Tensor | None = None) -> Tensor:
-        """``x @ W.T`` if ``t`` else ``x @ W``, plus ``bias``, on whatever panels the source gives."""
-        rows = source.shape[0]
-        out = None
+    def _multiply(x: Tensor, source: WeightPanels, t: bool, bias: Tensor | None = None) -> Tensor:
+        """``x @ W.T`` if ``t`` else ``x @ W``, plus ``bias``, over the source's panels."""
+        rows, cols = source.shape
+        out: Tensor | None = None
         for start, stop, weight in source.panels(x.dtype):
             if stop - start == rows:
                 return F.linear(x, weight if t else weight.t(), bias)
             if out is None:
-                out = x.new_empty(*x.shape[:-1], source.shape[0] if t else source.shape[1])
-                out.zero_() if not t else None
+                out = x.new_empty(*x.shape[:-1], rows) if t else x.new_zeros(*x.shape[:-1], cols)
             if t:
                 out[..., start:stop] = F.linear(x, weight)
             else:
                 out += F.linear(x[..., start:stop], weight.t())
+        if out is None:
+            raise ValueError(f"the source of a weight of {rows} x {cols} returned no panels")
         return out if bias is None else out.add_(bias)
 
     def keep(self, x: Tensor, support: Support) -> Tensor:
         return x.index_select(-1, support.channels) if trains_input_channels(support, self.in_dim) else x
 
     def support_grad(self, grad: Tensor, kept: Tensor, support: Support, key: int) -> Tensor:
-        if support.nnz == 0:  # nothing was kept, which no shape can be told from
+        if support.nnz == 0:  # an empty tensor was kept, whose number of tokens is unknown
             return grad.new_zeros(0)
         left, right = flatten_tokens(grad), flatten_tokens(kept)
         if self.in_dim == 0:
@@ -170,8 +187,6 @@ class LinearProduct:
 
     def low_rank(self, x: Tensor, down: Tensor, up: Tensor) -> Tensor:
         return F.linear(F.linear(x, down), up)
-
-    taps = 1
 
     def part(self, x: Tensor, start: int, stop: int) -> Tensor:
         return x[..., start:stop]

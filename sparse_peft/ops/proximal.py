@@ -1,4 +1,4 @@
-"""Proximal operators of the L1 norm."""
+"""Proximal operators of the L1 norm, as in SoRA (https://arxiv.org/abs/2311.11696)."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ def soft_threshold(z: Tensor, threshold: Tensor | float) -> Tensor:
 
 
 def reference_threshold(z: Tensor, threshold: Tensor | float) -> Tensor:
-    """What SoRA's published code does in its place: it looks again at what it has shrunk already.
+    """The variant in SoRA's published code, which compares the values with the threshold again after shrinking.
 
-    So everything below twice the threshold becomes 0, but for what is equal to the threshold, which stays.
+    Values below twice the threshold become 0, except for those equal to the threshold, which do not change.
     """
     size = z.abs()
     shrunk = torch.where(size >= 2 * threshold, z - z.sign() * threshold, torch.zeros_like(z))

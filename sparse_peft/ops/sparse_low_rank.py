@@ -1,11 +1,13 @@
-"""A linear layer whose weight is low rank plus sparse and never kept: ``W = up @ down + scatter(values)``.
+"""A linear layer whose weight is low rank plus sparse and never stored: ``W = up @ down + scatter(values)``.
 
-*Composed*: rows of it are put together a panel at a time, in the forward pass and again in backward, where the panel's
-gradient is formed as well and dropped once everything was taken from it. *Factored*: no entry of it is formed, one
-factor multiplies after the other. Source: SLTrain (Han et al., NeurIPS 2024), section 3.2, with the panels ours.
+*Composed*: the rows of the weight are composed one panel at a time, in the forward pass and again in backward, where
+each panel's gradient is formed as well. *Factored*: the weight is never formed; the factors multiply one after the
+other. Source: SLTrain, section 3.2, https://arxiv.org/abs/2406.02214; the panels are this package's.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,7 +24,7 @@ from .support_grad import observed_support_grad
 
 def compose_weight(
     up: Tensor, down: Tensor, values: Tensor, support: Support, start: int = 0, stop: int | None = None
-):
+) -> Tensor:
     """Rows ``start`` to ``stop`` of ``up @ down + scatter(values)``, in the factors' dtype."""
     stop = support.shape[0] if stop is None else stop
     weight = up[start:stop] @ down
@@ -33,7 +35,9 @@ def compose_weight(
 
 class _ComposedLinear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, down, up, values, bias, support, key):
+    def forward(
+        ctx: Any, x: Tensor, down: Tensor, up: Tensor, values: Tensor, bias: Tensor | None, support: Support, key: int
+    ) -> Tensor:
         ctx.save_for_backward(x, down, up, values)
         ctx.support, ctx.key = support, key
         rows, cols = support.shape
@@ -47,7 +51,7 @@ class _ComposedLinear(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, grad):
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, down, up, values = ctx.saved_tensors
         support, (rows, cols) = ctx.support, ctx.support.shape
         for_x, for_down, for_up, for_values, for_bias = ctx.needs_input_grad[:5]
@@ -63,16 +67,16 @@ class _ComposedLinear(torch.autograd.Function):
         # the panel and its gradient are alive together
         for start, stop in panels(rows, 2 * cols * x.element_size()):
             part = grad[:, start:stop]
-            if for_x:
+            if grad_x is not None:
                 grad_x.addmm_(part, compose_weight(up, down, values, support, start, stop))
             if not needs_dense:
                 continue
             dense = part.t() @ tokens
-            if for_down:
+            if grad_down is not None:
                 grad_down.addmm_(up[start:stop].t(), dense)
-            if for_up:
+            if grad_up is not None:
                 grad_up[start:stop] = dense @ down.t()
-            if for_values and not observed:
+            if grad_values is not None and not observed:
                 within, first, last = support.of_rows(start, stop)
                 grad_values[first:last] = read_support(dense, within)
         grad_x = None if grad_x is None else grad_x.view(x.shape)
@@ -81,7 +85,9 @@ class _ComposedLinear(torch.autograd.Function):
 
 class _FactoredLinear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, down, up, values, bias, support, key):
+    def forward(
+        ctx: Any, x: Tensor, down: Tensor, up: Tensor, values: Tensor, bias: Tensor | None, support: Support, key: int
+    ) -> Tensor:
         tokens = flatten_tokens(x)
         hidden = tokens @ down.t()
         ctx.save_for_backward(x, hidden, down, up, values)
@@ -92,7 +98,7 @@ class _FactoredLinear(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, grad):
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, hidden, down, up, values = ctx.saved_tensors
         for_x, for_down, for_up, for_values, for_bias = ctx.needs_input_grad[:5]
         tokens, grad = flatten_tokens(x), flatten_tokens(grad).contiguous()
@@ -114,15 +120,23 @@ class _FactoredLinear(torch.autograd.Function):
 
 _LINEAR = {"composed": _ComposedLinear, "factored": _FactoredLinear}
 
-# What laying an activation out anew for a sparse product costs on a CPU, in multiplications of a dense one: 100 for
-# each input and output and product fits matrices of 512 to 2,736 rows (benchmarks/results/weightless-cpu.json).
+# Cost on a CPU of copying an activation to the layout of a sparse product, in multiplications of a dense one: 100 per
+# input, output and product fits matrices of 512 to 2,736 rows (benchmarks/results/weightless-cpu.json).
 LAYOUT_COST = 100
 
 
 def cheaper_way(rank: int, support: Support, tokens: int, dtype: torch.dtype, device: torch.device) -> str:
-    """``"composed"`` or ``"factored"``, whichever should take less time for a training step of so many tokens."""
+    """The faster way for a training step, ``"composed"`` or ``"factored"``.
+
+    Args:
+        rank: of the factors.
+        support: of the values.
+        tokens: per step.
+        dtype: of the activations.
+        device: of the activations.
+    """
     rows, cols = support.shape
-    # at the crossover a product with so many entries takes as long as the dense one
+    # at the crossover, a product with these entries takes as long as the dense one
     sparse = support.nnz / crossover(device, dtype, support.density).density + LAYOUT_COST * (rows + cols)
     factored = 6 * (rank * (rows + cols) + sparse)
     composed = rows * cols * (6 + 8 * rank / max(1, tokens))
@@ -139,15 +153,15 @@ def sparse_low_rank_linear(
     key: int = UNOBSERVED,
     way: str = "composed",
 ) -> Tensor:
-    """``x @ (up @ down + scatter(values)).T + bias`` with no temporary of the weight's size larger than a panel.
+    """``x @ (up @ down + scatter(values)).T + bias`` without temporaries larger than a panel.
 
     Args:
-        x: ``(..., in_features)``; all floats are of its dtype.
+        x: ``(..., in_features)``; all floats have its dtype.
         down: ``(rank, in_features)``.
         up: ``(out_features, rank)``.
-        values: ``(entries,)`` at ``support``, of a weight ``(out_features, in_features)``.
+        values: ``(entries,)`` at ``support``.
         bias: ``(out_features,)`` or None.
-        support: the values'.
+        support: of the weight ``(out_features, in_features)``.
         key: of the layer, for observers of its gradient.
         way: ``"composed"`` or ``"factored"``; the same result up to rounding.
 

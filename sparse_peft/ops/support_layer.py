@@ -1,10 +1,12 @@
-"""Layers whose weight is trained at a support: forward and backward on the *effective* weight.
+"""Layers whose weight is trained at a support: forward and backward with the *effective* weight.
 
-Only the input is saved for backward, or of it what the support needs. The effective weight is asked for again there,
-from a ``WeightSource``: a resident weight costs nothing, an overlay or a dequantised buffer is made anew and dropped.
+Only the input, or the part of it that the support needs, is saved for backward. The effective weight is requested from
+a ``WeightSource`` in both passes: a resident weight costs nothing, an overlay or a dequantised buffer is built again.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,15 +17,20 @@ from .products import WeightSource
 
 class _SupportLayer(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, values, bias, source, support):
+    def forward(
+        ctx: Any, x: Tensor, values: Tensor | None, bias: Tensor | None, source: WeightSource, support: Support | None
+    ) -> Tensor:
         ctx.source, ctx.support, ctx.shape = source, support, x.shape
         ctx.values_dtype = None if values is None else values.dtype
-        ctx.save_for_backward(source.product.keep(x, support) if ctx.needs_input_grad[1] else None)
+        kept = None
+        if support is not None and ctx.needs_input_grad[1]:
+            kept = source.product.keep(x, support)
+        ctx.save_for_backward(kept)
         return source.product.forward(x, source, bias)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, grad):
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         (kept,) = ctx.saved_tensors
         source = ctx.source
         grad_x = grad_values = grad_bias = None
@@ -44,11 +51,11 @@ def support_layer(
 
     Args:
         x: the input, of the shape that ``source.product`` takes, in the dtype to compute in.
-        values: ``(entries,)`` trained delta at ``support``, whose effect on the weight is the source's business; None
-            for the base weight alone.
+        values: ``(entries,)`` trained delta at ``support``, which ``source`` adds to the weight; None for the base
+            weight alone.
         bias: ``(out_features,)`` or None.
-        source: gives the effective weight, in forward and again in backward.
-        support: of the values.
+        source: of the effective weight, in forward and in backward.
+        support: of the values; None without values.
 
     Returns:
         The output in ``x``'s dtype.

@@ -1,7 +1,7 @@
 """The ops as nodes of compiled graphs: ``torch.ops.sparse_peft.*``, with schemas and fakes.
 
-Eager code calls the functions themselves. Autograd is in functions over these ops, where ``F.linear`` stays visible to
-the compiler. None needs a rule for autocast: they run below autograd, on operands that are cast already.
+Eager code calls the functions directly. Autograd is defined in functions over these ops, where ``F.linear`` stays
+visible to the compiler. The ops need no autocast rules: they run below autograd, on operands that are cast already.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ from .entries import take_ as _take_
 from .masked_dw import masked_dw as _masked_dw
 from .support_grad import observed_support_grad
 
-# Supports that layers hold, by the address of their positions: a graph passes tensors, and what was found out about a
-# support must not be found out anew in every step.
+# Supports of layers, by the address of their positions: a graph passes tensors, but the structure and the plan of a
+# support must not be computed again in every step.
 _supports: weakref.WeakValueDictionary[int, Support] = weakref.WeakValueDictionary()
 
 
 def remember(support: Support) -> None:
-    """Let compiled graphs that are called with this support's tensors find it again, for as long as it lives."""
+    """Let compiled graphs find a support by its tensors while it is alive."""
     _supports[support.indices.data_ptr()] = support
 
 
@@ -44,12 +44,14 @@ def _recall(shape: tuple[int, int], indices: Tensor, row_ptr: Tensor, cols: Tens
 def support_grad(
     left: Tensor, right: Tensor, row_ptr: Tensor, cols: Tensor, indices: Tensor, rows: int, columns: int, key: int
 ) -> Tensor:
-    """``support_grad``, seen by the observer under ``key``."""
+    """``support_grad``, passed through the observer under ``key``."""
     return observed_support_grad(left, right, _recall((rows, columns), indices, row_ptr, cols), key)
 
 
 @support_grad.register_fake
-def _(left, right, row_ptr, cols, indices, rows, columns, key):
+def _(
+    left: Tensor, right: Tensor, row_ptr: Tensor, cols: Tensor, indices: Tensor, rows: int, columns: int, key: int
+) -> Tensor:
     return left.new_empty(indices.shape, dtype=accumulation_dtype(left.dtype))
 
 
@@ -62,7 +64,9 @@ def masked_dw(
 
 
 @masked_dw.register_fake
-def _(left, right, row_ptr, cols, indices, rows, columns, limit):
+def _(
+    left: Tensor, right: Tensor, row_ptr: Tensor, cols: Tensor, indices: Tensor, rows: int, columns: int, limit: int
+) -> tuple[Tensor, Tensor, Tensor]:
     dtype = accumulation_dtype(left.dtype)
     gradients = [left.new_empty(count, dtype=dtype) for count in (indices.shape[0], limit)]
     return gradients[0], left.new_empty(limit, dtype=torch.int64), gradients[1]
@@ -81,11 +85,11 @@ code_scatter_add = torch.library.custom_op("sparse_peft::code_scatter_add", _cod
 
 
 @code_gather.register_fake
-def _(codebook, codes, bits, cols, dtype):
+def _(codebook: Tensor, codes: Tensor, bits: int, cols: int, dtype: torch.dtype) -> Tensor:
     return codebook.new_empty(codebook.shape[0], cols, dtype=dtype)
 
 
 @code_scatter_add.register_fake
-def _(grad, codes, bits, groups):
+def _(grad: Tensor, codes: Tensor, bits: int, groups: int) -> Tensor:
     dtype = torch.float64 if grad.dtype == torch.float64 else torch.float32
     return grad.new_empty(grad.shape[0], groups, 1 << bits, dtype=dtype)

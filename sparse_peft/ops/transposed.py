@@ -1,10 +1,12 @@
-"""Activations with their tokens contiguous, made once for all layers that share them.
+"""Activations with contiguous tokens, transposed once for all layers that share them.
 
-q, k and v have one input, gate and up have one: in a backward pass the second and third layer find what the first
-one made. Nothing is kept when the backward pass is over.
+q, k and v share one input, gate and up another: in a backward pass, the later layers reuse the transposed copy of the
+first. Nothing is kept after the backward pass.
 """
 
 from __future__ import annotations
+
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -15,8 +17,9 @@ ALIGNMENT = 16  # bytes: the widest load of a kernel
 
 
 class _Kept:
-    def __init__(self, x: Tensor, result: Tensor):
-        # holding the activation itself keeps its address from meaning another one
+    """A transposed activation, with the activation itself so that its address stays in use."""
+
+    def __init__(self, x: Tensor, result: Tensor) -> None:
         self.x, self.result, self.version = x, result, x._version
 
     def is_of(self, x: Tensor, dtype: torch.dtype) -> bool:
@@ -33,16 +36,20 @@ class _Kept:
 _kept: dict[torch.device, list[_Kept]] = {}
 
 
+def _forget(device: torch.device) -> None:
+    _kept.pop(device, None)
+
+
 def _in_backward() -> bool:
     return torch._C._current_graph_task_id() != -1
 
 
 def _keep(x: Tensor, result: Tensor) -> None:
-    """Keep a result until another activation comes, or the backward pass is over; no more than a panel."""
+    """Keep a result until another activation comes or the backward pass ends, up to one panel in all."""
     if not _in_backward() or x.is_inference() or result.nbytes > panel_bytes():
         return
     if x.device not in _kept:
-        torch.autograd.Variable._execution_engine.queue_callback(lambda: _kept.pop(x.device, None))
+        torch.autograd.Variable._execution_engine.queue_callback(partial(_forget, x.device))
     kept = _kept.setdefault(x.device, [])
     if kept and kept[0].x.untyped_storage().data_ptr() != x.untyped_storage().data_ptr():
         kept.clear()
@@ -51,14 +58,14 @@ def _keep(x: Tensor, result: Tensor) -> None:
 
 
 def token_contiguous(x: Tensor, dtype: torch.dtype, shared: bool = False) -> Tensor:
-    """``x`` ``(tokens, features)`` as ``(features, padded tokens)`` in ``dtype``, zeros behind the last token.
+    """``x`` ``(tokens, features)`` as ``(features, padded tokens)``, with zeros after the last token.
 
-    Rows are padded to whole 16 bytes.
+    Rows are padded to a multiple of 16 bytes.
 
     Args:
         x: an activation, or a tile of its tokens.
         dtype: of the result.
-        shared: whether other layers are likely to ask for the same: keep it for them, inside a backward pass.
+        shared: whether other layers are likely to need the same; inside a backward pass it is kept for them.
     """
     if shared:
         for kept in _kept.get(x.device, ()):

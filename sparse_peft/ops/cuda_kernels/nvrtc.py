@@ -1,7 +1,7 @@
-"""From CUDA C++ text to machine code, through the NVRTC library that comes with CUDA builds of PyTorch.
+"""Compilation of CUDA C++ source to machine code, with the NVRTC library of PyTorch's CUDA builds.
 
-PyTorch's own ``torch.cuda._compile_kernel`` also looks for a CUDA toolkit's headers and fails where none is installed;
-kernels without headers need no toolkit.
+PyTorch's own ``torch.cuda._compile_kernel`` searches for the headers of a CUDA toolkit and fails without one; these
+kernels have no headers and need no toolkit.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ def _text(library: ctypes.CDLL, program: ctypes.c_void_p, what: str) -> bytes:
 
 
 def compile_cubin(library: ctypes.CDLL, source: str, options: Sequence[str], architecture: str) -> bytes:
-    """Compile for one architecture, as ``"90"``.
+    """Compile for one architecture, such as ``"90"``.
 
     Raises:
-        RuntimeError: the source does not compile; the compiler's log is in the message.
+        RuntimeError: the source does not compile; the message contains the compiler's log.
     """
     program = ctypes.c_void_p()
     created = library.nvrtcCreateProgram(ctypes.byref(program), source.encode(), b"kernel.cu", 0, None, None)

@@ -1,6 +1,6 @@
-"""The ops as Triton kernels, for CUDA tensors; under ``TRITON_INTERPRET=1`` on the CPU too, for tests.
+"""The ops as Triton kernels for CUDA tensors; with ``TRITON_INTERPRET=1`` on the CPU too, for tests.
 
-Nothing here is imported before a kernel is asked for: Triton is optional, and compiles for seconds.
+A module is imported only when its kernel is needed: Triton is optional, and compilation takes seconds.
 """
 
 from __future__ import annotations
@@ -10,17 +10,22 @@ import importlib
 import importlib.util
 import os
 from types import ModuleType
+from typing import Any
 
 import torch
+
+# A kernel to compile ahead of time, its argument types and its constants.
+Variant = tuple[Any, dict[str, str], dict[str, Any]]
 
 
 @functools.cache
 def installed() -> bool:
+    """Whether Triton is installed."""
     return importlib.util.find_spec("triton") is not None
 
 
 def interpreted() -> bool:
-    """Whether Triton runs its kernels in Python, on any device's tensors."""
+    """Whether Triton interprets its kernels in Python, for tensors of any device."""
     return os.environ.get("TRITON_INTERPRET", "0") == "1"
 
 
@@ -30,7 +35,7 @@ def usable(device: torch.device) -> bool:
 
 
 def kernels(name: str) -> ModuleType:
-    """The module of this name.
+    """Import a module of kernels.
 
     Args:
         name: ``support_grad``, ``support_grad_tiles``, ``entries``, ``masked_dw``, ``delta_matmul`` or ``codes``.

@@ -1,4 +1,4 @@
-"""Codebooks: from packed codes to weights, and from a weight gradient to the codebook's."""
+"""Codebooks: weights from packed codes, and the codebook's gradient from the weight's."""
 
 from __future__ import annotations
 
@@ -7,12 +7,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from . import Variant
+
 BLOCK_COLS = 256
 
 
 @triton.jit
-def _code(codes, row_bytes, j, inside, BITS: tl.constexpr):
-    # the row is one stream of bits, the highest of a byte first; a code lies in one byte or in two neighbours
+def _code(codes: tl.tensor, row_bytes: tl.tensor, j: tl.tensor, inside: tl.tensor, BITS: tl.constexpr) -> tl.tensor:
+    # a row is one stream of bits, highest bit first; a code lies in one byte or in two neighbours
     bit = j * BITS
     byte = bit // 8
     high = tl.load(codes + byte, inside, 0).to(tl.int32)
@@ -21,7 +23,16 @@ def _code(codes, row_bytes, j, inside, BITS: tl.constexpr):
 
 
 @triton.jit
-def code_gather_kernel(codebook, codes, out, cols, groups, row_bytes, BITS: tl.constexpr, BLOCK: tl.constexpr):
+def code_gather_kernel(
+    codebook: tl.tensor,
+    codes: tl.tensor,
+    out: tl.tensor,
+    cols: tl.tensor,
+    groups: tl.tensor,
+    row_bytes: tl.tensor,
+    BITS: tl.constexpr,
+    BLOCK: tl.constexpr,
+) -> None:
     row = tl.program_id(0).to(tl.int64)
     j = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = j < cols
@@ -32,8 +43,17 @@ def code_gather_kernel(codebook, codes, out, cols, groups, row_bytes, BITS: tl.c
 
 
 @triton.jit
-def code_scatter_add_kernel(grad, codes, out, cols, groups, row_bytes, BITS: tl.constexpr, BLOCK: tl.constexpr):
-    # one program, one table: its sums stay in registers and are added in a fixed order
+def code_scatter_add_kernel(
+    grad: tl.tensor,
+    codes: tl.tensor,
+    out: tl.tensor,
+    cols: tl.tensor,
+    groups: tl.tensor,
+    row_bytes: tl.tensor,
+    BITS: tl.constexpr,
+    BLOCK: tl.constexpr,
+) -> None:
+    # one program per table: its sums stay in registers, in a fixed order
     row = tl.program_id(0).to(tl.int64)
     group = tl.program_id(1).to(tl.int64)
     first = (group * cols + groups - 1) // groups
@@ -65,8 +85,8 @@ def code_scatter_add_(out: Tensor, grad: Tensor, codes: Tensor, bits: int) -> No
     )
 
 
-def signatures(dtype: torch.dtype) -> list[tuple]:
-    """What to compile ahead of time: ``(kernel, argument types, constants)``."""
+def signatures(dtype: torch.dtype) -> list[Variant]:
+    """The variants to compile ahead of time: ``(kernel, argument types, constants)``."""
     x = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16"}[dtype]
     sizes = {"cols": "i32", "groups": "i32", "row_bytes": "i32"}
     found = []

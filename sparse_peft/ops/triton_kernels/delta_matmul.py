@@ -1,4 +1,4 @@
-"""Product of activations with a sparse matrix, added to what is there."""
+"""Product of activations with a sparse matrix, added to the output."""
 
 from __future__ import annotations
 
@@ -7,14 +7,25 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from . import Variant
+
 BLOCK_TOKENS = 16
 BLOCK_ENTRIES = 64
 
 
 @triton.jit
 def delta_matmul_kernel(
-    x, values, row_ptr, cols, out, tokens, x_stride, out_stride, BLOCK_T: tl.constexpr, BLOCK_E: tl.constexpr
-):
+    x: tl.tensor,
+    values: tl.tensor,
+    row_ptr: tl.tensor,
+    cols: tl.tensor,
+    out: tl.tensor,
+    tokens: tl.tensor,
+    x_stride: tl.tensor,
+    out_stride: tl.tensor,
+    BLOCK_T: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+) -> None:
     row = tl.program_id(0)
     first, last = tl.load(row_ptr + row), tl.load(row_ptr + row + 1)
     if first < last:
@@ -40,8 +51,8 @@ def delta_matmul_add_(out: Tensor, x: Tensor, values: Tensor, row_ptr: Tensor, c
     )  # fmt: skip
 
 
-def signatures(dtype: torch.dtype) -> list[tuple]:
-    """What to compile ahead of time: ``(kernel, argument types, constants)``."""
+def signatures(dtype: torch.dtype) -> list[Variant]:
+    """The variants to compile ahead of time: ``(kernel, argument types, constants)``."""
     x = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16"}[dtype]
     types = {
         "x": x, "values": "*fp32", "row_ptr": "*i32", "cols": "*i32", "out": x, "tokens": "i32", "x_stride": "i32",

@@ -1,4 +1,4 @@
-"""Writing entries of weights: many tensors in one launch, and sums rounded once."""
+"""Writing entries of weights: many tensors in one launch, and sums that are rounded once."""
 
 from __future__ import annotations
 
@@ -7,11 +7,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from . import Variant
+
 BLOCK = 1024
 
 
 @triton.jit
-def scatter_add_kernel(weight, indices, values, entries, BLOCK: tl.constexpr):
+def scatter_add_kernel(
+    weight: tl.tensor, indices: tl.tensor, values: tl.tensor, entries: tl.tensor, BLOCK: tl.constexpr
+) -> None:
     e = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = e < entries
     at = weight + tl.load(indices + e, inside, 0).to(tl.int64)
@@ -21,9 +25,17 @@ def scatter_add_kernel(weight, indices, values, entries, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def write_many_kernel(table, tensors, weight_like, index_like, value_like, MODE: tl.constexpr, BLOCK: tl.constexpr):
-    # `table` has, for each tensor, the addresses of weight, indices, originals and values, and the number of entries;
-    # the `_like` arguments are there for their types alone
+def write_many_kernel(
+    table: tl.tensor,
+    tensors: tl.tensor,
+    weight_like: tl.tensor,
+    index_like: tl.tensor,
+    value_like: tl.tensor,
+    MODE: tl.constexpr,
+    BLOCK: tl.constexpr,
+) -> None:
+    # `table` has the addresses of weight, indices, originals and values, and the number of entries of each tensor; the
+    # `_like` arguments only pass types
     tensor = tl.program_id(1)
     entries = tl.load(table + 4 * tensors + tensor)
     e = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
@@ -53,7 +65,16 @@ def scatter_add_(weight: Tensor, indices: Tensor, values: Tensor) -> None:
 def write_many_(
     table: Tensor, largest: int, weight: Tensor, indices: Tensor, values: Tensor | None, mode: str
 ) -> None:
-    """Read or write the entries of all tensors of a table; ``weight``, ``indices``, ``values`` give the types."""
+    """Read or write the entries of all tensors of a table.
+
+    Args:
+        table: ``(5, tensors)`` int64: addresses of weight, indices, originals and values, and the number of entries.
+        largest: maximum entry count of any tensor.
+        weight: any of the weights, for its dtype.
+        indices: any of the positions, for their dtype.
+        values: any of the deltas, for ``"resync"``.
+        mode: as in ``sparse_peft.ops.entries``.
+    """
     tensors = table.shape[1]
     write_many_kernel[(triton.cdiv(largest, BLOCK), tensors)](
         table, tensors, weight, indices, weight if values is None else values,
@@ -61,8 +82,8 @@ def write_many_(
     )  # fmt: skip
 
 
-def signatures(dtype: torch.dtype) -> list[tuple]:
-    """What to compile ahead of time: ``(kernel, argument types, constants)``."""
+def signatures(dtype: torch.dtype) -> list[Variant]:
+    """The variants to compile ahead of time: ``(kernel, argument types, constants)``."""
     w = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16"}[dtype]
     add = {"weight": w, "indices": "*i32", "values": "*fp32", "entries": "i32"}
     many = {"table": "*i64", "tensors": "i32", "weight_like": w, "index_like": "*i32", "value_like": "*fp32"}

@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from . import Variant
 from .tile_product import tile_product
 
 BLOCK_ROWS = 64
@@ -15,8 +16,8 @@ BLOCK_TOKENS = 32
 
 
 @triton.jit
-def _set_bits(word):
-    # of a 32-bit word, without an instruction that the interpreter has no word for
+def _set_bits(word: tl.tensor) -> tl.tensor:
+    # population count of a 32-bit word, without an instruction that the interpreter does not have
     word = word - ((word >> 1) & 0x55555555)
     word = (word & 0x33333333) + ((word >> 2) & 0x33333333)
     word = (word + (word >> 4)) & 0x0F0F0F0F
@@ -25,10 +26,27 @@ def _set_bits(word):
 
 @triton.jit
 def masked_dw_kernel(
-    left, right, words, before, values, threshold, counter, positions, found, capacity,
-    rows, cols, tokens, words_a_row, left_stride, right_stride,
-    PRECISION: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_T: tl.constexpr,
-):  # fmt: skip
+    left: tl.tensor,
+    right: tl.tensor,
+    words: tl.tensor,
+    before: tl.tensor,
+    values: tl.tensor,
+    threshold: tl.tensor,
+    counter: tl.tensor,
+    positions: tl.tensor,
+    found: tl.tensor,
+    capacity: tl.tensor,
+    rows: tl.tensor,
+    cols: tl.tensor,
+    tokens: tl.tensor,
+    words_a_row: tl.tensor,
+    left_stride: tl.tensor,
+    right_stride: tl.tensor,
+    PRECISION: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+) -> None:
     r = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
     c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     total = tile_product(
@@ -36,15 +54,15 @@ def masked_dw_kernel(
         PRECISION, BLOCK_R, BLOCK_C, BLOCK_T,
     )  # fmt: skip
     inside = (r < rows)[:, None] & (c < cols)[None, :]
-    # one bit of `words` for each weight; `before` counts the support's entries before each word: together the place
-    # of every entry in the support
+    # `words` has one bit per weight, and `before` the number of entries before each word: together they give each
+    # entry's slot in the support
     at = r[:, None].to(tl.int64) * words_a_row + (c // 32)[None, :]
     word = tl.load(words + at, inside, 0)
     bit = (c % 32)[None, :]
     trained = ((word >> bit) & 1) == 1
     slot = tl.load(before + at, inside, 0) + _set_bits(word & ((1 << bit) - 1))
     tl.store(values + slot, total, inside & trained)
-    # NaN is not below any threshold: it is appended, and seen
+    # NaN is not below the threshold: it is appended, so that the caller sees it
     grows = inside & (trained == 0) & ((tl.abs(total) < tl.load(threshold)) == 0)
     flat = tl.reshape(grows.to(tl.int32), (BLOCK_R * BLOCK_C,))
     count = tl.sum(flat, axis=0)
@@ -66,17 +84,19 @@ def masked_dw(
     threshold: Tensor,
     capacity: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Fill ``values`` at the support; of the rest, find what is not below the threshold.
+    """Fill ``values`` at the support, and find the other gradients that are not below a threshold.
 
     Args:
-        left: ``(tokens, rows)``, right: ``(tokens, cols)``, the last dimension contiguous.
-        words, before: the support's bitmap, ``sparse_peft.ops.masked_dw.bitmap``.
+        left: ``(tokens, rows)``, the last dimension contiguous.
+        right: ``(tokens, cols)``, the last dimension contiguous.
+        words: from ``sparse_peft.ops.masked_dw.bitmap``.
+        before: from ``sparse_peft.ops.masked_dw.bitmap``.
         values: ``(entries,)`` float32, written.
-        threshold: one float32 number.
-        capacity: how many positions there is room for.
+        threshold: ``(1,)`` float32.
+        capacity: maximum number of other gradients to return.
 
     Returns:
-        How many there are (more than ``capacity`` means that some are missing), ``(capacity,)`` positions and
+        ``(1,)`` number of other gradients found, which may exceed ``capacity``; ``(capacity,)`` positions and
         gradients, in no order.
     """
     (tokens, rows), cols = left.shape, right.shape[1]
@@ -91,8 +111,8 @@ def masked_dw(
     return counter, positions, found
 
 
-def signatures(dtype: torch.dtype) -> list[tuple]:
-    """What to compile ahead of time: ``(kernel, argument types, constants)``."""
+def signatures(dtype: torch.dtype) -> list[Variant]:
+    """The variants to compile ahead of time: ``(kernel, argument types, constants)``."""
     x = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16"}[dtype]
     types = {
         "left": x, "right": x, "words": "*i32", "before": "*i32", "values": "*fp32", "threshold": "*fp32",

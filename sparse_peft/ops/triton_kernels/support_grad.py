@@ -1,4 +1,4 @@
-"""Products of two activations at the entries of a support."""
+"""The gradient at the entries of a support: one dot product over the tokens for each entry."""
 
 from __future__ import annotations
 
@@ -7,17 +7,29 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from . import Variant
+
 BLOCK_ENTRIES = 16
 BLOCK_TOKENS = 256
 
 
 @triton.jit
 def support_grad_kernel(
-    left, right, indices, out, entries, cols, tokens, left_stride, right_stride,
-    ADD: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_T: tl.constexpr,
-):  # fmt: skip
-    # A program owns its entries over all tokens, so the order of summation is fixed and nothing is added atomically.
-    # Entries are sorted by row: neighbours read the same row of `left`, which stays in the cache.
+    left: tl.tensor,
+    right: tl.tensor,
+    indices: tl.tensor,
+    out: tl.tensor,
+    entries: tl.tensor,
+    cols: tl.tensor,
+    tokens: tl.tensor,
+    left_stride: tl.tensor,
+    right_stride: tl.tensor,
+    ADD: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+) -> None:
+    # A program sums its entries over all tokens: the order is fixed, and no addition is atomic. Entries are sorted by
+    # row: neighbours read the same row of `left`, which stays in the cache.
     e = tl.program_id(0).to(tl.int64) * BLOCK_E + tl.arange(0, BLOCK_E)
     inside = e < entries
     index = tl.load(indices + e, inside, 0).to(tl.int64)
@@ -36,13 +48,15 @@ def support_grad_kernel(
 
 
 def support_grad_(out: Tensor, left: Tensor, right: Tensor, indices: Tensor, cols: int, add: bool) -> None:
-    """Set ``out``, or add to it, ``(entries,)`` float32.
+    """The gradient at the entries of a support.
 
     Args:
-        left: ``(rows, tokens)``, right: ``(cols, tokens)``; tokens contiguous.
+        out: ``(entries,)`` float32; set or added to.
+        left: ``(rows, tokens)``, tokens contiguous.
+        right: ``(cols, tokens)``, tokens contiguous.
         indices: ``(entries,)`` flat positions, sorted.
-        cols: of the matrix the positions are in.
-        add: whether to add to what ``out`` holds.
+        cols: columns of the weight.
+        add: whether to add to ``out``.
     """
     entries = indices.numel()
     support_grad_kernel[(triton.cdiv(entries, BLOCK_ENTRIES),)](
@@ -51,8 +65,8 @@ def support_grad_(out: Tensor, left: Tensor, right: Tensor, indices: Tensor, col
     )  # fmt: skip
 
 
-def signatures(dtype: torch.dtype) -> list[tuple]:
-    """What to compile ahead of time: ``(kernel, argument types, constants)``."""
+def signatures(dtype: torch.dtype) -> list[Variant]:
+    """The variants to compile ahead of time: ``(kernel, argument types, constants)``."""
     x = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16"}[dtype]
     types = {
         "left": x, "right": x, "indices": "*i32", "out": "*fp32", "entries": "i32", "cols": "i32", "tokens": "i32",

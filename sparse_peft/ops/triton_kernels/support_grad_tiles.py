@@ -1,12 +1,16 @@
-"""Products of two activations at row groups: dense tiles, for supports of blocks, rows or columns."""
+"""The gradient at row groups, as dense tiles: for supports of blocks, rows or columns."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from ...support import RowGroup
+from . import Variant
 from .tile_product import tile_product
 
 BLOCK_ROWS = 64
@@ -16,11 +20,21 @@ BLOCK_TOKENS = 32
 
 @triton.jit
 def support_grad_tiles_kernel(
-    left, right, cols, work, out, tokens, left_stride, right_stride,
-    PRECISION: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_T: tl.constexpr,
-):  # fmt: skip
-    # one program, one piece of work: first row, number of rows, first of its columns in `cols`, number of columns,
-    # first entry in `out`, entries a row
+    left: tl.tensor,
+    right: tl.tensor,
+    cols: tl.tensor,
+    work: tl.tensor,
+    out: tl.tensor,
+    tokens: tl.tensor,
+    left_stride: tl.tensor,
+    right_stride: tl.tensor,
+    PRECISION: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+) -> None:
+    # one program per piece of work: first row, number of rows, index of its first column in `cols`, number of columns,
+    # first entry in `out`, entries per row
     item = work + tl.program_id(0) * 6
     first_row, rows = tl.load(item), tl.load(item + 1)
     first_col, width = tl.load(item + 2), tl.load(item + 3)
@@ -36,8 +50,8 @@ def support_grad_tiles_kernel(
     tl.store(at, total, (r < rows)[:, None] & (c < width)[None, :])
 
 
-def work_list(groups, device: torch.device) -> tuple[Tensor, Tensor]:
-    """The groups' columns, one after the other, and the pieces of work: ``(columns,)``, ``(pieces, 6)`` int64."""
+def work_list(groups: Sequence[RowGroup], device: torch.device) -> tuple[Tensor, Tensor]:
+    """The groups' concatenated columns ``(columns,)``, and the pieces of work ``(pieces, 6)``, both int64."""
     cols, pieces, offset = [], [], 0
     for group in groups:
         width = (group.last - group.first) // (group.stop - group.start)
@@ -62,8 +76,8 @@ def support_grad_tiles_(out: Tensor, left: Tensor, right: Tensor, cols: Tensor, 
     )  # fmt: skip
 
 
-def signatures(dtype: torch.dtype) -> list[tuple]:
-    """What to compile ahead of time: ``(kernel, argument types, constants)``."""
+def signatures(dtype: torch.dtype) -> list[Variant]:
+    """The variants to compile ahead of time: ``(kernel, argument types, constants)``."""
     x = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16"}[dtype]
     types = {
         "left": x, "right": x, "cols": "*i64", "work": "*i64", "out": "*fp32", "tokens": "i32",

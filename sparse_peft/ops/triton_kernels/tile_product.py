@@ -8,9 +8,20 @@ import triton.language as tl
 
 @triton.jit
 def tile_product(
-    left, right, row, col, has_row, has_col, tokens, left_stride, right_stride,
-    PRECISION: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_T: tl.constexpr,
-):  # fmt: skip
+    left: tl.tensor,
+    right: tl.tensor,
+    row: tl.tensor,
+    col: tl.tensor,
+    has_row: tl.tensor,
+    has_col: tl.tensor,
+    tokens: tl.tensor,
+    left_stride: tl.tensor,
+    right_stride: tl.tensor,
+    PRECISION: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+) -> tl.tensor:
     """``(left.T @ right)[row, col]`` in float32, zero where a row or column is masked out.
 
     ``left`` is ``(tokens, rows)`` and ``right`` ``(tokens, cols)``, their last dimensions contiguous.
