@@ -1,4 +1,4 @@
-"""What the tuners of all sparse methods share: PEFT's model contract."""
+"""The base of all methods' tuners: PEFT's model contract."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from abc import abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from operator import attrgetter
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, Generic, Protocol, TypeVar, cast
 
 import torch
 from peft.tuners.tuners_utils import BaseTuner
@@ -43,18 +43,24 @@ class StatePlan(Protocol):
         ...
 
 
-class BaseSparseModel(BaseTuner):
-    """Base of the sparse methods' tuners.
+ConfigT = TypeVar("ConfigT", bound=BaseSparseConfig)
+StateT = TypeVar("StateT", bound=TrainedState)
+
+
+class BaseSparseModel(BaseTuner, Generic[ConfigT, StateT]):
+    """Base of the sparse methods' tuners, generic in the method's config and trained state.
 
     A method's subclass names its ``layer_cls``, from which PEFT's class attributes are derived, and says in
     ``plan_layers`` what each target layer trains.
     """
 
-    layer_cls: ClassVar[type[TunerLayer]]
+    layer_cls: ClassVar[type[TunerLayer[Any]]]
     takes_groups = True  # whether convolutions of several groups, which are no one matrix, can be targets
     counted_tensor = "values"  # which of a layer's tensors in a file says by its size what the layer trains
     needs_base_weights = False  # whether what an adapter adds is a function of its base's weights as well
-    target_module_mapping = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+    target_module_mapping: dict[str, list[str]] = cast(
+        "dict[str, list[str]]", TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+    )
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -64,7 +70,7 @@ class BaseSparseModel(BaseTuner):
 
     @abstractmethod
     def plan_layers(
-        self, config, targets: dict[str, nn.Module], adapter_name: str, file_entries: dict[str, int] | None
+        self, config: ConfigT, targets: Targets, adapter_name: str, file_entries: dict[str, int] | None
     ) -> Mapping[str, StatePlan]:
         """What each target layer trains.
 
@@ -76,11 +82,23 @@ class BaseSparseModel(BaseTuner):
         """
 
     @classmethod
-    def resolve_sizes(cls, config, model: nn.Module) -> None:
+    def resolve_sizes(cls, config: ConfigT, model: nn.Module) -> None:
         """Record in the config how much each layer trains, where that is long before what it trains is known.
 
         An adapter made from it then waits for its positions, as one whose file is still to come: for plans on models
         without weights. Methods that choose whole structures have nothing to gain from it.
+        """
+
+    @property
+    def configs(self) -> dict[str, ConfigT]:
+        """``{adapter name: config}`` of the model's adapters."""
+        return cast("dict[str, ConfigT]", self.peft_config)
+
+    def check_configs(self) -> None:
+        """Refuse configs that one model cannot have together, the new adapter's among them.
+
+        Raises:
+            ValueError: names the field.
         """
 
     def twin_of(self, config: BaseSparseConfig, adapter_name: str) -> str | None:
@@ -88,7 +106,7 @@ class BaseSparseModel(BaseTuner):
 
         TRL adds its reference adapter with the policy's own config.
         """
-        names = (name for name, other in self.peft_config.items() if other is config and name != adapter_name)
+        names = (name for name, other in self.configs.items() if other is config and name != adapter_name)
         return next(names, None)
 
     def twin_supports(self, config: BaseSparseConfig, targets: Targets, adapter_name: str) -> dict[str, Support]:
@@ -97,19 +115,19 @@ class BaseSparseModel(BaseTuner):
         supports = {
             name: module.support(twin)
             for name, module in targets.items()
-            if isinstance(module, SparseTunerLayer) and twin in module.deltas
+            if isinstance(module, SparseTunerLayer) and twin is not None and twin in module.deltas
         }
         return supports if len(supports) == len(targets) else {}
 
     def first_sizes(
         self,
-        config: Any,
+        config: ConfigT,
         targets: Targets,
         adapter_name: str,
         *,
         in_file: dict[str, int] | None,
         recorded: str,
-        choose: Callable[[], tuple[dict[str, int], dict[str, Support]]],
+        choose: Callable[[], tuple[dict[str, int], Mapping[str, Support]]],
         size: Callable[[Any], int] = attrgetter("nnz"),
     ) -> tuple[dict[str, int], Mapping[str, Support]]:
         """How much each layer trains, and what, from the first source that there is.
@@ -148,14 +166,14 @@ class BaseSparseModel(BaseTuner):
     def choose_from_data(
         cls,
         model: nn.Module,
-        config: Any,
+        config: ConfigT,
         targets: Targets,
-        data: Iterable | None,
+        data: Iterable[Any] | None,
         gradients: dict[str, Tensor] | None,
         *,
         loss_fn: Callable[[nn.Module, Any], Tensor] | None,
         oversample: float,
-    ) -> dict[str, Support]:
+    ) -> Mapping[str, Support]:
         """Each target's positions; the arguments are those of [`select_support`][sparse_peft.select_support], checked.
 
         For methods with criteria that look at data.
@@ -164,7 +182,7 @@ class BaseSparseModel(BaseTuner):
 
     # ------------------------------------------------------------------ injection
 
-    def _prepare_adapter_config(self, peft_config, model_config: dict):
+    def _prepare_adapter_config(self, peft_config: Any, model_config: dict[str, Any]) -> Any:
         # diffusers' models have no model_type; their class does as well
         kind = model_config.get("model_type", type(self.model).__name__)
         return super()._prepare_adapter_config(peft_config, {"model_type": kind})
@@ -178,8 +196,9 @@ class BaseSparseModel(BaseTuner):
         finally:
             del self._injection, self._plans
 
-    def _prepare_model(self, peft_config, model: nn.Module) -> None:
+    def _prepare_model(self, peft_config: Any, model: nn.Module) -> None:
         # budgets are shared between layers, so all of them are planned before PEFT creates the first
+        self.check_configs()
         adapter_name, state_dict = self._injection
         targets = self.find_targets(peft_config, model, state_dict)
         check_bare_weights(peft_config, model, bool(targets))
@@ -190,7 +209,7 @@ class BaseSparseModel(BaseTuner):
             self._plans = self.plan_layers(peft_config, targets, adapter_name, self.file_sizes(state_dict))
 
     @classmethod
-    def checked_targets(cls, config, model: nn.Module) -> dict[str, nn.Module]:
+    def checked_targets(cls, config: ConfigT, model: nn.Module) -> Targets:
         """The layers that PEFT will adapt for this config, whose default target modules are filled in.
 
         Raises:
@@ -198,7 +217,7 @@ class BaseSparseModel(BaseTuner):
         """
         if config.target_modules is None:
             model_type = BaseTuner.get_model_config(model).get("model_type")
-            config.target_modules = cls.target_module_mapping.get(model_type)
+            config.target_modules = cls.target_module_mapping.get(str(model_type))
             if config.target_modules is None:
                 raise ValueError(f"target_modules: none given, and none is known for model type {model_type!r}")
         targets = cls.find_targets(config, model)
@@ -237,17 +256,25 @@ class BaseSparseModel(BaseTuner):
             if key.endswith(f".{cls.counted_tensor}") and f".{cls.prefix}" in key
         }
 
-    @staticmethod
-    def layer_options(config: Any) -> dict[str, Any]:
+    @classmethod
+    def layer_options(cls, config: ConfigT) -> dict[str, Any]:
         """Arguments of the layer class besides base layer and name."""
         return {}
 
     def _create_and_replace(
-        self, peft_config, adapter_name, target, target_name, parent, current_key, parameter_name=None
+        self,
+        peft_config: Any,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
+        parameter_name: str | None = None,
     ) -> None:
         plan = self._plans[current_key]
-        layer = target
-        if not isinstance(target, TunerLayer):
+        if isinstance(target, TunerLayer):
+            layer = target
+        else:
             layer = self.layer_cls(
                 target, current_key, **self.layer_options(peft_config), **get_quantization_kwargs(self.model)
             )
@@ -265,15 +292,15 @@ class BaseSparseModel(BaseTuner):
                 layer.requires_grad_(False)  # an additional adapter is not trained before it is made active
             self._replace_module(parent, target_name, layer, target)
 
-    def _replace_module(self, parent, child_name, new_module, child) -> None:
+    def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
         # PEFT's version also assigns the child's weight to whatever replaces it, which fails for a child whose weight
         # is computed (a trained token embedding being merged); a replacement here is a layer or a base, with its own
         setattr(parent, child_name, new_module)
 
-    def _post_injection_hook(self, model: nn.Module, config, adapter_name: str) -> None:
+    def _post_injection_hook(self, model: nn.Module, config: Any, adapter_name: str) -> None:
         tags = list(getattr(model, "model_tags", None) or [])
         if TAG not in tags:
-            model.model_tags = [*tags, TAG]
+            cast("Any", model).model_tags = [*tags, TAG]
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
         super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype=autocast_adapter_dtype)
@@ -303,8 +330,8 @@ class BaseSparseModel(BaseTuner):
                 module.set_adapter(adapter_name, inference_mode=inference_mode)
             elif isinstance(module, AuxiliaryTrainingWrapper):
                 name = module.check_set_adapter(adapter_name) if adapter_name else None
-                known = name in module._adapters
-                module.set_adapter(name if known else [], inference_mode=inference_mode)
+                known: str | list[str] = [] if name is None or name not in module._adapters else name
+                module.set_adapter(known, inference_mode=inference_mode)
         self.active_adapter = adapter_name
 
     # ------------------------------------------------------------------ mixed batches
@@ -349,7 +376,7 @@ class BaseSparseModel(BaseTuner):
 
     # ------------------------------------------------------------------ after training
 
-    def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> nn.Module:
+    def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> Any:
         self.release()
         return super()._unload_and_optionally_merge(*args, **kwargs)
 
@@ -386,7 +413,7 @@ class BaseSparseModel(BaseTuner):
         add_weighted_adapter(self, adapters, weights, adapter_name, how)
 
     @classmethod
-    def combined_fields(cls, configs: Sequence[Any], tensors: Tensors) -> dict[str, Any]:
+    def combined_fields(cls, configs: Sequence[ConfigT], tensors: Tensors) -> dict[str, Any]:
         """The method's own fields in the config of an adapter made of others; see ``combined_config``."""
         return {}
 
@@ -394,7 +421,7 @@ class BaseSparseModel(BaseTuner):
 
     @classmethod
     def skeleton_layer(
-        cls, config: Any, name: str, shape: tuple[int, int], tensors: Mapping[str, Tensor]
+        cls, config: ConfigT, name: str, shape: tuple[int, int], tensors: Mapping[str, Tensor]
     ) -> nn.Module:
         """A layer without memory that a file's tensors fit, to read an adapter without its base model.
 
@@ -428,19 +455,25 @@ class BaseSparseModel(BaseTuner):
     # ------------------------------------------------------------------ checkpoints
 
     @classmethod
-    def saves_base_weights(cls, config: BaseSparseConfig) -> bool:
+    def saves_base_weights(cls, config: ConfigT) -> bool:
         """Whether the adapter's file has the whole model in it."""
         return False
 
     @classmethod
-    def _fit(cls, config: BaseSparseConfig, delta: TrainedState, parameters: dict[str, Tensor]) -> None:
-        """Make room for what the file has, for methods that change their layers' sizes in training."""
+    def fit_state(cls, config: ConfigT, state: StateT, parameters: dict[str, Tensor]) -> None:
+        """Give a state the sizes that a file has, for methods that change sizes in training.
+
+        Args:
+            config: the adapter's.
+            state: of one layer.
+            parameters: the state's parameters in the file, not checked yet.
+        """
 
     @classmethod
     def _get_adapter_state_dict(
         cls,
         model: nn.Module,
-        config: BaseSparseConfig,
+        config: Any,
         adapter_name: str,
         state_dict: dict[str, Tensor],
         unwanted_adapter_names: list[str],
@@ -451,7 +484,7 @@ class BaseSparseModel(BaseTuner):
 
     @classmethod
     def _remap_adapter_state_dict_for_load(
-        cls, model: nn.Module, config: BaseSparseConfig, adapter_name: str, state_dict: dict[str, Tensor]
+        cls, model: nn.Module, config: Any, adapter_name: str, state_dict: dict[str, Tensor]
     ) -> dict[str, Tensor]:
         entries = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
         if not cls.saves_base_weights(config):
@@ -460,7 +493,7 @@ class BaseSparseModel(BaseTuner):
             entries,
             model,
             adapter_name,
-            fit=lambda state, parameters: cls._fit(config, state, parameters),
+            fit=lambda state, parameters: cls.fit_state(config, state, parameters),
             name_in_file=lambda name: cls._remove_adapter_name_from_key(name, adapter_name),
         )
         return entries

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -31,16 +32,26 @@ class DeltaPlan:
         return SparseDelta(self.shape, self.entries, name, self.recipe, self.support)
 
 
-class EntryModel(BaseSparseModel):
+EntryConfigT = TypeVar("EntryConfigT", bound=EntryConfig)
+SparseDeltaT = TypeVar("SparseDeltaT", bound=SparseDelta)
+
+
+class EntryModel(BaseSparseModel[EntryConfigT, SparseDeltaT]):
     """Base of the tuners of single entries."""
 
     def plan_layers(
         self,
-        config: EntryConfig,
+        config: EntryConfigT,
         targets: Targets,
         adapter_name: str,
         file_entries: dict[str, int] | None,
     ) -> Mapping[str, StatePlan]:
+        return self.plan_entries(config, targets, adapter_name, file_entries)
+
+    def plan_entries(
+        self, config: EntryConfigT, targets: Targets, adapter_name: str, file_entries: dict[str, int] | None
+    ) -> dict[str, DeltaPlan]:
+        """The plan of each layer's entries; the arguments are those of ``plan_layers``."""
         shapes = {name: stored_shape(module) for name, module in targets.items()}
         counts, supports = self.first_sizes(
             config,
@@ -59,23 +70,23 @@ class EntryModel(BaseSparseModel):
             for name, shape in shapes.items()
         }
 
-    @staticmethod
-    def layer_options(config: EntryConfig) -> dict[str, Any]:
+    @classmethod
+    def layer_options(cls, config: EntryConfigT) -> dict[str, Any]:
         return {"resident": config.resident}
 
-    @staticmethod
-    def _recipe(config: EntryConfig, name: str, entries: int) -> SupportRecipe:
+    @classmethod
+    def _recipe(cls, config: EntryConfigT, name: str, entries: int) -> SupportRecipe:
         criterion = config.criterion.name
         return SupportRecipe(criterion, entries, config.seed, name, config.criterion_options, config.block)
 
     @classmethod
-    def resolve_sizes(cls, config: EntryConfig, model: nn.Module) -> None:
+    def resolve_sizes(cls, config: EntryConfigT, model: nn.Module) -> None:
         targets = cls.checked_targets(config, model)
         shapes = {name: stored_shape(module) for name, module in targets.items()}
         config.num_entries = cls._count(config, targets, shapes)
 
     @classmethod
-    def _count(cls, config: EntryConfig, targets: Targets, shapes: dict[str, tuple[int, int]]) -> dict[str, int]:
+    def _count(cls, config: EntryConfigT, targets: Targets, shapes: dict[str, tuple[int, int]]) -> dict[str, int]:
         """Share the budget between the layers."""
         criterion = config.criterion
         recipes = {name: cls._recipe(config, name, 0) for name in targets}
@@ -96,7 +107,7 @@ class EntryModel(BaseSparseModel):
 
     @classmethod
     def _resolve(
-        cls, config: EntryConfig, targets: Targets, shapes: dict[str, tuple[int, int]]
+        cls, config: EntryConfigT, targets: Targets, shapes: dict[str, tuple[int, int]]
     ) -> tuple[dict[str, int], dict[str, Support]]:
         """Share the budget between the layers and choose their positions, from the weights alone."""
         criterion = config.criterion
@@ -106,11 +117,11 @@ class EntryModel(BaseSparseModel):
             if criterion.needs == "none" or base_of(module).weight.device.type != "meta":
                 recipe = cls._recipe(config, name, counts[name])
                 with torch.no_grad():
-                    supports[name] = recipe.draw(lambda module=module: dense_weight(module), shapes[name])
+                    supports[name] = recipe.draw(partial(dense_weight, module), shapes[name])
         return counts, supports
 
-    @staticmethod
-    def _check_counts(config: EntryConfig, shapes: dict[str, tuple[int, int]], counts: dict[str, int]) -> None:
+    @classmethod
+    def _check_counts(cls, config: EntryConfigT, shapes: dict[str, tuple[int, int]], counts: dict[str, int]) -> None:
         # where a criterion decides by itself how many train, that may be none in some layers
         least = 0 if config.criterion.decides_count else 1
         if least == 0 and not any(counts.values()):
@@ -126,9 +137,8 @@ class EntryModel(BaseSparseModel):
                 )
 
     @classmethod
-    def combined_fields(cls, configs: Sequence[EntryConfig], tensors: Tensors) -> dict[str, Any]:
+    def combined_fields(cls, configs: Sequence[EntryConfigT], tensors: Tensors) -> dict[str, Any]:
         counts = {name: found["values"].numel() for name, found in tensors.items()}
-        budget = {"density": None, "num_params": sum(counts.values()), "density_pattern": {}, "allocation": "numel"}
-        if "r" in configs[0].budget_fields:
-            budget["r"] = None
+        budget: dict[str, Any] = dict.fromkeys(configs[0].budget_fields)
+        budget |= {"num_params": sum(counts.values()), "density_pattern": {}, "allocation": "numel"}
         return {**budget, "threshold": None, "num_entries": counts}

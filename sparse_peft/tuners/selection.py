@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterable
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
+from peft.utils import PeftType
 from torch import Tensor, distributed, nn
 
 from ..ops import is_convolution
 from .base_config import BaseSparseConfig
+from .base_model import BaseSparseModel
+from .base_state import TrainedState
 from .four_bit import prepare_four_bit
 from .targets import Targets, base_of
 from .traversal import modules_beside_adapters
@@ -21,7 +24,7 @@ Config = TypeVar("Config", bound=BaseSparseConfig)
 def select_support(
     model: nn.Module,
     config: Config,
-    data: Iterable | None = None,
+    data: Iterable[Any] | None = None,
     *,
     gradients: dict[str, Tensor] | None = None,
     loss_fn: Callable[[nn.Module, Any], Tensor] | None = None,
@@ -58,7 +61,7 @@ def select_support(
     if (data is None) == (gradients is None):
         raise ValueError("select_support needs either data (batches) or gradients={name: tensor}, and not both")
     chosen = copy.copy(config)
-    tuner = PEFT_TYPE_TO_TUNER_MAPPING[config.peft_type]
+    tuner = cast("type[BaseSparseModel[Config, TrainedState]]", PEFT_TYPE_TO_TUNER_MAPPING[PeftType[config.method]])
     targets = tuner.checked_targets(chosen, model)
     _check_linear(chosen, targets)
     prepare_four_bit(modules_beside_adapters(model))
@@ -76,8 +79,9 @@ def _check_linear(config: Config, targets: Targets) -> None:
     """Refuse convolutions, whose data no criterion looks at."""
     for name, module in targets.items():
         if is_convolution(base_of(module)):
+            selection = getattr(config, "selection", "none")
             raise TypeError(
-                f"Target module {name} of type {type(base_of(module)).__name__}: selection={config.selection!r} "
+                f"Target module {name} of type {type(base_of(module)).__name__}: selection={selection!r} "
                 "looks at data for linear layers only; leave convolutions out with exclude_modules, or choose a "
                 "selection that needs no data"
             )

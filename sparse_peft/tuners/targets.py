@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from functools import partial
+from typing import Any
 
 from peft.tuners.tuners_utils import BaseTunerLayer, _maybe_include_all_linear_layers, check_target_module_exists
 from peft.utils import get_quantization_kwargs, resolve_quantization_backend
@@ -20,7 +21,7 @@ from .four_bit import base_weight
 Targets = dict[str, nn.Module]  # {layer name: module}
 
 
-def base_of(module: nn.Module) -> nn.Module:
+def base_of(module: nn.Module) -> Any:
     """The layer that holds the weight, below any adapters."""
     return module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
 
@@ -74,12 +75,12 @@ def find_targets(
         prefix: what the names of the method's parameters start with.
         state_dict: tensors of an adapter file, whose layers are then the targets.
     """
-    config = _maybe_include_all_linear_layers(config, model)
+    resolved = _maybe_include_all_linear_layers(config, model)
     in_file = None if state_dict is None else {layer_of(key, prefix) for key in state_dict}
     return {
         name: module
         for name, module in _outermost_layers(model)
-        if (name in in_file if in_file is not None else check_target_module_exists(config, name))
+        if (name in in_file if in_file is not None else check_target_module_exists(resolved, name))
     }
 
 

@@ -32,7 +32,7 @@ class BandPlan:
         return BandDelta(self.shape, min(self.config.width, cols), name, first)
 
 
-class BandModel(BaseSparseModel):
+class BandModel(BaseSparseModel[BandConfig, BandDelta]):
     """Creates a model whose target layers train a band of diagonals."""
 
     layer_cls = BandLinear

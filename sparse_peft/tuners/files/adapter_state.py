@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from peft.utils.constants import EMBEDDING_LAYER_NAMES
@@ -58,7 +59,7 @@ def take_states(
     entries: Entries,
     model: nn.Module,
     adapter_name: str,
-    fit: Callable[[TrainedState, dict[str, Tensor]], None],
+    fit: Callable[[Any, dict[str, Tensor]], None],
     name_in_file: Callable[[str], str],
 ) -> None:
     """Check a file's tensors, and put them in the form that the layers' states have in memory.

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import partial, reduce
 from operator import attrgetter
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -52,7 +52,7 @@ def _not_chosen(name: str, selection: str, *_: Any) -> Support:
     )
 
 
-class S2FTModel(BaseSparseModel):
+class S2FTModel(BaseSparseModel[S2FTConfig, ChannelDelta]):
     """Creates a model that trains some channels of its target layers.
 
     Args:
@@ -74,7 +74,7 @@ class S2FTModel(BaseSparseModel):
     def plan_layers(
         self,
         config: S2FTConfig,
-        targets: dict[str, nn.Module],
+        targets: Targets,
         adapter_name: str,
         file_entries: dict[str, int] | None,
     ) -> dict[str, ChannelPlan]:
@@ -102,8 +102,9 @@ class S2FTModel(BaseSparseModel):
         config.num_channels = counts
         config.sides = {name: "in" if side.is_input else "out" for name, side in sides.items()}
         config.weight_shapes = {name: list(side.shape) for name, side in sides.items()}
+        channels = cast("Mapping[str, ChannelSupport]", supports)
         return {
-            name: ChannelPlan(side, counts[name], supports.get(name), config.selection) for name, side in sides.items()
+            name: ChannelPlan(side, counts[name], channels.get(name), config.selection) for name, side in sides.items()
         }
 
     @classmethod
@@ -111,7 +112,7 @@ class S2FTModel(BaseSparseModel):
         counts = {name: next(found[b].numel() for b in BUFFERS if b in found) for name, found in tensors.items()}
         sides = {name: side for config in configs for name, side in (config.sides or {}).items()}
         entries = sum(found["values"].numel() for found in tensors.values())
-        budget = {"ratio": None, "k": None, "r": None, "num_params": entries, "ratio_pattern": {}}
+        budget: dict[str, Any] = {"ratio": None, "k": None, "r": None, "num_params": entries, "ratio_pattern": {}}
         # further channels would not be chosen as these were
         choice = {"selection": "random", "largest": None, "avoid": None, "coupled": False, "granularity": "channel"}
         return {**budget, **choice, "num_channels": counts, "sides": {name: sides[name] for name in tensors}}
@@ -124,8 +125,8 @@ class S2FTModel(BaseSparseModel):
         supports = self._choose(config, self.model, targets, sides)
         return {name: support.count for name, support in supports.items()}, supports
 
-    @staticmethod
-    def layer_options(config: S2FTConfig) -> dict[str, Any]:
+    @classmethod
+    def layer_options(cls, config: S2FTConfig) -> dict[str, Any]:
         return {"resident": config.resident}
 
     def _may_choose(self, config: S2FTConfig) -> bool:
@@ -135,7 +136,7 @@ class S2FTModel(BaseSparseModel):
         return config.selection_needs == "none" and not config.avoid
 
     @staticmethod
-    def _sides(config: S2FTConfig, targets: dict[str, nn.Module]) -> dict[str, Side]:
+    def _sides(config: S2FTConfig, targets: Targets) -> dict[str, Side]:
         sides = {}
         for name, module in targets.items():
             base, shape, in_dim = base_of(module), stored_shape(module), in_dim_of(module)
@@ -158,7 +159,7 @@ class S2FTModel(BaseSparseModel):
         cls,
         config: S2FTConfig,
         model: nn.Module,
-        targets: dict[str, nn.Module],
+        targets: Targets,
         sides: dict[str, Side],
         squares: dict[str, Tensor] | None = None,
     ) -> dict[str, ChannelSupport]:
@@ -191,7 +192,7 @@ class S2FTModel(BaseSparseModel):
         return {name: supports[name] for name in targets}
 
     @staticmethod
-    def _taken(config: S2FTConfig, targets: dict[str, nn.Module], sides: dict[str, Side]) -> dict[str, Tensor] | None:
+    def _taken(config: S2FTConfig, targets: Targets, sides: dict[str, Side]) -> dict[str, Tensor] | None:
         """``{layer: (channels,) bool}``: what the adapters in ``avoid`` train."""
         if not config.avoid:
             return None
@@ -224,13 +225,13 @@ class S2FTModel(BaseSparseModel):
         cls,
         model: nn.Module,
         config: S2FTConfig,
-        targets: dict[str, nn.Module],
-        data: Iterable | None,
+        targets: Targets,
+        data: Iterable[Any] | None,
         gradients: dict[str, Tensor] | None,
         *,
         loss_fn: Callable[[nn.Module, Any], Tensor] | None,
         oversample: float,
-    ) -> dict[str, Support]:
+    ) -> dict[str, ChannelSupport]:
         sides = cls._sides(config, targets)
         if gradients is not None:
             if config.selection != "gradient":
@@ -238,7 +239,7 @@ class S2FTModel(BaseSparseModel):
             found = given_gradients({name: side.shape for name, side in sides.items()}, gradients)
             squares = {name: weight_squares(gradient, sides[name]) for name, gradient in found.items()}
         else:
-            batches = ModelPass(model, data, loss_fn)
+            batches = ModelPass(model, data or (), loss_fn)
             squares = channel_squares(config.selection, batches, layer_views(targets), sides)
         return cls._choose(config, model, targets, sides, squares)
 
@@ -260,10 +261,10 @@ def _unit_squares(structure: Structure, squares: dict[str, Tensor], selection: s
     """
     members = structure.members
     if selection in ("activation", "product"):
-        members = [member for member in members if member.side.is_input] or members
-    return sum(squares[member.name].cpu()[member.units].sum(1) for member in members)
+        members = tuple(member for member in members if member.side.is_input) or members
+    return reduce(torch.add, (squares[member.name].cpu()[member.units].sum(1) for member in members))
 
 
 def _free_units(structure: Structure, taken: dict[str, Tensor]) -> Tensor:
     """``(units,)`` bool: no channel of the unit is taken in any layer."""
-    return ~sum(taken[member.name][member.units].any(1) for member in structure.members).bool()
+    return ~reduce(torch.logical_or, (taken[member.name][member.units].any(1) for member in structure.members))

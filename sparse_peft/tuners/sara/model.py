@@ -15,7 +15,7 @@ class SaRALinear(SparseTunerLayer[SparseDelta]):
     config_cls = SaRAConfig
 
 
-class SaRAModel(EntryModel):
+class SaRAModel(EntryModel[SaRAConfig, SparseDelta]):
     """Creates a model that trains the smallest weights of its target layers.
 
     Args:

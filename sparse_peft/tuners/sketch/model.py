@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from functools import reduce
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +20,7 @@ from ..combination import check_combination, combinable_configs
 from ..files.adapter_state import named_states
 from ..four_bit import FourBit
 from ..low_rank import factor_sizes
-from ..targets import base_of, check_names, check_shapes, in_dim_of, stored_shape
+from ..targets import Targets, base_of, check_names, check_shapes, in_dim_of, stored_shape
 from ..traversal import tuner_layers
 from .config import SketchConfig
 from .layer import SketchLinear
@@ -45,7 +46,7 @@ class SketchPlan:
         )
 
 
-class SketchModel(BaseSparseModel):
+class SketchModel(BaseSparseModel[SketchConfig, SketchState]):
     """Creates a model whose target layers have trained tables beside their weights, or in the place of them.
 
     Args:
@@ -58,21 +59,20 @@ class SketchModel(BaseSparseModel):
     counted_tensor = "codebook"
     needs_base_weights = True
 
-    @staticmethod
-    def layer_options(config: SketchConfig) -> dict[str, Any]:
+    @classmethod
+    def layer_options(cls, config: SketchConfig) -> dict[str, Any]:
         return {"keep_base": config.keep_base}
 
-    def _prepare_model(self, peft_config: SketchConfig, model: nn.Module) -> None:
-        modes = {config.mode for config in self.peft_config.values()}
-        if len(modes) > 1:
+    def check_configs(self) -> None:
+        modes = [config.mode for config in self.configs.values()]
+        if len(set(modes)) > 1:
             raise ValueError(
-                f"mode={peft_config.mode!r}: the model has adapters of the other mode; 'replace' takes the weights "
+                f"mode={modes[-1]!r}: the model has adapters of the other mode; 'replace' takes the weights "
                 "away that 'delta' is added to, so one model has adapters of one mode"
             )
-        super()._prepare_model(peft_config, model)
 
     @classmethod
-    def check_targets(cls, model: nn.Module, targets: dict[str, nn.Module]) -> None:
+    def check_targets(cls, model: nn.Module, targets: Targets) -> None:
         super().check_targets(model, {n: m for n, m in targets.items() if not isinstance(base_of(m), SketchedLinear)})
         for name, module in targets.items():
             if is_convolution(base_of(module)):
@@ -84,7 +84,7 @@ class SketchModel(BaseSparseModel):
     def plan_layers(
         self,
         config: SketchConfig,
-        targets: dict[str, nn.Module],
+        targets: Targets,
         adapter_name: str,
         file_entries: dict[str, int] | None,
     ) -> dict[str, SketchPlan]:
@@ -118,7 +118,7 @@ class SketchModel(BaseSparseModel):
         return next((g for pattern, g in config.groups_pattern.items() if matches_layer(pattern, name)), config.groups)
 
     @staticmethod
-    def _check_replaceable(targets: dict[str, nn.Module]) -> None:
+    def _check_replaceable(targets: Targets) -> None:
         for name, module in targets.items():
             base = base_of(module)
             if type(base) not in (nn.Linear, Conv1D, SketchedLinear):
@@ -128,9 +128,11 @@ class SketchModel(BaseSparseModel):
                     "bitsandbytes' 4 bits trains tables for the codes that are there"
                 )
 
-    def _twins_sketches(self, config, targets: dict[str, nn.Module], adapter_name: str) -> dict[str, Sketch]:
+    def _twins_sketches(self, config: SketchConfig, targets: Targets, adapter_name: str) -> dict[str, Sketch]:
         """The codes of an adapter that was made with the same config object."""
         twin = self.twin_of(config, adapter_name)
+        if twin is None:
+            return {}
         layers = {name: m for name, m in targets.items() if isinstance(m, SketchLinear) and twin in m.deltas}
         return self._sketches(layers, twin) if len(layers) == len(targets) else {}
 
@@ -140,6 +142,9 @@ class SketchModel(BaseSparseModel):
         return {
             name: layer.sketch(adapter_name) for name, layer in layers.items() if layer.deltas[adapter_name].has_tables
         }
+
+    def _layers(self) -> Iterator[SketchLinear]:
+        return cast("Iterator[SketchLinear]", tuner_layers(self.model))
 
     # ------------------------------------------------------------------ several adapters
 
@@ -170,7 +175,7 @@ class SketchModel(BaseSparseModel):
         configs = combinable_configs(self, adapters, adapter_name)
         check_weights(weights, len(adapters))
         check_combination(SketchState, type(self).__name__, Combination(combination_type, **options))
-        layers = {m.name: m for m in tuner_layers(self.model) if any(name in m.deltas for name in adapters)}
+        layers = {m.name: m for m in self._layers() if any(name in m.deltas for name in adapters)}
         for layer in layers.values():
             self._check_same_codes(layer, adapters)
         config = copy.copy(configs[0])
@@ -181,14 +186,13 @@ class SketchModel(BaseSparseModel):
         for layer in layers.values():
             state, parts = layer.settled(adapter_name), [layer.settled(name).codebook for name in adapters]
             origin = state.first_tables().to(parts[0]) if state.replaces else torch.zeros_like(parts[0])
-            total = origin + sum(weight * (part - origin) for weight, part in zip(weights, parts, strict=True))
-            state.codebook.copy_(total)
+            changes = (weight * (part - origin) for weight, part in zip(weights, parts, strict=True))
+            state.codebook.copy_(origin + reduce(torch.add, changes))
 
     @staticmethod
     def _check_same_codes(layer: SketchLinear, adapters: Sequence[str]) -> None:
         for name in adapters:
-            first, other = (layer.deltas[n] if n in layer.deltas else None for n in (adapters[0], name))
-            if first is None or other is None:
+            if adapters[0] not in layer.deltas or name not in layer.deltas:
                 raise ValueError(
                     f"layer {layer.name}: only some of the adapters {', '.join(adapters)} have tables for it; a "
                     "weighted sum needs adapters of the same layers"
@@ -204,7 +208,7 @@ class SketchModel(BaseSparseModel):
 
     def unload(self) -> nn.Module:
         """As PEFT's; dense weights that were dropped cannot come back."""
-        for layer in tuner_layers(self.model):
+        for layer in self._layers():
             if layer.replaced is not None and not layer.replaced.keeps_original:
                 raise RuntimeError(
                     f"layer {layer.name}: its dense weight was dropped, so unload() cannot give it back; "
@@ -215,10 +219,18 @@ class SketchModel(BaseSparseModel):
     # ------------------------------------------------------------------ checkpoints
 
     @classmethod
-    def _get_adapter_state_dict(cls, model, config, adapter_name, state_dict, unwanted_adapter_names):
+    def _get_adapter_state_dict(
+        cls,
+        model: nn.Module,
+        config: Any,
+        adapter_name: str,
+        state_dict: dict[str, Tensor],
+        unwanted_adapter_names: list[str],
+    ) -> dict[str, Tensor]:
         entries = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
         sketches = {}
-        for key, layer, state in named_states(model, adapter_name):
+        for key, layer in _named_layers(model, adapter_name):
+            state = layer.deltas[adapter_name]
             if state.has_tables and config.index_storage == "embed":
                 entries[f"{key}codes"] = layer.sketch(adapter_name).codes
             elif state.has_tables and config.index_storage == "sidecar":
@@ -229,9 +241,15 @@ class SketchModel(BaseSparseModel):
 
     @classmethod
     def _remap_adapter_state_dict_for_load(
-        cls, model, config, adapter_name, state_dict: dict[str, Tensor]
+        cls, model: nn.Module, config: Any, adapter_name: str, state_dict: dict[str, Tensor]
     ) -> dict[str, Tensor]:
         entries = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
-        for _, layer, _ in named_states(model, adapter_name):
+        for _, layer in _named_layers(model, adapter_name):
             layer.receive(adapter_name)
         return entries
+
+
+def _named_layers(model: nn.Module, adapter_name: str) -> Iterator[tuple[str, SketchLinear]]:
+    """``(prefix of its tensors' names, layer)`` of each layer of an adapter."""
+    for key, layer, _ in named_states(model, adapter_name):
+        yield key, cast("SketchLinear", layer)

@@ -6,7 +6,7 @@ from dataclasses import field
 from typing import Annotated, ClassVar
 
 from ...constraints import Count, OneOf, Positive, Probability
-from ..base_config import config_dataclass
+from ..base_config import config_dataclass, required
 from ..sparse.config import SparseConfig
 
 TRAINING_MODES = ("finetune", "pretrain")
@@ -84,6 +84,11 @@ class SLTrainConfig(SparseConfig):
                 f"selection={self.selection!r} with mode='pretrain': it looks at weights or data that there are none "
                 "of yet; use 'random', or 'rigl', 'set', 'momentum' or 'accumulated_gradient' to change positions"
             )
+
+    @property
+    def rank(self) -> int:
+        """The rank of the low-rank part, once it is filled in."""
+        return required(self.r, "r")
 
     @property
     def default_density(self) -> float:

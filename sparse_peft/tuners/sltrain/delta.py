@@ -38,7 +38,7 @@ class SLTrainDelta(LowRankState, SparseDelta):
         config: SLTrainConfig,
     ):
         SparseDelta.__init__(self, shape, entries, name, recipe, support)
-        self.add_factors(sizes, config.r, config.alpha / config.r, config.dropout)
+        self.add_factors(sizes, config.rank, config.alpha / config.rank, config.dropout)
         if config.trainable_scale:
             self.theta = nn.Parameter(torch.ones(1))
         if config.mode == "pretrain":

@@ -13,7 +13,7 @@ from ..combination import Tensors
 from ..entry_model import DeltaPlan
 from ..low_rank import check_rank, factor_sizes, skeleton_of_factors
 from ..sparse.model import SparseModel
-from ..targets import base_of, in_dim_of, stored_shape
+from ..targets import Targets, base_of, in_dim_of, stored_shape
 from .config import SLTrainConfig
 from .delta import SLTrainDelta
 from .layer import SLTrainLinear
@@ -32,7 +32,7 @@ class SLTrainPlan:
         return SLTrainDelta(plan.shape, plan.entries, name, plan.recipe, plan.support, self.sizes, self.config)
 
 
-class SLTrainModel(SparseModel):
+class SLTrainModel(SparseModel[SLTrainConfig, SLTrainDelta]):
     """Creates a model with entries and low rank beside the weights of its target layers, or in their place.
 
     Args:
@@ -44,23 +44,21 @@ class SLTrainModel(SparseModel):
     layer_cls = SLTrainLinear
     takes_groups = False
 
-    @staticmethod
-    def layer_options(config: SLTrainConfig) -> dict[str, Any]:
+    @classmethod
+    def layer_options(cls, config: SLTrainConfig) -> dict[str, Any]:
         return {"resident": config.resident, "weightless": config.mode == "pretrain", "backend": config.backend}
 
-    def _prepare_model(self, peft_config: SLTrainConfig, model: nn.Module) -> None:
-        modes = {config.mode for config in self.peft_config.values()}
-        if "pretrain" in modes and len(self.peft_config) > 1:
+    def check_configs(self) -> None:
+        if self._pretrains and len(self.configs) > 1:
             raise ValueError(
                 "mode='pretrain' takes the place of the layers' weights, so such a model has one adapter and no "
                 "other; merge_and_unload() first to fine-tune it with another"
             )
-        super()._prepare_model(peft_config, model)
 
     def plan_layers(
         self,
         config: SLTrainConfig,
-        targets: dict[str, nn.Module],
+        targets: Targets,
         adapter_name: str,
         file_entries: dict[str, int] | None,
     ) -> dict[str, SLTrainPlan]:
@@ -72,8 +70,8 @@ class SLTrainModel(SparseModel):
                     "in the place of plain `torch.nn.Linear` layers; leave this one out with exclude_modules, or use "
                     "mode='finetune'"
                 )
-            check_rank(name, config.r, stored_shape(module), "r")
-        plans = super().plan_layers(config, targets, adapter_name, file_entries)
+            check_rank(name, config.rank, stored_shape(module), "r")
+        plans = self.plan_entries(config, targets, adapter_name, file_entries)
         sizes = {name: factor_sizes(plans[name].shape, in_dim_of(module)) for name, module in targets.items()}
         return {name: SLTrainPlan(plans[name], sizes[name], config) for name in targets}
 
@@ -91,17 +89,17 @@ class SLTrainModel(SparseModel):
     def skeleton_layer(
         cls, config: SLTrainConfig, name: str, shape: tuple[int, int], tensors: Mapping[str, Tensor]
     ) -> nn.Module:
-        return skeleton_of_factors(name, shape, tensors, config.r)
+        return skeleton_of_factors(name, shape, tensors, config.rank)
 
     # ------------------------------------------------------------------ pretraining
 
     @property
     def _pretrains(self) -> bool:
-        return any(config.mode == "pretrain" for config in self.peft_config.values())
+        return any(config.mode == "pretrain" for config in self.configs.values())
 
     def _mark_only_adapters_as_trainable(self, model: nn.Module) -> None:
         super()._mark_only_adapters_as_trainable(model)
-        if self._pretrains and not any(config.inference_mode for config in self.peft_config.values()):
+        if self._pretrains and not any(config.inference_mode for config in self.configs.values()):
             for parameter in model.parameters():
                 if parameter.is_floating_point():
                     parameter.requires_grad = True
@@ -120,7 +118,14 @@ class SLTrainModel(SparseModel):
         return config.mode == "pretrain"  # there is no base model to come back to: the file has all that trains
 
     @classmethod
-    def _get_adapter_state_dict(cls, model, config, adapter_name, state_dict, unwanted_adapter_names):
+    def _get_adapter_state_dict(
+        cls,
+        model: nn.Module,
+        config: Any,
+        adapter_name: str,
+        state_dict: dict[str, Tensor],
+        unwanted_adapter_names: list[str],
+    ) -> dict[str, Tensor]:
         entries = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
         if cls.saves_base_weights(config):
             unwanted = tuple(f".{name}" for name in unwanted_adapter_names)

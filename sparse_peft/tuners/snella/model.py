@@ -11,7 +11,7 @@ from ...ops import PIECES, ConvProduct, LayerProduct, LinearProduct, is_convolut
 from ..base_model import BaseSparseModel
 from ..forms import layer_of_factors
 from ..low_rank import factor_sizes
-from ..targets import base_of, check_shapes, in_dim_of, stored_shape
+from ..targets import Targets, base_of, check_shapes, in_dim_of, stored_shape
 from .config import SnellaConfig
 from .layer import SnellaLinear
 from .state import KernelState
@@ -30,7 +30,7 @@ class KernelPlan:
         return KernelState(self.sizes, self.config, self.product, name, self.kept)
 
 
-class SnellaModel(BaseSparseModel):
+class SnellaModel(BaseSparseModel[SnellaConfig, KernelState]):
     """Creates a model with kernelised deltas beside the weights of its target layers.
 
     Args:
@@ -46,7 +46,7 @@ class SnellaModel(BaseSparseModel):
     def plan_layers(
         self,
         config: SnellaConfig,
-        targets: dict[str, nn.Module],
+        targets: Targets,
         adapter_name: str,
         file_entries: dict[str, int] | None,
     ) -> dict[str, KernelPlan]:
@@ -57,7 +57,7 @@ class SnellaModel(BaseSparseModel):
         plans = {}
         for name, module in targets.items():
             in_dim, base = in_dim_of(module), base_of(module)
-            known = module.deltas[twin] if isinstance(module, SnellaLinear) and twin in module.deltas else None
+            known = module.deltas.get(twin or "") if isinstance(module, SnellaLinear) else None
             plans[name] = KernelPlan(
                 factor_sizes(shapes[name], in_dim),
                 config,

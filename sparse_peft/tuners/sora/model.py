@@ -31,7 +31,7 @@ class RankPlan:
         return GatedLowRank(self.sizes, self.rank, config.scale, config.dropout, config.init_gate, name)
 
 
-class SoRAModel(BaseSparseModel):
+class SoRAModel(BaseSparseModel[SoRAConfig, GatedLowRank]):
     """Creates a model with gated low rank beside its target layers.
 
     Args:
@@ -94,8 +94,8 @@ class SoRAModel(BaseSparseModel):
         return skeleton_of_factors(name, shape, tensors, rank)
 
     @classmethod
-    def _fit(cls, config: SoRAConfig, delta: GatedLowRank, parameters: dict[str, Tensor]) -> None:
+    def fit_state(cls, config: SoRAConfig, state: GatedLowRank, parameters: dict[str, Tensor]) -> None:
         gate = parameters.get("gate")
         if gate is not None and config.compact_every is not None and gate.numel() <= config.r:
-            delta.resize(gate.numel())
-            config.ranks = {**(config.ranks or {}), delta.name: gate.numel()}
+            state.resize(gate.numel())
+            config.ranks = {**(config.ranks or {}), state.name: gate.numel()}

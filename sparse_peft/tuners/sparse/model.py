@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from typing import Any, ClassVar, TypeVar
 
 from torch import Tensor, nn
 
 from ...calibrate import ModelPass, collect_supports, supports_from_gradients
 from ...support import Support
+from ..base_layer import TunerLayer
 from ..combination import Tensors
 from ..delta import SparseDelta
 from ..entry_model import EntryModel
-from ..targets import layer_views
+from ..targets import Targets, layer_views
 from .config import SparseConfig
 from .layer import SparseLinear
 
+SparseConfigT = TypeVar("SparseConfigT", bound=SparseConfig)
+SparseDeltaT = TypeVar("SparseDeltaT", bound=SparseDelta)
 
-class SparseModel(EntryModel):
+
+class SparseModel(EntryModel[SparseConfigT, SparseDeltaT]):
     """Creates a model with a sparse delta on its target layers.
 
     Args:
@@ -33,19 +37,19 @@ class SparseModel(EntryModel):
         >>> model = get_peft_model(model, SparseConfig(density=0.01, target_modules="all-linear"))
     """
 
-    layer_cls = SparseLinear
+    layer_cls: ClassVar[type[TunerLayer[Any]]] = SparseLinear
 
     @classmethod
-    def _fit(cls, config: SparseConfig, delta: SparseDelta, parameters: dict[str, Tensor]) -> None:
+    def fit_state(cls, config: SparseConfigT, state: SparseDeltaT, parameters: dict[str, Tensor]) -> None:
         values = parameters.get("values")
         if values is None or not config.redistribute:
             return
-        if 0 < values.numel() <= delta.shape[0] * delta.shape[1]:
-            delta.resize(values.numel())
-            config.num_entries = {**(config.num_entries or {}), delta.name: values.numel()}
+        if 0 < values.numel() <= state.shape[0] * state.shape[1]:
+            state.resize(values.numel())
+            config.num_entries = {**(config.num_entries or {}), state.name: values.numel()}
 
     @classmethod
-    def combined_fields(cls, configs: Sequence[SparseConfig], tensors: Tensors) -> dict[str, Any]:
+    def combined_fields(cls, configs: Sequence[SparseConfigT], tensors: Tensors) -> dict[str, Any]:
         # how positions change goes on holding; how they were chosen does not, nor that they are whole blocks
         first = configs[0]
         selection = first.selection if first.changes_in_training else "random"
@@ -55,9 +59,9 @@ class SparseModel(EntryModel):
     def choose_from_data(
         cls,
         model: nn.Module,
-        config: SparseConfig,
-        targets: dict[str, nn.Module],
-        data: Iterable | None,
+        config: SparseConfigT,
+        targets: Targets,
+        data: Iterable[Any] | None,
         gradients: dict[str, Tensor] | None,
         *,
         loss_fn: Callable[[nn.Module, Any], Tensor] | None,
@@ -66,5 +70,5 @@ class SparseModel(EntryModel):
         layers, criterion, budget = layer_views(targets), config.criterion, config.budget()
         if gradients is not None:
             return supports_from_gradients(layers, criterion, budget, gradients, block=config.block)
-        batches = ModelPass(model, data, loss_fn)
+        batches = ModelPass(model, data or (), loss_fn)
         return collect_supports(batches, layers, criterion, budget, oversample=oversample, block=config.block)
