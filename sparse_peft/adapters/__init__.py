@@ -2,7 +2,7 @@
 
 from .compose import compose
 from .convert import convert
-from .export import export, save_merged
+from .export import EXPORT_FORMS, export, save_merged
 from .extract import EXTRACTION_CRITERIA, ExtractedLayer, Extraction, ExtractOptions, extract
 from .files import load_adapter, save_adapter
 from .lora import save_as_lora, save_lora_as_s2ft
@@ -15,6 +15,7 @@ from .summary import AdapterSummary, Comparison, LayerComparison, LayerSummary, 
 from .to_entries import save_as_sparse, to_sparse
 
 __all__ = [
+    "EXPORT_FORMS",
     "EXTRACTION_CRITERIA",
     "AdapterPool",
     "AdapterSummary",

@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import transformers
 from huggingface_hub import save_torch_state_dict
@@ -18,18 +19,19 @@ from ..tuners.base_layer import SET_ASIDE, TunerLayer
 from ..tuners.base_model import BaseSparseModel
 from ..tuners.files.writes import staging_folder
 from .files import config_of
-from .lora import save_as_lora
+from .lora import to_lora, write_exact_lora
 from .lora_approximation import LowRankExport, save_low_rank
 from .offline_adapter import read_sparse
 from .weight_reader import structure_of
 
-FORMS = ("merged", "lora", "low_rank")
+EXPORT_FORMS = ("merged", "lora", "low_rank")
+"""Forms of [`export`][sparse_peft.adapters.export]; the first is the default."""
 
 
 def export(
     source: nn.Module | str | os.PathLike,
     output: str | os.PathLike,
-    form: str = "merged",
+    form: str = EXPORT_FORMS[0],
     *,
     base: nn.Module | str | os.PathLike | None = None,
     adapter_name: str = "default",
@@ -42,9 +44,9 @@ def export(
         source: a model that has the adapter, or the adapter's folder.
         output: folder; made if need be.
         form: ``"merged"``: the whole model with the adapter in its weights; ``"lora"``: plain LoRA that is exactly the
-            adapter (S2FT, SoRA, and sparse deltas with few rows or columns; large ranks), see
-            [`save_as_lora`][sparse_peft.adapters.save_as_lora]; ``"low_rank"``: the best LoRA of ``rank``, with its
-            error.
+            adapter (S2FT, SoRA, and sparse deltas with few rows or columns; large ranks), if it takes no more than the
+            merged model; [`save_as_lora`][sparse_peft.adapters.save_as_lora] writes it of any size; ``"low_rank"``:
+            the best LoRA of ``rank``, with its error.
         base: with a folder: the base model, loaded (it is as before afterwards) or its folder.
         adapter_name: with a model: which adapter.
         rank: with ``"low_rank"``.
@@ -54,10 +56,14 @@ def export(
         The LoRA's config with ``"lora"``, a [`LowRankExport`][sparse_peft.adapters.LowRankExport] with ``"low_rank"``.
 
     Raises:
-        ValueError: a form that the adapter does not have, or arguments that do not fit it; nothing is written then.
+        ValueError: a form that the adapter does not have, or that takes more than the merged model, or arguments that
+            do not fit it; nothing is written then.
+
+    Example:
+        >>> export("adapter", "merged", base="base-model")
     """
-    if form not in FORMS:
-        raise ValueError(f"form={form!r}: one of {', '.join(FORMS)} is expected")
+    if form not in EXPORT_FORMS:
+        raise ValueError(f"form={form!r}: one of {', '.join(EXPORT_FORMS)} is expected")
     if (rank is not None) != (form == "low_rank"):
         raise ValueError(f"form={form!r} with rank={rank!r}: a rank is given exactly with 'low_rank'")
     if uniform and form != "lora":
@@ -65,17 +71,29 @@ def export(
     if isinstance(source, nn.Module):
         if base is not None:
             raise ValueError("base: the given model has its base; a base is for an adapter's folder")
-        return _export(source, output, form, adapter_name, rank, uniform)
+        return _export(source, output, adapter_name, form, rank, uniform)
     with _with_adapter(source, base) as model:
-        return _export(model, output, form, "default", rank, uniform)
+        return _export(model, output, "default", form, rank, uniform)
 
 
-def _export(model: nn.Module, output, form: str, adapter_name: str, rank: int | None, uniform: bool):
-    if form == "merged":
-        return save_merged(model, output, adapter_name)
+def _export(
+    model: nn.Module, output: str | os.PathLike, adapter_name: str, form: str, rank: int | None, uniform: bool
+) -> LoraConfig | LowRankExport | None:
+    if rank is not None:
+        return save_low_rank(model, output, rank, adapter_name)
     if form == "lora":
-        return save_as_lora(model, output, adapter_name, uniform)
-    return save_low_rank(model, output, rank, adapter_name)
+        config, tensors = to_lora(model, adapter_name, uniform, max_bytes=_merged_bytes(model))
+        write_exact_lora(output, config, tensors)
+        return config
+    save_merged(model, output, adapter_name)
+    return None
+
+
+def _merged_bytes(model: nn.Module) -> int:
+    """What the base model's weights take, and so the merged model's."""
+    states = [state for layer in BaseSparseModel.sparse_layers(model) for state in layer.deltas.values()]
+    trained = {id(parameter) for state in states for parameter in state.parameters()}
+    return sum(p.numel() * p.element_size() for p in model.parameters() if id(p) not in trained)
 
 
 @contextmanager
@@ -87,18 +105,20 @@ def _with_adapter(folder: str | os.PathLike, base: nn.Module | str | os.PathLike
         raise ValueError(
             f"{os.fspath(folder)}: its config names no base model; pass base=, a loaded model or a folder"
         )
-    loaded = isinstance(base, nn.Module)
-    if not loaded:
-        if not Path(base).is_dir():
-            raise ValueError(f"base={os.fspath(base)!r}: no such folder; pass the loaded model, or its local folder")
-        structure = structure_of(base)
-        base = getattr(transformers, type(structure).__name__).from_pretrained(base, dtype="auto")
-    model = PeftModel.from_pretrained(base, os.fspath(folder), config=config.for_temporary_load())
+    inner = base if isinstance(base, nn.Module) else _load_base(base)
+    model = PeftModel.from_pretrained(inner, os.fspath(folder), config=config.for_temporary_load())
     try:
         yield model
     finally:
-        if loaded:
+        if inner is base:
             model.unload()
+
+
+def _load_base(folder: str | os.PathLike) -> PreTrainedModel:
+    if not Path(folder).is_dir():
+        raise ValueError(f"base={os.fspath(folder)!r}: no such folder; pass the loaded model, or its local folder")
+    kind: type[PreTrainedModel] = getattr(transformers, type(structure_of(folder)).__name__)
+    return kind.from_pretrained(folder, dtype="auto")
 
 
 def save_merged(model: nn.Module, folder: str | os.PathLike, adapter_name: str = "default") -> None:
@@ -138,34 +158,38 @@ def _plain_state(model: nn.Module, adapter_name: str) -> dict[str, Tensor]:
     for name, module in model.named_modules():
         prefix = f"{name}." if name else ""
         if isinstance(module, TunerLayer):
-            hidden += [f"{prefix}{module.delta_container}.", f"{prefix}{SET_ASIDE}."]
             renamed[f"{prefix}base_layer."] = prefix
+            hidden += [f"{prefix}{module.delta_container}.", f"{prefix}{SET_ASIDE}."]
         elif isinstance(module, AuxiliaryTrainingWrapper):
-            chosen = getattr(module, "modules_to_save", {})
-            if adapter_name in chosen:
-                hidden.append(f"{prefix}original_module.")
-                renamed[f"{prefix}modules_to_save.{adapter_name}."] = prefix
-            elif hasattr(module, "token_adapter"):
-                raise ValueError(
-                    f"{name}: an adapter with trainable_token_indices cannot be exported merged while it is attached; "
-                    "call merge_and_unload() and save_pretrained()"
-                )
-            else:
-                renamed[f"{prefix}original_module."] = prefix
-            hidden.append(f"{prefix}modules_to_save.")
+            renamed[f"{prefix}{_exported_part(name, module, adapter_name)}."] = prefix
+            hidden += [f"{prefix}original_module.", f"{prefix}modules_to_save."]
     state = {}
     for key, tensor in model.state_dict().items():
-        for old, new in renamed.items():
-            if key.startswith(old):
-                state[new + key.removeprefix(old)] = tensor
-                break
-        else:
-            if not key.startswith(tuple(hidden)):
-                state[key] = tensor
+        old = next((old for old in renamed if key.startswith(old)), None)
+        if old is not None:
+            state[renamed[old] + key.removeprefix(old)] = tensor
+        elif not key.startswith(tuple(hidden)):
+            state[key] = tensor
     return state
 
 
-def _write_model(model: nn.Module, state: dict[str, Tensor], folder: str | os.PathLike) -> None:
+def _exported_part(name: str, wrapper: AuxiliaryTrainingWrapper, adapter_name: str) -> str:
+    """Which of a wrapper's modules takes its place: the adapter's copy, or the original.
+
+    Raises:
+        ValueError: the adapter trains single tokens of it, which PEFT adds in each pass.
+    """
+    if adapter_name in getattr(wrapper, "modules_to_save", {}):
+        return f"modules_to_save.{adapter_name}"
+    if hasattr(wrapper, "token_adapter"):
+        raise ValueError(
+            f"{name}: an adapter with trainable_token_indices cannot be exported merged while it is attached; call "
+            "merge_and_unload() and save_pretrained()"
+        )
+    return "original_module"
+
+
+def _write_model(model: Any, state: dict[str, Tensor], folder: str | os.PathLike) -> None:
     with staging_folder(folder) as staging:
         if isinstance(model, PreTrainedModel):
             attached = model.__dict__.pop("_hf_peft_config_loaded", None)  # or it would save the adapter alone

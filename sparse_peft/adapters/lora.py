@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 from collections import Counter
 from collections.abc import Callable
+from typing import Any
 
 from peft import LoraConfig
 from torch import Tensor, nn
@@ -54,17 +55,19 @@ def for_layer(layer: TunerLayer, factors: LoraFactors) -> LoraFactors | None:
     return LoraFactors(down.contiguous(), up.contiguous(), factors.scale)
 
 
-def _per_layer(numbers: dict[str, float], usual: float) -> dict[str, float]:
-    return {name: number for name, number in numbers.items() if number != usual}
+FactorsOf = Callable[[TunerLayer, str], LoraFactors | None]
 
 
 def to_lora(
     model: nn.Module,
     adapter_name: str = "default",
     uniform: bool = False,
-    factors_of: Callable[[TunerLayer, str], LoraFactors | None] = lora_factors,
+    factors_of: FactorsOf = lora_factors,
+    max_bytes: int | None = None,
 ) -> tuple[LoraConfig, dict[str, Tensor]]:
     """An adapter as plain LoRA: its config, and its tensors under the names that they have in a file.
+
+    Layers whose delta is zero are left out.
 
     Args:
         model: the model that has the adapter.
@@ -72,37 +75,23 @@ def to_lora(
         uniform: give all layers the largest layer's rank, filled up with zeros, for servers that know one rank only;
             otherwise every layer has its own, in ``rank_pattern`` and ``alpha_pattern``.
         factors_of: gives a layer's delta as LoRA has it; exactly, or an approximation.
-
-    Layers whose delta is zero are left out.
+        max_bytes: of all factors together; None for no limit.
 
     Raises:
-        ValueError: no such adapter, nothing left of it, or one that has no exact LoRA form.
+        ValueError: no such adapter, one without trained entries or ranks, one that has no exact LoRA form, or a LoRA
+            larger than ``max_bytes``.
     """
     config = config_of(model, adapter_name)
     layers = [layer for layer in BaseSparseModel.sparse_layers(model) if adapter_name in layer.deltas]
-    found = {layer.name: factors_of(layer, adapter_name) for layer in layers}
-    factors = {name: factor for name, factor in found.items() if factor is not None}
-    if not factors:
-        raise ValueError(f"adapter {adapter_name!r} has no layer with trained entries or ranks: nothing to save")
-    if uniform:
-        most = max(factor.rank for factor in factors.values())
-        factors = {name: factor.padded(most) for name, factor in factors.items()}
+    factors = _factors(layers, adapter_name, uniform, factors_of, max_bytes)
     tensors = {}
     for name, factor in factors.items():
         tensors[f"{PREFIX}{name}.lora_A.weight"], tensors[f"{PREFIX}{name}.lora_B.weight"] = factor.A, factor.B
     # what trains beside the layers: modules saved whole, biases
     prefix = f".{layers[0].delta_container}"
     rest = {name: tensor for name, tensor in tensors_of(model, adapter_name).items() if prefix not in name}
-    ranks = {name: factor.rank for name, factor in factors.items()}
-    # alpha is divided by the rank: so the scale stays what it was trained with
-    alphas = {name: factor.scale * factor.rank for name, factor in factors.items()}
-    (usual, _), *_ = Counter(ranks.values()).most_common(1)
-    usual_alpha = next(alphas[name] for name, rank in ranks.items() if rank == usual)
     lora = LoraConfig(
-        r=usual,
-        lora_alpha=usual_alpha,
-        rank_pattern=_per_layer(ranks, usual),
-        alpha_pattern=_per_layer(alphas, usual_alpha),
+        **_ranks(factors),
         target_modules=sorted(factors),
         fan_in_fan_out=any(layer.product.in_dim == 0 for layer in layers),
         bias="lora_only" if config.bias.endswith("_only") else config.bias,
@@ -111,6 +100,49 @@ def to_lora(
         base_model_name_or_path=config.base_model_name_or_path,
     )
     return lora, {**tensors, **rest}
+
+
+def _factors(
+    layers: list[TunerLayer], adapter_name: str, uniform: bool, factors_of: FactorsOf, max_bytes: int | None
+) -> dict[str, LoraFactors]:
+    """``{layer name: its LoRA}`` of the layers whose delta is not zero."""
+    factors: dict[str, LoraFactors] = {}
+    for layer in layers:
+        found = factors_of(layer, adapter_name)
+        if found is not None:
+            factors[layer.name] = found
+            _check_bytes(factors, uniform, max_bytes)  # before more of it is made
+    if not factors:
+        raise ValueError(f"adapter {adapter_name!r} has no layer with trained entries or ranks: nothing to save")
+    most = max(factor.rank for factor in factors.values())
+    return {name: factor.padded(most) for name, factor in factors.items()} if uniform else factors
+
+
+def _check_bytes(factors: dict[str, LoraFactors], uniform: bool, max_bytes: int | None) -> None:
+    """Refuse a LoRA that is too large."""
+    name, rank = max(((name, factor.rank) for name, factor in factors.items()), key=lambda found: found[1])
+    taken = sum(factor.bytes * (rank if uniform else factor.rank) // factor.rank for factor in factors.values())
+    if max_bytes is not None and taken > max_bytes:
+        raise ValueError(
+            f"form='lora': the exact LoRA takes more than the merged model, whose weights have {max_bytes:,} bytes "
+            f"(rank {rank} in layer {name}): use form='merged', or form='low_rank' with a rank for the best "
+            "approximation; sparse_peft.adapters.save_as_lora writes a LoRA of any size"
+        )
+
+
+def _ranks(factors: dict[str, LoraFactors]) -> dict[str, Any]:
+    """The fields of a ``LoraConfig`` that say each layer's rank and scale."""
+    ranks = {name: factor.rank for name, factor in factors.items()}
+    # alpha is divided by the rank: so the scale stays what it was trained with
+    alphas = {name: factor.scale * factor.rank for name, factor in factors.items()}
+    (usual, _), *_ = Counter(ranks.values()).most_common(1)
+    usual_alpha = next(alphas[name] for name, rank in ranks.items() if rank == usual)
+    return {
+        "r": usual,
+        "lora_alpha": usual_alpha,
+        "rank_pattern": {name: rank for name, rank in ranks.items() if rank != usual},
+        "alpha_pattern": {name: alpha for name, alpha in alphas.items() if alpha != usual_alpha},
+    }
 
 
 def save_as_lora(
@@ -134,8 +166,13 @@ def save_as_lora(
         ValueError: see ``to_lora``.
     """
     config, tensors = to_lora(model, adapter_name, uniform)
-    write_adapter(folder, config, tensors, "Plain LoRA, made exactly of a sparse adapter with `sparse_peft`.")
+    write_exact_lora(folder, config, tensors)
     return config
+
+
+def write_exact_lora(folder: str | os.PathLike, config: LoraConfig, tensors: dict[str, Tensor]) -> None:
+    """Write what ``to_lora`` made exactly."""
+    write_adapter(folder, config, tensors, "Plain LoRA, made exactly of a sparse adapter with `sparse_peft`.")
 
 
 def save_lora_as_s2ft(lora_folder: str | os.PathLike, folder: str | os.PathLike) -> BaseSparseConfig:
@@ -177,6 +214,7 @@ def _factors_of_file(lora: LoraConfig, tensors: dict[str, Tensor]) -> dict[str, 
     factors = {}
     for name in names:
         down, up = (tensors.pop(f"{PREFIX}{name}.lora_{part}.weight") for part in "AB")
-        rank, alpha = lora.rank_pattern.get(name, lora.r), lora.alpha_pattern.get(name, lora.lora_alpha)
+        rank = (lora.rank_pattern or {}).get(name, lora.r)
+        alpha = (lora.alpha_pattern or {}).get(name, lora.lora_alpha)
         factors[name] = LoraFactors(down, up, alpha / (rank**0.5 if lora.use_rslora else rank))
     return factors

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -39,19 +39,30 @@ def merge(
         model_folder(base), adapter_folder(adapter)
         with new_folder(out, force) as staging, working("loading, merging, writing"):
             export(adapter, staging, "merged", base=base)
-            companions = sorted({path for pattern in COMPANIONS for path in base.glob(pattern) if path.is_file()})
-            for path in companions:
-                shutil.copy2(path, staging / path.name)
-        files = sorted(path for path in out.iterdir() if path.is_file())
-        answer.content = {
-            "output": str(out),
-            "bytes": sum(path.stat().st_size for path in files),
-            "files": [path.name for path in files],
-            "copied": [path.name for path in companions],
-        }
-        answer.show = lambda console: show(console, answer.content)
+            copied = copy_companions(base, staging)
+        answer.content = {"output": str(out), **files_in(out, copied)}
+        answer.show = lambda console: show_model(console, answer.content)
 
 
-def show(console: Console, content: dict) -> None:
+def copy_companions(base: Path, folder: Path) -> list[str]:
+    """Copy the base model's tokenizer and processor files; their names."""
+    companions = sorted({path for pattern in COMPANIONS for path in base.glob(pattern) if path.is_file()})
+    for path in companions:
+        shutil.copy2(path, folder / path.name)
+    return [path.name for path in companions]
+
+
+def files_in(folder: Path, copied: list[str]) -> dict[str, Any]:
+    """A model's folder for programs."""
+    files = sorted(path for path in folder.iterdir() if path.is_file())
+    return {
+        "bytes": sum(path.stat().st_size for path in files),
+        "files": [path.name for path in files],
+        "copied": copied,
+    }
+
+
+def show_model(console: Console, content: dict[str, Any]) -> None:
+    """A model's folder for people."""
     console.print(f"[bold]{escape(content['output'])}[/]: {bytes_text(content['bytes'])}", soft_wrap=True)
     console.print(escape(", ".join(content["files"])))

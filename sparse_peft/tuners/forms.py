@@ -48,6 +48,11 @@ class LoraFactors:
     def rank(self) -> int:
         return self.A.shape[0]
 
+    @property
+    def bytes(self) -> int:
+        """What both take."""
+        return sum(factor.numel() * factor.element_size() for factor in (self.A, self.B))
+
     def padded(self, rank: int) -> LoraFactors:
         """The same delta with more ranks, of zeros."""
         more = rank - self.rank

@@ -6,7 +6,7 @@ from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file
 
 from sparse_peft import SketchConfig, SnellaConfig, SparseConfig
-from sparse_peft.adapters import compare, compose, export, save_as_sparse, summarise
+from sparse_peft.adapters import compare, compose, export, save_as_lora, save_as_sparse, summarise
 from tests.helpers.two_layers import TwoLayers
 
 
@@ -67,7 +67,10 @@ def test_tables_need_the_weights_that_their_codes_are_of(tmp_path, mode):
 
 def test_a_kernels_lora_is_exact_and_tables_have_none(tmp_path):
     model = saved(SnellaConfig(r=4, sparsity=0.7, target_modules=["first"], init_weights=False), tmp_path / "snell")
-    export(model, tmp_path / "lora", "lora")
+    with pytest.raises(ValueError, match=r"more than the merged model.*rank 17 in layer first.*form='merged'"):
+        export(model, tmp_path / "lora", "lora")
+    assert not (tmp_path / "lora").exists()
+    save_as_lora(model, tmp_path / "lora")
     torch.manual_seed(0)
     base, x = TwoLayers(), torch.randn(3, 17)
     torch.testing.assert_close(PeftModel.from_pretrained(base, tmp_path / "lora")(x), model(x), rtol=1e-4, atol=1e-5)

@@ -130,16 +130,28 @@ def test_extract_finds_what_was_merged(world, run, tmp_path):
 
 
 def test_export(world, run, tmp_path):
-    said = run("export", world / "s2ft", tmp_path / "lora", "--base", world / "base", "--json").said
+    lora_form = "--form", "lora", "--base", world / "base"
+    said = run("export", world / "s2ft", tmp_path / "lora", *lora_form, "--json").said
     assert said["error"] == 0 and set(said["ranks"].values()) == {10, 16}
     lora = PeftModel.from_pretrained(LlamaForCausalLM.from_pretrained(world / "base"), tmp_path / "lora").eval()
     own = PeftModel.from_pretrained(LlamaForCausalLM.from_pretrained(world / "base"), world / "s2ft").eval()
     torch.testing.assert_close(logits(lora), logits(own), rtol=1e-4, atol=1e-4)
     out = run("export", world / "sparse", tmp_path / "low", "--form", "low_rank", "--rank", "4").out
     assert "what is missing of the adapter" in out
-    assert "sparse-peft merge" in run("export", world / "s2ft", tmp_path / "m", "--form", "merged", expect=2).err
-    assert "no LoRA" in run("export", world / "sltrain", tmp_path / "m", expect=1).err
+    assert "no LoRA" in run("export", world / "sltrain", tmp_path / "m", *lora_form, expect=1).err
     assert sorted(os.listdir(tmp_path)) == ["lora", "low"]
+
+
+def test_export_merges_by_default(world, run, tmp_path):
+    said = run("export", world / "sparse", tmp_path / "exported", "--json").said
+    merged = run("merge", world / "base", world / "sparse", tmp_path / "merged", "--json").said
+    same = "bytes", "files", "copied"
+    assert said["form"] == "merged" and {key: said[key] for key in same} == {key: merged[key] for key in same}
+    files = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("exported", "merged")]
+    assert files[0] == files[1]
+    refused = run("export", world / "sparse", tmp_path / "lora", "--form", "lora", expect=1).err
+    assert "more than the merged model" in refused and "form='merged'" in refused
+    assert sorted(os.listdir(tmp_path)) == ["exported", "merged"]
 
 
 def test_compose(world, run, tmp_path):
