@@ -184,8 +184,8 @@ def test_momentum_needs_no_sm3():
     train(model, controller.optimizer, controller, range(2))
     for n, track in controller._dynamics["default"].tracks.items():
         layer = layers_of(model)[n]
-        assert bool((track.row > 0).any()) and track.row.shape == (layer.out_features,)
-        assert bool((track.col > 0).any()) and track.col.shape == (layer.in_features,)
+        for accumulator, size in zip(track.accumulators, (layer.out_features, layer.in_features), strict=True):
+            assert bool((accumulator > 0).any()) and accumulator.shape == (size,)
 
 
 # ---------------------------------------------------------------------- invariants

@@ -14,10 +14,23 @@ from ...dynamics.protocol import Dynamics, TrainingContext
 from ...numerics import sample_without_replacement
 from ...ops import nuclear_norm, read_support
 from ...support import Support
-from ..delta import Delta
+from ..delta import SparseDelta
 from ..delta_layer import SparseTunerLayer
 from .config import SaRAConfig
 from .records import Freezing, LayerFreezing
+
+
+@dataclass(frozen=True)
+class _Frozen:
+    """Entries of one layer that do not train any more.
+
+    Attributes:
+        mask: ``(entries,)`` bool.
+        values: ``(frozen entries,)`` float32, the values they were frozen with.
+    """
+
+    mask: Tensor
+    values: Tensor
 
 
 @dataclass
@@ -26,14 +39,12 @@ class _Part:
 
     Attributes:
         layer, delta: the layer, and the adapter's trained state in it.
-        frozen: ``(entries,)`` bool; None while all train.
-        kept: ``(frozen entries,)`` float32, the values they were frozen with.
+        frozen: None while all entries train.
     """
 
-    layer: SparseTunerLayer
-    delta: Delta
-    frozen: Tensor | None = None
-    kept: Tensor | None = None
+    layer: SparseTunerLayer[SparseDelta]
+    delta: SparseDelta
+    frozen: _Frozen | None = None
 
     @property
     def support(self) -> Support:
@@ -53,12 +64,11 @@ class _Part:
         """``(entries,)`` float32: what the entries are now."""
         return self.originals() + full_tensor(self.delta.values).to(torch.float32)
 
-    def freeze(self, frozen: Tensor) -> None:
-        self.frozen = frozen if bool(frozen.any()) else None
-        self.kept = None if self.frozen is None else full_tensor(self.delta.values)[self.frozen].clone()
+    def freeze(self, mask: Tensor) -> None:
+        self.frozen = _Frozen(mask, full_tensor(self.delta.values)[mask].clone()) if bool(mask.any()) else None
 
 
-class SaRADynamics(Dynamics[SaRAConfig, SparseTunerLayer]):
+class SaRADynamics(Dynamics[SaRAConfig, SparseTunerLayer[SparseDelta]]):
     """The dynamics of one [`SaRAConfig`][sparse_peft.SaRAConfig] adapter.
 
     Args:
@@ -68,7 +78,7 @@ class SaRADynamics(Dynamics[SaRAConfig, SparseTunerLayer]):
         ValueError: the config needs the length of the run and it is not known.
     """
 
-    def __init__(self, context: TrainingContext[SaRAConfig, SparseTunerLayer]):
+    def __init__(self, context: TrainingContext[SaRAConfig, SparseTunerLayer[SparseDelta]]):
         super().__init__(context)
         self.freezing_step = self.config.freezing_step(context.total_steps)
         self.parts = {
@@ -89,7 +99,7 @@ class SaRADynamics(Dynamics[SaRAConfig, SparseTunerLayer]):
         for part in self.parts.values():
             gradient = part.delta.values.grad
             if part.frozen is not None and gradient is not None:
-                write_full_tensor_(gradient, full_tensor(gradient).masked_fill(part.frozen, 0))
+                write_full_tensor_(gradient, full_tensor(gradient).masked_fill(part.frozen.mask, 0))
 
     @torch.no_grad()
     def after_step(self, step: int) -> Freezing | None:
@@ -97,7 +107,7 @@ class SaRADynamics(Dynamics[SaRAConfig, SparseTunerLayer]):
             # without a gradient an entry still moves by weight decay and by its momentum
             if part.frozen is not None:
                 values = full_tensor(part.delta.values).clone()
-                values[part.frozen] = part.kept.to(values.dtype)
+                values[part.frozen.mask] = part.frozen.values.to(values.dtype)
                 write_full_tensor_(part.delta.values, values)
         return self._freeze(step) if step == self.freezing_step else None
 
@@ -117,7 +127,7 @@ class SaRADynamics(Dynamics[SaRAConfig, SparseTunerLayer]):
     def _add_nuclear_gradient(self, part: _Part) -> None:
         weights = part.weights()
         if part.frozen is not None:
-            weights = weights.masked_fill(part.frozen, 0)
+            weights = weights.masked_fill(part.frozen.mask, 0)
         _, gradient = nuclear_norm(weights, part.support)
         gradient *= self.config.nuclear_weight * self.config.nuclear_every
         add_gradient_(self.optimizer, part.delta.values, gradient)
@@ -142,15 +152,15 @@ class SaRADynamics(Dynamics[SaRAConfig, SparseTunerLayer]):
             part = self.parts[name]
             part.freeze(part.weights().abs() >= threshold)
             rows, cols = part.support.shape
-            frozen = 0 if part.frozen is None else int(part.frozen.sum())
+            frozen = 0 if part.frozen is None else part.frozen.values.numel()
             changes[name] = LayerFreezing(part.support.nnz, frozen, rows * cols, threshold)
         return Freezing(step, self.adapter, changes)
 
     # ------------------------------------------------------------------ checkpoints
 
     def state_dict(self) -> dict[str, Any]:
-        frozen = {name: part for name, part in self.parts.items() if part.frozen is not None}
-        return {"frozen": {name: {"mask": p.frozen.clone(), "values": p.kept.clone()} for name, p in frozen.items()}}
+        frozen = {name: part.frozen for name, part in self.parts.items() if part.frozen is not None}
+        return {"frozen": {name: {"mask": f.mask.clone(), "values": f.values.clone()} for name, f in frozen.items()}}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue where the saved run was; the adapter is loaded before.
@@ -159,13 +169,13 @@ class SaRADynamics(Dynamics[SaRAConfig, SparseTunerLayer]):
             ValueError: the state is of other layers.
         """
         for part in self.parts.values():
-            part.frozen = part.kept = None
+            part.frozen = None
         for name, saved in state.get("frozen", {}).items():
-            part = self.parts.get(name)
-            if part is None or saved["mask"].shape != (part.support.nnz,):
+            own = self.parts.get(name)
+            if own is None or saved["mask"].shape != (own.support.nnz,):
                 raise ValueError(
                     f"layer {name}: the saved state of adapter {self.adapter} has {saved['mask'].numel()} entries "
                     "there, which are not this model's; resume with the config and adapter the run was started with"
                 )
-            device = part.delta.values.device
-            part.frozen, part.kept = saved["mask"].to(device), saved["values"].to(device)
+            device = own.delta.values.device
+            own.frozen = _Frozen(saved["mask"].to(device), saved["values"].to(device))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -37,7 +38,7 @@ class _Part:
 
     def score(self) -> Tensor:
         """The mean over each factor of sensitivity times uncertainty, added; 0-d."""
-        return sum((self.sensitivity[name] * self.uncertainty[name]).mean() for name in FACTORS)
+        return torch.stack([(self.sensitivity[name] * self.uncertainty[name]).mean() for name in FACTORS]).sum()
 
 
 class SnellaDynamics(Dynamics[SnellaConfig, SnellaLinear]):
@@ -129,7 +130,7 @@ class SnellaDynamics(Dynamics[SnellaConfig, SnellaLinear]):
         Without any score, all layers are equally sparse.
         """
         sizes = {name: part.state.numel for name, part in self.parts.items()}
-        weights = dict(scores)
+        weights: Mapping[str, float] = scores
         if not any(weights.values()):
             weights = sizes
         elif self.config.weigh_by_size:

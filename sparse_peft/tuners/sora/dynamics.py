@@ -111,8 +111,9 @@ class SoRADynamics(Dynamics[SoRAConfig, SoRALinear]):
         self._check(before)
         penalty = self._penalty(step)
         gates = self._shrunk(before, penalty, step)
-        if self.target_step is not None:
-            gates = self._towards_target(before, gates, step)
+        target = self.config.target_of(self.total)
+        if target is not None and self.target_step is not None and step <= self.target_step:
+            gates = self._towards_target(before, gates, step, target, self.target_step)
         for name, part in self.parts.items():
             gate = gates[name]
             if part.locked is not None:
@@ -121,7 +122,7 @@ class SoRADynamics(Dynamics[SoRAConfig, SoRALinear]):
                 write_full_tensor_(part.gate, gate)
             part.dead_for = torch.where(gate == 0, part.dead_for + 1, 0)
         if self.config.compact_every is not None:
-            self._compact()
+            self._compact(self.config.compact_every)
         return self._report(step, penalty) if self._reports(step) else None
 
     def discard_step(self) -> None:
@@ -176,20 +177,19 @@ class SoRADynamics(Dynamics[SoRAConfig, SoRALinear]):
 
     # ------------------------------------------------------------------ a budget of ranks
 
-    def _towards_target(self, before: dict[str, Tensor], after: dict[str, Tensor], step: int) -> dict[str, Tensor]:
-        """Adapt the penalty; never fewer ranks than the target, and exactly so many at the target step."""
-        target = self.config.target_of(self.total)
+    def _towards_target(
+        self, before: dict[str, Tensor], after: dict[str, Tensor], step: int, target: int, end: int
+    ) -> dict[str, Tensor]:
+        """Adapt the penalty; never fewer ranks than the target, and exactly so many at step ``end``."""
         alive = sum(int((gate != 0).sum()) for gate in after.values())
-        if step > self.target_step:
-            return after
         if alive < target:
             after = self._keep_strongest(before, after, target)
-        elif step == self.target_step:
+        elif step == end:
             after = self._keep_strongest(after, after, target)
-        if step == self.target_step:
+        if step == end:
             for name, part in self.parts.items():
                 part.locked = after[name] == 0
-        start, end = self.schedule.start, self.target_step
+        start = self.schedule.start
         if start < step < end:
             wanted = target + (self.total - target) * (1 - (step - start) / (end - start)) ** 3
             change = math.exp(GAIN * (alive - wanted) / self.total)
@@ -214,9 +214,10 @@ class SoRADynamics(Dynamics[SoRAConfig, SoRALinear]):
 
     # ------------------------------------------------------------------ compaction
 
-    def _compact(self) -> None:
+    def _compact(self, dead_for: int) -> None:
+        """Cut out ranks that were zero for ``dead_for`` steps."""
         for name, part in self.parts.items():
-            keep = (part.dead_for < self.config.compact_every).nonzero().squeeze(1)
+            keep = (part.dead_for < dead_for).nonzero().squeeze(1)
             if keep.numel() == part.dead_for.numel():
                 continue
             if not self._can_slice(part):
@@ -230,18 +231,18 @@ class SoRADynamics(Dynamics[SoRAConfig, SoRALinear]):
 
     def _can_slice(self, part: _Part) -> bool:
         return all(
-            not isinstance(tensor, Tensor) or tensor.numel() == 1 or tensor.shape == part.state._parameters[name].shape
-            for name in RANK_DIMS
-            for tensor in (self.optimizer.state.get(part.state._parameters[name]) or {}).values()
+            not isinstance(tensor, Tensor) or tensor.numel() == 1 or tensor.shape == parameter.shape
+            for name, parameter in part.state.own_parameters.items()
+            for tensor in (self.optimizer.state.get(parameter) or {}).values()
         )
 
     def _slice(self, part: _Part, keep: Tensor) -> None:
         """Cut the other ranks out of the parameters and of the optimizer's state."""
         state = part.state
-        old = {name: state._parameters[name] for name in RANK_DIMS}
+        old = state.own_parameters
         state.resize(keep.numel())
-        for name, dim in RANK_DIMS.items():
-            new = state._parameters[name]
+        for name, new in state.own_parameters.items():
+            dim = RANK_DIMS[name]
             new.copy_(old[name].index_select(dim, keep))
             replace_parameter(self.optimizer, old[name], new)
             moments = self.optimizer.state.get(new) or {}

@@ -45,7 +45,7 @@ class PenaltySchedule:
 
     def stage(self, step: int) -> int:
         """The stage, from 0, that optimizer step number ``step``, counted from 1, belongs to."""
-        if len(self.penalties) == 1:
+        if len(self.penalties) == 1 or self.total is None:
             return 0
         span = max(1, self.total - self.start)
         return min(len(self.penalties) - 1, max(0, step - 1 - self.start) * len(self.penalties) // span)

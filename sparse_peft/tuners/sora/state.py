@@ -81,7 +81,7 @@ class GatedLowRank(LowRankState):
             return
         sizes = {"A": (rank, self.A.shape[1]), "B": (self.B.shape[0], rank), "gate": (rank,)}
         for name, size in sizes.items():
-            old = self._parameters[name]
+            old = self.own_parameters[name]
             setattr(self, name, nn.Parameter(old.new_zeros(size), requires_grad=old.requires_grad))
 
     def extra_repr(self) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -24,12 +25,11 @@ from .records import AGE_EDGES, LayerChange, Reselection
 class _Track:
     """What is known of one layer during training."""
 
-    def __init__(self, layer: SparseTunerLayer, adapter: str):
+    def __init__(self, layer: SparseTunerLayer[SparseDelta], adapter: str):
         self.layer, self.adapter = layer, adapter
         self.window: CandidateWindow | None = None
         self.gradient: Tensor | None = None  # what the optimizer uses in this step
-        self.row: Tensor | None = None
-        self.col: Tensor | None = None
+        self.accumulators: tuple[Tensor, Tensor] | None = None  # of its rows and columns
         self.begin(step=0)
 
     def begin(self, step: int) -> None:
@@ -51,21 +51,23 @@ class _Track:
         return int((self.support.indices.long() * weights).sum())
 
 
-class ReselectionDynamics(Dynamics[SparseConfig, SparseTunerLayer]):
+class ReselectionDynamics(Dynamics[SparseConfig, SparseTunerLayer[SparseDelta]]):
     """The reselection of one adapter's positions, as its config describes it.
 
     Args:
         context: see ``TrainingContext``.
 
     Raises:
-        ValueError: the schedule needs the length of the run and it is not known.
+        ValueError: the positions are fixed, or the schedule needs the length of the run and it is not known.
         NotImplementedError: ``redistribute=True`` in a distributed run.
     """
 
-    def __init__(self, context: TrainingContext[SparseConfig, SparseTunerLayer]):
+    def __init__(self, context: TrainingContext[SparseConfig, SparseTunerLayer[SparseDelta]]):
         super().__init__(context)
-        self.regrowth = self.config.regrowth
         self.schedule = self.config.reselection_schedule(context.total_steps)
+        regrowth = self.config.regrowth
+        assert regrowth is not None  # fixed positions have no schedule
+        self.regrowth = regrowth
         if self.config.redistribute and not self.collectives.alone:
             raise NotImplementedError(
                 f"redistribute=True of adapter {self.adapter} in a run of {self.collectives.size} processes: layers "
@@ -125,40 +127,45 @@ class ReselectionDynamics(Dynamics[SparseConfig, SparseTunerLayer]):
     @torch.no_grad()
     def _close_step(self) -> None:
         """Take this step's sums into the windows, if all of them are finite."""
-        watched = [track for track in self.tracks.values() if track.window is not None]
+        watched = list(self._observations())
         seen = []
-        for track in watched:
-            track.window.reduce(self.collectives)
-            own, gradient = track.window.own.double(), track.gradient.double()
-            finite = track.window.is_finite() & gradient.isfinite().all()
+        for _, window, seen_by_optimizer in watched:
+            window.reduce(self.collectives)
+            own, gradient = window.own.double(), seen_by_optimizer.double()
+            finite = window.is_finite() & gradient.isfinite().all()
             seen.append(torch.stack((torch.dot(own, gradient), torch.dot(own, own), (~finite).double())))
         along, total, broken = torch.stack([numbers.to(seen[0].device) for numbers in seen]).sum(0).tolist()
         # whatever lies between backward and the optimizer (a loss scale, clipping) multiplies all gradients alike; the
         # trained entries show by how much
         factor = along / total if total > 0 else 1.0
-        for track in watched:
+        for track, window, gradient in watched:
             if not broken and math.isfinite(factor):
-                track.window.commit(factor, track.gradient)
+                window.commit(factor, gradient)
             else:
-                track.window.discard()
+                window.discard()
             track.gradient = None
+
+    def _observations(self) -> Iterator[tuple[_Track, CandidateWindow, Tensor]]:
+        """The layers with a window, which ``before_step`` gave the optimizer's gradient."""
+        for track in self.tracks.values():
+            if track.window is not None and track.gradient is not None:
+                yield track, track.window, track.gradient
 
     def _accumulate(self) -> None:
         if isinstance(self.optimizer, KeepsAccumulators):
             return
         for track in self.tracks.values():
-            if track.row is None:
-                rows, cols = track.support.shape
-                track.row = torch.zeros(rows, device=track.support.device)
-                track.col = torch.zeros(cols, device=track.support.device)
+            if track.accumulators is None:
+                rows, cols = (torch.zeros(size, device=track.support.device) for size in track.support.shape)
+                track.accumulators = rows, cols
             values = track.delta.values
             if values.grad is not None:
-                accumulate_(track.row, track.col, track.support, full_tensor(values.grad).to(torch.float32))
+                accumulate_(*track.accumulators, track.support, full_tensor(values.grad).to(torch.float32))
 
     def _accumulators(self, track: _Track) -> tuple[Tensor, Tensor] | None:
         if isinstance(self.optimizer, KeepsAccumulators):
             return self.optimizer.row_and_column_accumulators(track.delta.values)
-        return None if track.row is None else (track.row, track.col)
+        return track.accumulators
 
     # ------------------------------------------------------------------ the event
 
@@ -211,8 +218,9 @@ class ReselectionDynamics(Dynamics[SparseConfig, SparseTunerLayer]):
         positions = torch.empty(0, dtype=torch.int64, device=support.device)
         scores, window = positions.float(), track.window
         own = torch.zeros(support.nnz, device=support.device) if self.regrowth.competes else None
-        observed = window is not None and window.steps > 0
-        if observed:
+        observed = False
+        if window is not None and window.steps > 0:
+            observed = True
             scores = (window.total / window.counts().clamp(min=1)).abs()
             seen = scores > 0
             positions, scores = window.positions[seen].long(), scores[seen]
@@ -300,11 +308,12 @@ class ReselectionDynamics(Dynamics[SparseConfig, SparseTunerLayer]):
     def state_dict(self) -> dict[str, Any]:
         layers = {}
         for name, track in self.tracks.items():
-            layers[name] = state = {"positions": track.fingerprint(), "born": track.born.clone()}
+            state: dict[str, Any] = {"positions": track.fingerprint(), "born": track.born.clone()}
             if track.window is not None and track.window.steps:
                 state["window"] = track.window.state_dict()
-            if track.row is not None:
-                state["row"], state["col"] = track.row.clone(), track.col.clone()
+            if track.accumulators is not None:
+                state["row"], state["col"] = (accumulator.clone() for accumulator in track.accumulators)
+            layers[name] = state
         return {"layers": layers}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -333,4 +342,5 @@ class ReselectionDynamics(Dynamics[SparseConfig, SparseTunerLayer]):
                 window.load_state_dict(saved["window"])
                 track.watch(window)
             if "row" in saved:
-                track.row, track.col = (saved[key].to(track.support.device) for key in ("row", "col"))
+                device = track.support.device
+                track.accumulators = saved["row"].to(device), saved["col"].to(device)
