@@ -1,3 +1,4 @@
+import functools
 import gc
 import os
 
@@ -7,6 +8,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 # what is measured on one machine at one moment must not decide which path a test takes
 os.environ.setdefault("SPARSE_PEFT_CALIBRATE", "0")
 
+import jinja2
 import pytest
 import torch
 
@@ -25,6 +27,14 @@ def pytest_collection_finish():
 
 def pytest_unconfigure():
     gc.unfreeze()
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _templates():
+    """A model card's template is compiled once, which takes longer than the rest of saving a small adapter."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(jinja2, "Template", functools.cache(jinja2.Template))
+        yield
 
 
 @pytest.fixture(autouse=True)

@@ -70,25 +70,26 @@ def test_a_resumed_run_is_the_uninterrupted_one(tokenizer, tmp_path, case):
     if "bnb" in options.get("optim", "") and not bnb_optimizers_run():
         pytest.skip("this version of bitsandbytes has no optimizers for the CPU")
     options = {
-        "gradient_accumulation_steps": 2, "max_grad_norm": 0.05, "save_strategy": "steps", "save_steps": 1,
+        "gradient_accumulation_steps": 2, "max_grad_norm": 0.05, "save_strategy": "steps",
         "lr_scheduler_type": "linear", **options,
     }  # fmt: skip
 
-    def run(folder, seed, **kwargs):
-        args = arguments(folder, **options)
+    def run(folder, seed, save_steps, **kwargs):
+        args = arguments(folder, save_steps=save_steps, **options)
         # one epoch: transformers 5.0 does not find its place in a later one
         trainer = trainer_of(tokenizer, args, dynamic(selection, seed=seed), optimizer=optimizer, rows=64)
         trainer.train(**kwargs)
         return trainer
 
-    whole = run(tmp_path / "whole", 0)
+    whole = run(tmp_path / "whole", 0, save_steps=1)
     history = callback_of(whole).history
     assert [r.step for r in history] == ([2, 6, 10] if selection in ("accumulated_gradient", "momentum") else [4, 8])
     assert sum(r.replaced for r in history) > 0
     saved = torch.load(tmp_path / "whole" / "checkpoint-10" / "optimizer.pt", weights_only=True)
     for stop in (1, 5, 6):  # in the first window, in a later one, right after it
         checkpoint = tmp_path / "whole" / f"checkpoint-{stop}"
-        resumed = run(tmp_path / f"resumed-{stop}", 0 if selection == "set" else 5, resume_from_checkpoint=checkpoint)
+        seed = 0 if selection == "set" else 5
+        resumed = run(tmp_path / f"resumed-{stop}", seed, save_steps=10, resume_from_checkpoint=checkpoint)
         for (name, a), (_, b) in zip(
             whole.model.state_dict().items(), resumed.model.state_dict().items(), strict=True
         ):
