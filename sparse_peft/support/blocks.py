@@ -26,10 +26,10 @@ def as_block(block_size: int | Sequence[int]) -> Block:
         TypeError, ValueError: another value.
     """
     sizes = validated("block_size", block_size, Count | list[Count])
-    rows, *cols = sizes if isinstance(sizes, list) else (sizes, sizes)
-    if len(cols) != 1:
+    pair = sizes if isinstance(sizes, list) else [sizes, sizes]
+    if len(pair) != 2:
         raise ValueError(f"block_size={block_size!r}: one number, or the (rows, cols) of a block, is expected")
-    return rows, cols[0]
+    return pair[0], pair[1]
 
 
 def grid_of(shape: tuple[int, int], block: Block, name: str) -> tuple[int, int]:

@@ -6,7 +6,7 @@ import copy
 import functools
 import os
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 from types import MappingProxyType
@@ -22,7 +22,7 @@ from ..version import __version__
 from .experts import CURE
 from .files.card import complete_card, update_model_card
 from .files.checks import CURE as DAMAGED
-from .files.checks import check_adapter_file, read_config_file
+from .files.checks import read_config_file, shapes_in_file
 from .files.writes import staging_folder
 from .unknown_fields import VERSION_FIELD, settable_fields, unknown_fields_error
 
@@ -78,6 +78,21 @@ def newer_version(written_by: object) -> str | None:
         f"the config was written by sparse_peft {written_by}, and this is {__version__}; upgrade with "
         "`pip install -U sparse-peft`"
     )
+
+
+def _sizes_by_layer(
+    shapes: Mapping[str, tuple[int, ...]], marker: str
+) -> tuple[dict[str, dict[str, int]], dict[str, int]]:
+    """``{layer: {"tensor.dimension": size}}`` of the tensors whose names have the marker, and the largest of all."""
+    layers: dict[str, dict[str, int]] = {}
+    largest: dict[str, int] = {}
+    for name, shape in shapes.items():
+        layer, is_of_layer, tensor = name.removeprefix("base_model.model.").rpartition(marker)
+        for dimension, size in enumerate(shape if is_of_layer else ()):
+            key = f"{tensor}.{dimension}"
+            layers.setdefault(layer, {})[key] = size
+            largest[key] = max(size, largest.get(key, 0))
+    return layers, largest
 
 
 def required(value: Value | None, name: str) -> Value:
@@ -257,13 +272,47 @@ class BaseSparseConfig(PeftConfig):
     def from_pretrained(
         cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any
     ) -> PeftConfig:
-        """As PEFT's; a local adapter file is checked for truncation before anything is built from it.
+        """As PEFT's; a local adapter file is checked before anything of the config's sizes is built.
 
         Raises:
-            ValueError: the adapter's weight file is truncated or not a safetensors file.
+            ValueError: the adapter's weight file is truncated or not a safetensors file, or the config has larger
+                sizes than the file's tensors.
         """
-        check_adapter_file(Path(pretrained_model_name_or_path, subfolder or ""))
-        return super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
+        folder = Path(pretrained_model_name_or_path, subfolder or "")
+        shapes = shapes_in_file(folder)
+        config = super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
+        if shapes and isinstance(config, cls):
+            config.check_sizes(shapes, folder)
+        return config
+
+    def check_sizes(self, shapes: Mapping[str, tuple[int, ...]], folder: Path) -> None:
+        """Refuse sizes that are larger than those of the adapter's tensors, before memory is taken for them.
+
+        Args:
+            shapes: ``{tensor name: shape}`` of the adapter's file.
+            folder: of the file, for the error.
+
+        Raises:
+            ValueError: names the field, the layer and both sizes.
+        """
+        sizes, largest = _sizes_by_layer(shapes, f".{self.prefix()}adapter.")
+        for layer in {**sizes, **(self.weight_shapes or {})}:
+            for name, size, dimension in self.claimed_sizes(layer):
+                found = sizes.get(layer, {}).get(dimension)
+                # a tensor that the file lacks is reported on loading; until then it may be as large as any layer's
+                if size > (largest.get(dimension, 0) if found is None else found):
+                    in_file = f"no {dimension.partition('.')[0]}" if found is None else found
+                    raise ValueError(
+                        f"{folder}: {name}: {size} for layer {layer}, of which the adapter's file has {in_file}; "
+                        f"{DAMAGED}"
+                    )
+
+    def claimed_sizes(self, layer: str) -> Iterator[tuple[str, int, str]]:
+        """``(field, size, "tensor.dimension")`` of what the config says of a layer's tensors in a file.
+
+        For methods to override: every size that memory is allocated by.
+        """
+        yield from ()
 
     @classmethod
     def from_json_file(cls, path_json_file: str, **kwargs: Any) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from transformers.pytorch_utils import Conv1D
 from ..ops import CONVOLUTIONS, ConvProduct, LayerProduct, LinearProduct, is_convolution
 from .base_config import BaseSparseConfig
 from .base_state import TrainedState
+from .files.checks import BASE_ADAPTER
 from .four_bit import base_weight
 from .layer_parts import bias_of, weight_of
 from .packed_weight import PackedWeight
@@ -25,7 +26,6 @@ if TYPE_CHECKING:
 
 STOCK_FORWARDS = {nn.Linear.forward, Conv1D.forward, *(kind.forward for kind in CONVOLUTIONS)}
 SET_ASIDE = "set_aside"  # the module that what stands in a weight's place is kept as, while a merged weight does
-BASE_ADAPTER = "__base__"  # PEFT's name for "no adapter" in a mixed batch
 
 StateT = TypeVar("StateT", bound=TrainedState)
 

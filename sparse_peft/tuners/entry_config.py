@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Iterator
 from dataclasses import field
 from typing import Annotated, Any, ClassVar, Self
 
@@ -102,6 +103,9 @@ class EntryConfig(BaseSparseConfig):
         if self.selection_needs != "none":
             notes.append(selection_note(self.criterion.name, self.selection_needs))
         return config, notes
+
+    def claimed_sizes(self, layer: str) -> Iterator[tuple[str, int, str]]:
+        yield "num_entries", (self.num_entries or {}).get(layer, 0), "values.0"
 
     def budget(self) -> Budget:
         """The budget that the fields describe.

@@ -4,35 +4,54 @@ from __future__ import annotations
 
 import json
 import os
+from pathlib import Path
 from typing import Any
 
 import torch
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors import SafetensorError, safe_open
-from torch import Tensor
+from torch import Tensor, nn
 
+from ...constraints import validated
 from ...support import check_indices
 
 CURE = "the adapter is damaged: save, copy or download it again"
 # Limits that no honest file comes near: safetensors' own, and a config with a number for each of 100,000 layers.
 MOST_HEADER_BYTES = 100_000_000
 MOST_CONFIG_BYTES = 2**25
+# Of a folder's name, on common file systems.
+MOST_NAME_BYTES = 255
+BASE_ADAPTER = "__base__"  # PEFT's name for "no adapter" in a mixed batch
+# Names that nn.ModuleDict and nn.ParameterDict, where PEFT keeps adapters, cannot have as keys.
+RESERVED_NAMES = frozenset(dir(nn.ModuleDict())) | frozenset(dir(nn.ParameterDict()))
 VALUE_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
-def check_adapter_name(name: object) -> None:
+def check_adapter_name(name: Any) -> None:
     """Refuse names that cannot be part of a parameter's name and the name of a folder.
 
     Raises:
         TypeError: no str.
-        ValueError: empty, or with a dot, a separator of paths, or a character that cannot be printed.
+        ValueError: empty, too long, with a dot, a separator of paths or a character that cannot be printed, or a name
+            that means something else.
     """
-    if not isinstance(name, str):
-        raise TypeError(f"adapter_name={name!r}: a str is expected")
+    name = validated("adapter_name", name, str)
     if not name or not name.isprintable() or any(character in name for character in "./\\:"):
         raise ValueError(
             f"adapter_name={name!r}: a name is expected that can be a folder's and a module's, such as 'style_2': not "
             "empty, without dots, slashes, backslashes, colons and control characters"
+        )
+    if len(name.encode()) > MOST_NAME_BYTES:
+        raise ValueError(
+            f"adapter_name={name[:20]!r}...: {len(name.encode())} bytes, and a folder's name has at most "
+            f"{MOST_NAME_BYTES}; choose a shorter one"
+        )
+    if name == BASE_ADAPTER:
+        raise ValueError(f"adapter_name={name!r}: in mixed batches this means no adapter; choose another")
+    if name in RESERVED_NAMES:
+        raise ValueError(
+            f"adapter_name={name!r}: torch's containers of adapters have an attribute of this name; choose another, "
+            f"such as '{name}_1'"
         )
 
 
@@ -55,18 +74,30 @@ def read_config_file(path: str | os.PathLike) -> dict[str, Any]:
     return content
 
 
-def check_adapter_file(directory: str | os.PathLike) -> None:
-    """Check that the adapter's safetensors file in ``directory``, if there is one, is complete and can be read.
+def shapes_in_file(directory: str | os.PathLike) -> dict[str, tuple[int, ...]]:
+    """``{tensor name: shape}`` of the adapter's safetensors file in ``directory``, which must be complete.
 
-    Nothing of it is loaded; memory is needed for the header alone.
+    Nothing of it is loaded; memory is needed for the header alone. Empty without such a file.
 
     Raises:
         ValueError: the file is shorter than its header says, or has no valid header.
     """
-    path = os.path.join(directory, SAFETENSORS_WEIGHTS_NAME)
-    if not os.path.isfile(path):
-        return
-    size = os.path.getsize(path)
+    path = Path(directory, SAFETENSORS_WEIGHTS_NAME)
+    if not path.is_file():
+        return {}
+    size, expected = path.stat().st_size, _size_by_header(path)
+    if size != expected:
+        raise ValueError(f"{path}: {size} bytes where its header announces {expected}; {CURE}")
+    try:
+        with safe_open(path, "pt") as file:
+            return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}
+    except SafetensorError as error:
+        raise ValueError(f"{path}: no valid safetensors header ({error}); {CURE}") from error
+
+
+def _size_by_header(path: Path) -> int:
+    """Bytes that a safetensors file has according to its header."""
+    size = path.stat().st_size
     with open(path, "rb") as file:
         header_size = int.from_bytes(file.read(8), "little")
         if size < 8 or header_size > size - 8:
@@ -76,16 +107,9 @@ def check_adapter_file(directory: str | os.PathLike) -> None:
         try:
             header = json.loads(file.read(header_size))
             ends = [t["data_offsets"][1] for k, t in header.items() if k != "__metadata__"]
-            expected = 8 + header_size + max(ends, default=0)
+            return 8 + header_size + max(ends, default=0)
         except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
             raise ValueError(f"{path}: no valid safetensors header ({error}); {CURE}") from error
-    if size != expected:
-        raise ValueError(f"{path}: {size} bytes where its header announces {expected}; {CURE}")
-    try:
-        with safe_open(path, "pt"):
-            pass
-    except SafetensorError as error:
-        raise ValueError(f"{path}: no valid safetensors header ({error}); {CURE}") from error
 
 
 def check_dtype(tensor: Tensor, what: str, layer: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import field
 from typing import Annotated, ClassVar, Self
 
@@ -145,6 +146,10 @@ class S2FTConfig(BaseSparseConfig):
             config.selection, config.largest = "random", None
             notes.append(selection_note(self.selection, self.selection_needs))
         return config, notes
+
+    def claimed_sizes(self, layer: str) -> Iterator[tuple[str, int, str]]:
+        trains_rows = (self.sides or {}).get(layer) == "out"
+        yield "num_channels", (self.num_channels or {}).get(layer, 0), "rows.0" if trains_rows else "columns.0"
 
     def budget(self) -> UnitBudget:
         """The budget that the fields describe."""

@@ -41,7 +41,7 @@ class Recipe:
 
     def sketch(self, name: str, weight: Tensor, moment: Tensor) -> Sketch:
         """A sketch of a weight ``(outputs, inputs)``."""
-        bits, groups = self.config.bits, SketchModel.groups_of(self.config, name)
+        bits, groups = self.config.bits, self.config.groups_of(name)
         counts = moment.diagonal().pow(self.importance)
         tables = fit_codebooks(weight, bits, groups, weights=counts, method=self.config.clustering, name=name)
         # what stands in a file is rounded; the codes are chosen for that

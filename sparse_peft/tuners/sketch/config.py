@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from dataclasses import field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Self, cast
@@ -12,6 +13,7 @@ from peft import PeftConfig
 
 from ...calibrate.codebooks import CODEBOOK_METHODS
 from ...constraints import Count, OneOf, Pattern
+from ...support import matches_layer
 from ..base_config import FLOAT_DTYPES, BaseSparseConfig, config_dataclass
 from ..files.writes import is_waiting
 from .sidecar import SIDECAR, write_sketches
@@ -116,6 +118,14 @@ class SketchConfig(BaseSparseConfig):
         config = super().for_temporary_load()
         config.keep_base = "cpu" if self.mode == "replace" else self.keep_base
         return config
+
+    def groups_of(self, layer: str) -> int:
+        """Tables in a row of this layer."""
+        return next((n for pattern, n in self.groups_pattern.items() if matches_layer(pattern, layer)), self.groups)
+
+    def claimed_sizes(self, layer: str) -> Iterator[tuple[str, int, str]]:
+        yield "groups", self.groups_of(layer), "codebook.1"
+        yield "2 ** bits", 2**self.bits, "codebook.2"
 
     @property
     def is_resolved(self) -> bool:

@@ -14,7 +14,6 @@ from transformers.pytorch_utils import Conv1D
 
 from ...calibrate.codebooks import Sketch
 from ...ops import Combination, check_weights, is_convolution
-from ...support import matches_layer
 from ..base_model import BaseSparseModel
 from ..combination import check_combination, combinable_configs
 from ..files.adapter_state import named_states
@@ -103,7 +102,7 @@ class SketchModel(BaseSparseModel[SketchConfig, SketchState]):
         plans = {}
         for name, module in targets.items():
             sides = factor_sizes(shapes[name], in_dim_of(module))[::-1]
-            groups = self.groups_of(config, name)
+            groups = config.groups_of(name)
             if groups > sides[1]:
                 raise ValueError(f"groups={groups}: layer {name} has {sides[1]} inputs, which are a row's weights")
             shares = config.bits == 4 and not sketches and FourBit.of(base_of(module)) is not None
@@ -112,10 +111,6 @@ class SketchModel(BaseSparseModel[SketchConfig, SketchState]):
         if config.base_dtype is None:
             config.base_dtype = next((str(base_of(m).weight.dtype).partition(".")[2] for m in targets.values()), None)
         return plans
-
-    @staticmethod
-    def groups_of(config: SketchConfig, name: str) -> int:
-        return next((g for pattern, g in config.groups_pattern.items() if matches_layer(pattern, name)), config.groups)
 
     @staticmethod
     def _check_replaceable(targets: Targets) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import field
 from typing import Annotated, ClassVar
 
@@ -75,6 +76,10 @@ class SLTrainConfig(SparseConfig):
         super().check()
         if self.mode == "pretrain":
             self._check_pretraining()
+
+    def claimed_sizes(self, layer: str) -> Iterator[tuple[str, int, str]]:
+        yield from super().claimed_sizes(layer)
+        yield "r", required(self.r, "r"), "A.0"
 
     def _check_pretraining(self) -> None:
         if self.dropout:

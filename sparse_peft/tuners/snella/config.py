@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import field
 from typing import Annotated, Any, ClassVar
 
@@ -126,6 +127,9 @@ class SnellaConfig(BaseSparseConfig):
         return cls(
             **{"r": 8, "kernel": "mixed", "threshold": "reference", "init": "reference", "dropout": 0.1, **fields}
         )
+
+    def claimed_sizes(self, layer: str) -> Iterator[tuple[str, int, str]]:
+        yield f"r / {PIECES}", self.r // PIECES, "A.2"
 
     def kept(self, numel: int) -> int:
         """Number of a layer's entries that are not zero at the start."""

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from ...ops import PIECES, ConvProduct, LayerProduct, LinearProduct, is_convolution
 from ..base_model import BaseSparseModel
 from ..forms import layer_of_factors
-from ..low_rank import factor_sizes
+from ..low_rank import check_rank, factor_sizes
 from ..targets import Targets, base_of, check_shapes, in_dim_of, stored_shape
 from .config import SnellaConfig
 from .layer import SnellaLinear
@@ -52,6 +52,8 @@ class SnellaModel(BaseSparseModel[SnellaConfig, KernelState]):
     ) -> dict[str, KernelPlan]:
         shapes = {name: stored_shape(module) for name, module in targets.items()}
         check_shapes(config, shapes)
+        for name, shape in shapes.items():
+            check_rank(name, config.r, shape, "r")
         config.weight_shapes = {name: list(shape) for name, shape in shapes.items()}
         twin = self.twin_of(config, adapter_name)  # which may keep fewer entries by now than the config says
         plans = {}

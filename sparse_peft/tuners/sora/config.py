@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import field
 from typing import Annotated, Any, ClassVar
 
@@ -146,6 +147,9 @@ class SoRAConfig(BaseSparseConfig):
     def scale(self) -> float:
         """What the product is multiplied by."""
         return self.alpha / self.r
+
+    def claimed_sizes(self, layer: str) -> Iterator[tuple[str, int, str]]:
+        yield "ranks", (self.ranks or {}).get(layer, 0), "A.0"
 
     def target_of(self, ranks: int) -> int | None:
         """Target rank count given ``ranks`` initial ranks; None if unset."""

@@ -24,6 +24,7 @@ resource = pytest.importorskip("resource")
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 INPUT = torch.ones(2, 17)
 ROOM = 2**29  # bytes that one attempt may take besides what the process has
+RESERVED = ("keys", "values", "items", "pop", "training", "forward", "parameters", "_modules", "copy")
 FEW = settings(max_examples=25, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 
 
@@ -143,17 +144,22 @@ def test_configs_with_anything_in_them(workbench, method, loader):
 @pytest.mark.parametrize(
     ("method", "change", "message"),
     [
-        ("sparse", {"num_entries": {"first": 10**12, "second": 1}}, "num_entries: 1000000000000 entries for layer f"),
+        ("sparse", {"num_entries": {"first": 10**12, "second": 1}}, "num_entries: 1000000000000 for layer first"),
         ("sparse", {"num_entries": {"../first": 5, "second": 1}}, r"num_entries is for other layers.*\.\./first"),
         ("sparse", {"num_entries": {"first": 56.5, "second": 1}}, r"num_entries\['first'\]=56.5: an int is expected"),
         ("sparse", {"num_entries": [1, 2]}, r"num_entries=\[1, 2\]: a dict with an int as each value"),
         ("sparse", {"density": "1"}, r"adapter_config.json: density='1': a share in \(0, 1\] or None is expected"),
         ("sparse", {"density": float("nan")}, "density=nan"),
         ("sparse", {"seed": 10**400}, "seed=1000"),
-        ("sltrain", {"r": 10**12}, "r: a rank of 1000000000000 for layer first of 33 x 17 weights; 0 to 64"),
-        ("sora", {"ranks": {"first": 10**12, "second": 4}}, "ranks: a rank of 1000000000000 for layer first"),
+        ("sltrain", {"r": 10**12}, "r: 1000000000000 for layer first, of which the adapter.s file has"),
+        ("sora", {"ranks": {"first": 10**12, "second": 4}}, "ranks: 1000000000000 for layer first"),
         ("sora", {"ranks": {"first": -4, "second": 4}}, "ranks: a rank of -4 for layer first"),
-        ("s2ft", {"num_channels": {"first": 10**12, "second": 1}}, "num_channels: 1000000000000 channels for layer f"),
+        ("s2ft", {"num_channels": {"first": 10**12, "second": 1}}, "num_channels: 1000000000000 for layer first"),
+        ("snella", {"r": 6_000_000}, "r / 2: 3000000 for layer first, of which the adapter.s file has 2"),
+        ("snella", {"r": 6}, "r / 2: 3 for layer first, of which the adapter.s file has 2"),
+        ("sketch", {"groups": 10**9}, "groups: 1000000000 for layer first, of which the adapter.s file has 1"),
+        ("sketch", {"groups_pattern": {"second": 3}}, "groups: 3 for layer second, of which the adapter.s file has 1"),
+        ("sketch", {"bits": 4}, r"2 \*\* bits: 16 for layer first, of which the adapter.s file has 8"),
     ],
 )  # fmt: skip
 def test_configs_that_ask_for_too_much(workbench, loader, method, change, message):
@@ -162,6 +168,19 @@ def test_configs_that_ask_for_too_much(workbench, loader, method, change, messag
     (folder / CONFIG).write_text(json.dumps({**honest, **change}))
     refusal = attempt(loader, folder)
     assert isinstance(refusal, str) and re.search(message, refusal), refusal
+
+
+def test_sizes_of_layers_that_the_file_lacks(workbench):
+    folder = workbench("sparse")
+    tensors = load_file(folder / WEIGHTS)
+    save_file({key: tensor for key, tensor in tensors.items() if "first" not in key}, folder / WEIGHTS)
+    refusal = attempt("PeftModel.from_pretrained", folder)
+    assert isinstance(refusal, str) and re.search("num_entries: 56 for layer first, of which .* no values", refusal)
+
+
+def test_sizes_without_a_file_are_bounded_by_the_layers():
+    with pytest.raises(ValueError, match="r: a rank of 6000000 for layer first of 33 x 17 weights; 0 to 64"):
+        get_peft_model(TwoLayers(), make_config("snella", r=6_000_000))
 
 
 @pytest.mark.parametrize(
@@ -367,6 +386,25 @@ def test_adapter_names_that_would_leave_the_folder(tmp_path, workbench, method, 
         with pytest.raises(ValueError, match=f"adapter_name={re.escape(repr(name))}: a name is expected"):
             run()
     assert sorted(os.listdir(tmp_path)) == ["adapter"]
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("__base__", "in mixed batches this means no adapter"),
+        *((name, "have an attribute of this name; choose another, such as") for name in RESERVED),
+        ("x" * 256, "256 bytes, and a folder's name has at most 255"),
+        ("ü" * 128, "256 bytes"),
+    ],
+)
+def test_adapter_names_that_mean_something_else(workbench, name, message):
+    for run in (
+        lambda: get_peft_model(TwoLayers(), make_config("sparse"), name),
+        lambda: PeftModel.from_pretrained(TwoLayers(), workbench("sparse"), adapter_name=name),
+        lambda: load_adapter(TwoLayers(), workbench("sparse"), name),
+    ):
+        with pytest.raises(ValueError, match=f"adapter_name='.*{message}"):
+            run()
 
 
 def test_names_that_are_allowed(tmp_path):
