@@ -1,9 +1,9 @@
-"""SaRA in training: the nuclear norm's gradient, and freezing what has grown."""
+"""SaRA in training: the nuclear norm's gradient, and the freezing of grown entries."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,18 +15,17 @@ from ...numerics import sample_without_replacement
 from ...ops import nuclear_norm, read_support
 from ...support import Support
 from ..delta import SparseDelta
-from ..delta_layer import SparseTunerLayer
 from .config import SaRAConfig
+from .model import SaRALinear
 from .records import Freezing, LayerFreezing
 
 
-@dataclass(frozen=True)
-class _Frozen:
-    """Entries of one layer that do not train any more.
+class _Frozen(NamedTuple):
+    """Entries that do not train any more.
 
     Attributes:
         mask: ``(entries,)`` bool.
-        values: ``(frozen entries,)`` float32, the values they were frozen with.
+        values: ``(frozen entries,)``, in the order of the entries.
     """
 
     mask: Tensor
@@ -39,10 +38,10 @@ class _Part:
 
     Attributes:
         layer, delta: the layer, and the adapter's trained state in it.
-        frozen: None while all entries train.
+        frozen: the entries that do not train any more; None while all train.
     """
 
-    layer: SparseTunerLayer[SparseDelta]
+    layer: SaRALinear
     delta: SparseDelta
     frozen: _Frozen | None = None
 
@@ -54,21 +53,21 @@ class _Part:
         """``(entries,)`` float32: the base's own entries."""
         if self.layer.merged:
             raise RuntimeError(
-                f"layer {self.layer.name}: its own weights cannot be looked at while adapters are merged "
+                f"layer {self.layer.name}: its own weights cannot be read while adapters are merged "
                 f"({', '.join(self.layer.merged_adapters)}); call unmerge_adapter() before training goes on"
             )
         self.layer.release()
         return read_support(full_tensor(self.layer.dense_base_weight()), self.support).to(torch.float32)
 
     def weights(self) -> Tensor:
-        """``(entries,)`` float32: what the entries are now."""
+        """``(entries,)`` float32: the effective entries."""
         return self.originals() + full_tensor(self.delta.values).to(torch.float32)
 
     def freeze(self, mask: Tensor) -> None:
         self.frozen = _Frozen(mask, full_tensor(self.delta.values)[mask].clone()) if bool(mask.any()) else None
 
 
-class SaRADynamics(Dynamics[SaRAConfig, SparseTunerLayer[SparseDelta]]):
+class SaRADynamics(Dynamics[SaRAConfig, SaRALinear]):
     """The dynamics of one [`SaRAConfig`][sparse_peft.SaRAConfig] adapter.
 
     Args:
@@ -78,7 +77,7 @@ class SaRADynamics(Dynamics[SaRAConfig, SparseTunerLayer[SparseDelta]]):
         ValueError: the config needs the length of the run and it is not known.
     """
 
-    def __init__(self, context: TrainingContext[SaRAConfig, SparseTunerLayer[SparseDelta]]):
+    def __init__(self, context: TrainingContext[SaRAConfig, SaRALinear]):
         super().__init__(context)
         self.freezing_step = self.config.freezing_step(context.total_steps)
         self.parts = {
@@ -86,7 +85,7 @@ class SaRADynamics(Dynamics[SaRAConfig, SparseTunerLayer[SparseDelta]]):
             for name, layer in self.layers.items()
             if layer.deltas[self.adapter].values.numel()
         }
-        # all processes pick the same layers, whatever seeds they were given
+        # all processes pick the same layers, even with different seeds
         device = next(iter(self.layers.values())).deltas[self.adapter].values.device
         self.seed = int(self.collectives.from_first(torch.tensor([self.config.seed], device=device)))
 
@@ -114,7 +113,7 @@ class SaRADynamics(Dynamics[SaRAConfig, SparseTunerLayer[SparseDelta]]):
     # ------------------------------------------------------------------ nuclear norm
 
     def _regularised(self, step: int) -> list[_Part]:
-        """The layers whose nuclear norm counts in this step: the same on every process, and after resuming."""
+        """The layers with a nuclear norm in this step; the same on every process, and after resuming."""
         if self.config.nuclear_weight == 0 or step % self.config.nuclear_every:
             return []
         eligible = [part for part in self.parts.values() if min(part.support.shape) > self.config.nuclear_min_size]
@@ -135,10 +134,10 @@ class SaRADynamics(Dynamics[SaRAConfig, SparseTunerLayer[SparseDelta]]):
     # ------------------------------------------------------------------ freezing
 
     def _thresholds(self) -> dict[str, float]:
-        """Each layer's: entries at or above it are not among the smallest any more."""
+        """Each layer's absolute value from which on entries freeze."""
         if self.config.threshold is not None:
             return dict.fromkeys(self.parts, self.config.threshold)
-        # what the budget reached: the next larger number, so that the largest that was chosen is below it
+        # the next number above the largest chosen weight, which is therefore below the threshold
         largest = {name: part.originals().abs().amax() for name, part in self.parts.items()}
         if self.config.allocation == "global":
             most = torch.stack([value.cpu() for value in largest.values()]).amax()
@@ -152,7 +151,7 @@ class SaRADynamics(Dynamics[SaRAConfig, SparseTunerLayer[SparseDelta]]):
             part = self.parts[name]
             part.freeze(part.weights().abs() >= threshold)
             rows, cols = part.support.shape
-            frozen = 0 if part.frozen is None else part.frozen.values.numel()
+            frozen = 0 if part.frozen is None else int(part.frozen.mask.sum())
             changes[name] = LayerFreezing(part.support.nnz, frozen, rows * cols, threshold)
         return Freezing(step, self.adapter, changes)
 
@@ -163,19 +162,13 @@ class SaRADynamics(Dynamics[SaRAConfig, SparseTunerLayer[SparseDelta]]):
         return {"frozen": {name: {"mask": f.mask.clone(), "values": f.values.clone()} for name, f in frozen.items()}}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue where the saved run was; the adapter is loaded before.
-
-        Raises:
-            ValueError: the state is of other layers.
-        """
         for part in self.parts.values():
             part.frozen = None
         for name, saved in state.get("frozen", {}).items():
-            own = self.parts.get(name)
-            if own is None or saved["mask"].shape != (own.support.nnz,):
+            if name not in self.parts or saved["mask"].shape != (self.parts[name].support.nnz,):
                 raise ValueError(
                     f"layer {name}: the saved state of adapter {self.adapter} has {saved['mask'].numel()} entries "
                     "there, which are not this model's; resume with the config and adapter the run was started with"
                 )
-            device = own.delta.values.device
-            own.frozen = _Frozen(saved["mask"].to(device), saved["values"].to(device))
+            device = self.parts[name].delta.values.device
+            self.parts[name].frozen = _Frozen(saved["mask"].to(device), saved["values"].to(device))

@@ -1,4 +1,4 @@
-"""SoRA in training: the proximal step of the gates, a budget of ranks, and cutting out what is dead."""
+"""SoRA in training: the gates' proximal step, a budget of ranks, and the removal of dead ranks."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ from .layer import SoRALinear
 from .records import LayerRanks, Ranks
 from .state import GatedLowRank
 
-# How fast the penalty follows the number of ranks: by this power of e in a step in which all ranks are too many.
+# How fast the penalty follows the number of ranks: by this power of e per step if all ranks are in excess.
 GAIN = 0.3
 MOST = 1e3
-# The second moment, under the names that optimizers of Adam's kind give it.
+# Names of the second moment in the state of optimizers like Adam.
 SECOND_MOMENTS = ("exp_avg_sq", "state2")
-# Which dimension of each parameter is the ranks'.
+# The ranks' dimension of each parameter.
 RANK_DIMS = {"A": 0, "B": 1, "gate": 0}
 
 
@@ -163,7 +163,7 @@ class SoRADynamics(Dynamics[SoRAConfig, SoRALinear]):
         return (threshold / self._root_of_second_moment(name, gate)).clamp_(max=self.config.max_threshold)
 
     def _root_of_second_moment(self, name: str, gate: Tensor) -> Tensor:
-        """What Adam divides the gate's steps by."""
+        """The root that Adam divides the gate's steps by, without its bias."""
         state = self.optimizer.state.get(gate) or {}
         group = next(group for group in self.optimizer.param_groups if any(p is gate for p in group["params"]))
         moment = next((state[key] for key in SECOND_MOMENTS if key in state), None)
@@ -180,7 +180,7 @@ class SoRADynamics(Dynamics[SoRAConfig, SoRALinear]):
     def _towards_target(
         self, before: dict[str, Tensor], after: dict[str, Tensor], step: int, target: int, end: int
     ) -> dict[str, Tensor]:
-        """Adapt the penalty; never fewer ranks than the target, and exactly so many at step ``end``."""
+        """Adapt the penalty; keep at least the target's ranks, and exactly these at step ``end``."""
         alive = sum(int((gate != 0).sum()) for gate in after.values())
         if alive < target:
             after = self._keep_strongest(before, after, target)
@@ -197,11 +197,11 @@ class SoRADynamics(Dynamics[SoRAConfig, SoRALinear]):
         return after
 
     def _keep_strongest(self, gates: dict[str, Tensor], shrunk: dict[str, Tensor], count: int) -> dict[str, Tensor]:
-        """So many of the gates that are not zero, the strongest ones; ``shrunk`` where that has not made them zero."""
+        """Keep the ``count`` strongest gates that are not zero; ``shrunk`` has their values where it is not zero."""
         names = list(gates)
         strengths = torch.cat([self.parts[name].strengths(gates[name]) for name in names])
         alive = torch.cat([gates[name] != 0 for name in names])
-        # ranks that are zero come last, whatever the strengths: those of new adapters are all zero
+        # ranks that are zero come last: in a new adapter all strengths are zero
         order = torch.where(alive, strengths, strengths.new_full((), -1.0)).argsort(descending=True, stable=True)
         kept = torch.zeros_like(alive)
         kept[order[:count]] = True
@@ -282,11 +282,6 @@ class SoRADynamics(Dynamics[SoRAConfig, SoRALinear]):
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue where the saved run was; the adapter is loaded before.
-
-        Raises:
-            ValueError: the state is of other layers or ranks.
-        """
         for name, part in self.parts.items():
             saved = state["layers"].get(name)
             if saved is None or saved["dead_for"].shape != (part.state.rank,):

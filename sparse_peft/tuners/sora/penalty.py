@@ -1,4 +1,4 @@
-"""How strongly SoRA's gates are pulled to zero in the course of a run, and a learning rate that goes with stages."""
+"""The penalty of SoRA's gates over a run, and a learning rate schedule with the same stages."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class PenaltySchedule:
     Attributes:
         penalties: of the stages.
         start: number of completed steps before the first penalty.
-        total: steps of the whole run; needed for more than one stage.
+        total: steps of the whole run; None with one stage only.
     """
 
     penalties: tuple[float, ...]
@@ -58,8 +58,7 @@ class PenaltySchedule:
 def rewarmed_schedule(optimizer: Optimizer, total_steps: int, stages: int, warmup: float = 0.06) -> LambdaLR:
     """A learning rate that rises anew at the start of every stage and falls linearly to zero at its end.
 
-    For [`SoRAConfig`][sparse_peft.SoRAConfig] with ``stages``: whatever a stage's penalty takes away can be learnt
-    again.
+    For [`SoRAConfig`][sparse_peft.SoRAConfig] with ``stages``: each stage learns again after its penalty has begun.
 
     Args:
         optimizer: whose learning rate it is.

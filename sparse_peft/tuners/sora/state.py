@@ -18,8 +18,7 @@ GATES = ("ones", "normal")
 class GatedLowRank(LowRankState):
     """``scale * B @ diag(gate) @ A`` is added to the weight.
 
-    The gate ``(rank,)`` is float32 whatever the model is cast to: what a step takes from it is less than bfloat16 can
-    tell from nothing.
+    The gate ``(rank,)`` stays float32 when the model is cast: bfloat16 would round its small steps away.
 
     Args:
         sizes: ``(inputs, outputs)`` of the layer.
@@ -51,7 +50,7 @@ class GatedLowRank(LowRankState):
 
     @property
     def alive(self) -> int:
-        """Number of ranks that the gate lets through."""
+        """Number of ranks with a gate that is not zero."""
         return int((self.gate.detach() != 0).sum())
 
     @classmethod
@@ -61,7 +60,7 @@ class GatedLowRank(LowRankState):
             alive = state.gate.detach().nonzero().squeeze(1)
             gates.append(state.gate.detach()[alive].cpu())
             factors.append((state.A[alive], state.B[:, alive] * state.scale))
-        if how.combination_type == "svd":  # the approximation's ranks are other ones than those that were gated
+        if how.combination_type == "svd":  # the approximation has ranks of its own, without gates
             factors = [(down, up * gate.to(up)) for (down, up), gate in zip(factors, gates, strict=True)]
         down, up = cls.combined_factors(factors, weights, how, states[0].name)
         gate = torch.ones(len(down)) if how.combination_type == "svd" else torch.cat(gates).float()
@@ -76,7 +75,7 @@ class GatedLowRank(LowRankState):
         return LoraFactors(a[alive], b[:, alive] * gate[alive], self.scale)
 
     def resize(self, rank: int) -> None:
-        """Make room for another number of ranks; all values are to be set afterwards."""
+        """Change the number of ranks; all values are to be set afterwards."""
         if rank == self.rank:
             return
         sizes = {"A": (rank, self.A.shape[1]), "B": (self.B.shape[0], rank), "gate": (rank,)}

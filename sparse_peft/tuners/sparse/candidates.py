@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from ...dynamics.collectives import Collectives
+from ...dynamics.optimizer_state import ObservedMoments
 from ...numerics import topk_indices
 from ...ops import masked_dw, support_grad
 from ...support import Support
@@ -162,6 +163,39 @@ class CandidateWindow:
     def counts(self) -> Tensor:
         """``(candidates,)`` number of steps in each candidate's sums."""
         return self.steps - self.late.to(torch.float32)
+
+    # ------------------------------------------------------------------ at the end of the window
+
+    def scores(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Candidates with a gradient, and the mean absolute gradients.
+
+        Returns:
+            ``(candidates,)`` positions, ascending, their scores, and ``(entries,)`` scores of the trained entries.
+        """
+        scores = (self.total / self.counts().clamp(min=1)).abs()
+        seen = scores > 0
+        return self.positions[seen].long(), scores[seen], (self.own_total / self.steps).abs()
+
+    def moments_of(self, support: Support, is_new: Tensor) -> ObservedMoments | None:
+        """The observed gradients of new entries; zeros for others, None without any candidate.
+
+        Args:
+            support: the positions after an exchange.
+            is_new: ``(entries,)`` bool, whether an entry is new.
+        """
+        if self.positions.numel() == 0:
+            return None
+        # looked up by position: entries that were filled in at random are not among the candidates
+        positions = support.indices.long()
+        slots = torch.searchsorted(self.positions, positions).clamp_(max=self.positions.numel() - 1)
+        known = (self.positions[slots] == positions) & is_new
+        steps = torch.where(known, self.counts()[slots], 0)
+        divisor = steps.clamp(min=1)
+        return ObservedMoments(
+            mean=torch.where(known, self.total[slots] / divisor, 0),
+            mean_square=torch.where(known, self.squares[slots] / divisor, 0),
+            steps=steps,
+        )
 
     # ------------------------------------------------------------------ checkpoints
 
