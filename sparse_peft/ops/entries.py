@@ -11,7 +11,7 @@ matrix ``(out, everything else)``.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -79,7 +79,6 @@ def scatter_add_(weight: Tensor, indices: Tensor, values: Tensor) -> None:
 
 # ------------------------------------------------------------------------------------------ many weights in one launch
 
-
 Mode = Literal["take", "resync", "restore"]
 
 
@@ -103,7 +102,7 @@ class _Write(NamedTuple):
 
     def kernel(self) -> str | None:
         """The kernel backend that takes these tensors."""
-        if (self.weight.is_cpu and forced_backend() is None) or not self.originals.is_contiguous():
+        if not self.originals.is_contiguous():
             return None
         return _kernel_for("write_many", self.weight, self.indices, self.values)
 
@@ -126,7 +125,7 @@ class _Write(NamedTuple):
 
 
 # Tables of addresses on the device, by their content: they rarely change between steps.
-_tables: dict[tuple, Tensor] = {}
+_tables: dict[tuple[Any, ...], Tensor] = {}
 MAX_TABLES = 64
 
 
@@ -158,9 +157,10 @@ def _launch(kernel: str, writes: Sequence[_Write]) -> None:
 
 def _write_many(writes: Sequence[_Write]) -> None:
     """One launch for each kernel and combination of dtypes; PyTorch's operations for the other weights."""
-    launches: dict[tuple, list[_Write]] = {}
+    launches: dict[tuple[Any, ...], list[_Write]] = {}
+    forced = forced_backend() is not None
     for write in writes:
-        kernel = write.kernel()
+        kernel = write.kernel() if forced or not write.weight.is_cpu else None
         if kernel is None:
             write.run()
         else:

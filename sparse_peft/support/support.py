@@ -113,7 +113,7 @@ class Support:
         shape: ``(rows, cols)`` of the stored weight.
         indices: ``(entries,)`` integers, strictly increasing; stored as int32 where ``rows * cols < 2**31``, else
             as int64.
-        validate: whether to check ``indices``, which takes a pass over them and waits for their device.
+        validate: whether to check ``shape`` and ``indices``, which takes a pass over them and waits for their device.
         name: the layer's name, for error messages.
 
     Attributes:
@@ -133,8 +133,9 @@ class Support:
     """
 
     def __init__(self, shape: tuple[int, int], indices: Tensor, *, validate: bool = True, name: str = ""):
-        self.shape = _check_shape(shape, name)
+        self.shape = shape
         if validate:
+            self.shape = _check_shape(shape, name)
             check_indices(indices, self.shape, name)
         self._indices = indices.to(index_dtype(self.shape))
         self.name = name

@@ -188,7 +188,7 @@ def test_too_few_samples_are_damped():
     _, codes = compensated_sketch(weight, moment, 3)
 
     assert int(codes.max()) <= 7
-    with pytest.raises(ValueError, match="layer a.b: .*singular with damping=0.0; give more data"):
+    with pytest.raises(ValueError, match=r"layer a.b: .*singular with damping=0.0; give more data"):
         compensated_sketch(weight, moment.float(), 3, damping=0.0, name="a.b")
 
 
@@ -208,7 +208,7 @@ def test_wrong_moments_are_refused_by_name():
         compensated_sketch(weight, torch.eye(5), 2, name="a.b")
     bad = torch.eye(6)
     bad[2, 2] = torch.nan
-    with pytest.raises(ValueError, match="layer a.b: the second moment .* not finite"):
+    with pytest.raises(ValueError, match=r"layer a.b: the second moment .* not finite"):
         refit_codebooks(weight, torch.zeros(4, 6, dtype=torch.uint8), bad, torch.zeros(4, 1, 4), name="a.b")
     with pytest.raises(ValueError, match=r"layer a.b: codebooks of shape \(4, 1, 4\)"):
         compensated_sketch(weight, torch.eye(6), 3, codebooks=torch.zeros(4, 1, 4), name="a.b")

@@ -524,7 +524,7 @@ def test_no_batches(criterion):
 def test_a_layer_that_is_never_reached_is_named(criterion):
     model = build()
     targets = targets_of(model, ["first", "unused"])
-    with pytest.raises(ValueError, match="layer unused: no .*exclude_modules"):
+    with pytest.raises(ValueError, match=r"layer unused: no .*exclude_modules"):
         collect(model, targets, get_criterion(criterion), Budget(density=0.1), data())
 
 
@@ -583,7 +583,7 @@ def test_batches_of_other_kinds():
         == expected
     )
     for criterion in ("fisher", "wanda"):
-        with pytest.raises(TypeError, match="a batch of type tuple .* loss_fn="):
+        with pytest.raises(TypeError, match=r"a batch of type tuple .* loss_fn="):
             collect(model, targets, get_criterion(criterion), Budget(density=0.1), as_pairs)
 
 
@@ -697,7 +697,7 @@ def test_bad_gradients():
     model = build()
     gradients = {name: torch.ones_like(module.weight) for name, module in targets_of(model).items()}
     arguments = (layers_of(targets_of(model)), get_criterion("gradient"), Budget(density=0.1))
-    with pytest.raises(ValueError, match="layer head: gradients has neither 'head' nor 'head.weight'; its names are"):
+    with pytest.raises(ValueError, match=r"layer head: gradients has neither 'head' nor 'head.weight'; its names are"):
         supports_from_gradients(*arguments, {name: g for name, g in gradients.items() if name != "head"})
     with pytest.raises(
         ValueError, match=r"layer head: a gradient of shape \(12, 3\) for a weight stored as \(3, 12\)"
@@ -705,7 +705,7 @@ def test_bad_gradients():
         supports_from_gradients(*arguments, {**gradients, "head": gradients["head"].T})
     with pytest.raises(ValueError, match="layer head: its gradient has NaN"):
         supports_from_gradients(*arguments, {**gradients, "head": gradients["head"] * math.nan})
-    with pytest.raises(ValueError, match="selection='wanda' is computed from activations.*use gradient, fisher"):
+    with pytest.raises(ValueError, match=r"selection='wanda' is computed from activations.*use gradient, fisher"):
         supports_from_gradients(layers_of(targets_of(model)), get_criterion("wanda"), Budget(density=0.1), gradients)
 
 

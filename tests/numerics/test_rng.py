@@ -129,5 +129,5 @@ def test_wrong_types_are_refused(field, value):
 
 @pytest.mark.parametrize(("n", "k"), [(10, 11), (10, -1), (-1, 0), (2**63, 1)])
 def test_out_of_range_is_refused(n, k):
-    with pytest.raises(ValueError, match="layer.q"):
+    with pytest.raises(ValueError, match=r"layer.q"):
         sample_without_replacement(n, k, seed=0, name="layer.q")

@@ -55,7 +55,7 @@ def test_nvrtc_compiles_without_headers_and_says_what_is_wrong(file):
     for dtype in cuda_kernels.FLOATS:
         for index in INDICES:
             assert compile_cubin(library, source(file), options(file, dtype, index), "90")[:4] == b"\x7fELF"
-    with pytest.raises(RuntimeError, match="does not compile with --gpu-architecture=sm_90(.|\n)*error"):
+    with pytest.raises(RuntimeError, match=r"does not compile with --gpu-architecture=sm_90(.|\n)*error"):
         compile_cubin(library, source(file), [], "90")
 
 

@@ -181,9 +181,9 @@ def test_global_with_scores_of_candidates_only():
 
 def test_global_needs_scores_that_can_be_ranked():
     budget = Budget(density=0.1, allocation="global")
-    with pytest.raises(ValueError, match="allocation='global' needs scores.*magnitude, magnitude_smallest.*wanda"):
+    with pytest.raises(ValueError, match=r"allocation='global' needs scores.*magnitude, magnitude_smallest.*wanda"):
         resolve_counts(SHAPES, budget)
-    with pytest.raises(ValueError, match="layer a.k_proj: 16 of 16 scores are NaN"):
+    with pytest.raises(ValueError, match=r"layer a.k_proj: 16 of 16 scores are NaN"):
         resolve_counts(SHAPES, budget, lambda name: torch.full(SHAPES[name], math.nan if "k_proj" in name else 1.0))
 
 
@@ -302,7 +302,7 @@ def test_vectors_are_too_small_for_any_rank():
 
 
 def test_no_layers():
-    with pytest.raises(ValueError, match="no target layers.*target_modules"):
+    with pytest.raises(ValueError, match=r"no target layers.*target_modules"):
         resolve_counts({}, Budget(density=0.1))
     with pytest.raises(ValueError, match="layer a: a weight of shape"):
         resolve_counts({"a": (0, 5)}, Budget(density=0.1))

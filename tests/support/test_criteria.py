@@ -89,7 +89,7 @@ def test_principal_needs_a_rank(r):
 @pytest.mark.parametrize("name", ["magnitude", "threshold", "principal", "residual"])
 def test_packed_weights_are_refused(name):
     options = {"threshold": {"threshold": 1.0}}.get(name, {})
-    with pytest.raises(TypeError, match="dtype torch.int8 .*dequantise"):
+    with pytest.raises(TypeError, match=r"dtype torch.int8 .*dequantise"):
         get_criterion(name).score(torch.zeros(3, 3, dtype=torch.int8), None, **options)
 
 

@@ -133,7 +133,7 @@ def test_exchange_is_what_the_definition_says(layers, together, competes):
 
 def test_values_that_are_no_numbers_are_refused():
     support = Support((1, 4), torch.tensor([0, 1]), name="decoder.q")
-    with pytest.raises(ValueError, match="decoder.q.*NaN"):
+    with pytest.raises(ValueError, match=r"decoder.q.*NaN"):
         exchange([support], [torch.tensor([float("nan"), 1.0])], [1], [Candidates(positions(2), torch.ones(1))])
 
 

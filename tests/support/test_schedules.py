@@ -57,11 +57,11 @@ def test_start_and_stop_may_be_steps_or_shares():
 
 
 def test_a_share_of_an_unknown_run_is_refused():
-    with pytest.raises(ValueError, match="reselect_stop=1.0 is a share of the run.*total_steps="):
+    with pytest.raises(ValueError, match=r"reselect_stop=1.0 is a share of the run.*total_steps="):
         spiel().reselection_schedule(None)
     assert spiel(reselect_stop=50).reselection_schedule(None).stop == 50
     assert steps_of(0.5, 101, "x") == 50
-    with pytest.raises(ValueError, match="reselect_start=60 is step 60, after reselect_stop=0.5, step 50"):
+    with pytest.raises(ValueError, match=r"reselect_start=60 is step 60, after reselect_stop=0.5, step 50"):
         spiel(reselect_start=60, reselect_stop=0.5).reselection_schedule(100)
 
 

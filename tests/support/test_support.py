@@ -191,21 +191,21 @@ def test_no_positions_at_all(indices, error, message, build):
 
 @pytest.mark.parametrize("shape", [(0, 3), (3,), (2, 3, 4), (2.0, 3), (True, 3), (-1, 2)])
 def test_bad_shapes(shape):
-    with pytest.raises(ValueError, match="shape=.*rows, cols"):
+    with pytest.raises(ValueError, match=r"shape=.*rows, cols"):
         Support(shape, torch.tensor([0]))
 
 
 def test_bad_constructors():
     shape = (4, 6)
-    with pytest.raises(ValueError, match="layer q: .*5 occurs twice"):
+    with pytest.raises(ValueError, match=r"layer q: .*5 occurs twice"):
         Support.from_indices(shape, torch.tensor([5, 1, 5]), "q")
-    with pytest.raises(TypeError, match="layer q: mask of dtype torch.float32"):
+    with pytest.raises(TypeError, match=r"layer q: mask of dtype torch.float32"):
         Support.from_mask(torch.ones(2, 2), "q")
     with pytest.raises(ValueError, match="layer q: rows contain 4, but a 4 x 6 weight has positions 0 to 3"):
         Support.from_rows(shape, [0, 4], "q")
     with pytest.raises(ValueError, match="layer q: cols contain 2 twice"):
         Support.from_columns(shape, [2, 0, 2], "q")
-    with pytest.raises(TypeError, match="layer q: rows of dtype torch.float32"):
+    with pytest.raises(TypeError, match=r"layer q: rows of dtype torch.float32"):
         Support.from_rows(shape, [0.5], "q")
     with pytest.raises(ValueError, match="layer q: block_ids contain 4, but a grid of 2 x 2 blocks"):
         Support.from_blocks(shape, (3, 4), [4], "q")
