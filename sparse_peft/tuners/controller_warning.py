@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 import weakref
+from typing import Any
 
 from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 
@@ -26,7 +27,7 @@ def attend(delta: TrainedState) -> None:
     _unattended.pop(delta, None)
 
 
-def _check(optimizer: Optimizer, *_) -> None:
+def _check(optimizer: Optimizer, *_: Any) -> None:
     if not _unattended:
         return
     # a learning rate of 0 trains nothing: so torch makes an optimizer's state before it loads a distributed checkpoint

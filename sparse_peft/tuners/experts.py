@@ -8,8 +8,13 @@ from __future__ import annotations
 
 import re
 import warnings
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
 
 from torch import nn
+
+if TYPE_CHECKING:
+    from .base_config import BaseSparseConfig
 
 CURE = (
     "bare parameters, such as fused experts, cannot be trained sparsely yet; name linear layers in target_modules, or "
@@ -26,7 +31,7 @@ def bare_weights(model: nn.Module) -> dict[str, tuple[int, ...]]:
     }
 
 
-def check_bare_weights(config, model: nn.Module, found: bool) -> None:
+def check_bare_weights(config: BaseSparseConfig, model: nn.Module, found: bool) -> None:
     """Say that a target is a bare parameter, where it is one.
 
     Args:
@@ -51,7 +56,7 @@ def check_bare_weights(config, model: nn.Module, found: bool) -> None:
     warnings.warn(f"{message}. The adapter leaves them out.", UserWarning, stacklevel=2)
 
 
-def _is_named(targets: object, name: str) -> bool:
+def _is_named(targets: Iterable[str] | None, name: str) -> bool:
     if targets is None or targets == "all-linear":
         return False
     if isinstance(targets, str):

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from ..numerics import panels
 from ..ops import code_gather
+from .layer_parts import weight_of
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,13 @@ class FourBit:
         """A 4-bit layer's; None for other layers, and for odd rows, whose codes do not begin with a byte."""
         weight = getattr(base, "weight", None)
         state = getattr(weight, "quant_state", None)
-        if state is None or not hasattr(state, "absmax") or state.code.numel() != 16 or state.shape[1] % 2:
+        if (
+            weight is None
+            or state is None
+            or not hasattr(state, "absmax")
+            or state.code.numel() != 16
+            or state.shape[1] % 2
+        ):
             return None
         return cls.unpacked(weight.data, state)
 
@@ -84,14 +91,15 @@ class FourBit:
 
 def base_weight(base: nn.Module, backend: QuantizationBackend) -> Tensor:
     """A quantised layer's weight in floats, ``(out_features, in_features)``."""
-    return FourBit.of(base).dense() if is_misread(base) else backend.get_base_weight(base)
+    misread = FourBit.of(base) if is_misread(base) else None
+    return backend.get_base_weight(base) if misread is None else misread.dense()
 
 
 def is_misread(base: nn.Module) -> bool:
     """Whether bitsandbytes decodes a layer's weight, and multiplies by it, in a wrong way on the weight's device."""
     weight = base._parameters.get("weight")
     state = getattr(weight, "quant_state", None)
-    if state is None or not weight.is_cpu:
+    if weight is None or state is None or not weight.is_cpu:
         return False
     cols, block = state.shape[1], state.blocksize
     return cols % 2 == 0 and cols % block != 0 and _misreads(cols, block, state.quant_type)
@@ -122,10 +130,10 @@ def prepare_four_bit(modules: Iterable[nn.Module]) -> None:
     repacked, misread = 0, []
     for module in modules:
         if hasattr(module, "support_avx512bf16_for_cpu"):
-            module.support_avx512bf16_for_cpu = False
+            module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]  # not the tensor torch's stubs want
             repacked += _restore_layout(module)
         if is_misread(module):
-            misread.append(module)
+            misread.append(weight_of(module))
     if repacked:
         warnings.warn(
             f"bitsandbytes repacked the 4-bit weights of {repacked} layers for this CPU, at a pass in evaluation mode "
@@ -135,7 +143,7 @@ def prepare_four_bit(modules: Iterable[nn.Module]) -> None:
             stacklevel=2,
         )
     if misread:
-        state = misread[0].weight.quant_state
+        state = misread[0].quant_state  # type: ignore[attr-defined]  # of bitsandbytes' subclass of torch's parameter
         warnings.warn(
             f"bitsandbytes reads the 4-bit weights of {len(misread)} layers wrong on this CPU, such as one of "
             f"{state.shape[1]} inputs, because blocks of {state.blocksize} weights end within its rows. The base "
@@ -146,7 +154,7 @@ def prepare_four_bit(modules: Iterable[nn.Module]) -> None:
 
 def _restore_layout(module: nn.Module) -> bool:
     """Unpack a layer that bitsandbytes repacked for this CPU; whether it was."""
-    repacked = getattr(getattr(module.weight, "quant_state", None), "packing_format_for_cpu", False)
+    repacked = getattr(getattr(weight_of(module), "quant_state", None), "packing_format_for_cpu", False)
     if repacked:
         module.state_dict()  # saving is what makes bitsandbytes return to the portable layout
     return repacked

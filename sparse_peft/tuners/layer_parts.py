@@ -10,6 +10,6 @@ def weight_of(layer: nn.Module) -> Tensor:
     return layer.weight  # type: ignore[return-value]  # see above
 
 
-def bias_of(layer: nn.Module) -> Tensor | None:
+def bias_of(layer: nn.Module) -> nn.Parameter | None:
     """The layer's bias; None for a layer without."""
     return layer.bias  # type: ignore[return-value]  # see above

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 
+from peft.tuners.tuners_utils import BaseTuner
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
@@ -13,7 +14,7 @@ from .traversal import tuner_layers
 
 
 @contextmanager
-def mixed_batch(tuner: nn.Module, names: list[str], beams: int) -> Iterator[None]:
+def mixed_batch(tuner: BaseTuner, names: list[str], beams: int) -> Iterator[None]:
     """Inside the block each layer gets the adapters of its inputs.
 
     Args:
@@ -40,7 +41,7 @@ def mixed_batch(tuner: nn.Module, names: list[str], beams: int) -> Iterator[None
         yield
 
 
-def check_adapter_names(tuner: nn.Module, names: list[str]) -> None:
+def check_adapter_names(tuner: BaseTuner, names: list[str]) -> None:
     """Refuse names that no mixed batch can use; see ``mixed_batch``."""
     if tuner.training:
         raise ValueError("Cannot pass `adapter_names` when the model is in training mode.")
@@ -54,7 +55,8 @@ def check_adapter_names(tuner: nn.Module, names: list[str]) -> None:
 
 def _repeated_later(model: nn.Module, beams: int) -> Iterator[nn.Module]:
     """The encoder's modules: beam search repeats each input in the decoder, the encoder still sees it once."""
-    if beams > 1 and hasattr(model, "get_encoder"):
-        encoder = model.get_encoder()
+    get_encoder = getattr(model, "get_encoder", None)
+    if beams > 1 and get_encoder is not None:
+        encoder = get_encoder()
         if encoder is not model:
             yield from encoder.modules()

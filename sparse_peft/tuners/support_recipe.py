@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ..support import Block, Support, best_blocks, get_criterion, random_blocks, select
+from ..support import Block, Criterion, Support, best_blocks, get_criterion, random_blocks, select
 
 
 @dataclass(frozen=True)
@@ -42,19 +42,25 @@ class SupportRecipe:
             ValueError: the criterion needs data.
         """
         criterion = get_criterion(self.selection)
-        blocks = None if self.block is None else self.entries // (self.block[0] * self.block[1])
         if criterion.needs == "none":
-            if blocks is not None:
-                return random_blocks(shape, self.block, blocks, seed=self.seed, name=self.name)
-            return Support.random(shape, self.entries, seed=self.seed, name=self.name)
+            return self._random(shape)
         if criterion.needs == "weight":
-            if blocks is not None:
-                scores = criterion.score(weight(), None, **self.options)
-                return best_blocks(scores, blocks, self.block, criterion.largest, self.name)
-            return select(
-                criterion, weight(), self.entries, seed=self.seed, name=self.name, options=dict(self.options)
-            )
+            return self._best(criterion, weight())
         raise ValueError(
             f"selection={self.selection!r} needs data to choose the positions of layer {self.name}: call "
             "`config = sparse_peft.select_support(model, config, dataloader)` before `get_peft_model(model, config)`"
         )
+
+    def _random(self, shape: tuple[int, int]) -> Support:
+        if self.block is None:
+            return Support.random(shape, self.entries, seed=self.seed, name=self.name)
+        return random_blocks(shape, self.block, self._blocks(self.block), seed=self.seed, name=self.name)
+
+    def _best(self, criterion: Criterion, weight: Tensor) -> Support:
+        if self.block is None:
+            return select(criterion, weight, self.entries, seed=self.seed, name=self.name, options=dict(self.options))
+        scores = criterion.score(weight, None, **self.options)
+        return best_blocks(scores, self._blocks(self.block), self.block, criterion.largest, self.name)
+
+    def _blocks(self, block: Block) -> int:
+        return self.entries // (block[0] * block[1])
