@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -54,6 +54,7 @@ class UnitBudget:
             if self.k > most:
                 raise ValueError(f"k={self.k}: layer {structure.members[0].name} has {most} channels")
             return max(1, self.k // structure.width)
+        assert self.r is not None  # one of the four is given, and num_params was handled by the caller
         parameters = self.r * sum(sum(member.side.shape) for member in structure.members)
         units = math.ceil(parameters / structure.cost)
         if units > structure.size:
@@ -71,21 +72,21 @@ def _kinds(structures: list[Structure]) -> dict[tuple, list[Structure]]:
     return kinds
 
 
-def _by_parameters(structures: list[Structure], budget: UnitBudget) -> dict[str, float]:
+def _by_parameters(structures: list[Structure], num_params: int, allocation: str) -> dict[str, int]:
     """Units of each structure: parameters shared in proportion to the weights, then what is left, kind by kind."""
     kinds = list(_kinds(structures).values())
     least = sum(s.cost for s in structures)
-    if budget.num_params < least:
+    if num_params < least:
         raise ValueError(
-            f"num_params={budget.num_params}: one unit of each of the {len(structures)} structures are {least} "
+            f"num_params={num_params}: one unit of each of the {len(structures)} structures are {least} "
             "parameters; give at least so many, or fewer target_modules"
         )
     most = sum(s.cost * s.size for s in structures)
-    if budget.num_params > most:
-        raise ValueError(f"num_params={budget.num_params}: the target layers have {most} parameters")
-    share = budget.num_params / most
+    if num_params > most:
+        raise ValueError(f"num_params={num_params}: the target layers have {most} parameters")
+    share = num_params / most
     counts = [max(1, math.floor(share * kind[0].size)) for kind in kinds]
-    rest = budget.num_params - sum(n * len(kind) * kind[0].cost for n, kind in zip(counts, kinds, strict=True))
+    rest = num_params - sum(n * len(kind) * kind[0].cost for n, kind in zip(counts, kinds, strict=True))
     while rest < 0:  # a unit each was more than their share for some
         i = max(range(len(kinds)), key=lambda i: counts[i] / kinds[i][0].size if counts[i] > 1 else 0)
         counts[i] -= 1
@@ -94,8 +95,8 @@ def _by_parameters(structures: list[Structure], budget: UnitBudget) -> dict[str,
         more = min(rest // (len(kind) * kind[0].cost), kind[0].size - counts[i])
         counts[i] += more
         rest -= more * len(kind) * kind[0].cost
-    units = {s.name: float(n) for n, kind in zip(counts, kinds, strict=True) for s in kind}
-    if budget.allocation == "global":  # single units fit where one for each structure of a kind does not
+    units = {s.name: n for n, kind in zip(counts, kinds, strict=True) for s in kind}
+    if allocation == "global":  # single units fit where one for each structure of a kind does not
         for kind in kinds:
             more = min(rest // kind[0].cost, sum(s.size - units[s.name] for s in kind))
             units[kind[0].name] += more
@@ -141,9 +142,9 @@ def choose_units(
     """
     _warn_unused(structures, budget.ratio_pattern)
     if budget.num_params is None:
-        wanted = {s.name: budget.wanted(s) for s in structures}
+        wanted: Mapping[str, float] = {s.name: budget.wanted(s) for s in structures}
     else:
-        wanted = _by_parameters(structures, budget)
+        wanted = _by_parameters(structures, budget.num_params, budget.allocation)
     chosen: dict[str, Tensor] = {}
     for number, kind in enumerate(_kinds(structures).values()):
         pools = {s.name: (free(s).nonzero().squeeze(1) if free else torch.arange(s.size)) for s in kind}

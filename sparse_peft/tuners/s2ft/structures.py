@@ -7,7 +7,7 @@ heads. Nothing is permuted: a unit of a structure is a list of channels in each 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -138,25 +138,30 @@ def build(sides: dict[str, Side], *, granularity: str, coupled: bool, heads: Hea
     Raises:
         ValueError: heads are wanted, and the model's config or a layer's size does not fit them.
     """
-    blocks: dict[tuple[str, str, bool], dict[str, Role]] = {}
+    blocks: dict[tuple[str, str, bool], list[str]] = {}
+    roles: dict[str, Role] = {}  # of the layers that train the side of their role
     for name, side in sides.items():
         role = role_of(name)
-        joins = role is not None and side.is_input == (SIDES[role.kind] == IN)
-        if granularity == "head" and role is not None and role.family == ATTENTION and not joins:
+        if role is not None and side.is_input == (SIDES[role.kind] == IN):
+            roles[name] = role
+            key = (role.block, role.family, True) if coupled else (name, role.family, False)
+        elif granularity == "head" and role is not None and role.family == ATTENTION:
             raise ValueError(
                 f"granularity='head': layer {name} has its heads on its {SIDES[role.kind]}put side, and "
                 f"side={IN if side.is_input else OUT!r} trains the other; use side='auto' or granularity='channel'"
             )
-        key = (role.block, role.family, True) if joins and coupled else (name, role.family if joins else "", False)
-        blocks.setdefault(key, {})[name] = role if joins else None
-    structures = []
-    for (block, family, together), roles in blocks.items():
-        if family == ATTENTION:
-            structures += _attention(block, roles, sides, granularity, heads, together)
-        elif together and len(roles) > 1 and len({sides[name].size for name in roles}) == 1:
-            structures.append(_joined(block, "ffn", _identity(roles, sides)))
         else:
-            structures += [_single(name, sides[name], _identity([name], sides)[0].units) for name in roles]
+            key = (name, "", False)
+        blocks.setdefault(key, []).append(name)
+    structures = []
+    for (block, family, together), names in blocks.items():
+        if family == ATTENTION:
+            inside = {name: roles[name] for name in names}
+            structures += _attention(block, inside, sides, granularity, heads, together)
+        elif together and len(names) > 1 and len({sides[name].size for name in names}) == 1:
+            structures.append(_joined(block, "ffn", _identity(names, sides), roles))
+        else:
+            structures += _apart(_identity(names, sides))
     return structures
 
 
@@ -164,9 +169,9 @@ def _identity(names: Iterable[str], sides: dict[str, Side]) -> list[Member]:
     return [Member(name, sides[name], torch.arange(sides[name].size)[:, None]) for name in names]
 
 
-def _joined(block: str, family: str, members: list[Member]) -> Structure:
-    roles = tuple((role_of(m.name).kind, m.side, m.units.shape[1]) for m in members)
-    return Structure(f"{block}.{family}", tuple(members), (family, *roles))
+def _joined(block: str, family: str, members: list[Member], roles: Mapping[str, Role]) -> Structure:
+    parts = tuple((roles[m.name].kind, m.side, m.units.shape[1]) for m in members)
+    return Structure(f"{block}.{family}", tuple(members), (family, *parts))
 
 
 def _attention(
@@ -177,9 +182,10 @@ def _attention(
     heads: Heads | None,
     together: bool,
 ) -> list[Structure]:
-    fits = heads is not None and all(heads.fit(role.kind, sides[name].size) for name, role in roles.items())
+    whole = heads is not None and all(heads.fit(role.kind, sides[name].size) for name, role in roles.items())
+    fitting = heads if whole else None
     if granularity == "head":
-        if not fits:
+        if fitting is None:
             name = next(iter(roles))
             known = f"{heads.queries} query and {heads.keys} key heads" if heads else "the model's config names none"
             raise ValueError(
@@ -188,14 +194,15 @@ def _attention(
             )
         kinds = {role.kind for role in roles.values()}
         by_group = bool(kinds & {"k", "v"}) and bool(kinds & {"q", "o"})
-        units = {name: _heads_of(role, sides[name], heads, by_group) for name, role in roles.items()}
+        units = {name: _heads_of(role, sides[name], fitting, by_group) for name, role in roles.items()}
         members = [Member(name, sides[name], units[name]) for name in roles]
-        return [_joined(block, "heads", members)] if together and len(members) > 1 else _apart(members)
+        return [_joined(block, "heads", members, roles)] if together and len(members) > 1 else _apart(members)
     pair = {role.kind: name for name, role in roles.items() if role.kind in "vo"}
-    if together and fits and len(pair) == 2 and sides[pair["v"]].size * heads.group == sides[pair["o"]].size:
-        members = [Member(pair[k], sides[pair[k]], _channels_of(roles[pair[k]], sides[pair[k]], heads)) for k in "vo"]
+    if together and fitting and len(pair) == 2 and sides[pair["v"]].size * fitting.group == sides[pair["o"]].size:
+        of_pair = {pair[kind]: sides[pair[kind]] for kind in "vo"}
+        members = [Member(name, side, _channels_of(roles[name], side, fitting)) for name, side in of_pair.items()]
         rest = _identity([name for name in roles if name not in pair.values()], sides)
-        return [_joined(block, "values", members), *_apart(rest)]
+        return [_joined(block, "values", members, roles), *_apart(rest)]
     # positional rotations mix the channels of q and k, which have no partner of their own
     return _apart(_identity(roles, sides))
 
