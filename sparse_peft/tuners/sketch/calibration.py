@@ -21,6 +21,7 @@ from ...calibrate.block_chain import Chain, chains_of
 from ...calibrate.codebooks import Sketch, ascending
 from ...calibrate.model_pass import ModelPass, token_mask
 from ...ops import code_gather, pack_codes
+from ..base_config import required
 from ..four_bit import prepare_four_bit
 from ..targets import base_of, dense_weight, in_dim_of
 from .config import SketchConfig
@@ -41,11 +42,12 @@ class Recipe:
 
     def sketch(self, name: str, weight: Tensor, moment: Tensor) -> Sketch:
         """A sketch of a weight ``(outputs, inputs)``."""
+        dtype = getattr(torch, required(self.config.initial_dtype, "initial_dtype"))
         bits, groups = self.config.bits, self.config.groups_of(name)
         counts = moment.diagonal().pow(self.importance)
         tables = fit_codebooks(weight, bits, groups, weights=counts, method=self.config.clustering, name=name)
         # what stands in a file is rounded; the codes are chosen for that
-        tables = tables.to(getattr(torch, self.config.initial_dtype)).float()
+        tables = tables.to(dtype).float()
         if self.compensate:
             tables, codes = compensated_sketch(
                 weight,
@@ -62,7 +64,7 @@ class Recipe:
             codes = assign_codes(weight, tables)
         if self.refit:
             tables = refit_codebooks(weight, codes, moment, tables, name=name)
-            tables, codes = ascending(tables.to(getattr(torch, self.config.initial_dtype)).float(), codes)
+            tables, codes = ascending(tables.to(dtype).float(), codes)
         return Sketch(tables, pack_codes(codes, bits), bits, groups, weight.shape[1])
 
 

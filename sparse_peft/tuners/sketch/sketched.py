@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Self
+
 import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from ...calibrate.codebooks import Sketch
 from ...ops import CodedWeight, Codes, code_gather, codebook_linear
+from ..layer_parts import bias_of, weight_of
 
 
 class SketchedLinear(nn.Module):
@@ -20,6 +24,11 @@ class SketchedLinear(nn.Module):
         keep: keep the dense weight on the CPU, for ``original``.
     """
 
+    codebook: Tensor
+    codes: nn.Parameter
+    bias: nn.Parameter | None
+    like: Tensor
+
     def __init__(self, base: nn.Module, sketch: Sketch, nearest_checksum: int, keep: bool = False):
         super().__init__()
         self.out_features, self.in_features = sketch.codes.shape[0], sketch.cols
@@ -27,13 +36,13 @@ class SketchedLinear(nn.Module):
         self.bits, self.groups = sketch.bits, sketch.groups
         self.nearest_checksum = nearest_checksum
         # set directly: while PEFT loads with low_cpu_mem_usage, parameters that are registered go to the meta device
-        self._parameters["bias"] = base.bias
+        self._parameters["bias"] = bias_of(base)
         # a parameter, as bitsandbytes' packed weights are: distributed wrappers copy buffers in every pass
         self._parameters["codes"] = nn.Parameter(sketch.codes, requires_grad=False)
         self.register_buffer("codebook", sketch.codebooks)
         # follows .to() and .half() as a weight would
-        self.register_buffer("like", torch.empty(0, dtype=base.weight.dtype), persistent=False)
-        self._dense = base.weight.detach().cpu() if keep else None
+        self.register_buffer("like", torch.empty(0, dtype=weight_of(base).dtype), persistent=False)
+        self._dense = weight_of(base).detach().cpu() if keep else None
 
     @property
     def dtype(self) -> torch.dtype:
@@ -60,14 +69,17 @@ class SketchedLinear(nn.Module):
 
     def with_weight(self, weight: Tensor) -> nn.Module:
         """An ordinary layer with this weight, as the layer that was replaced stored it, and the same bias."""
-        if self.is_conv1d:
-            dense = Conv1D(0, 0)
-            dense.nf, dense.nx = self.out_features, self.in_features
-        else:
-            dense = nn.Linear(self.in_features, self.out_features, bias=False, device="meta")
+        dense = self._without_weight()
         dense.weight = nn.Parameter(weight.to(self.dtype), requires_grad=False)
-        dense.bias = self.bias
+        dense.register_parameter("bias", self.bias)
         return dense.train(self.training)
+
+    def _without_weight(self) -> nn.Linear | Conv1D:
+        if not self.is_conv1d:
+            return nn.Linear(self.in_features, self.out_features, bias=False, device="meta")
+        empty = Conv1D(0, 0)
+        empty.nf, empty.nx = self.out_features, self.in_features
+        return empty
 
     @property
     def keeps_original(self) -> bool:
@@ -75,15 +87,16 @@ class SketchedLinear(nn.Module):
 
     def original(self) -> nn.Module:
         """The layer that was replaced, whose weight was kept."""
+        assert self._dense is not None  # a model without it is not unloaded
         return self.with_weight(self._dense.to(self.codes.device))
 
     def forward(self, x: Tensor) -> Tensor:
         bias = None if self.bias is None else self.bias.to(x.dtype)
         return codebook_linear(x, (self.codebook,), bias, self.coded)
 
-    def _apply(self, fn, *args, **kwargs):
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         before = self.codebook
-        module = super()._apply(fn, *args, **kwargs)
+        module = super()._apply(fn, recurse)
         if self.codebook.dtype != before.dtype and before.device.type != "meta":
             self.codebook = before.to(self.codebook.device)  # codes and trained tables refer to these very numbers
         return module

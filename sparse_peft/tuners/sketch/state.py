@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from ...calibrate.codebooks import Sketch, assign_codes, codes_checksum, fit_codebooks
 from ...numerics import panels
 from ...ops import pack_codes, packed_width
+from ..base_config import required
 from ..base_state import TrainedState
 from .config import SketchConfig
 
@@ -101,7 +102,10 @@ class SketchState(TrainedState):
         self.shape, self.bits, self.groups = shape, config.bits, groups
         self.replaces, self.storage = config.mode == "replace", config.index_storage
         self.clustering = config.clustering
-        self.initial_dtype, self.base_dtype = getattr(torch, config.initial_dtype), config.base_dtype
+        self.initial_dtype, self.base_dtype = (
+            getattr(torch, required(config.initial_dtype, "initial_dtype")),
+            config.base_dtype,
+        )
         self.has_tables, self.is_fresh = has_tables, is_fresh
         tables = (shape[0], groups, 1 << self.bits)
         self.codebook = nn.Parameter(torch.zeros(tables))
