@@ -41,7 +41,7 @@ def build_for_pretraining(
         raise ValueError(f"mode={config.mode!r}: build_for_pretraining makes models of mode='pretrain'")
     config = copy.copy(config)
     config.inference_mode = False  # a saved one is for inference
-    make = auto_class.from_config if hasattr(auto_class, "from_config") else auto_class._from_config
+    make = getattr(auto_class, "from_config" if hasattr(auto_class, "from_config") else "_from_config")
     with torch.device("meta"):
         base = make(model_config, **({} if dtype is None else {"dtype": dtype}))
     model = get_peft_model(base, config)

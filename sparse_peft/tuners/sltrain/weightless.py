@@ -13,6 +13,8 @@ class WeightlessLinear(nn.Module):
         linear: the layer whose place it takes.
     """
 
+    like: Tensor
+
     def __init__(self, linear: nn.Linear):
         super().__init__()
         self.in_features, self.out_features = linear.in_features, linear.out_features
