@@ -103,6 +103,8 @@ class SparsityController:
                 adapter, config, mine, self.optimizer, total_steps, self._collectives, self._scaler
             )
             found[adapter] = method_of(config).dynamics_class(context)
+            for unreached in config.unreached_events(total_steps):
+                warnings.warn(f"adapter {adapter!r}: {unreached}", UserWarning, stacklevel=3)
             for state in states:
                 attend(state)
         return found

@@ -233,6 +233,14 @@ class BaseSparseConfig(PeftConfig):
         """What the controller does, for the warning that there is none."""
         return "reselects its positions"
 
+    def unreached_events(self, total_steps: int | None) -> Iterator[str]:
+        """Changes that the config asks for and that a run of this many optimizer steps is too short for.
+
+        Args:
+            total_steps: None if unknown; then only what no run reaches.
+        """
+        yield from ()
+
     @property
     def selection_needs(self) -> str:
         """What positions are chosen from: ``"none"``, ``"weight"``, ``"activation"`` or ``"gradient"``."""

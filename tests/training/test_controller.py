@@ -1,6 +1,7 @@
 """Reselection in loops of one's own, against the algorithm written densely, and its invariants."""
 
 import copy
+import dataclasses
 import io
 import warnings
 
@@ -15,7 +16,15 @@ from peft import get_peft_model, get_peft_model_state_dict, set_peft_model_state
 from torch import nn
 
 from benchmarks.measure import LargestTensor
-from sparse_peft import SparseConfig, SparsityController, base_weights, panel_limit
+from sparse_peft import (
+    SaRAConfig,
+    SnellaConfig,
+    SoRAConfig,
+    SparseConfig,
+    SparsityController,
+    base_weights,
+    panel_limit,
+)
 from sparse_peft.ops.gradient_observers import observer_of
 from sparse_peft.support import Support
 from tests.helpers.training_loop import batch_at, optimizer_of, train
@@ -696,6 +705,33 @@ def test_an_unknown_length_is_refused_where_it_is_needed():
         SparsityController(model, optimizer_of(model))
     model = adapted(reselect_stop=50)
     SparsityController(model, optimizer_of(model))
+
+
+@pytest.mark.parametrize(
+    ("config", "total_steps", "message"),
+    [
+        (SparseConfig(selection="rigl", reselect_every=20), 19, "first reselection would come after step 20"),
+        (SparseConfig(selection="rigl", reselect_start=100, reselect_stop=110), None, "no position ever changes"),
+        (SparseConfig(selection="momentum", reselect_stop=0.0), 100, "last possible one is after step 0"),
+        (SaRAConfig(density=0.2, progressive=50), 49, "no entry ever freezes: progressive=50"),
+        (SoRAConfig(prox_start=10), 10, "no gate is ever pulled to zero: prox_start=10"),
+        (SoRAConfig(target_rank=4, target_step=20), 10, "target_rank is not reached: target_step=20"),
+        (SoRAConfig(compact_every=20), 10, "no rank is ever removed: compact_every=20"),
+        (SnellaConfig(target_sparsity=0.9, allocate_stop=20), 10, "target_sparsity is not reached: allocate_stop=20"),
+    ],
+)
+def test_a_schedule_longer_than_the_run_is_named_when_training_begins(config, total_steps, message):
+    model = get_peft_model(TwoLayers(), dataclasses.replace(config, target_modules=["first", "second"]))
+    with pytest.warns(UserWarning, match=f"adapter 'default': .*{message}"):
+        SparsityController(model, optimizer_of(model), total_steps)
+
+
+def test_a_schedule_that_fits_the_run_has_no_warning():
+    for config in (SparseConfig(selection="rigl", reselect_every=20), SaRAConfig(), SoRAConfig(target_rank=4)):
+        model = get_peft_model(TwoLayers(), dataclasses.replace(config, target_modules=["first", "second"]))
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            SparsityController(model, optimizer_of(model), 20)
 
 
 def test_a_controller_whose_optimizer_never_steps_says_so():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import field
 from typing import Annotated, Any, ClassVar
 
@@ -111,6 +112,11 @@ class SaRAConfig(EntryConfig):
     def controller_role(self) -> str:
         wanted = {"progressive": self.progressive is not None, "nuclear_weight": self.nuclear_weight > 0}
         return "applies its " + " and ".join(name for name, is_wanted in wanted.items() if is_wanted)
+
+    def unreached_events(self, total_steps: int | None) -> Iterator[str]:
+        step = self.freezing_step(total_steps)
+        if step is not None and total_steps is not None and step > total_steps:
+            yield f"no entry ever freezes: progressive={self.progressive!r} is after total_steps={total_steps}"
 
     def freezing_step(self, total_steps: int | None) -> int | None:
         """After which optimizer step entries freeze, in a run of this many; None for never.

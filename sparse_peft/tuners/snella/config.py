@@ -144,6 +144,13 @@ class SnellaConfig(BaseSparseConfig):
     def controller_role(self) -> str:
         return "shares the entries among the layers"
 
+    def unreached_events(self, total_steps: int | None) -> Iterator[str]:
+        if self.target_sparsity is None or total_steps is None:
+            return
+        stop = steps_of(self.allocate_stop, total_steps, "allocate_stop")
+        if stop > total_steps:
+            yield f"target_sparsity is not reached: allocate_stop={self.allocate_stop!r} is after step {total_steps}"
+
     def budget_schedule(self, initial: int, numel: int, total_steps: int | None) -> BudgetSchedule:
         """How many entries all layers together keep, in a run of this many optimizer steps.
 

@@ -165,6 +165,17 @@ class SoRAConfig(BaseSparseConfig):
     def controller_role(self) -> str:
         return "pulls its gates to zero"
 
+    def unreached_events(self, total_steps: int | None) -> Iterator[str]:
+        if total_steps is None:
+            return
+        pulls = required(self.penalty, "penalty") > 0 or self.target_rank is not None
+        if pulls and steps_of(self.prox_start, total_steps, "prox_start") >= total_steps:
+            yield f"no gate is ever pulled to zero: prox_start={self.prox_start!r} is not before step {total_steps}"
+        if self.target_rank is not None and steps_of(self.target_step, total_steps, "target_step") > total_steps:
+            yield f"target_rank is not reached: target_step={self.target_step!r} is after total_steps={total_steps}"
+        if self.compact_every is not None and self.compact_every > total_steps:
+            yield f"no rank is ever removed: compact_every={self.compact_every} is above total_steps={total_steps}"
+
     def penalty_schedule(self, total_steps: int | None) -> PenaltySchedule:
         """The penalties of a run of this many optimizer steps.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import field
 from typing import Annotated, Any, ClassVar, Self
 
@@ -209,6 +210,19 @@ class SparseConfig(EntryConfig):
             start=start,
             stop=stop,
         )
+
+    def unreached_events(self, total_steps: int | None) -> Iterator[str]:
+        if self.regrowth is None:
+            return
+        schedule = self.reselection_schedule(total_steps)
+        last = schedule.stop if total_steps is None else min(schedule.stop, total_steps)
+        if schedule.first_event > last:
+            yield (
+                f"no position ever changes: the first reselection would come after step {schedule.first_event}, and "
+                f"the last possible one is after step {last} (reselect_every={self.reselect_every}, "
+                f"accumulate={self.accumulate}, reselect_start={self.reselect_start!r}, "
+                f"reselect_stop={self.reselect_stop!r}, total_steps={total_steps})"
+            )
 
     def _check_blocks(self) -> None:
         if self.regrowth is not None:
