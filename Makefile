@@ -36,7 +36,7 @@ help:
 	@echo "make compile      compilation of all GPU kernels for two architectures, without a GPU"
 	@echo "make slow         whole examples, real models, the rest of PEFT's own tests"
 	@echo "make gpu          tests that need a CUDA device"
-	@echo "make test-python  make test on another Python: PYTHON=python3.12"
+	@echo "make test-python  make test in an environment of its own: PYTHON=python3.12"
 	@echo "make coverage     make test with a report of the lines that no test reaches"
 	@echo "make lint         ruff's rules and format, and types"
 	@echo "make types        mypy"
@@ -75,7 +75,7 @@ gpu: $(STAMP)
 	$(BIN)/python -m pytest -m gpu $(PYTEST_ARGS)
 
 test-python:
-	$(MAKE) test VENV=.venv-$(notdir $(PYTHON))
+	version=$$($(PYTHON) -c "import sys; print('%d.%d' % sys.version_info[:2])") && $(MAKE) test VENV=.venv-$$version
 
 coverage: $(STAMP)
 	$(PYTEST) $(PARALLEL) --cov --cov-report=term --cov-report=html $(PYTEST_ARGS)
