@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 from types import MappingProxyType
-from typing import Annotated, Any, ClassVar, Self, TypeVar, cast, dataclass_transform
+from typing import Annotated, Any, ClassVar, Self, TypeVar, cast
 
 from packaging.version import InvalidVersion, Version
 from peft.config import PeftConfig
@@ -32,16 +32,14 @@ Config = TypeVar("Config")
 Value = TypeVar("Value")
 
 
-@dataclass_transform(field_specifiers=(field,))
-def config_dataclass(cls: type[Config]) -> type[Config]:
-    """A dataclass whose constructor explains keyword arguments that it does not have.
+def explains_fields(cls: type[Config]) -> type[Config]:
+    """Make the constructor of a dataclass explain keyword arguments that it does not have.
 
     Those of a config that a newer version of this package wrote are ignored with a warning, as PEFT ignores those of a
     newer PEFT.
     """
-    made = dataclass(cls)
-    made.__init__ = _explaining(made.__init__)  # type: ignore[method-assign]
-    return made
+    cls.__init__ = _explaining(cls.__init__)  # type: ignore[method-assign]
+    return cls
 
 
 def _explaining(init: Callable[..., None]) -> Callable[..., None]:
@@ -106,7 +104,8 @@ def required(value: Value | None, name: str) -> Value:
     return value
 
 
-@config_dataclass
+@explains_fields
+@dataclass
 class BaseSparseConfig(PeftConfig):
     """Fields and file handling common to the sparse methods.
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Iterator
-from dataclasses import field
+from dataclasses import dataclass, field
 from typing import Annotated, Any, ClassVar, Self
 
 from ..constraints import Count, OneOf, Pattern, Positive, Share
 from ..support import ALLOCATIONS, Block, Budget, Criterion
-from .base_config import BaseSparseConfig, allocation_note, config_dataclass, selection_note
+from .base_config import BaseSparseConfig, allocation_note, explains_fields, selection_note
 
 # Without a budget: a density, and in layers so small that it would be next to nothing, this many entries.
 DEFAULT_AT_LEAST = 16
@@ -17,7 +17,8 @@ DEFAULT_AT_LEAST = 16
 BUDGET_FIELDS = frozenset({"density", "num_params", "r", "density_pattern", "allocation"})
 
 
-@config_dataclass
+@explains_fields
+@dataclass
 class EntryConfig(BaseSparseConfig):
     """Fields common to the methods that train single entries; the subclasses' docstrings explain them."""
 

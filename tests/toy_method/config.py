@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import field
+from dataclasses import dataclass, field
 from typing import ClassVar
 
 from sparse_peft.constraints import Count, CountOrZero
-from sparse_peft.tuners.base_config import BaseSparseConfig, config_dataclass
+from sparse_peft.tuners.base_config import BaseSparseConfig, explains_fields
 
 
-@config_dataclass
+@explains_fields
+@dataclass
 class BandConfig(BaseSparseConfig):
     """Train a band of diagonals.
 

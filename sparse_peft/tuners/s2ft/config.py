@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import field
+from dataclasses import dataclass, field
 from typing import Annotated, ClassVar, Self
 
 from ...calibrate import CHANNEL_CRITERIA
 from ...constraints import Count, OneOf, Pattern, Share
-from ..base_config import BaseSparseConfig, allocation_note, config_dataclass, selection_note
+from ..base_config import BaseSparseConfig, allocation_note, explains_fields, selection_note
 from .budget import UNIT_ALLOCATIONS, UnitBudget
 
 SIDES = ("auto", "in", "out")
@@ -22,7 +22,8 @@ SELECTION_FIELDS = frozenset(
 )
 
 
-@config_dataclass
+@explains_fields
+@dataclass
 class S2FTConfig(BaseSparseConfig):
     """Structured sparse fine-tuning, S2FT (NeurIPS 2024): train some input or output channels of each layer.
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import field
+from dataclasses import dataclass, field
 from typing import Annotated, Any, ClassVar
 
 from ...constraints import Count, CountOrZero, Limits, OneOf, Positive, PositiveOrZero, validated
 from ...support import Criterion, get_criterion, steps_of
-from ..base_config import config_dataclass
+from ..base_config import explains_fields
 from ..entry_config import EntryConfig
 
 NUCLEAR_MATRICES = ("one", "all")
@@ -31,7 +31,8 @@ def sara_learning_rate(threshold: float) -> float:
     return 1e-3 * math.exp(-350 * validated("threshold", threshold, Positive))
 
 
-@config_dataclass
+@explains_fields
+@dataclass
 class SaRAConfig(EntryConfig):
     """SaRA (ICLR 2025): train the weights that are smallest in absolute value, which the model hardly uses.
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from dataclasses import field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Self, cast
 
@@ -14,7 +14,7 @@ from peft import PeftConfig
 from ...calibrate.codebooks import CODEBOOK_METHODS
 from ...constraints import Count, OneOf, Pattern
 from ...support import matches_layer
-from ..base_config import FLOAT_DTYPES, BaseSparseConfig, config_dataclass
+from ..base_config import FLOAT_DTYPES, BaseSparseConfig, explains_fields
 from ..files.writes import is_waiting
 from .sidecar import SIDECAR, write_sketches
 
@@ -29,7 +29,8 @@ STORAGES = ("recompute", "sidecar", "embed")
 KEEPS = ("drop", "cpu")
 
 
-@config_dataclass
+@explains_fields
+@dataclass
 class SketchConfig(BaseSparseConfig):
     """SketchTune: weights of a row that share a code share one trained number.
 

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import field
+from dataclasses import dataclass, field
 from typing import Annotated, ClassVar
 
 from ...constraints import Count, OneOf, Positive, Probability
-from ..base_config import config_dataclass, required
+from ..base_config import explains_fields, required
 from ..sparse.config import SparseConfig
 
 TRAINING_MODES = ("finetune", "pretrain")
@@ -15,7 +15,8 @@ PATHS = ("auto", "composed", "factored")
 DEFAULT_DENSITY = {"finetune": 0.01, "pretrain": 0.03}
 
 
-@config_dataclass
+@explains_fields
+@dataclass
 class SLTrainConfig(SparseConfig):
     """SLTrain (NeurIPS 2024): sparse plus low rank, ``alpha / r * B A + scatter(values)``.
 

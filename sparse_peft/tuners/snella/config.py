@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import field
+from dataclasses import dataclass, field
 from typing import Annotated, Any, ClassVar
 
 import torch
@@ -11,7 +11,7 @@ import torch
 from ...constraints import Count, CountOrZero, Limits, OneOf, Probability, ShareOrZero, Steps
 from ...ops import PIECES, THRESHOLDS
 from ...support import BudgetSchedule, steps_of
-from ..base_config import BaseSparseConfig, config_dataclass, required
+from ..base_config import BaseSparseConfig, explains_fields, required
 
 KERNELS = ("distance", "mixed")
 INITS = ("residual", "reference", "symmetric")
@@ -23,7 +23,8 @@ DEFAULT_SPARSITY = 0.5
 Decay = Annotated[float, Limits(least=0, below=1)]
 
 
-@config_dataclass
+@explains_fields
+@dataclass
 class SnellaConfig(BaseSparseConfig):
     """SNELL (NeurIPS 2024) and SNELLA: a delta computed from distances, whose entries compete to be not zero.
 

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import field
+from dataclasses import dataclass, field
 from typing import Annotated, Any, ClassVar
 
 from ...constraints import Count, Limits, OneOf, Pattern, Positive, PositiveOrZero, Probability, Steps
 from ...ops import PROXIMAL_OPERATORS
 from ...support import steps_of
-from ..base_config import BaseSparseConfig, config_dataclass, required
+from ..base_config import BaseSparseConfig, explains_fields, required
 from .penalty import SPACINGS, PenaltySchedule
 from .state import GATES
 
@@ -22,7 +22,8 @@ TargetRank = (
 DEFAULT_PENALTY = {"lr": 0.5, "adam": 0.5, "constant": 3e-4}
 
 
-@config_dataclass
+@explains_fields
+@dataclass
 class SoRAConfig(BaseSparseConfig):
     """SoRA (EMNLP 2023): low rank with a gate that a proximal step pulls to exact zeros, so that ranks die.
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import field
+from dataclasses import dataclass, field
 from typing import Annotated, Any, ClassVar, Self
 
 from ...constraints import Count, CountOrZero, OneOf, Positive, Share, Steps
@@ -19,14 +19,15 @@ from ...support import (
     get_criterion,
     steps_of,
 )
-from ..base_config import config_dataclass, required
+from ..base_config import explains_fields, required
 from ..entry_config import EntryConfig
 
 SEED_MOMENTS = ("gradient", "zero")
 GRANULARITIES = ("entry", "block")
 
 
-@config_dataclass
+@explains_fields
+@dataclass
 class SparseConfig(EntryConfig):
     """Fine-tune a sparse delta: a chosen set of the weight's entries, everything else frozen.
 
