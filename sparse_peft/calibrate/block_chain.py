@@ -120,7 +120,7 @@ class Chain:
             by_name = None if args else next(iter(kwargs), None)
             hidden = args[0] if args else None if by_name is None else kwargs[by_name]
             if not isinstance(hidden, Tensor) or (index > 0 and hidden is not batch.returned):
-                self.fault = f"block {index} of {self.name} is not given what the block before it returned"
+                self.fault = f"block {index} of {self.name} does not take the output of the block before it"
                 return
             if index == 0:
                 batch.hidden = hidden.detach()

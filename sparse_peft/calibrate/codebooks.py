@@ -186,6 +186,14 @@ def fit_codebooks(
 
     Raises:
         ValueError: weights that are NaN or infinite, or arguments out of range.
+
+    Example:
+        >>> import torch
+        >>> from sparse_peft.calibrate import assign_codes, fit_codebooks
+        >>> weight = torch.tensor([[0.0, 1.0, 1.0, 2.0, 3.0]])
+        >>> tables = fit_codebooks(weight, bits=2)
+        >>> tables.tolist(), assign_codes(weight, tables).tolist()
+        ([[[0.0, 1.0, 2.0, 3.0]]], [[0, 1, 1, 2, 3]])
     """
     _check_weight(weight, bits, name)
     if method not in CODEBOOK_METHODS:

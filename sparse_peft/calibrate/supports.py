@@ -139,6 +139,16 @@ def collect_supports(
         TypeError: batches that are no mappings, without ``loss_fn``.
         ValueError: a criterion that needs no data, no usable batch, a layer that the data never reached, or a budget
             that does not fit.
+
+    Example:
+        >>> import torch
+        >>> from sparse_peft.calibrate import LayerView, ModelPass, collect_supports
+        >>> from sparse_peft.support import Budget, get_criterion
+        >>> model = torch.nn.Sequential(torch.nn.Linear(8, 4))
+        >>> data = ModelPass(model, [torch.randn(2, 8)], lambda model, batch: model(batch).square().mean())
+        >>> layers = [LayerView.of("0", model[0])]
+        >>> collect_supports(data, layers, get_criterion("gradient"), Budget(num_params=3))["0"].nnz
+        3
     """
     _check_needs(criterion, "gradient", "activation")
     oversample = validated("oversample", oversample, Oversample)

@@ -1,4 +1,7 @@
-"""Numerical helpers without layers: panels, products over tokens, top-k, order statistics, random numbers, k-means."""
+"""Numerical helpers without layers: panels, products over tokens, top-k, order statistics, random numbers, k-means.
+
+Except for [`panel_limit`][sparse_peft.panel_limit], all exports are internal to sparse_peft.
+"""
 
 from .order_statistics import order_statistics
 from .panels import panel_bytes, panel_limit, panels

@@ -29,6 +29,13 @@ def panel_limit(num_bytes: int) -> Iterator[None]:
 
     Raises:
         ValueError: ``num_bytes`` is not positive.
+
+    Example:
+        >>> import sparse_peft
+        >>> from sparse_peft.numerics import panels
+        >>> with sparse_peft.panel_limit(2**20):
+        ...     panels(1000, bytes_per_item=4096)
+        [(0, 256), (256, 512), (512, 768), (768, 1000)]
     """
     global _panel_bytes
     if num_bytes <= 0:

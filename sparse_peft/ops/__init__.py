@@ -24,7 +24,7 @@ from .conv import CONVOLUTIONS, ConvProduct, is_convolution
 from .crossover import Crossover, cache_file, known_crossover
 from .delta_matmul import delta_matmul, delta_matmul_add_
 from .distance import MIX, PIECES, THRESHOLDS, Factors, distance_matrix, find_threshold, full_precision
-from .distance_layer import Competition, First, distance_delta, distance_entries, distance_layer
+from .distance_layer import Competition, InitialDelta, distance_delta, distance_entries, distance_layer
 from .entries import (
     add_to_support_,
     effective_entries,
@@ -73,7 +73,7 @@ __all__ = [
     "ConvProduct",
     "Crossover",
     "Factors",
-    "First",
+    "InitialDelta",
     "GradientObserver",
     "GradientPlan",
     "LayerProduct",

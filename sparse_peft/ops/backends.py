@@ -49,6 +49,16 @@ def use_backend(name: str) -> Iterator[None]:
 
     Raises:
         ValueError: ``name`` is none of ``BACKENDS``.
+
+    Example:
+        >>> import torch
+        >>> import sparse_peft
+        >>> from sparse_peft.ops import plan_support_grad
+        >>> from sparse_peft.support import Support
+        >>> support = Support.random((100, 100), 100, seed=0, name="layer")
+        >>> with sparse_peft.use_backend("panels"):
+        ...     plan_support_grad(support, torch.float32, torch.device("cpu")).path
+        'panels'
     """
     global _forced
     previous, _forced = _forced, _checked(name, "use_backend(name)")

@@ -20,7 +20,7 @@ from .products import LayerProduct
 
 
 @dataclass(frozen=True)
-class First:
+class InitialDelta:
     """The initial delta, which is subtracted.
 
     Attributes:
@@ -45,7 +45,7 @@ class Competition:
 
     product: LayerProduct
     threshold: Threshold
-    first: First | None = None
+    first: InitialDelta | None = None
     after_backward: Callable[[], None] | None = None
 
     def delta(self, value: Tensor, tau: Tensor, start: int = 0, stop: int | None = None) -> Tensor:

@@ -22,6 +22,14 @@ def support_grad(left: Tensor, right: Tensor, support: Support) -> Tensor:
 
     Returns:
         ``(entries,)`` in float32 (float64 for float64 inputs).
+
+    Example:
+        >>> import torch
+        >>> from sparse_peft.ops import support_grad
+        >>> from sparse_peft.support import Support
+        >>> grad, x = torch.ones(3, 2), torch.arange(6.0).view(3, 2)
+        >>> support_grad(grad, x, Support((2, 2), torch.tensor([1, 2])))
+        tensor([9., 6.])
     """
     if left.shape[0] == 0 or support.nnz == 0:
         return torch.zeros(support.nnz, dtype=accumulation_dtype(left.dtype), device=left.device)

@@ -42,6 +42,14 @@ class Budget:
     Raises:
         TypeError: a value of the wrong type.
         ValueError: none or several budgets, or a value out of range.
+
+    Example:
+        >>> from sparse_peft.support import Budget, resolve_counts
+        >>> shapes = {"q": (100, 100), "v": (100, 20)}
+        >>> resolve_counts(shapes, Budget(density=0.01))
+        {'q': 100, 'v': 20}
+        >>> resolve_counts(shapes, Budget(density=0.01, allocation="erk"))
+        {'q': 75, 'v': 45}
     """
 
     density: Share | None = None

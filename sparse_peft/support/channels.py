@@ -35,6 +35,13 @@ class ChannelSupport(Support):
     Raises:
         TypeError: channels that are no integers.
         ValueError: channels that are out of range, not sorted or repeated.
+
+    Example:
+        >>> import torch
+        >>> from sparse_peft.support import ChannelSupport
+        >>> support = ChannelSupport((4, 3), dim=0, channels=torch.tensor([1]))
+        >>> support.indices.tolist()
+        [3, 4, 5]
     """
 
     def __init__(

@@ -333,6 +333,12 @@ def select(
 
     Raises:
         ValueError: missing statistics, ``k`` out of range, or scores that are NaN.
+
+    Example:
+        >>> import torch
+        >>> from sparse_peft.support import select
+        >>> select("magnitude", torch.tensor([[1.0, -5.0], [4.0, 2.0]]), k=2).indices.tolist()
+        [1, 2]
     """
     criterion = get_criterion(criterion) if isinstance(criterion, str) else criterion
     options = dict(options or {})

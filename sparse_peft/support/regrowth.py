@@ -136,6 +136,15 @@ def exchange(
 
     Raises:
         ValueError: values or scores that are NaN.
+
+    Example:
+        >>> import torch
+        >>> from sparse_peft.support import Candidates, Support, exchange
+        >>> support = Support((2, 3), torch.tensor([0, 4]))
+        >>> candidates = Candidates(torch.tensor([2, 5]), torch.tensor([0.1, 0.7]))
+        >>> (result,) = exchange([support], [torch.tensor([0.01, 2.0])], [1], [candidates])
+        >>> result.support.indices.tolist(), result.source.tolist()
+        ([4, 5], [1, -1])
     """
     if not together:
         return [

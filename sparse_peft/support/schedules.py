@@ -53,6 +53,16 @@ class ReselectionSchedule:
         decay: a key of [`DECAYS`][sparse_peft.support.DECAYS].
         start: completed steps before the first window.
         stop: last step with an event.
+
+    Example:
+        >>> from sparse_peft.support import ReselectionSchedule
+        >>> schedule = ReselectionSchedule(
+        ...     every=10, window=2, leads=False, rate=0.3, first_rate=None, decay="linear", start=0, stop=30
+        ... )
+        >>> [step for step in range(1, 41) if schedule.is_event(step)]
+        [10, 20, 30]
+        >>> round(schedule.rate_at(20), 3)
+        0.1
     """
 
     every: int
@@ -100,6 +110,12 @@ class BudgetSchedule:
         start: completed steps before the budget falls.
         stop: completed steps until the budget reaches its target.
         every: steps between changes.
+
+    Example:
+        >>> from sparse_peft.support import BudgetSchedule
+        >>> schedule = BudgetSchedule(initial=800, target=100, start=0, stop=100, every=10)
+        >>> schedule.at(0), schedule.at(50), schedule.at(100)
+        (800, 188, 100)
     """
 
     initial: int

@@ -129,6 +129,13 @@ def topk_outer(
 
     Raises:
         ValueError: vectors that are not 1-D or have negative or non-finite numbers, or a negative ``k``.
+
+    Example:
+        >>> import torch
+        >>> from sparse_peft.support import topk_outer
+        >>> positions, products = topk_outer(torch.tensor([1.0, 3.0]), torch.tensor([2.0, 5.0]), k=2)
+        >>> positions.tolist(), products.tolist()
+        ([2, 3], [6.0, 15.0])
     """
     _check(rows, "rows", name)
     _check(cols, "cols", name)

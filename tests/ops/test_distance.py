@@ -14,7 +14,7 @@ from sparse_peft.ops import (
     Competition,
     ConvProduct,
     Factors,
-    First,
+    InitialDelta,
     LinearProduct,
     distance_delta,
     distance_entries,
@@ -221,14 +221,14 @@ def test_oracle_8_the_kernel_has_a_higher_rank_than_its_factors():
 def test_a_first_delta_is_subtracted_from_what_is_kept_only():
     f, first = factors(), factors(seed=1)
     tau, first_tau = (find_threshold(each, 40, THRESHOLDS["soft"]) for each in (f, first))
-    delta = distance_delta(f, tau, how(first=First(first, first_tau)), torch.float64)
+    delta = distance_delta(f, tau, how(first=InitialDelta(first, first_tau)), torch.float64)
     k = dense_distance(f).detach()
     want = dense_delta(k, tau, "soft") - dense_delta(dense_distance(first).detach(), first_tau, "soft") * (
         k.abs() > tau
     )
     torch.testing.assert_close(delta, want)
     assert int((delta != 0).sum()) == 40
-    same = distance_delta(first, first_tau, how(first=First(first, first_tau)), torch.float64)
+    same = distance_delta(first, first_tau, how(first=InitialDelta(first, first_tau)), torch.float64)
     assert bool((same == 0).all())
 
 
@@ -255,7 +255,7 @@ def test_oracle_7_only_input_factors_and_tau_are_saved(fused, mixed):
 def test_no_temporary_is_larger_than_a_panel_whatever_the_batch(fused, mixed):
     limit, n = 16 * 1024, 128
     f = factors(n, n, 8, mixed=mixed, dtype=torch.float32)
-    first = First(factors(n, n, 8, mixed=mixed, dtype=torch.float32, seed=1), torch.tensor(0.1))
+    first = InitialDelta(factors(n, n, 8, mixed=mixed, dtype=torch.float32, seed=1), torch.tensor(0.1))
     weight = torch.randn(n, n) if fused else None
     with panel_limit(limit):
         tau = find_threshold(f, 3000, THRESHOLDS["soft"])

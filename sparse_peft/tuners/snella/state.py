@@ -17,7 +17,7 @@ from ...ops import (
     THRESHOLDS,
     Competition,
     Factors,
-    First,
+    InitialDelta,
     LayerProduct,
     distance_delta,
     distance_entries,
@@ -190,7 +190,7 @@ class KernelState(TrainedState):
         self.settle()
         return Competition(self.product, THRESHOLDS[self.settings.threshold], self._subtracted(), self._note_backward)
 
-    def _subtracted(self) -> First | None:
+    def _subtracted(self) -> InitialDelta | None:
         if self.settings.init != "residual":
             return None
         seed = self._number("seed")  # not the config's: a checkpoint may have been started with another
@@ -200,7 +200,7 @@ class KernelState(TrainedState):
                 factors = Factors(*(None if t is None else t.to(**to) for t in self._draw(seed)))
                 if bool(self.first_tau.isnan()):
                     self.first_tau = self._find(factors, self.settings.kept(self.numel))
-                self._first, self._first_of = First(factors, self.first_tau), (seed, self.dtype)
+                self._first, self._first_of = InitialDelta(factors, self.first_tau), (seed, self.dtype)
         return self._first
 
     # ------------------------------------------------------------------ the delta
@@ -241,7 +241,7 @@ class KernelState(TrainedState):
         """Whatever was found out about parameters and buffers."""
         self._seen: _Seen | None = None
         self._reached = False
-        self._first: First | None = None
+        self._first: InitialDelta | None = None
         self._first_of: tuple[int, torch.dtype] | None = None
         self._dense: tuple[_Seen | None, Tensor] | None = None
         self._numbers: dict[str, Any] = {}

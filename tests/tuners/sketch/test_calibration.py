@@ -336,7 +336,7 @@ def test_blocks_that_are_no_chain():
 
     dense = sketch_model(model, config, data, sequential=False, progress=False).sketches
     assert all(torch.equal(found[name].codes, dense[name].codes) for name in dense)
-    with pytest.raises(ValueError, match="block 2 of blocks is not given what the block before it returned"):
+    with pytest.raises(ValueError, match="block 2 of blocks does not take the output of the block before it"):
         sketch_model(model, config, data, sequential=True, progress=False)
     with pytest.raises(ValueError, match="no layer of Sequential .* nn.ModuleList"):
         sketch_model(nn.Sequential(nn.Linear(8, 8)), config_of(["0"]), data, sequential=True, progress=False)
