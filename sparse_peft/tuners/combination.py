@@ -8,18 +8,20 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from peft import set_peft_model_state_dict
 from torch import Tensor
 
 from ..ops import Combination, check_weights
+from .base_config import BaseSparseConfig
 from .base_state import TrainedState
 from .traversal import tuner_layers
 
 if TYPE_CHECKING:
     from .base_model import BaseSparseModel
 
+ConfigT = TypeVar("ConfigT", bound=BaseSparseConfig)
 Tensors = dict[str, dict[str, Tensor]]  # {layer: {tensor: as it lies in a file}}
 
 
@@ -70,7 +72,11 @@ def combine_states(
 
 
 def add_weighted_adapter(
-    tuner: BaseSparseModel, adapters: Sequence[str], weights: Sequence[float], adapter_name: str, how: Combination
+    tuner: BaseSparseModel[Any, Any],
+    adapters: Sequence[str],
+    weights: Sequence[float],
+    adapter_name: str,
+    how: Combination,
 ) -> None:
     """Give a tuner's model a new adapter made of several that it has; see ``BaseSparseModel.add_weighted_adapter``."""
     configs = combinable_configs(tuner, adapters, adapter_name)
@@ -94,7 +100,9 @@ def add_weighted_adapter(
         raise
 
 
-def combined_config(tuner: type[BaseSparseModel], configs: Sequence[Any], tensors: Tensors) -> Any:
+def combined_config(
+    tuner: type[BaseSparseModel[ConfigT, Any]], configs: Sequence[ConfigT], tensors: Tensors
+) -> ConfigT:
     """The config of an adapter made of others.
 
     Args:
@@ -106,7 +114,7 @@ def combined_config(tuner: type[BaseSparseModel], configs: Sequence[Any], tensor
     resolved = tuner.combined_fields(configs, tensors)
     return replace(
         configs[0],
-        target_modules=set(tensors),
+        target_modules=list(tensors),
         exclude_modules=None,
         layers_to_transform=None,
         layers_pattern=None,
@@ -117,21 +125,23 @@ def combined_config(tuner: type[BaseSparseModel], configs: Sequence[Any], tensor
     )
 
 
-def combinable_configs(tuner: BaseSparseModel, adapters: Sequence[str], adapter_name: str) -> list[Any]:
+def combinable_configs(
+    tuner: BaseSparseModel[ConfigT, Any], adapters: Sequence[str], adapter_name: str
+) -> list[ConfigT]:
     """The configs of adapters that are to become a new one.
 
     Raises:
         ValueError: names that do not fit, or adapters that train more than their layers' deltas.
     """
-    known = ", ".join(map(repr, tuner.peft_config))
+    known = ", ".join(map(repr, tuner.configs))
     if isinstance(adapters, str) or not adapters:
         raise ValueError(f"adapters={adapters!r}: a list of names of adapters is expected; the model has {known}")
-    unknown = [name for name in adapters if name not in tuner.peft_config]
+    unknown = [name for name in adapters if name not in tuner.configs]
     if unknown:
         raise ValueError(f"adapters: the model has no adapter {unknown[0]!r}; it has {known}")
-    if adapter_name in tuner.peft_config:
+    if adapter_name in tuner.configs:
         raise ValueError(f"adapter_name={adapter_name!r}: the model has an adapter of this name; choose another")
-    configs = [tuner.peft_config[name] for name in adapters]
+    configs = [tuner.configs[name] for name in adapters]
     for name, config in zip(adapters, configs, strict=True):
         beside = [field for field in ("modules_to_save", "trainable_token_indices") if getattr(config, field, None)]
         if config.bias != "none":

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+from ..base_model import BaseSparseModel
 
 # Attention and feed-forward layers of a UNet's transformer blocks, and its residual blocks' convolutions.
 UNET = [
@@ -28,4 +28,4 @@ DIFFUSERS_TARGETS = {
         DIFFUSION_TRANSFORMER,
     ),
 }
-DEFAULT_TARGETS: dict[str, list[str]] = {**TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING, **DIFFUSERS_TARGETS}
+DEFAULT_TARGETS = {**BaseSparseModel.target_module_mapping, **DIFFUSERS_TARGETS}

@@ -57,9 +57,7 @@ class SLTrainDelta(LowRankState, SparseDelta):
     @classmethod
     def combine(cls, states: Sequence[Self], weights: Sequence[float], how: Combination) -> dict[str, Tensor]:
         down, up = cls.combined_factors([state.factors() for state in states], weights, how, states[0].name)
-        entries = SparseDelta.combine.__func__(
-            cls, states, weights, replace(how, combination_type="linear", svd_rank=None)
-        )
+        entries = SparseDelta.combine(states, weights, replace(how, combination_type="linear", svd_rank=None))
         return {"A": down, "B": up, **entries}
 
     def take_file(self, positions: dict[str, Tensor], parameters: dict[str, Tensor]) -> dict[str, Tensor]:
