@@ -108,8 +108,8 @@ def _two_per_layer(
     layers: dict[str, dict[str, Tensor]] = {}
     rest = {}
     for name, tensor in tensors.items():
-        layer, found, part = name.rpartition(".")
-        if found and part in (first, second):
+        layer, _, part = name.rpartition(".")
+        if layer and part in (first, second):
             layers.setdefault(layer.removeprefix(PREFIX), {})[part] = tensor
         else:
             rest[name] = tensor
@@ -151,8 +151,9 @@ def read_supertuning(source: str | os.PathLike, shapes: dict[str, tuple[int, int
         )
     if config.get("save_precomputed_indices") is False:
         raise ValueError(
-            f"{folder}: save_precomputed_indices=false: the file has no positions. Load it with PEFT on its base "
-            "model, set save_precomputed_indices=True in its config and save it again"
+            f"{folder}: save_precomputed_indices=false: the file has no positions, which PEFT finds again from the "
+            f"base model. Set it to true in {CONFIG_NAME}, load the adapter on its base model with "
+            "PeftModel.from_pretrained, and save it again with save_pretrained"
         )
     names = "supertuning_values", "supertuning_indices"
     layers, rest = _two_per_layer(read_tensors(folder / SAFETENSORS_WEIGHTS_NAME), *names, str(folder))
@@ -193,8 +194,8 @@ def read_lt_sft(
     path = Path(source)
     path = path if path.name == LT_SFT_NAME else path / LT_SFT_NAME
     integers = (np.int64, np.int32, np.uint64, np.uint32)
-    scalar, _ = np.int64(0).__reduce__()  # what a pickled NumPy scalar is made by
-    allowed: list[Callable | tuple[Callable, str]] = [
+    scalar: Any = np.int64(0).__reduce__()[0]  # what a pickled NumPy scalar is made by
+    allowed: list[Callable[..., Any] | tuple[Callable[..., Any], str]] = [
         np.dtype,
         *(type(np.dtype(kind)) for kind in integers),
         (scalar, "numpy.core.multiarray.scalar"),
@@ -234,7 +235,7 @@ def _decode(name: str, entry: Any, known: dict[str, tuple[int, ...]]) -> tuple[T
         raise ValueError(f"{name}: made for a tensor of {size}, the base model has {known.get(name, 'none')}")
     steps = torch.as_tensor([int(step) for step in entry["index_steps"]], dtype=torch.int64)
     if not isinstance(values, Tensor) or values.ndim != 1 or values.numel() != steps.numel():
-        raise ValueError(f"{name}: {steps.numel()} positions and no as many values; the file is damaged")
+        raise ValueError(f"{name}: {steps.numel()} positions but a different number of values; the file is damaged")
     numel = torch.Size(size).numel()
     if steps.numel() and (bool((steps[1:] <= 0).any()) or int(steps[0]) < 0 or bool((steps >= numel).any())):
         raise ValueError(f"{name}: index_steps are no gaps between increasing positions; the file is damaged")

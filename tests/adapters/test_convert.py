@@ -261,9 +261,9 @@ def test_lt_sft_with_embeddings_norms_biases_and_a_head(tmp_path):
     ({"index_steps": [-1, 5]}, "no gaps between increasing positions"),
     ({"index_steps": [1, 2**62]}, "no gaps between increasing positions"),
     ({"index_steps": [1, 1023]}, "positions up to 1024 for a tensor of 1024 entries"),
-    ({"index_steps": [1]}, "1 positions and no as many values"),
+    ({"index_steps": [1]}, "1 positions but a different number of values"),
     ({"values": torch.tensor([float("inf"), 1])}, "1 of 2 values are NaN or infinite"),
-    ({"values": [1.0, 2.0]}, "no as many values"),
+    ({"values": [1.0, 2.0]}, "but a different number of values"),
 ])  # fmt: skip
 def test_damaged_lt_sft_files(tmp_path, change, message):
     name = "model.layers.0.self_attn.q_proj.weight"
@@ -327,8 +327,17 @@ def test_supertuning_that_has_more_or_less_than_positions(tmp_path):
         convert(folder, tmp_path / "new", base=llama())
     with pytest.warns(UserWarning, match="save_precomputed_indices"):
         folder, _ = foreign(tmp_path / "b", "supertuning", save_precomputed_indices=False)
-    with pytest.raises(ValueError, match="the file has no positions. Load it with PEFT"):
+    with pytest.raises(ValueError, match="the file has no positions.*Set it to true in adapter_config.json"):
         convert(folder, tmp_path / "new", base=llama())
+    config = folder / "adapter_config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "save_precomputed_indices": True}))
+    again = PeftModel.from_pretrained(llama(), folder)
+    again.save_pretrained(tmp_path / "c")
+    convert(tmp_path / "c", tmp_path / "new", base=llama())
+    x = torch.randint(0, 40, (2, 5))
+    with torch.no_grad():
+        expected, found = (model.eval()(x).logits for model in (again, loaded(tmp_path / "new", llama)))
+    torch.testing.assert_close(found, expected)
 
 
 def test_no_adapter_at_all(tmp_path):
