@@ -16,12 +16,13 @@ from pathlib import Path
 
 import torch
 from packaging.requirements import Requirement
-from peft import PeftConfig, PeftModel, PeftType, get_peft_model
+from peft import PeftConfig, PeftModel, get_peft_model
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from torch import Tensor, nn
 
 from .ops import BACKENDS, cache_file, kernel_backend, known_crossover
 from .registry import method_named, methods
+from .tuners.traversal import tuner_layers
 
 OK, ABSENT, BROKEN = "ok", "absent", "broken"
 DISTRIBUTION = "sparse-peft"
@@ -233,8 +234,8 @@ def _environment() -> list[Check]:
 def _methods() -> list[Check]:
     checks = []
     for method in methods():
-        config = PEFT_TYPE_TO_CONFIG_MAPPING.get(PeftType.__members__.get(method.peft_type))
-        status = OK if config is method.config_class else BROKEN
+        registered = {kind.value: config for kind, config in PEFT_TYPE_TO_CONFIG_MAPPING.items()}
+        status = OK if registered.get(method.peft_type) is method.config_class else BROKEN
         checks.append(Check("methods", method.name, status, f"{method.config_class.__name__} as {method.peft_type}"))
     return [*checks, _trial()]
 
@@ -242,10 +243,12 @@ def _methods() -> list[Check]:
 def _trial() -> Check:
     """A small adapter is trained one step and compared with dense arithmetic, merged, saved and unloaded."""
     make_config: Callable[..., PeftConfig] = method_named("sparse").config_class
-    model = get_peft_model(nn.Sequential(nn.Linear(48, 40)), make_config(density=0.2, target_modules=["0"]))
-    before = model.base_model.model[0].base_parameter.detach().clone()
+    layer = nn.Linear(48, 40)
+    before = layer.weight.detach().clone()
+    model = get_peft_model(nn.Sequential(layer), make_config(density=0.2, target_modules=["0"]))
     faults = [fault for test in (_gradient_fault, _save_fault, _merge_fault) if (fault := test(model)) is not None]
-    if not torch.equal(model.unload()[0].weight.detach(), before):
+    model.unload()
+    if not torch.equal(layer.weight.detach(), before):
         faults.append("the base weight did not come back")
     words = "; ".join(faults) or "gradient, save, merge and unmerge as they should be"
     return Check("methods", "trial", BROKEN if faults else OK, words)
@@ -259,11 +262,13 @@ def _gradient_fault(model: PeftModel) -> str | None:
     """Take a step, after comparing the values' gradient with the dense one's entries."""
     x, target = _batch(16, 48), _batch(16, 40)
     (model(x) * target).sum().backward()
-    state = model.base_model.model[0].deltas["default"]
-    expected = (target.t() @ x).reshape(-1)[state.support.indices.long()]
+    (layer,) = tuner_layers(model)
+    values, dense = layer.deltas["default"].watched, target.t() @ x
+    expected = dense.reshape(-1)[layer.deltas["default"].as_sparse().support.indices.long()]
+    gradient = torch.zeros_like(values) if values.grad is None else values.grad
     with torch.no_grad():
-        state.values.add_(state.values.grad, alpha=-0.01)
-    agree = torch.allclose(state.values.grad, expected, rtol=1e-4, atol=1e-4)
+        values.add_(gradient, alpha=-0.01)
+    agree = torch.allclose(gradient, expected, rtol=1e-4, atol=1e-4)
     return None if agree else "the gradient is not the dense one's entries"
 
 

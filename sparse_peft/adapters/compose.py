@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -72,7 +73,7 @@ def compose(
 
 
 def _label(adapter: StoredAdapter) -> str:
-    return os.path.basename(os.path.normpath(adapter.folder))
+    return Path(adapter.folder).name
 
 
 def read_all(folders: Sequence[str | os.PathLike], ignore_base_names: bool = False) -> list[StoredAdapter]:
@@ -100,7 +101,7 @@ def _check_same_base(adapters: Sequence[StoredAdapter], ignore_base_names: bool)
             )
     shapes: dict[str, tuple[str, list[int]]] = {}
     for adapter in adapters:
-        for layer, shape in adapter.config.weight_shapes.items():
+        for layer, shape in (adapter.config.weight_shapes or {}).items():
             folder, known = shapes.setdefault(layer, (adapter.folder, shape))
             if list(known) != list(shape):
                 raise ValueError(

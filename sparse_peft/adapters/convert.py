@@ -17,7 +17,7 @@ from .entry_format import sparse_adapter, sparse_state
 from .files import PREFIX, write_adapter
 from .foreign import ForeignAdapter, read_config, read_lt_sft, read_shira, read_spiel, read_supertuning, source_format
 from .modules_to_save import OTHERS, WholeTensors, save_whole
-from .offline_adapter import entrywise, read_stored
+from .offline_adapter import entries_of, read_stored
 from .weight_reader import name_of, structure_of, weights_of
 
 TARGETS = ("sparse", "shira", "supertuning")
@@ -62,13 +62,15 @@ def convert(
     if form in READERS or form == "lt_sft":
         like, states, rest = _read_foreign(Path(source), form, base, others)
     else:
-        stored = entrywise(read_stored(source))
-        like, states, rest = stored.config, stored.states, stored.rest
+        stored = read_stored(source)
+        like, states, rest = stored.config, entries_of(stored), stored.rest
+    config: PeftConfig
     if to == "sparse":
         config, tensors = sparse_adapter(like, states)
     else:
         _check_only_deltas(like, to)
-        _check_linear(base, states, to)
+        if base is not None:
+            _check_linear(structure_of(base), states, to)
         config, tensors = (_to_shira if to == "shira" else _to_supertuning)(like, states)
     write_adapter(output, config, {**tensors, **rest}, f"Converted with `sparse_peft.adapters.convert` from {form}.")
     return config
@@ -148,10 +150,9 @@ def _check_only_deltas(like: Any, to: str) -> None:
         raise ValueError(f"to={to!r}: the adapter trains {' and '.join(beside)} too, which {to} adapters cannot hold")
 
 
-def _check_linear(base: nn.Module | str | os.PathLike | None, states: dict[str, SparseDelta], to: str) -> None:
-    """Refuse layers that PEFT's methods do not adapt, if there is a base model to look at."""
-    structure = None if base is None else structure_of(base)
-    for name in states if structure is not None else ():
+def _check_linear(structure: nn.Module, states: dict[str, SparseDelta], to: str) -> None:
+    """Refuse layers that PEFT's methods do not adapt."""
+    for name in states:
         kind = type(structure.get_submodule(name))
         if not issubclass(kind, nn.Linear):
             raise ValueError(f"layer {name}: a {kind.__name__}; {to} adapters are for torch.nn.Linear alone")

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..support import Support
-from ..tuners.forms import Forms
+from ..tuners.forms import Entries, Forms
 
 
 class DeltaMatrix:
@@ -20,66 +20,74 @@ class DeltaMatrix:
 
     Attributes:
         shape: ``(outputs, inputs)``.
-        support, values: of the sparse part, as stored; None without.
+        entries: of the sparse part, as stored; None without.
         factors: ``(rank, inputs)`` and ``(outputs, rank)`` of the low-rank part; None without.
 
     Raises:
         ValueError: the delta has neither entries nor factors.
     """
 
-    support: Support | None = None
-    values: Tensor | None = None
-    factors: tuple[Tensor, Tensor] | None = None
-
     def __init__(self, state: Forms, in_dim: int | None = None):
         entries, factors = state.sparse_part(), state.low_rank_part()
         if entries is None and factors is None:
             raise state.no_form("matrix form", state.why_no_parts)
-        if factors is not None:
-            down, up = (factor.cpu().double() for factor in factors)
-            self.factors = down, up
-            self.shape = up.shape[0], down.shape[1]
-        if in_dim is None and entries is not None and factors is not None:
-            in_dim = 1 if entries.support.shape == self.shape else 0
+        self.factors = factors and (factors[0].cpu().double(), factors[1].cpu().double())
+        self.entries = entries and Entries(entries.support.to("cpu"), entries.values.cpu().double())
+        shape = None if self.factors is None else (self.factors[1].shape[0], self.factors[0].shape[1])
+        if self.entries is not None:
+            rows, cols = self.entries.support.shape
+            if in_dim is None:
+                in_dim = 1 if shape in (None, (rows, cols)) else 0
+            shape = (rows, cols) if in_dim == 1 else (cols, rows)
         self.in_dim = 1 if in_dim is None else in_dim
-        if entries is not None:
-            self.support, self.values = entries.support.to("cpu"), entries.values.cpu().double()
-            rows, cols = entries.support.shape
-            self.shape = (rows, cols) if self.in_dim == 1 else (cols, rows)
+        self.shape: tuple[int, int] = shape or (0, 0)
+
+    @property
+    def support(self) -> Support | None:
+        """Of the sparse part; None without."""
+        return None if self.entries is None else self.entries.support
 
     @cached_property
-    def _sparse(self) -> Tensor:
-        where = torch.stack([self.support.rows, self.support.cols]).long()
+    def _sparse(self) -> Tensor | None:
+        if self.entries is None:
+            return None
+        support = self.entries.support
+        where = torch.stack([support.rows, support.cols]).long()
         where = where if self.in_dim == 1 else where.flip(0)
-        return torch.sparse_coo_tensor(where, self.values, self.shape, check_invariants=True).coalesce()
+        return torch.sparse_coo_tensor(where, self.entries.values, self.shape, check_invariants=True).coalesce()
 
     def times(self, x: Tensor) -> Tensor:
         """``(outputs, n)`` of ``(inputs, n)``."""
-        parts = [] if self.support is None else [torch.sparse.mm(self._sparse, x)]
+        product = x.new_zeros(self.shape[0], x.shape[1])
+        if self._sparse is not None:
+            product = product + torch.sparse.mm(self._sparse, x)
         if self.factors is not None:
             down, up = self.factors
-            parts.append(up @ (down @ x))
-        return sum(parts)
+            product = product + up @ (down @ x)
+        return product
 
     def transposed_times(self, x: Tensor) -> Tensor:
         """``(inputs, n)`` of ``(outputs, n)``."""
-        parts = [] if self.support is None else [torch.sparse.mm(self._sparse.t(), x)]
+        product = x.new_zeros(self.shape[1], x.shape[1])
+        if self._sparse is not None:
+            product = product + torch.sparse.mm(self._sparse.t(), x)
         if self.factors is not None:
             down, up = self.factors
-            parts.append(down.t() @ (up.t() @ x))
-        return sum(parts)
+            product = product + down.t() @ (up.t() @ x)
+        return product
 
     def inner(self, other: DeltaMatrix) -> float:
         """Sum of the products of two deltas' entries."""
         total = 0.0
-        if self.support is not None and other.support is not None:
-            both = self.support.contains(other.support.indices)
-            slots = self.support.slots(other.support.indices[both])
-            total += float((self.values[slots] * other.values[both]).sum())
+        if self.entries is not None and other.entries is not None:
+            indices = other.entries.support.indices
+            both = self.entries.support.contains(indices)
+            slots = self.entries.support.slots(indices[both])
+            total += float((self.entries.values[slots] * other.entries.values[both]).sum())
         if other.factors is not None:
             down, up = other.factors
             total += float((up * self.times(down.t())).sum())
-        if self.factors is not None and other.support is not None:
+        if self.factors is not None and other._sparse is not None:
             down, up = self.factors
             total += float((up * torch.sparse.mm(other._sparse, down.t())).sum())
         return total

@@ -269,7 +269,7 @@ def _extract_layer(
     inexact = int((reached != after.reshape(-1)[chosen].to(before.dtype)).sum())
     left = float((wanted.double() - values).square().sum())
     kept = (float(wanted.square().sum(dtype=torch.float64)) - left) / energy if energy else 1.0
-    support = Support(tuple(before.shape), chosen, validate=False, name=name)
+    support = Support((before.shape[0], before.shape[1]), chosen, validate=False, name=name)
     layer = ExtractedLayer(name, support.nnz, changed, flat.numel(), energy, kept, inexact)
     return layer, sparse_state(support, values)
 

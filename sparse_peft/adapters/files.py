@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import os
+from pathlib import Path
 from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
@@ -83,16 +84,17 @@ def read_adapter(folder: str | os.PathLike) -> tuple[PeftConfig, dict[str, Tenso
     Raises:
         ValueError: there is no adapter in it, or it is damaged.
     """
-    config_path = os.path.join(folder, CONFIG_NAME)
-    if not os.path.isfile(config_path):
-        raise ValueError(f"{os.fspath(folder)}: no {CONFIG_NAME} in it; the folder of an adapter is expected")
+    folder = Path(folder)
+    config_path = folder / CONFIG_NAME
+    if not config_path.is_file():
+        raise ValueError(f"{folder}: no {CONFIG_NAME} in it; the folder of an adapter is expected")
     peft_type = read_config_file(config_path).get("peft_type")
     config_classes: dict[object, type[PeftConfig]] = {kind.value: c for kind, c in PEFT_TYPE_TO_CONFIG_MAPPING.items()}
     if not isinstance(peft_type, str) or peft_type not in config_classes:
         raise ValueError(f"{config_path}: peft_type={peft_type!r} is no method that is known here; {CURE}")
     shapes_in_file(folder)
     config = config_classes[peft_type].from_pretrained(os.fspath(folder))
-    return config, read_tensors(os.path.join(folder, SAFETENSORS_WEIGHTS_NAME))
+    return config, read_tensors(folder / SAFETENSORS_WEIGHTS_NAME)
 
 
 def read_tensors(path: str | os.PathLike) -> dict[str, Tensor]:
@@ -101,7 +103,7 @@ def read_tensors(path: str | os.PathLike) -> dict[str, Tensor]:
     Raises:
         ValueError: there is none, or it is damaged.
     """
-    if not os.path.isfile(path):
+    if not Path(path).is_file():
         raise ValueError(f"{os.fspath(path)}: no such file; an adapter's folder has {SAFETENSORS_WEIGHTS_NAME} in it")
     try:
         return load_file(path)

@@ -21,6 +21,7 @@ from ..tuners.base_config import BaseSparseConfig
 from ..tuners.base_layer import TunerLayer
 from ..tuners.base_model import BaseSparseModel
 from ..tuners.base_state import TrainedState
+from ..tuners.delta import SparseDelta
 from .delta_matrix import DeltaMatrix
 from .entry_format import ENTRIES, sparse_adapter, sparse_state
 from .files import PREFIX, read_adapter
@@ -160,7 +161,7 @@ def _skeleton_model(layers: Mapping[str, nn.Module]) -> nn.Module:
         for part in path:
             if part not in parent._modules:
                 parent.add_module(part, nn.Module())
-            parent = parent._modules[part]
+            parent = parent.get_submodule(part)
         if last in parent._modules or type(parent) is not nn.Module:
             raise ValueError(f"layer {name}: it lies inside another layer of the adapter; its file is damaged")
         parent.add_module(last, layer)
@@ -193,7 +194,7 @@ def _load(
     if lacking:
         raise ValueError(f"layer {lacking[0]}: the adapter's file has no values for it; save or download it again")
     inject_adapter_in_model(config, model, state_dict=state_dict)
-    result = set_peft_model_state_dict(model, dict(state_dict))
+    result: Any = set_peft_model_state_dict(model, dict(state_dict))
     if result.unexpected_keys:
         raise ValueError(f"{result.unexpected_keys[0]}: no tensor of a {type(config).__name__} adapter; it is damaged")
     return {layer.name: layer for layer in BaseSparseModel.sparse_layers(model)}
@@ -207,14 +208,24 @@ def entrywise(adapter: StoredAdapter) -> StoredAdapter:
     """
     if method_of(adapter.config) is ENTRIES:
         return adapter
+    states = entries_of(adapter)
+    config, _ = sparse_adapter(adapter.config, states)
+    return replace(adapter, config=config, states=dict(states))
+
+
+def entries_of(adapter: StoredAdapter) -> dict[str, SparseDelta]:
+    """``{layer name: its delta}`` of a sparse adapter of any method.
+
+    Raises:
+        ValueError: its deltas are not sparse.
+    """
     states = {}
     for name, state in adapter.states.items():
         try:
             entries = state.as_sparse()
         except ValueError as error:
             kind = type(adapter.config).__name__
-            raise ValueError(f"{adapter.folder}: the deltas of {kind} are not sparse ({error})") from error
+            raise ValueError(f"{adapter.folder}: the deltas of {kind} are not sparse: {error}") from error
         support = Support(entries.support.shape, entries.support.indices, validate=False, name=name)
         states[name] = sparse_state(support, entries.values.float())
-    config, _ = sparse_adapter(adapter.config, states)
-    return replace(adapter, config=config, states=dict(states))
+    return states

@@ -15,6 +15,7 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
 from ..registry import methods
+from ..tuners.base_config import BaseSparseConfig
 from ..tuners.base_layer import BASE_ADAPTER, TunerLayer
 from ..tuners.base_model import BaseSparseModel
 from ..tuners.traversal import modules_beside_adapters
@@ -42,7 +43,7 @@ class PoolStatistics:
 @dataclass(frozen=True)
 class _Entry:
     folder: Path
-    config: PeftConfig
+    config: BaseSparseConfig
 
 
 def adapter_tensors(model: nn.Module, adapter_name: str) -> Iterator[Tensor]:
@@ -52,14 +53,18 @@ def adapter_tensors(model: nn.Module, adapter_name: str) -> Iterator[Tensor]:
             if adapter_name in module.deltas:
                 yield from module.settled(adapter_name).kept_tensors()
         elif isinstance(module, AuxiliaryTrainingWrapper):
-            for child in module.modules():
-                for container in (child._modules, child._parameters):
-                    part = container.get(adapter_name)
-                    if isinstance(part, nn.Module):
-                        yield from part.parameters()
-                        yield from part.buffers()
-                    elif isinstance(part, Tensor):
-                        yield part
+            yield from _wrapper_tensors(module, adapter_name)
+
+
+def _wrapper_tensors(wrapper: AuxiliaryTrainingWrapper, adapter_name: str) -> Iterator[Tensor]:
+    """An adapter's tensors in a wrapper of PEFT's: those of a module saved whole, or of trained tokens."""
+    for child in wrapper.modules():
+        part, tensor = child._modules.get(adapter_name), child._parameters.get(adapter_name)
+        if part is not None:
+            yield from part.parameters()
+            yield from part.buffers()
+        if tensor is not None:
+            yield tensor
 
 
 def adapter_bytes(model: nn.Module, adapter_name: str) -> int:
@@ -132,21 +137,20 @@ class AdapterPool:
                 raise ValueError(f"name={name!r}: a name without dots is expected, other than {BASE_ADAPTER!r}")
             if name in self._entries:
                 raise ValueError(f"name={name!r} is registered already, for {self._entries[name].folder}")
-            config = PeftConfig.from_pretrained(os.fspath(folder))
-            self._check(name, folder, config)
-            self._entries[name] = _Entry(Path(folder), config)
+            self._entries[name] = _Entry(Path(folder), self._checked_config(name, folder))
             if pinned:
                 self._pinned.add(name)
 
-    def _check(self, name: str, folder: str | os.PathLike, config: PeftConfig) -> None:
-        kind, where = str(getattr(config.peft_type, "value", config.peft_type)), f"adapter {name!r} ({folder})"
-        known = [method.peft_type for method in methods()]
-        if kind not in known:
+    def _checked_config(self, name: str, folder: str | os.PathLike) -> BaseSparseConfig:
+        """The config of an adapter's folder, if the pool can serve it."""
+        config, where = PeftConfig.from_pretrained(os.fspath(folder)), f"adapter {name!r} ({folder})"
+        if not isinstance(config, BaseSparseConfig):
+            kind, known = getattr(config.peft_type, "value", config.peft_type), [m.peft_type for m in methods()]
             raise ValueError(f"{where} is of PEFT type {kind}; a pool serves {', '.join(known)}")
         for other, entry in self._entries.items():
-            if entry.config.peft_type != config.peft_type:
+            if entry.config.method != config.method:
                 raise ValueError(
-                    f"{where} is of PEFT type {kind}, where {other!r} is {entry.config.peft_type.value}: a pool's "
+                    f"{where} is of PEFT type {config.method}, where {other!r} is {entry.config.method}: a pool's "
                     "adapters are of one method; make another pool for it"
                 )
         if config.bias != "none":
@@ -154,13 +158,13 @@ class AdapterPool:
                 f"{where} has bias={config.bias!r}: it trains the base's own biases, which no other adapter could "
                 "share; merge it into a model of its own, or train with bias='none'"
             )
-        made_for = getattr(config, "base_model_name_or_path", None)
-        own = getattr(self._base, "name_or_path", None)
+        made_for, own = config.base_model_name_or_path, getattr(self._base, "name_or_path", None)
         if self.check_base_name and made_for and own and Path(made_for).name != Path(own).name:
             raise ValueError(
                 f"{where} was made for the base model {made_for!r}, this pool's is {own!r}; load it on its own base, "
                 "or pass check_base_name=False if the two are the same"
             )
+        return config
 
     def remove(self, name: str) -> None:
         """Forget an adapter, and unload it."""
@@ -241,6 +245,8 @@ class AdapterPool:
 
     @property
     def _tuner(self) -> BaseSparseModel:
+        assert self._peft is not None  # some adapter was loaded
+        assert isinstance(self._peft.base_model, BaseSparseModel)
         return self._peft.base_model
 
     def _activate(self, name: str | None) -> None:
@@ -286,7 +292,7 @@ class AdapterPool:
         """Unload what was not used for longest until so many bytes are free."""
         if self.max_bytes is None:
             return
-        spare = [name for name in self._sizes if name not in self._pinned and name not in self._in_use]
+        spare = [name for name in self._sizes if name not in self._pinned and name not in (self._in_use or ())]
         least = self.statistics.loaded_bytes - sum(self._sizes[name] for name in spare) + size
         if least > self.max_bytes:
             kept = [name for name in self._sizes if name not in spare]

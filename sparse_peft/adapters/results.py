@@ -6,11 +6,13 @@ import os
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import EvalResult
 from peft import PeftConfig
 
 from ..constraints import validated
+from ..dynamics.records import plot_captions
 from ..tuners.files.card import complete_card, insert_section, read_card, write_card
 
 HEADING = "## Results"
@@ -23,11 +25,7 @@ TASKS = {
     "QUESTION_ANS": "question-answering",
     "FEATURE_EXTRACTION": "feature-extraction",
 }
-CAPTIONS = {
-    "supports.png": "Where the trained entries are",
-    "turnover.png": "What each reselection replaced",
-    "ranks.png": "How many ranks were left",
-}
+SUPPORTS_CAPTION = {"supports.png": "Where the trained entries are"}
 
 
 def add_results(
@@ -62,39 +60,51 @@ def add_results(
     """
     folder = Path(folder)
     config = PeftConfig.from_pretrained(os.fspath(folder))
-    task = task or TASKS.get(str(getattr(config.task_type, "value", config.task_type)))
+    task = task or _task_of(config, folder)
+    metrics = validated("metrics", metrics, dict[str, float])
+    _check_files(plots)
+    shown = [_into(folder, Path(plot)) for plot in plots]
+
+    complete_card(folder, set(), config.base_model_name_or_path)
+    card = read_card(folder)
+    data: Any = card.data
+    found = [_result(name, value, dataset, split, task) for name, value in metrics.items()]
+    kept = [old for old in data.eval_results or [] if not any(old.is_equal_except_value(new) for new in found)]
+    data.model_name = data.model_name or folder.resolve().name
+    data.eval_results = kept + found
+    captions = SUPPORTS_CAPTION | plot_captions()
+    images = _images_of(card.text) | {name: captions.get(name, name) for name in shown if name.endswith(".png")}
+    insert_section(card, HEADING, _section(data.eval_results, images))
+    write_card(card, folder)
+    return folder / "README.md"
+
+
+def _task_of(config: PeftConfig, folder: Path) -> str:
+    task = TASKS.get(str(getattr(config.task_type, "value", config.task_type)))
     if task is None:
         raise ValueError(
             f"task: not given, and task_type={config.task_type!r} of {folder} names none; give the Hub's name of it, "
             "such as 'text-generation'"
         )
-    metrics = validated("metrics", metrics, dict[str, float])
+    return task
+
+
+def _check_files(plots: Sequence[str | os.PathLike]) -> None:
     missing = [os.fspath(plot) for plot in plots if not Path(plot).is_file()]
     if missing:
         raise ValueError(f"plots: no such file: {', '.join(missing)}")
-    shown = [_into(folder, Path(plot)) for plot in plots]
 
-    complete_card(folder, set(), config.base_model_name_or_path)
-    card = read_card(folder)
-    found = [
-        EvalResult(
-            task_type=task,
-            dataset_type=dataset,
-            dataset_name=dataset,
-            dataset_split=split,
-            metric_type=name,
-            metric_name=name,
-            metric_value=value,
-        )
-        for name, value in metrics.items()
-    ]
-    kept = [old for old in card.data.eval_results or [] if not any(old.is_equal_except_value(new) for new in found)]
-    card.data.model_name = card.data.model_name or folder.resolve().name
-    card.data.eval_results = kept + found
-    images = _images_of(card.text) | {name: CAPTIONS.get(name, name) for name in shown if name.endswith(".png")}
-    insert_section(card, HEADING, _section(card.data.eval_results, images))
-    write_card(card, folder)
-    return folder / "README.md"
+
+def _result(name: str, value: float, dataset: str, split: str | None, task: str) -> EvalResult:
+    return EvalResult(
+        task_type=task,
+        dataset_type=dataset,
+        dataset_name=dataset,
+        dataset_split=split,
+        metric_type=name,
+        metric_name=name,
+        metric_value=value,
+    )
 
 
 def _into(folder: Path, file: Path) -> str:

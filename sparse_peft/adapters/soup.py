@@ -10,6 +10,7 @@ import os
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -18,8 +19,10 @@ from torch import Tensor
 from ..ops import Combination, check_weights
 from ..support import Support
 from ..tuners.base_config import BaseSparseConfig
+from ..tuners.base_state import TrainedState
 from ..tuners.combination import combine_states
 from .compose import read_all, write_combined
+from .entry_format import sparse_state
 from .files import PREFIX
 from .offline_adapter import StoredAdapter, entrywise
 
@@ -133,7 +136,7 @@ def greedy_soup(
     """
     if not folders:
         raise ValueError("folders: none given; at least one adapter is expected")
-    options = {"on_mismatch": on_mismatch, "ignore_base_names": ignore_base_names}
+    average = partial(soup, on_mismatch=on_mismatch, ignore_base_names=ignore_base_names)
     scored = sorted(((score(Path(folder)), -number) for number, folder in enumerate(folders)), reverse=True)
     (best, first), *others = scored
     chosen = [folders[-first]]
@@ -141,11 +144,11 @@ def greedy_soup(
         for _, number in others:
             candidate = [*chosen, folders[-number]]
             trial = Path(trials) / str(-number)
-            soup(candidate, trial, **options)
+            average(candidate, trial)
             reached = score(trial)
             if reached >= best:
                 chosen, best = candidate, reached
-    return soup(chosen, output, **options)
+    return average(chosen, output)
 
 
 def _check_averageable(adapters: Sequence[StoredAdapter]) -> None:
@@ -175,20 +178,17 @@ def _mismatch(adapters: Sequence[StoredAdapter]) -> str | None:
 
 def _intersected(adapters: Sequence[StoredAdapter]) -> list[StoredAdapter]:
     """The adapters at the entries that all of them have; layers without any are left out."""
-    cut: list[dict] = [{} for _ in adapters]
-    for layer, first in adapters[0].states.items():
-        common = first.support.indices
-        for adapter in adapters[1:]:
-            common = common[adapter.states[layer].support.contains(common)]
+    cut: list[dict[str, TrainedState]] = [{} for _ in adapters]
+    for layer in adapters[0].states:
+        parts = [adapter.states[layer].as_sparse() for adapter in adapters]
+        common = parts[0].support.indices
+        for part in parts[1:]:
+            common = common[part.support.contains(common)]
         if common.numel() == 0:
             continue
-        for states, adapter in zip(cut, adapters, strict=True):
-            state = adapter.states[layer]
-            values = state.values.detach()[state.support.slots(common)]
-            state.resize(common.numel())
-            state.support = Support(state.shape, common, validate=False, name=layer)
-            state.values.data = values
-            states[layer] = state
+        support = Support(parts[0].support.shape, common, validate=False, name=layer)
+        for states, part in zip(cut, parts, strict=True):
+            states[layer] = sparse_state(support, part.values[part.support.slots(common)])
     if not cut[0]:
         raise ValueError("on_mismatch='intersection': the adapters have no entry in common in any layer; use 'union'")
     return [replace(adapter, states=states) for adapter, states in zip(adapters, cut, strict=True)]
@@ -209,7 +209,9 @@ def _averages(adapters: Sequence[StoredAdapter], weights: Sequence[float]) -> di
         if any(part.shape != first.shape for part in parts) or not first.is_floating_point():
             shapes = ", ".join(str(tuple(part.shape)) for part in parts)
             raise ValueError(f"{name.removeprefix(PREFIX)}: {shapes} of {first.dtype} do not average")
-        total = sum(part.double() * weight for part, weight in zip(parts, weights, strict=True))
+        total = torch.zeros_like(first, dtype=torch.float64)
+        for part, weight in zip(parts, weights, strict=True):
+            total += part.double() * weight
         averages[name] = total.to(first.dtype)
     return averages
 

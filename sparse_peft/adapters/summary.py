@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..registry import method_of
 from ..support import Support
 from ..tuners.base_config import changed_fields
 from ..tuners.base_state import TrainedState
+from ..tuners.forms import Entries
 from .delta_matrix import DeltaMatrix
 from .offline_adapter import StoredAdapter, read_stored
 
@@ -113,35 +115,43 @@ def _fullest_share(lines: Tensor, size: int) -> float:
 
 
 def _summary_of(adapter: StoredAdapter, layer: str) -> LayerSummary:
-    state, delta = adapter.states[layer], adapter.delta(layer)
-    support, values = delta.support, delta.values
-    rows, cols = support.shape if support is not None else delta.shape
-    parameters = sum(parameter.numel() for parameter in state.parameters())
-    has_entries = support is not None and support.nnz > 0
+    delta = adapter.delta(layer)
+    rows, cols = delta.shape if delta.support is None else delta.support.shape
+    parameters = sum(parameter.numel() for parameter in adapter.states[layer].parameters())
+    entries = None if delta.support is None else delta.support.nnz
     return LayerSummary(
         layer=layer,
         shape=[rows, cols],
         parameters=parameters,
-        entries=None if support is None else support.nnz,
+        entries=entries,
         rank=None if delta.factors is None else delta.factors[0].shape[0],
-        alive=_alive(delta),
-        density=(parameters if support is None else support.nnz) / (rows * cols),
+        alive=None if delta.factors is None else _alive(*delta.factors),
+        density=(parameters if entries is None else entries) / (rows * cols),
         norm=math.sqrt(max(0.0, delta.square())),
-        largest=float(values.abs().max()) if has_entries else None,
-        mean=float(values.abs().mean()) if has_entries else None,
-        zeros=int((values == 0).sum()) if has_entries else None,
-        rows=support.rows.unique().numel() if has_entries else None,
-        cols=support.cols.unique().numel() if has_entries else None,
-        row_share=_fullest_share(support.rows, rows) if has_entries else None,
-        col_share=_fullest_share(support.cols, cols) if has_entries else None,
+        **_of_entries(delta.entries),
     )
 
 
-def _alive(delta: DeltaMatrix) -> int | None:
-    if delta.factors is None:
-        return None
-    down, up = delta.factors
+def _alive(down: Tensor, up: Tensor) -> int:
     return int((down.any(1) & up.any(0)).sum())
+
+
+def _of_entries(entries: Entries | None) -> dict[str, Any]:
+    """The fields of ``LayerSummary`` about a sparse part's values and places; None each without any entry."""
+    if entries is None or entries.support.nnz == 0:
+        names = ("largest", "mean", "zeros", "rows", "cols", "row_share", "col_share")
+        return dict.fromkeys(names)
+    support, values = entries.support, entries.values
+    rows, cols = support.shape
+    return {
+        "largest": float(values.abs().max()),
+        "mean": float(values.abs().mean()),
+        "zeros": int((values == 0).sum()),
+        "rows": support.rows.unique().numel(),
+        "cols": support.cols.unique().numel(),
+        "row_share": _fullest_share(support.rows, rows),
+        "col_share": _fullest_share(support.cols, cols),
+    }
 
 
 def summarise(folder: str | os.PathLike, progress: Progress = iter) -> AdapterSummary:
@@ -159,7 +169,7 @@ def summarise(folder: str | os.PathLike, progress: Progress = iter) -> AdapterSu
     config = adapter.config
     return AdapterSummary(
         folder=adapter.folder,
-        peft_type=config.peft_type.value,
+        peft_type=method_of(config).peft_type,
         config=changed_fields(config),
         base_model=config.base_model_name_or_path,
         task_type=config.task_type,
@@ -249,19 +259,57 @@ class Comparison:
         return asdict(self)
 
 
-def _cosine(inner: float, square_a: float, square_b: float) -> float | None:
-    if square_a <= 0 or square_b <= 0:
-        return None
-    return max(-1.0, min(1.0, inner / math.sqrt(square_a * square_b)))
+@dataclass
+class _Products:
+    """Inner products of two deltas and numbers of their entries, of one layer or of several together."""
 
+    inner: float = 0.0
+    square_a: float = 0.0
+    square_b: float = 0.0
+    common: int = 0
+    either: int = 0
 
-def _distance(inner: float, square_a: float, square_b: float) -> float:
-    return math.sqrt(max(0.0, square_a + square_b - 2 * inner))
+    @classmethod
+    def of(cls, a: DeltaMatrix, b: DeltaMatrix) -> _Products:
+        found = cls(a.inner(b), a.square(), b.square())
+        if a.support is not None and b.support is not None:
+            found.common = a.support.intersection_size(b.support)
+            found.either = a.support.nnz + b.support.nnz - found.common
+        return found
+
+    def add(self, other: _Products) -> None:
+        for field in fields(self):
+            setattr(self, field.name, getattr(self, field.name) + getattr(other, field.name))
+
+    @property
+    def jaccard(self) -> float | None:
+        return self.common / self.either if self.either else None
+
+    @property
+    def cosine(self) -> float | None:
+        if self.square_a <= 0 or self.square_b <= 0:
+            return None
+        return max(-1.0, min(1.0, self.inner / math.sqrt(self.square_a * self.square_b)))
+
+    @property
+    def norm_a(self) -> float:
+        return math.sqrt(self.square_a)
+
+    @property
+    def norm_b(self) -> float:
+        return math.sqrt(self.square_b)
+
+    @property
+    def difference(self) -> float:
+        return math.sqrt(max(0.0, self.square_a + self.square_b - 2 * self.inner))
 
 
 def _identical(a: TrainedState, b: TrainedState) -> bool:
-    ours, theirs = ({**dict(s.named_parameters()), **s.file_tensors()} for s in (a, b))
-    return ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+    return _equal(*({**dict(state.named_parameters()), **state.file_tensors()} for state in (a, b)))
+
+
+def _equal(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
 def compare(a: str | os.PathLike, b: str | os.PathLike, progress: Progress = iter) -> Comparison:
@@ -276,56 +324,49 @@ def compare(a: str | os.PathLike, b: str | os.PathLike, progress: Progress = ite
         ValueError: no adapters of this package, damaged ones, or ones for weights of different shapes.
     """
     first, second = read_stored(a), read_stored(b)
-    common = _in_order(first.states.keys() & second.states.keys())
-    layers: list[LayerComparison] = []
-    inners = union = shared = 0.0
-    squares = {"a": 0.0, "b": 0.0}
-    for layer in progress(common):
-        ours, theirs = first.delta(layer), second.delta(layer)
-        _check_shapes(layer, ours, theirs, first.folder, second.folder)
-        square_a, square_b, inner = ours.square(), theirs.square(), ours.inner(theirs)
-        sparse = ours.support is not None and theirs.support is not None
-        both = ours.support.intersection_size(theirs.support) if sparse else None
-        either = ours.support.nnz + theirs.support.nnz - both if sparse else 0
-        inners, squares["a"], squares["b"] = inners + inner, squares["a"] + square_a, squares["b"] + square_b
-        union, shared = union + either, shared + (both or 0)
-        layers.append(
-            LayerComparison(
-                layer=layer,
-                entries_a=None if ours.support is None else ours.support.nnz,
-                entries_b=None if theirs.support is None else theirs.support.nnz,
-                common=both,
-                jaccard=both / either if either else None,
-                cosine=_cosine(inner, square_a, square_b),
-                norm_a=math.sqrt(square_a),
-                norm_b=math.sqrt(square_b),
-                difference=_distance(inner, square_a, square_b),
-                identical=_identical(first.states[layer], second.states[layer]),
-            )
-        )
-    only = {
-        "a": _in_order(first.states.keys() - second.states.keys()),
-        "b": _in_order(second.states.keys() - first.states.keys()),
-    }
-    for side, adapter in (("a", first), ("b", second)):
-        squares[side] += sum(adapter.delta(layer).square() for layer in only[side])
-    rest = first.rest.keys() == second.rest.keys() and all(
-        torch.equal(tensor, second.rest[name]) for name, tensor in first.rest.items()
-    )
+    total, layers = _Products(), []
+    for name in progress(_in_order(first.states.keys() & second.states.keys())):
+        products, layer = _compare_layer(name, first, second)
+        total.add(products)
+        layers.append(layer)
+    only_a = _in_order(first.states.keys() - second.states.keys())
+    only_b = _in_order(second.states.keys() - first.states.keys())
+    total.square_a += sum(first.delta(layer).square() for layer in only_a)
+    total.square_b += sum(second.delta(layer).square() for layer in only_b)
+    same_layers = not only_a and not only_b and all(layer.identical for layer in layers)
     return Comparison(
         a=first.folder,
         b=second.folder,
-        types=[first.config.peft_type.value, second.config.peft_type.value],
-        only_a=only["a"],
-        only_b=only["b"],
+        types=[method_of(first.config).peft_type, method_of(second.config).peft_type],
+        only_a=only_a,
+        only_b=only_b,
         settings=_different_settings(first, second),
-        jaccard=shared / union if union else None,
-        cosine=_cosine(inners, squares["a"], squares["b"]),
-        norm_a=math.sqrt(squares["a"]),
-        norm_b=math.sqrt(squares["b"]),
-        difference=_distance(inners, squares["a"], squares["b"]),
-        identical=rest and not only["a"] and not only["b"] and all(layer.identical for layer in layers),
+        jaccard=total.jaccard,
+        cosine=total.cosine,
+        norm_a=total.norm_a,
+        norm_b=total.norm_b,
+        difference=total.difference,
+        identical=same_layers and _equal(first.rest, second.rest),
         layers=layers,
+    )
+
+
+def _compare_layer(name: str, a: StoredAdapter, b: StoredAdapter) -> tuple[_Products, LayerComparison]:
+    ours, theirs = a.delta(name), b.delta(name)
+    _check_shapes(name, ours, theirs, a.folder, b.folder)
+    products = _Products.of(ours, theirs)
+    entries = [None if delta.support is None else delta.support.nnz for delta in (ours, theirs)]
+    return products, LayerComparison(
+        layer=name,
+        entries_a=entries[0],
+        entries_b=entries[1],
+        common=None if None in entries else products.common,
+        jaccard=products.jaccard,
+        cosine=products.cosine,
+        norm_a=products.norm_a,
+        norm_b=products.norm_b,
+        difference=products.difference,
+        identical=_identical(a.states[name], b.states[name]),
     )
 
 

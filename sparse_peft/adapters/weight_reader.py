@@ -85,7 +85,8 @@ class FolderWeights(Weights):
         self._places: dict[str, tuple[Path, str]] = {}  # the model's name: where, under which name
         self._handles: dict[Path, safe_open] = {}
         for path in _files_of(Path(folder)):
-            for stored in self._open(path).keys():
+            names = self._open(path).keys()
+            for stored in names:
                 name = known_name(stored, known, prefix)
                 if name in self._places:
                     raise ValueError(f"{self.source}: {name} is in {self._places[name][0].name} and in {path.name}")
@@ -154,7 +155,7 @@ def structure_of(base: str | os.PathLike | nn.Module) -> nn.Module:
         return base
     config = read_model_config(base)
     if named_class(config) is None:
-        kind = (config.architectures or [None])[0]
+        kind = next(iter(config.architectures or ()), None)
         raise ValueError(
             f"{base}: config.json has the architecture {kind!r}, which transformers has no class for; pass the loaded "
             "model instead"

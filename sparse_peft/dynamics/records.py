@@ -29,6 +29,7 @@ class Record:
         event: the kind's name in files.
         plural: what several of them are called, in messages.
         plot_name: file name of the kind's plot, which ``draw`` makes; None without one.
+        plot_caption: of the plot, on an adapter's card.
         plot_size: ``(width, height)`` of the plot in inches.
         step: number of optimizer steps completed when it happened.
         adapter: the adapter's name.
@@ -40,6 +41,7 @@ class Record:
     event: ClassVar[str]
     plural: ClassVar[str]
     plot_name: ClassVar[str | None] = None
+    plot_caption: ClassVar[str] = ""
     plot_size: ClassVar[tuple[float, float]] = (8.0, 4.5)
 
     step: int
@@ -93,6 +95,12 @@ def _typed(value: Any, hint: Any) -> Any:
         kind = get_args(hint)[1]
         return {name: kind(**part) if isinstance(part, dict) else part for name, part in value.items()}
     return value
+
+
+def plot_captions() -> dict[str, str]:
+    """``{file name: caption}`` of the plots of all kinds of records."""
+    kinds = _kinds.values()
+    return {kind.plot_name: kind.plot_caption or kind.plot_name for kind in kinds if kind.plot_name is not None}
 
 
 def record_from_dict(data: Mapping[str, Any]) -> Record:

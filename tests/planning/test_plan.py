@@ -9,7 +9,6 @@ from transformers import AutoConfig, LlamaForCausalLM
 
 from sparse_peft import SaRAConfig, SparseConfig
 from sparse_peft.planning import PlanOptions, plan_training
-from sparse_peft.planning.plan import countable
 from sparse_peft.registry import method_named, methods
 from sparse_peft.structure import read_model_config
 from sparse_peft.tuners.delta_layer import TunerLayer
@@ -122,7 +121,7 @@ def test_checkpointing_and_optimizers_and_formats(world):
 
 
 def test_what_is_decided_by_weights_or_data_is_said():
-    config, notes = countable(SparseConfig(selection="fisher", allocation="global", density=0.01))
+    config, notes = SparseConfig(selection="fisher", allocation="global", density=0.01).countable()
     assert config.selection == "random" and len(notes) == 2 and "from data" in notes[1]
     with pytest.raises(ValueError, match="threshold=0.002: how many entries"):
-        countable(SaRAConfig(threshold=2e-3))
+        SaRAConfig(threshold=2e-3).countable()

@@ -14,7 +14,7 @@ from torch import nn
 
 from ..base_config import BaseSparseConfig
 from ..base_layer import TunerLayer
-from ..traversal import configs_of
+from ..traversal import configs_of, modules_beside_adapters
 
 Wrapper = TunerLayer | AuxiliaryTrainingWrapper
 
@@ -32,8 +32,11 @@ def undone_if_refused(model: nn.Module, adapter_name: str) -> Iterator[None]:
     if adapter_name in configs_of(model):
         yield
         return
-    wrappers = {id(module) for module in model.modules() if isinstance(module, Wrapper)}
-    trained = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    # hundreds of adapters may be there already
+    modules = list(modules_beside_adapters(model))
+    wrappers = {id(module) for module in modules if isinstance(module, Wrapper)}
+    parameters = [p for module in modules for p in module._parameters.values() if p is not None]
+    trained = [(parameter, parameter.requires_grad) for parameter in parameters]
     try:
         yield
     except BaseException:

@@ -39,6 +39,7 @@ class Allocation(Record, event="allocation"):
     """
 
     plot_name: ClassVar[str | None] = "allocation.png"
+    plot_caption: ClassVar[str] = "What share of each layer was kept"
 
     budget: int
     layers: dict[str, LayerAllocation]

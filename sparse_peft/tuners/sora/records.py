@@ -40,6 +40,7 @@ class Ranks(Record, event="ranks", plural="reports of ranks"):
     """
 
     plot_name: ClassVar[str | None] = "ranks.png"
+    plot_caption: ClassVar[str] = "How many ranks were left"
     plot_size: ClassVar[tuple[float, float]] = (8.0, 6.5)
 
     penalty: float

@@ -51,6 +51,7 @@ class Reselection(Record, event="reselection"):
     """
 
     plot_name: ClassVar[str | None] = "turnover.png"
+    plot_caption: ClassVar[str] = "What each reselection replaced"
     plot_size: ClassVar[tuple[float, float]] = (7.5, 8.0)
 
     rate: float
