@@ -59,7 +59,9 @@ class SnellaModel(BaseSparseModel[SnellaConfig, KernelState]):
         plans = {}
         for name, module in targets.items():
             in_dim, base = in_dim_of(module), base_of(module)
-            known = module.deltas.get(twin or "") if isinstance(module, SnellaLinear) else None
+            known = None
+            if twin is not None and isinstance(module, SnellaLinear) and twin in module.deltas:
+                known = module.deltas[twin]
             plans[name] = KernelPlan(
                 factor_sizes(shapes[name], in_dim),
                 config,
