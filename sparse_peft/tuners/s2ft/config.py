@@ -25,10 +25,13 @@ SELECTION_FIELDS = frozenset(
 @explains_fields
 @dataclass
 class S2FTConfig(BaseSparseConfig):
-    """Structured sparse fine-tuning, S2FT (NeurIPS 2024): train some input or output channels of each layer.
+    """Structured sparse fine-tuning, S2FT (https://arxiv.org/abs/2412.06289): train some channels of each layer.
 
-    Where ``o_proj`` and ``down_proj`` train input channels, as by default, a training step keeps only those channels
-    of their inputs. The budget is one of ``ratio``, ``k``, ``num_params`` and ``r``; without any, 3 % of the channels.
+    The effective weight is ``W`` ``(out, in)`` plus values ``(out, k)`` at ``k`` of its columns, or ``(k, in)`` at
+    ``k`` of its rows. Where ``o_proj`` and ``down_proj`` train input channels, as by default, a training step keeps
+    only those channels of their inputs.
+
+    The budget is one of ``ratio``, ``k``, ``num_params`` and ``r``; without any, 3 % of the channels.
 
     Args:
         side: which channels train: ``"in"`` (columns of an ``nn.Linear``'s weight), ``"out"`` (its rows), or
@@ -61,6 +64,15 @@ class S2FTConfig(BaseSparseConfig):
 
     Raises:
         ValueError, TypeError: a field that is out of range, or two that contradict each other.
+
+    Example:
+        >>> import torch
+        >>> from peft import get_peft_model
+        >>> from sparse_peft import S2FTConfig
+        >>> base = torch.nn.Sequential(torch.nn.Linear(64, 32))
+        >>> model = get_peft_model(base, S2FTConfig(ratio=0.25, target_modules=["0"]))
+        >>> sum(p.numel() for p in model.parameters() if p.requires_grad)
+        512
     """
 
     method: ClassVar[str] = "SPARSE_PEFT_S2FT"

@@ -53,7 +53,10 @@ def _not_chosen(name: str, selection: str, *_: Any) -> Support:
 
 
 class S2FTModel(BaseSparseModel[S2FTConfig, ChannelDelta]):
-    """Creates a model that trains some channels of its target layers.
+    """Creates a model that trains some channels of its target layers (S2FT, https://arxiv.org/abs/2412.06289).
+
+    A layer's state has ``values``, ``(rows, k)`` or ``(k, cols)`` flattened, and ``k`` numbers of ``columns`` or
+    ``rows``.
 
     Args:
         model (torch.nn.Module): the model to adapt.
@@ -61,11 +64,13 @@ class S2FTModel(BaseSparseModel[S2FTConfig, ChannelDelta]):
         adapter_name: the adapter's name.
 
     Example:
-        >>> from transformers import AutoModelForCausalLM
+        >>> import torch
         >>> from peft import get_peft_model
         >>> from sparse_peft import S2FTConfig
-        >>> model = AutoModelForCausalLM.from_pretrained("HuggingFaceTB/SmolLM2-135M")
-        >>> model = get_peft_model(model, S2FTConfig(ratio=0.03))
+        >>> base = torch.nn.Sequential(torch.nn.Linear(64, 32))
+        >>> model = get_peft_model(base, S2FTConfig(ratio=0.25, target_modules=["0"]))
+        >>> model.base_model.model[0].deltas["default"]
+        ChannelDelta(columns=16, entries=512, shape=(32, 64), density=0.25)
     """
 
     layer_cls = S2FTLinear

@@ -34,28 +34,31 @@ def sara_learning_rate(threshold: float) -> float:
 @explains_fields
 @dataclass
 class SaRAConfig(EntryConfig):
-    """SaRA (ICLR 2025): train the weights that are smallest in absolute value, which the model hardly uses.
+    """SaRA (https://arxiv.org/abs/2409.06633): train the smallest weights, which a model hardly uses.
 
-    How many train is said by a ``threshold``, or by a budget: ``density``, ``num_params`` or ``r``; without any, 5 %.
+    The effective weight is ``W + scatter(values)``, with values ``(k,)`` at the ``k`` entries of ``W`` ``(out, in)``
+    that are smallest in absolute value. A ``threshold`` gives ``k``, or one of ``density``, ``num_params`` and ``r``;
+    without any, 5 % train.
+
     Training with ``progressive`` or ``nuclear_weight`` needs [`SparsityCallback`][sparse_peft.SparsityCallback] or a
     [`SparsityController`][sparse_peft.SparsityController].
 
     Args:
-        threshold: train the entries with absolute value below it, in whatever layers they are.
+        threshold: train the entries with absolute value below it, in all target layers.
         density: share of the target layers' weights that trains, in (0, 1], instead of a threshold.
         num_params: number of trained entries over all target layers, instead of a threshold.
         r: LoRA-rank equivalent, instead of a threshold: as many entries as LoRA of this rank has parameters.
         density_pattern: ``{layer name or regular expression: density}`` for layers with a density of their own.
         allocation: as in [`SparseConfig`][sparse_peft.SparseConfig]; with ``"global"`` the smallest entries of
             all layers together train, as with a threshold.
-        progressive: when entries that have grown out of the smallest are frozen, with what they have become: a number
-            of optimizer steps (int), or a share of the run (float in (0, 1)); None for never. Entries stay below the
-            threshold to go on; with a budget, below the largest absolute value that was chosen.
-        nuclear_weight: weight of the nuclear norm of the matrix that has the trained entries' weights and else zeros;
-            0 for none. It is added to the gradients once for each optimizer step, after clipping.
+        progressive: when entries that have outgrown the threshold are frozen at their present values: a number of
+            optimizer steps (int), or a share of the run (float in (0, 1)); None for never. With a budget the threshold
+            is the largest absolute value that was chosen.
+        nuclear_weight: weight of the nuclear norm of the matrix of the trained entries' weights, zero elsewhere; 0 for
+            none. It is added to the gradients once for each optimizer step, after clipping.
         nuclear_matrices: ``"one"``: that of one layer, another in each step, as the authors do, or ``"all"``.
-        nuclear_every: add it in every so many steps only, with so many times the weight.
-        nuclear_min_size: only matrices with more rows and more columns than this have a part in it.
+        nuclear_every: add the norm in every N-th step only, with N times the weight.
+        nuclear_min_size: matrices must have more rows and more columns than this.
         seed: of the layers that are picked.
         resident: let the base weight hold the adapter's entries between steps where that is possible, which makes the
             forward pass as fast as the base's. ``False`` never writes to the base; it changes speed, not results.
@@ -65,6 +68,15 @@ class SaRAConfig(EntryConfig):
 
     Raises:
         ValueError, TypeError: a field that is out of range, or two that contradict each other.
+
+    Example:
+        >>> import torch
+        >>> from peft import get_peft_model
+        >>> from sparse_peft import SaRAConfig
+        >>> base = torch.nn.Sequential(torch.nn.Linear(64, 32))
+        >>> model = get_peft_model(base, SaRAConfig(density=0.1, target_modules=["0"]))
+        >>> sum(p.numel() for p in model.parameters() if p.requires_grad)
+        205
     """
 
     method: ClassVar[str] = "SPARSE_PEFT_SARA"

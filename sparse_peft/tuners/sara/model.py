@@ -16,7 +16,9 @@ class SaRALinear(SparseTunerLayer[SparseDelta]):
 
 
 class SaRAModel(EntryModel[SaRAConfig, SparseDelta]):
-    """Creates a model that trains the smallest weights of its target layers.
+    """Creates a model that trains the smallest weights of its target layers (SaRA, https://arxiv.org/abs/2409.06633).
+
+    A layer's state has ``values`` ``(k,)`` and their flat positions ``indices`` ``(k,)``, ascending.
 
     Args:
         model (torch.nn.Module): the model to adapt.
@@ -24,11 +26,13 @@ class SaRAModel(EntryModel[SaRAConfig, SparseDelta]):
         adapter_name: the adapter's name.
 
     Example:
-        >>> from diffusers import UNet2DConditionModel
+        >>> import torch
+        >>> from peft import get_peft_model
         >>> from sparse_peft import SaRAConfig
-        >>> unet = UNet2DConditionModel.from_pretrained("sd-legacy/stable-diffusion-v1-5", subfolder="unet")
-        >>> unet.requires_grad_(False)
-        >>> unet.add_adapter(SaRAConfig(threshold=2e-3))
+        >>> base = torch.nn.Sequential(torch.nn.Linear(64, 32))
+        >>> model = get_peft_model(base, SaRAConfig(density=0.1, target_modules=["0"]))
+        >>> model.base_model.model[0].deltas["default"]
+        SparseDelta(entries=205, shape=(32, 64), density=0.1)
     """
 
     layer_cls = SaRALinear

@@ -32,11 +32,12 @@ KEEPS = ("drop", "cpu")
 @explains_fields
 @dataclass
 class SketchConfig(BaseSparseConfig):
-    """SketchTune: weights of a row that share a code share one trained number.
+    """SketchTune (https://arxiv.org/abs/2410.06364): weights of a row that share a code share one trained number.
 
-    Each row of a weight (each of its ``groups`` parts) has a table of ``2**bits`` entries, and a fixed code for each
-    weight says which entry is its. ``mode="delta"`` adds the entry to the base weight and starts at zero;
-    ``mode="replace"``, the paper's, drops the weight: what is left is the codes and the table, which trains.
+    A row of a weight ``(out, in)`` is cut into ``groups`` parts. Each part has a table of ``2**bits`` entries, and
+    each weight a fixed code, the number of its entry; the tables ``(out, groups, 2**bits)`` train. ``mode="delta"``
+    adds the entry to the base weight and starts at zero. ``mode="replace"``, the paper's, puts codes and tables in
+    place of the weight.
 
     Args:
         mode: ``"delta"`` beside the base weight, or ``"replace"`` in its place.
@@ -62,6 +63,15 @@ class SketchConfig(BaseSparseConfig):
 
     Raises:
         ValueError, TypeError: a field that is out of range, or two that contradict each other.
+
+    Example:
+        >>> import torch
+        >>> from peft import get_peft_model
+        >>> from sparse_peft import SketchConfig
+        >>> base = torch.nn.Sequential(torch.nn.Linear(64, 32))
+        >>> model = get_peft_model(base, SketchConfig(bits=3, target_modules=["0"]))
+        >>> {name: tuple(p.shape) for name, p in model.base_model.model[0].deltas["default"].named_parameters()}
+        {'codebook': (32, 1, 8)}
     """
 
     method: ClassVar[str] = "SPARSE_PEFT_SKETCH"

@@ -46,12 +46,24 @@ class SketchPlan:
 
 
 class SketchModel(BaseSparseModel[SketchConfig, SketchState]):
-    """Creates a model whose target layers have trained tables beside their weights, or in the place of them.
+    """Creates a model with trained tables beside the weights of its target layers, or in their place.
+
+    SketchTune, https://arxiv.org/abs/2410.06364. A layer's state has the tables, ``codebook``
+    ``(out, groups, 2**bits)``, and the codes of its weights.
 
     Args:
         model (torch.nn.Module): the model to adapt; of mode ``"replace"`` the target layers lose their weights.
         peft_config (sparse_peft.SketchConfig): the adapter's config.
         adapter_name: the adapter's name.
+
+    Example:
+        >>> import torch
+        >>> from peft import get_peft_model
+        >>> from sparse_peft import SketchConfig
+        >>> base = torch.nn.Sequential(torch.nn.Linear(64, 32))
+        >>> model = get_peft_model(base, SketchConfig(bits=3, target_modules=["0"]))
+        >>> model.base_model.model[0].deltas["default"]
+        SketchState(rows=32, cols=64, bits=3, groups=1)
     """
 
     layer_cls = SketchLinear

@@ -18,11 +18,12 @@ DEFAULT_DENSITY = {"finetune": 0.01, "pretrain": 0.03}
 @explains_fields
 @dataclass
 class SLTrainConfig(SparseConfig):
-    """SLTrain (NeurIPS 2024): sparse plus low rank, ``alpha / r * B A + scatter(values)``.
+    """SLTrain (https://arxiv.org/abs/2406.02214): sparse plus low rank.
 
-    With ``mode="finetune"`` that is added to the frozen base weight and starts at zero. With positions from gradients
-    it is the form of RoSA, with positions from a residual that of DSEE. With ``mode="pretrain"`` it takes the
-    weight's place, and everything else of the model trains as well: see
+    The delta is ``alpha / r * B A + scatter(values)``, with ``A`` ``(r, in)``, ``B`` ``(out, r)`` and values ``(k,)``
+    trained. With ``mode="finetune"`` it is added to the frozen weight and starts at zero: RoSA's form
+    (https://arxiv.org/abs/2401.04679) with positions from gradients, DSEE's with positions from a residual. With
+    ``mode="pretrain"`` it takes the weight's place, and everything else of the model trains as well: see
     [`build_for_pretraining`][sparse_peft.build_for_pretraining].
 
     Args:
@@ -43,6 +44,15 @@ class SLTrainConfig(SparseConfig):
 
     Raises:
         ValueError, TypeError: a field that is out of range, or two that contradict each other.
+
+    Example:
+        >>> import torch
+        >>> from peft import get_peft_model
+        >>> from sparse_peft import SLTrainConfig
+        >>> base = torch.nn.Sequential(torch.nn.Linear(64, 32))
+        >>> model = get_peft_model(base, SLTrainConfig(r=4, density=0.02, target_modules=["0"]))
+        >>> {name: tuple(p.shape) for name, p in model.base_model.model[0].deltas["default"].named_parameters()}
+        {'values': (41,), 'A': (4, 64), 'B': (32, 4)}
     """
 
     method: ClassVar[str] = "SPARSE_PEFT_SLTRAIN"

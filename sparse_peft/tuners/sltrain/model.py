@@ -33,12 +33,25 @@ class SLTrainPlan:
 
 
 class SLTrainModel(SparseModel[SLTrainConfig, SLTrainDelta]):
-    """Creates a model with entries and low rank beside the weights of its target layers, or in their place.
+    """Creates a model with sparse plus low rank beside the weights of its target layers, or in their place.
+
+    SLTrain, https://arxiv.org/abs/2406.02214. A layer's state has ``values`` ``(k,)`` with their positions, ``A``
+    ``(r, in)`` and ``B`` ``(out, r)``.
 
     Args:
         model (torch.nn.Module): the model to adapt; of mode ``"pretrain"`` the target layers lose their weights.
         peft_config (sparse_peft.SLTrainConfig): the adapter's config.
         adapter_name: the adapter's name.
+
+    Example:
+        >>> import torch
+        >>> from peft import get_peft_model
+        >>> from sparse_peft import SLTrainConfig
+        >>> base = torch.nn.Sequential(torch.nn.Linear(64, 32))
+        >>> model = get_peft_model(base, SLTrainConfig(r=4, density=0.02, target_modules=["0"]))
+        >>> state = model.base_model.model[0].deltas["default"]
+        >>> state.rank, state.support.nnz
+        (4, 41)
     """
 
     layer_cls = SLTrainLinear

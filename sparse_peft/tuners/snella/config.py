@@ -26,10 +26,14 @@ Decay = Annotated[float, Limits(least=0, below=1)]
 @explains_fields
 @dataclass
 class SnellaConfig(BaseSparseConfig):
-    """SNELL (NeurIPS 2024) and SNELLA: a delta computed from distances, whose entries compete to be not zero.
+    """SNELL and SNELLA: a sparse delta of full rank from few numbers.
 
-    As many parameters train as with LoRA of rank ``r``, the delta has full rank, and ``1 - sparsity`` of its entries
-    are not zero. With ``target_sparsity`` layers compete as well (SNELLA): training then needs
+    Papers: SNELL, https://arxiv.org/abs/2411.01800, and SNELLA, https://arxiv.org/abs/2510.24037. Entry ``(o, i)``
+    of the delta is a kernel of the vectors ``B[:, o]`` and ``A[:, i]``, with ``A`` ``(2, in, r / 2)`` and ``B``
+    ``(2, out, r / 2)`` trained, as many numbers as LoRA of rank ``r``. Of each layer's entries the ``1 -
+    sparsity`` with the largest absolute values are kept, the others are zero.
+
+    With ``target_sparsity`` layers compete as well (SNELLA): training then needs
     [`SparsityCallback`][sparse_peft.SparsityCallback] or a [`SparsityController`][sparse_peft.SparsityController].
 
     Args:
@@ -37,7 +41,7 @@ class SnellaConfig(BaseSparseConfig):
         kernel: ``"distance"``: a difference of two distances (SNELL), or ``"mixed"``: with a softmax of it over the
             outputs, a constant and three more trained numbers a layer (SNELLA).
         sparsity: share of each layer's entries that are zero, in [0, 1]; by default 0.5, and 0 with a target.
-        threshold: what becomes of a value ``k`` whose absolute value is above the threshold ``tau``: ``"soft"``:
+        threshold: entry for a kernel value ``k`` whose absolute value is above the threshold ``tau``: ``"soft"``:
             ``k (|k| - tau)``, the paper's equation 5; ``"reference"``: ``k |k|`` with a gradient that takes ``|k|`` as
             a constant, the authors' code, which counts entries as ``torch.quantile`` does; ``"hard_ste"``: ``k``,
             with the gradient going through for all entries.
@@ -58,12 +62,21 @@ class SnellaConfig(BaseSparseConfig):
         allocate_every: optimizer steps from one sharing to the next.
         beta1: decay of the average of sensitivity.
         beta2: decay of the average of its uncertainty.
-        at_least: entries that every layer keeps, if it has so many.
+        at_least: entries that every layer keeps.
         weigh_by_size: multiply a layer's score with its size, so that it is shared by sums and not by means.
         weight_shapes: resolved ``[rows, cols]`` of the layers' stored weights. Not for setting by hand.
 
     Raises:
         ValueError, TypeError: a field that is out of range, or two that contradict each other.
+
+    Example:
+        >>> import torch
+        >>> from peft import get_peft_model
+        >>> from sparse_peft import SnellaConfig
+        >>> base = torch.nn.Sequential(torch.nn.Linear(64, 32))
+        >>> model = get_peft_model(base, SnellaConfig(r=8, sparsity=0.9, target_modules=["0"]))
+        >>> {name: tuple(p.shape) for name, p in model.base_model.model[0].deltas["default"].named_parameters()}
+        {'A': (2, 64, 4), 'B': (2, 32, 4)}
     """
 
     method: ClassVar[str] = "SPARSE_PEFT_SNELLA"

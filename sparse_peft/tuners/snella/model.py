@@ -31,12 +31,25 @@ class KernelPlan:
 
 
 class SnellaModel(BaseSparseModel[SnellaConfig, KernelState]):
-    """Creates a model with kernelised deltas beside the weights of its target layers.
+    """Creates a model with deltas computed from distances beside the weights of its target layers.
+
+    SNELL, https://arxiv.org/abs/2411.01800. A layer's state has ``A`` ``(2, in, r / 2)`` and ``B`` ``(2, out, r /
+    2)``.
 
     Args:
         model (torch.nn.Module): the model to adapt.
         peft_config (sparse_peft.SnellaConfig): the adapter's config.
         adapter_name: the adapter's name.
+
+    Example:
+        >>> import torch
+        >>> from peft import get_peft_model
+        >>> from sparse_peft import SnellaConfig
+        >>> base = torch.nn.Sequential(torch.nn.Linear(64, 32))
+        >>> model = get_peft_model(base, SnellaConfig(r=8, sparsity=0.9, target_modules=["0"]))
+        >>> state = model.base_model.model[0].deltas["default"]
+        >>> state.entries, state.numel
+        (204, 2048)
     """
 
     layer_cls = SnellaLinear

@@ -25,12 +25,15 @@ DEFAULT_PENALTY = {"lr": 0.5, "adam": 0.5, "constant": 3e-4}
 @explains_fields
 @dataclass
 class SoRAConfig(BaseSparseConfig):
-    """SoRA (EMNLP 2023): low rank with a gate that a proximal step pulls to exact zeros, so that ranks die.
+    """SoRA (https://arxiv.org/abs/2311.11696): low rank with a gate, whose proximal step removes ranks.
 
-    ``W + alpha / r * B diag(gate) A``. Training needs [`SparsityCallback`][sparse_peft.SparsityCallback] or a
+    The effective weight is ``W + alpha / r * B diag(gate) A``, with ``A`` ``(r, in)``, ``B`` ``(out, r)`` and ``gate``
+    ``(r,)`` trained.
+
+    Training needs [`SparsityCallback`][sparse_peft.SparsityCallback] or a
     [`SparsityController`][sparse_peft.SparsityController], which takes the proximal step after each step of the
-    optimizer, keeps the gates out of its weight decay, and reports the ranks. Weight decay on ``A`` and ``B`` keeps
-    the gates from handing their size over to them: with none, the penalty hardly bites.
+    optimizer, keeps the gates out of its weight decay, and reports the ranks. Use weight decay for ``A`` and ``B``:
+    without it they grow as the gates shrink, and the penalty has little effect.
 
     Args:
         r: ranks that each layer starts with.
@@ -65,6 +68,15 @@ class SoRAConfig(BaseSparseConfig):
 
     Raises:
         ValueError, TypeError: a field that is out of range, or two that contradict each other.
+
+    Example:
+        >>> import torch
+        >>> from peft import get_peft_model
+        >>> from sparse_peft import SoRAConfig
+        >>> base = torch.nn.Sequential(torch.nn.Linear(64, 32))
+        >>> model = get_peft_model(base, SoRAConfig(r=4, target_modules=["0"]))
+        >>> {name: tuple(p.shape) for name, p in model.base_model.model[0].deltas["default"].named_parameters()}
+        {'A': (4, 64), 'B': (32, 4), 'gate': (4,)}
     """
 
     method: ClassVar[str] = "SPARSE_PEFT_SORA"

@@ -32,12 +32,23 @@ class RankPlan:
 
 
 class SoRAModel(BaseSparseModel[SoRAConfig, GatedLowRank]):
-    """Creates a model with gated low rank beside its target layers.
+    """Creates a model with gated low rank beside its target layers (SoRA, https://arxiv.org/abs/2311.11696).
+
+    A layer's state has ``A`` ``(r, in)``, ``B`` ``(out, r)`` and ``gate`` ``(r,)``.
 
     Args:
         model (torch.nn.Module): the model to adapt.
         peft_config (sparse_peft.SoRAConfig): the adapter's config.
         adapter_name: the adapter's name.
+
+    Example:
+        >>> import torch
+        >>> from peft import get_peft_model
+        >>> from sparse_peft import SoRAConfig
+        >>> base = torch.nn.Sequential(torch.nn.Linear(64, 32))
+        >>> model = get_peft_model(base, SoRAConfig(r=4, target_modules=["0"]))
+        >>> model.base_model.model[0].deltas["default"].alive
+        4
     """
 
     layer_cls = SoRALinear

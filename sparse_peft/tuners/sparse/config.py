@@ -29,7 +29,11 @@ GRANULARITIES = ("entry", "block")
 @explains_fields
 @dataclass
 class SparseConfig(EntryConfig):
-    """Fine-tune a sparse delta: a chosen set of the weight's entries, everything else frozen.
+    """Train a sparse delta: chosen entries of each weight; the others stay frozen.
+
+    The effective weight is ``W + scatter(values)``: of ``W`` ``(out, in)`` only the ``k`` values ``(k,)`` at the
+    chosen positions train. Positions are fixed, as in LT-SFT (https://arxiv.org/abs/2110.07560), or change during
+    training, as in SpIEL (https://arxiv.org/abs/2401.16405), SET and RigL.
 
     The budget is one of ``density``, ``num_params`` and ``r``; without any, 1 % of the target weights train, and at
     least 16 entries of each layer.
@@ -79,6 +83,15 @@ class SparseConfig(EntryConfig):
 
     Raises:
         ValueError: a budget, allocation or criterion that does not exist or does not fit the others.
+
+    Example:
+        >>> import torch
+        >>> from peft import get_peft_model
+        >>> from sparse_peft import SparseConfig
+        >>> base = torch.nn.Sequential(torch.nn.Linear(64, 32))
+        >>> model = get_peft_model(base, SparseConfig(density=0.1, target_modules=["0"]))
+        >>> sum(p.numel() for p in model.parameters() if p.requires_grad)
+        205
     """
 
     method: ClassVar[str] = "SPARSE_PEFT_DELTA"

@@ -22,7 +22,9 @@ SparseDeltaT = TypeVar("SparseDeltaT", bound=SparseDelta)
 
 
 class SparseModel(EntryModel[SparseConfigT, SparseDeltaT]):
-    """Creates a model with a sparse delta on its target layers.
+    """Creates a model with a sparse delta on its target layers, as in SpIEL (https://arxiv.org/abs/2401.16405).
+
+    A layer's state has ``values`` ``(k,)`` and their flat positions ``indices`` ``(k,)``, ascending.
 
     Args:
         model (torch.nn.Module): the model to adapt.
@@ -30,11 +32,13 @@ class SparseModel(EntryModel[SparseConfigT, SparseDeltaT]):
         adapter_name: the adapter's name.
 
     Example:
-        >>> from transformers import AutoModelForCausalLM
+        >>> import torch
         >>> from peft import get_peft_model
         >>> from sparse_peft import SparseConfig
-        >>> model = AutoModelForCausalLM.from_pretrained("HuggingFaceTB/SmolLM2-135M")
-        >>> model = get_peft_model(model, SparseConfig(density=0.01, target_modules="all-linear"))
+        >>> base = torch.nn.Sequential(torch.nn.Linear(64, 32))
+        >>> model = get_peft_model(base, SparseConfig(density=0.1, target_modules=["0"]))
+        >>> model.base_model.model[0].deltas["default"]
+        SparseDelta(entries=205, shape=(32, 64), density=0.1)
     """
 
     layer_cls: ClassVar[type[TunerLayer[Any]]] = SparseLinear
