@@ -59,7 +59,7 @@ class ReselectionSchedule:
         >>> schedule = ReselectionSchedule(
         ...     every=10, window=2, leads=False, rate=0.3, first_rate=None, decay="linear", start=0, stop=30
         ... )
-        >>> [step for step in range(1, 41) if schedule.is_event(step)]
+        >>> list(filter(schedule.is_event, range(1, 41)))
         [10, 20, 30]
         >>> round(schedule.rate_at(20), 3)
         0.1
