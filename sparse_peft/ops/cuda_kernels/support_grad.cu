@@ -1,8 +1,8 @@
-// Products of two activations at the entries of a support: out[e] (+)= sum_t left[row(e)][t] * right[col(e)][t].
+// The gradient at the entries of a support: out[e] (+)= sum_t left[row(e)][t] * right[col(e)][t].
 //
-// Both activations lie tokens-contiguous, rows of `stride` elements with zeros behind the last token, `stride` a
-// multiple of 16 bytes. A warp owns ENTRIES neighbouring entries over all tokens: sums have a fixed order. Entries are
-// sorted by row, so neighbours mostly share the row of `left`, which is then read once. Compiled by NVRTC for one type
+// Both activations have contiguous tokens: rows of `stride` elements, a multiple of 16 bytes, with zeros after the last
+// token. A warp sums ENTRIES neighbouring entries over all tokens, in a fixed order. Entries are sorted by row, so
+// neighbours mostly share the row of `left`, which is then read once. NVRTC compiles it for one type of value
 // (-DVALUE_FP32, -DVALUE_BF16 or -DVALUE_FP16) and of position (-DINDEX=int or -DINDEX="long long").
 
 #if defined(VALUE_FP32)
