@@ -85,7 +85,7 @@ def method_like(**parts):
 
 
 def test_a_type_a_name_or_a_prefix_that_is_taken_is_refused(monkeypatch):
-    with pytest.raises(RuntimeError, match="'LORA' is already registered by peft.tuners.lora.config.LoraConfig"):
+    with pytest.raises(RuntimeError, match=r"'LORA' is already registered by peft\.tuners\.lora\.config\.LoraConfig"):
         register_method(method_like(method="LORA"))
     taken = dict(PEFT_TYPE_TO_PREFIX_MAPPING)
     taken[PeftType.LORA] = "sparse_peft_x_"

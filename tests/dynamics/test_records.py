@@ -101,7 +101,7 @@ def test_two_records_cannot_have_one_name(registry):
 
 
 def test_an_unknown_event_is_named_with_the_known_ones():
-    with pytest.raises(ValueError, match="event='melting': the known records are .*reselection.*import the package"):
+    with pytest.raises(ValueError, match=r"event='melting': the known records are .*reselection.*import the package"):
         record_from_dict({"event": "melting", "step": 1})
     with pytest.raises(TypeError, match="layers"):
         record_from_dict({"event": "freezing", "step": 1, "adapter": "default"})

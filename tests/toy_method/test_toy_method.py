@@ -159,7 +159,7 @@ def test_adapters_of_other_bands_and_methods_are_composed_to_a_sparse_delta(tmp_
 
 
 def test_it_is_exported_merged_sparse_and_as_lora(tmp_path):
-    folder, model = saved(tmp_path / "adapter", width=1)
+    _, model = saved(tmp_path / "adapter", width=1)
     expected = outputs(model)
     save_as_sparse(model, tmp_path / "sparse")
     assert torch.equal(outputs(loaded(tmp_path / "sparse")), expected)

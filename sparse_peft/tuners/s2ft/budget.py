@@ -1,4 +1,4 @@
-"""How many units each structure trains, and which."""
+"""The number of units that each structure trains, and their choice."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ UNIT_ALLOCATIONS = ("per_layer", "global")
 
 @dataclass(frozen=True)
 class UnitBudget:
-    """How much of each structure trains. Exactly one of the first four is given.
+    """The trained part of each structure; exactly one of the first four fields is given.
 
     Args:
         ratio: share of the channels.
         k: channels of each layer.
-        num_params: parameters in all; as many as whole units allow, never more.
-        r: LoRA-rank equivalent: as many units as have the parameters of LoRA of this rank, rounded up.
+        num_params: largest number of parameters in all.
+        r: LoRA-rank equivalent: the units with the parameters of LoRA of this rank, rounded up.
         ratio_pattern: ``{layer name, suffix or regular expression: share}``, for structures with such a layer.
-        allocation: ``"per_layer"``: structures of one kind train equally many units; ``"global"``: together as many,
-            wherever the best are.
+        allocation: ``"per_layer"``: structures of one kind train equally many units; ``"global"``: the best units of
+            all structures of a kind train, as many in total.
     """
 
     ratio: float | None = None
@@ -39,7 +39,7 @@ class UnitBudget:
     allocation: str = "per_layer"
 
     def wanted(self, structure: Structure) -> float:
-        """Units of one structure, before rounding; ``num_params`` is not a structure's own affair.
+        """Units of one structure, before rounding; not with ``num_params``, which all structures share.
 
         Raises:
             ValueError: ``k`` is more than a layer has.
@@ -73,13 +73,13 @@ def _kinds(structures: list[Structure]) -> dict[tuple, list[Structure]]:
 
 
 def _by_parameters(structures: list[Structure], num_params: int, allocation: str) -> dict[str, int]:
-    """Units of each structure: parameters shared in proportion to the weights, then what is left, kind by kind."""
+    """Units of each structure: parameters in proportion to the weights, then the remainder, kind by kind."""
     kinds = list(_kinds(structures).values())
     least = sum(s.cost for s in structures)
     if num_params < least:
         raise ValueError(
             f"num_params={num_params}: one unit of each of the {len(structures)} structures are {least} "
-            "parameters; give at least so many, or fewer target_modules"
+            "parameters; give at least these, or fewer target_modules"
         )
     most = sum(s.cost * s.size for s in structures)
     if num_params > most:
@@ -116,26 +116,52 @@ def _warn_unused(structures: list[Structure], patterns: dict[str, float]) -> Non
         )
 
 
-def choose_units(
-    structures: list[Structure],
-    budget: UnitBudget,
-    *,
-    seed: int,
-    squares: Callable[[Structure], Tensor] | None = None,
-    largest: bool = False,
-    free: Callable[[Structure], Tensor] | None = None,
-    avoided: str = "",
-) -> dict[str, Tensor]:
-    """The units that train, ``{structure name: (units,) int64, ascending}``.
+@dataclass(frozen=True)
+class UnitChoice:
+    """How units are compared, and which may train.
 
     Args:
-        structures: all of them.
-        budget: how many.
         seed: of random units, together with the structure's name.
         squares: ``squares(structure)``: ``(units,)`` squared scores; random units if None.
         largest: whether large scores train.
         free: ``free(structure)``: ``(units,)`` bool, units that may train; all if None.
-        avoided: names of the adapters that take the others, for errors.
+        avoided: names of the adapters that train the other units, for errors.
+    """
+
+    seed: int
+    squares: Callable[[Structure], Tensor] | None = None
+    largest: bool = False
+    free: Callable[[Structure], Tensor] | None = None
+    avoided: str = ""
+
+    def pool(self, structure: Structure) -> Tensor:
+        """``(units,)`` int64, ascending: the units that may train."""
+        return torch.arange(structure.size) if self.free is None else self.free(structure).nonzero().squeeze(1)
+
+    def best(self, members: list[Structure], count: int, name: str) -> dict[str, Tensor]:
+        """The ``count`` best units of some structures together, ``{structure name: (units,) int64, ascending}``.
+
+        Raises:
+            ValueError: fewer may train.
+        """
+        pools = [self.pool(structure) for structure in members]
+        sizes = [pool.numel() for pool in pools]
+        if count > sum(sizes):
+            raise ValueError(
+                f"layer {members[0].members[0].name}: {count} units are to train, but only {sum(sizes)} of "
+                f"{sum(s.size for s in members)} are left by avoid=[{self.avoided}]; lower the budget"
+            )
+        if self.squares is None:
+            picked = sample_without_replacement(sum(sizes), count, seed=self.seed, name=name)
+        else:
+            scores = [self.squares(s).cpu()[pool] for s, pool in zip(members, pools, strict=True)]
+            picked = topk_indices(torch.cat(scores), count, self.largest, name=name)
+        is_picked = torch.zeros(sum(sizes), dtype=torch.bool).index_fill_(0, picked, True).split(sizes)
+        return {s.name: pool[mask] for s, pool, mask in zip(members, pools, is_picked, strict=True)}
+
+
+def choose_units(structures: list[Structure], budget: UnitBudget, choice: UnitChoice) -> dict[str, Tensor]:
+    """The units that train, ``{structure name: (units,) int64, ascending}``.
 
     Raises:
         ValueError: a budget that does not fit.
@@ -147,28 +173,9 @@ def choose_units(
         wanted = _by_parameters(structures, budget.num_params, budget.allocation)
     chosen: dict[str, Tensor] = {}
     for number, kind in enumerate(_kinds(structures).values()):
-        pools = {s.name: (free(s).nonzero().squeeze(1) if free else torch.arange(s.size)) for s in kind}
-        if budget.allocation == "per_layer":
-            groups = [([s], max(1, round(wanted[s.name]))) for s in kind]
-        else:
-            groups = [(kind, max(1, round(sum(wanted[s.name] for s in kind))))]
-        for members, count in groups:
-            available = sum(pools[s.name].numel() for s in members)
-            if count > available:
-                raise ValueError(
-                    f"layer {members[0].members[0].name}: {count} units are to train, but only {available} of "
-                    f"{sum(s.size for s in members)} are left by avoid=[{avoided}]; lower the budget"
-                )
+        groups = [[structure] for structure in kind] if budget.allocation == "per_layer" else [kind]
+        for members in groups:
+            count = max(1, round(sum(wanted[s.name] for s in members)))
             name = members[0].name if len(members) == 1 else f"global {number}"
-            if squares is None:
-                picked = sample_without_replacement(available, count, seed=seed, name=name)
-            else:
-                scores = torch.cat([squares(s).cpu()[pools[s.name]] for s in members])
-                picked = topk_indices(scores, count, largest, name=name)
-            offset = 0
-            for s in members:
-                size = pools[s.name].numel()
-                inside = picked[(picked >= offset) & (picked < offset + size)] - offset
-                chosen[s.name] = pools[s.name][inside]
-                offset += size
+            chosen.update(choice.best(members, count, name))
     return chosen

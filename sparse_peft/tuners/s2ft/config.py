@@ -52,13 +52,13 @@ class S2FTConfig(BaseSparseConfig):
             [`select_support`][sparse_peft.select_support] beforehand, ``"activation"`` (norm), ``"product"`` of the
             two, ``"gradient"`` (norm of the weight's gradient).
         largest: whether channels with large scores train; by default only with ``"gradient"``.
-        avoid: adapters of the model whose channels this one leaves alone: the deltas are then orthogonal, and fusing
-            them changes neither.
+        avoid: adapters of the model whose channels do not train here: the deltas are then orthogonal, and fusing them
+            changes neither.
         seed: of the random channels; every block draws its own from (seed, block name).
         resident: let the base weight hold the adapter's channels between steps where that is possible, which makes the
             forward pass as fast as the base's. ``False`` never writes to the base; it changes speed, not results.
-        num_channels: resolved number of channels per layer; filled in when the adapter is made, and what a saved
-            adapter is rebuilt from. Not for setting by hand.
+        num_channels: resolved number of channels per layer; filled in when the adapter is made, and used to rebuild a
+            saved adapter. Not for setting by hand.
         sides: resolved side per layer; likewise.
         weight_shapes: resolved ``[rows, cols]`` of the layers' stored weights; likewise.
 
@@ -106,7 +106,7 @@ class S2FTConfig(BaseSparseConfig):
         default=None, metadata={"help": "Whether large scores train; by default only with selection='gradient'."}
     )
     avoid: list[str] | None = field(
-        default=None, metadata={"help": "Adapters of the model whose channels this one leaves alone."}
+        default=None, metadata={"help": "Adapters of the model whose channels do not train here."}
     )
     seed: int = field(default=0, metadata={"help": "Seed of the random channels."})
     resident: bool = field(

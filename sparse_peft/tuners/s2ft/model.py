@@ -19,7 +19,7 @@ from ..combination import Tensors
 from ..delta_layer import SparseTunerLayer
 from ..forms import LoraFactors
 from ..targets import Targets, base_of, check_shapes, dense_weight, in_dim_of, layer_views, stored_shape
-from .budget import choose_units
+from .budget import UnitChoice, choose_units
 from .config import S2FTConfig
 from .delta import BUFFERS, ChannelDelta
 from .forms import channels_of_lora, skeleton_of_channels
@@ -178,15 +178,14 @@ class S2FTModel(BaseSparseModel[S2FTConfig, ChannelDelta]):
         if squares is None and config.selection == "weight":
             squares = {name: weight_squares(dense_weight(module), sides[name]) for name, module in targets.items()}
         taken = cls._taken(config, targets, sides)
-        units = choose_units(
-            structures,
-            config.budget(),
-            seed=config.seed,
+        choice = UnitChoice(
+            config.seed,
             squares=None if squares is None else lambda structure: _unit_squares(structure, squares, config.selection),
             largest=config.trains_largest,
             free=(lambda structure: _free_units(structure, taken)) if taken else None,
             avoided=", ".join(map(repr, config.avoid or [])),
         )
+        units = choose_units(structures, config.budget(), choice)
         supports = {}
         for structure in structures:
             for member in structure.members:

@@ -1,4 +1,4 @@
-"""Which part of a transformer a layer is, told by its name: what S2FT trains it by, and what it is coupled to."""
+"""A layer's role in a transformer, by its name; S2FT's side and coupling follow from it."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 IN, OUT = "in", "out"
 ATTENTION, FFN = "attention", "ffn"
 
-# What writes into the residual stream trains its input channels; what reads from it, its output channels.
+# Layers that write into the residual stream train input channels, layers that read from it output channels.
 SIDES = {"o": IN, "down": IN, "q": OUT, "k": OUT, "v": OUT, "up": OUT, "gate": OUT}
 FAMILIES = {"q": ATTENTION, "k": ATTENTION, "v": ATTENTION, "o": ATTENTION, "up": FFN, "gate": FFN, "down": FFN}
 
@@ -75,7 +75,7 @@ _BY_LENGTH = sorted(
     ((ending, role) for role, endings in _ENDINGS.items() for ending in endings), key=lambda pair: -len(pair[0])
 )
 
-# Where S2FT trains by default: attention outputs and FFN outputs, the cheapest and best places.
+# Default targets: attention and FFN outputs, which cost least and train best.
 _LLAMA_LIKE = (
     "cohere cohere2 deepseek_v3 gemma gemma2 gemma3 glm glm4 granite helium llama llama4 mistral olmo olmo2 "
     "olmo3 phi3 qwen2 qwen3 seed_oss smollm3 stablelm starcoder2 exaone4 ministral gemma3_text"
@@ -132,7 +132,7 @@ class Role:
 
 
 def role_of(name: str) -> Role | None:
-    """What the layer of this name is; None if the name says nothing."""
+    """The role of the layer of this name; None for an unknown name."""
     for ending, kind in _BY_LENGTH:
         if name == ending or name.endswith(f".{ending}"):
             return Role(kind, name.removesuffix(ending).rstrip("."))

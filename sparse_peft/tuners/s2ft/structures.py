@@ -1,4 +1,4 @@
-"""Structures: what S2FT selects as one.
+"""Structures: layers whose channels S2FT selects together.
 
 A feed-forward channel is a row of ``up`` and ``gate`` and a column of ``down``; a head is a block of rows of ``q``,
 ``k`` and ``v`` and a block of columns of ``o``. With grouped queries one key and value head serves several query
@@ -40,7 +40,7 @@ class Structure:
     Attributes:
         name: of the block, or of the layer where it is alone.
         members: its layers.
-        kind: structures of one kind are alike, and compete with one another for a global budget.
+        kind: structures of one kind have equal sizes and compete for a global budget.
     """
 
     name: str
@@ -64,10 +64,7 @@ class Structure:
 
 
 def side_of(name: str, shape: tuple[int, int], in_dim: int, wanted: str) -> str:
-    """``"in"`` or ``"out"``: by the layer's role, and for layers of unknown roles the narrower side's neighbour.
-
-    A layer that widens trains its outputs, one that narrows its inputs: the wide side is the hidden one.
-    """
+    """``"in"`` or ``"out"``: by the layer's role, or its wider side, which is the hidden one, for unknown roles."""
     if wanted != "auto":
         return wanted
     role = role_of(name)
@@ -85,7 +82,7 @@ class Heads:
 
     @classmethod
     def of(cls, model_config: Any) -> Heads | None:
-        """From a transformers config; None if it tells nothing."""
+        """From a transformers config; None if it has no numbers of heads."""
         if model_config is None:
             return None
         config = model_config.get_text_config() if hasattr(model_config, "get_text_config") else model_config
@@ -102,7 +99,7 @@ class Heads:
         return self.queries // self.keys
 
     def fit(self, kind: str, channels: int) -> bool:
-        """Whether so many channels of a ``q``, ``k``, ``v`` or ``o`` are whole heads."""
+        """Whether this number of channels of a ``q``, ``k``, ``v`` or ``o`` is a number of whole heads."""
         return channels % (self.queries if kind in "qo" else self.keys) == 0
 
 
@@ -113,7 +110,7 @@ def _heads_of(role: Role, side: Side, heads: Heads, by_group: bool) -> Tensor:
 
 
 def _channels_of(role: Role, side: Side, heads: Heads) -> Tensor:
-    """``(channels of v, channels)``: a channel of ``v``, and what it becomes in ``o``, once for each query head."""
+    """``(channels of v, channels)``: a channel of ``v``, or its channels in ``o``, one per query head."""
     if role.kind == "v":
         return torch.arange(side.size)[:, None]
     grouped = torch.arange(side.size).view(heads.keys, heads.group, -1)

@@ -59,11 +59,11 @@ class SaRAConfig(EntryConfig):
         nuclear_matrices: ``"one"``: that of one layer, another in each step, as the authors do, or ``"all"``.
         nuclear_every: add the norm in every N-th step only, with N times the weight.
         nuclear_min_size: matrices must have more rows and more columns than this.
-        seed: of the layers that are picked.
+        seed: of the random layers of ``nuclear_matrices="one"``.
         resident: let the base weight hold the adapter's entries between steps where that is possible, which makes the
             forward pass as fast as the base's. ``False`` never writes to the base; it changes speed, not results.
-        num_entries: resolved number of entries per layer; filled in when the adapter is made, and what a saved adapter
-            is rebuilt from. Not for setting by hand.
+        num_entries: resolved number of entries per layer; filled in when the adapter is made, and used to rebuild a
+            saved adapter. Not for setting by hand.
         weight_shapes: resolved ``[rows, cols]`` of the layers' stored weights; likewise.
 
     Raises:
@@ -93,7 +93,7 @@ class SaRAConfig(EntryConfig):
         default="one", metadata={"help": "Nuclear norm of 'one' layer, another in each step, or of 'all'."}
     )
     nuclear_every: Count = field(
-        default=1, metadata={"help": "Optimizer steps from one nuclear norm to the next, so many times as strong."}
+        default=1, metadata={"help": "Add the nuclear norm in every N-th optimizer step, N times as strong."}
     )
     nuclear_min_size: CountOrZero = field(
         default=64, metadata={"help": "Nuclear norms are taken of matrices with more rows and columns than this."}
@@ -101,7 +101,7 @@ class SaRAConfig(EntryConfig):
 
     @property
     def default_density(self) -> float:
-        # about what the authors' threshold of 2e-3 takes of normally distributed weights of deviation 0.03
+        # the share of normally distributed weights of deviation 0.03 below the authors' threshold of 2e-3
         return 0.05
 
     @property

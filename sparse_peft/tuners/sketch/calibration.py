@@ -46,7 +46,7 @@ class Recipe:
         bits, groups = self.config.bits, self.config.groups_of(name)
         counts = moment.diagonal().pow(self.importance)
         tables = fit_codebooks(weight, bits, groups, weights=counts, method=self.config.clustering, name=name)
-        # what stands in a file is rounded; the codes are chosen for that
+        # files have rounded tables, and the codes are chosen for these
         tables = tables.to(dtype).float()
         if self.compensate:
             tables, codes = compensated_sketch(
@@ -85,15 +85,16 @@ def sketch_model(
 ) -> SketchConfig:
     """Make the sketches of every target layer from calibration data, before the adapter is made.
 
-    A layer's tables are made of its weights, those of large inputs counting more. Its codes are chosen column by
-    column, later columns making good what earlier ones have lost in the layer's output (GPTQ, LeanQuant), and the
-    tables are then refitted by least squares. All three need the second moment of the layer's inputs, which the
-    model's passes over the data collect. Where its blocks can be run one by one, each is
-    given what the sketched blocks before it return, so that it makes good their errors too, and the moments of one
-    block are alive at a time, beside the hidden states of all of the data. Otherwise all inputs are those of the dense
-    model, and the moments of all layers are alive together.
+    A layer's tables are fitted to its weights, weighted by the size of their inputs. Codes are chosen by column; later
+    columns compensate the output errors of earlier ones (GPTQ, https://arxiv.org/abs/2210.17323, and LeanQuant,
+    https://arxiv.org/abs/2407.10032). Least squares then refit the tables. All three steps need the second moment of
+    the layer's inputs, which passes over the data collect.
 
-    Nothing of the model changes, also after an exception, and it runs in the mode (training or evaluation) it is in.
+    Where the model's blocks can run one by one, each receives the outputs of the sketched blocks before it and
+    compensates their errors too. Memory then holds the moments of one block and the hidden states of all data.
+    Otherwise all inputs are those of the dense model, and memory holds the moments of all layers.
+
+    The model does not change, even after an exception, and runs in its present mode (training or evaluation).
     In a distributed run all processes call it, and all get what process 0 made from its data.
 
     Args:
@@ -102,7 +103,7 @@ def sketch_model(
         data: batches, each passed to the model as ``model(**batch)``, or to ``loss_fn``; tokens that an
             ``attention_mask`` leaves out do not count. A few ten thousand tokens of text like the model's own are
             usual; with fewer tokens than a layer has inputs, damping makes up for the rest.
-        loss_fn: ``loss_fn(model, batch)`` runs the model; what it returns is not used.
+        loss_fn: ``loss_fn(model, batch)`` runs the model; its result is not used.
         sequential: True runs blocks one by one, or says why it cannot; False takes the dense model's inputs; None
             does the first where it can.
         compensate: choose codes by the compensated sweep; otherwise they are the nearest entries.
@@ -222,7 +223,7 @@ class _Calibration:
         return masks
 
     def _follow(self, chain: Chain, masks: list[Tensor | None]) -> None:
-        """Sketch the blocks of a chain in order, each on what the sketched ones before it return."""
+        """Sketch the blocks of a chain in order, each on the outputs of the sketched ones before it."""
         last = max(chain.places.values())
         for index in range(last + 1):
             inside = {name: self.targets[name] for name, place in chain.places.items() if place == index}

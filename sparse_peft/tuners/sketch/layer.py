@@ -207,7 +207,8 @@ class SketchLinear(TunerLayer[SketchState]):
     def _merge(self, names: tuple[str, ...], safe_merge: bool) -> None:
         replaced = self.replaced
         if replaced is None:
-            return super()._merge(names, safe_merge)
+            super()._merge(names, safe_merge)
+            return
         (table,), _ = self._coded((*self.merged_adapters, *names), with_base=True)
         if safe_merge:
             self._check_merged(table, names)

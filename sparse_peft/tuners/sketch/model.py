@@ -166,14 +166,14 @@ class SketchModel(BaseSparseModel[SketchConfig, SketchState]):
     ) -> None:
         """Add an adapter that is a weighted sum of others, exact because tables of the same codes add up.
 
-        What is summed is what each adapter changes: of mode ``"replace"``, ``c0 + sum of w_i (c_i - c0)``.
+        The adapters' changes are summed: with mode ``"replace"``, ``c0 + sum of w_i (c_i - c0)``.
 
         Args:
             adapters: names of adapters that have the same codes in the same layers.
             weights: one number for each.
             adapter_name: the new adapter's name.
             combination_type: ``"linear"``, the only one.
-            options: the other combinations', for an error that says so.
+            options: arguments of the other combinations, which are refused.
 
         Raises:
             ValueError: names or weights that do not fit, another combination, or adapters whose layers or codes

@@ -19,7 +19,7 @@ FORMAT = "sparse_peft_sketch"
 
 def file_sha256(path: str | os.PathLike) -> str:
     """The file's SHA-256 in hexadecimal."""
-    with open(path, "rb") as file:
+    with Path(path).open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
@@ -55,8 +55,8 @@ def read_sketches(path: str | os.PathLike, sha256: str | None = None) -> dict[st
         FileNotFoundError: there is no such file.
         ValueError: another hash, or no file of sketches.
     """
-    path = os.fspath(path)
-    if not os.path.isfile(path):
+    path = Path(path)
+    if not path.is_file():
         raise FileNotFoundError(
             f"{path}: the adapter's codes should be in this file, which is not there; copy it beside the adapter, or "
             "set the config's `sketch` to where it lies"

@@ -1,4 +1,4 @@
-"""What stands in the place of a layer whose weight is codes and tables."""
+"""A linear layer of codes and tables, which replaces one with a weight."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from ..layer_parts import bias_of, weight_of
 
 
 class SketchedLinear(nn.Module):
-    """A linear layer with codes and a frozen table in the place of its weight; the bias is kept.
+    """A linear layer with codes and a frozen table in place of its weight; the bias is kept.
 
     Args:
         base: the ``nn.Linear`` or transformers' ``Conv1D`` whose place it takes.

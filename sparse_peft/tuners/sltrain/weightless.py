@@ -1,4 +1,4 @@
-"""What stands in the place of a linear layer whose weight is not kept."""
+"""A linear layer without its weight."""
 
 from __future__ import annotations
 

@@ -45,21 +45,21 @@ class SnellaConfig(BaseSparseConfig):
             ``k (|k| - tau)``, the paper's equation 5; ``"reference"``: ``k |k|`` with a gradient that takes ``|k|`` as
             a constant, the authors' code, which counts entries as ``torch.quantile`` does; ``"hard_ste"``: ``k``,
             with the gradient going through for all entries.
-        init: ``"residual"``: the delta that the first numbers give is subtracted from what is kept, so that training
-            starts at the base model; it is computed anew from ``seed`` and takes no room in a file. ``"symmetric"``:
-            both pieces start alike, which is zero without anything to subtract; with the distance kernel and
-            ``"hard_ste"`` only. ``"reference"``: as the authors do, with a small delta at the start.
+        init: ``"residual"``: the initial delta is subtracted, so that training starts at the base model; it is
+            computed again from ``seed`` and not saved. ``"symmetric"``: both pieces start equal, which gives a zero
+            delta; with the distance kernel and ``"hard_ste"`` only. ``"reference"``: as the authors do, with a small
+            delta at the start.
         seed: of the first numbers; every layer draws its own from (seed, layer name).
         dropout: probability with which an input of the delta is left out in training. Without any the delta is added
             to a float32 base's weight, and each pass multiplies once.
         tau_interval: changes of the parameters from one computation of ``tau`` to the next.
-        cache: keep the delta while the model is in evaluation mode and no gradients are wanted: one weight's size a
-            layer for forward passes that compute no kernel.
-        target_sparsity: share of all layers' entries that are zero in the end, shared by the layers' sensitivity; None
-            for no sharing. At least ``sparsity``.
-        allocate_start: optimizer steps (int), or share of the run (float), before the first sharing.
-        allocate_stop: when the target is reached; from then on layers keep what they have.
-        allocate_every: optimizer steps from one sharing to the next.
+        cache: keep the dense delta in evaluation mode without gradients: memory of the weight's size per layer, and
+            forward passes without the kernel.
+        target_sparsity: final share of zero entries over all layers, allocated by the layers' sensitivity; None for no
+            allocation. At least ``sparsity``.
+        allocate_start: optimizer steps (int), or share of the run (float), before the first allocation.
+        allocate_stop: when the target is reached; allocations do not change afterwards.
+        allocate_every: optimizer steps from one allocation to the next.
         beta1: decay of the average of sensitivity.
         beta2: decay of the average of its uncertainty.
         at_least: entries that every layer keeps.
@@ -137,7 +137,7 @@ class SnellaConfig(BaseSparseConfig):
 
     @classmethod
     def paper(cls, **fields: Any) -> SnellaConfig:
-        """What the authors' code of SNELLA computes, with its settings: for comparisons."""
+        """The settings and operations of the authors' code of SNELLA, for comparisons."""
         return cls(
             **{"r": 8, "kernel": "mixed", "threshold": "reference", "init": "reference", "dropout": 0.1, **fields}
         )

@@ -18,7 +18,7 @@ from .layer import SnellaLinear
 from .records import Allocation, LayerAllocation
 from .state import KernelState
 
-# The parameters that are looked at.
+# The parameters whose sensitivity is measured.
 FACTORS = ("A", "B")
 
 
@@ -29,7 +29,7 @@ class _Part:
     Attributes:
         state: the adapter's trained state in the layer.
         sensitivity: ``{factor: average of |parameter * gradient|}``, float32.
-        uncertainty: ``{factor: average of what it is off by}``, likewise.
+        uncertainty: ``{factor: average of the absolute deviation of sensitivity}`` (AdaLoRA), float32.
     """
 
     state: KernelState
@@ -44,15 +44,15 @@ class _Part:
 class SnellaDynamics(Dynamics[SnellaConfig, SnellaLinear]):
     """The dynamics of one [`SnellaConfig`][sparse_peft.SnellaConfig] adapter with a target.
 
-    Sensitivity and uncertainty are averaged in every step, from the gradients and the parameters that they are of,
-    before the optimizer steps. A step whose gradients are not finite is left out.
+    Sensitivity and uncertainty are averaged in every step, from gradients and parameters before the optimizer steps.
+    Steps with gradients that are not finite are left out.
 
     Args:
         context: see ``TrainingContext``.
 
     Raises:
-        ValueError: the config needs the length of the run and it is not known, or the target is less than the layers
-            keep at least.
+        ValueError: the config needs the length of the run and it is not known, or the target is below the entries that
+            layers keep at least.
     """
 
     def __init__(self, context: TrainingContext[SnellaConfig, SnellaLinear]):

@@ -41,11 +41,11 @@ class SoRAConfig(BaseSparseConfig):
         dropout: probability with which an input is left out in training.
         rank_pattern: ``{layer name or regular expression: r}`` for layers with a rank of their own.
         init_gate: ``"ones"``: as LoRA at first, or ``"normal"``, as the authors do.
-        prox: what a gate's threshold is: ``"lr"``: the learning rate times the penalty, which is the proximal gradient
-            step of the gates' L1 norm; ``"constant"``: the penalty itself, as the authors do; ``"adam"``: as ``"lr"``,
+        prox: a gate's threshold. ``"lr"``: the learning rate times the penalty, the proximal gradient step of the
+            gates' L1 norm; ``"constant"``: the penalty itself, as the authors do; ``"adam"``: as ``"lr"``,
             divided by the root of Adam's second moment, the proximal step in Adam's own metric.
-        operator: ``"soft"``: soft thresholding, or ``"reference"``: what the authors' code does, which also zeroes
-            everything below twice the threshold.
+        operator: ``"soft"``: soft thresholding, or ``"reference"``: the operator of the authors' code, which also
+            zeroes gates below twice the threshold.
         penalty: the L1 norm's weight; by default 0.5, with ``prox="constant"`` the threshold 3e-4.
         first_penalty: of the first stage; by default 0.
         stages: number of equally long stages of the run, with penalties from the first to the last.
@@ -53,17 +53,18 @@ class SoRAConfig(BaseSparseConfig):
             in every stage is [`rewarmed_schedule`][sparse_peft.rewarmed_schedule].
         prox_start: optimizer steps (int), or share of the run (float), before the first proximal step: the warmup.
         max_threshold: with ``prox="adam"``: most that a step takes from a gate, whose second moment starts at zero.
-        target_rank: ranks of all layers together that are to be left, as a number (int) or a share of those at the
-            start (float in (0, 1]); the penalty is then adapted to it.
-        target_step: when: optimizer steps (int) or a share of the run (float). From then on ranks stay as they are.
+        target_rank: remaining ranks of all layers together, as a number (int) or a share of the initial ones (float in
+            (0, 1]); the penalty is adapted to reach it.
+        target_step: when the target is reached: optimizer steps (int) or a share of the run (float). Ranks do not
+            change afterwards.
         gate_lr_scale: the gates' learning rate, relative to that of ``A`` and ``B``.
         l1_weight: weight of the gates' mean absolute value in the loss, as in the authors' code besides the threshold;
             0 for none. Its gradient is added in backward, so that clipping includes it.
-        compact_every: cut ranks out of the model that were zero for so many steps; None for never. They cannot come
-            back. In one process only.
+        compact_every: remove ranks that were zero for this many steps from the model, for good; None for never. In one
+            process only.
         report_every: optimizer steps from one report of the ranks to the next.
-        ranks: resolved ranks of each layer; filled in when the adapter is made, and what a saved adapter is rebuilt
-            from. Not for setting by hand.
+        ranks: resolved ranks of each layer; filled in when the adapter is made, and used to rebuild a saved adapter.
+            Not for setting by hand.
         weight_shapes: resolved ``[rows, cols]`` of the layers' stored weights; likewise.
 
     Raises:
@@ -92,7 +93,7 @@ class SoRAConfig(BaseSparseConfig):
         default_factory=dict, metadata={"help": "{layer name or regular expression: r} for layers with their own."}
     )
     init_gate: Annotated[str, OneOf(GATES)] = field(default="ones", metadata={"help": "How gates start."})
-    prox: Annotated[str, OneOf(PROXIMALS)] = field(default="lr", metadata={"help": "What a gate's threshold is."})
+    prox: Annotated[str, OneOf(PROXIMALS)] = field(default="lr", metadata={"help": "A gate's threshold."})
     operator: Annotated[str, OneOf(PROXIMAL_OPERATORS)] = field(
         default="soft", metadata={"help": "Soft thresholding, or the operator of the authors' code."}
     )
@@ -143,7 +144,7 @@ class SoRAConfig(BaseSparseConfig):
 
     @classmethod
     def paper(cls, **fields: Any) -> SoRAConfig:
-        """The settings of the authors' script, with what their code does: for comparisons."""
+        """The settings of the authors' script and the operations of their code, for comparisons."""
         return cls(
             **{
                 "init_gate": "normal",
@@ -158,7 +159,7 @@ class SoRAConfig(BaseSparseConfig):
 
     @property
     def scale(self) -> float:
-        """What the product is multiplied by."""
+        """The factor of the product."""
         return self.alpha / self.r
 
     def claimed_sizes(self, layer: str) -> Iterator[tuple[str, int, str]]:

@@ -1,4 +1,4 @@
-"""Gradients of one layer at positions that may start to train, summed over the optimizer steps of a window."""
+"""Gradients of one layer at candidate positions, summed over the optimizer steps of a window."""
 
 from __future__ import annotations
 
@@ -13,15 +13,14 @@ from ...support import Support
 
 
 class CandidateWindow:
-    """Watches one layer's backward passes; an observer of ``sparse_peft.ops.observe``.
+    """Observes one layer's backward passes; see ``sparse_peft.ops.observe``.
 
-    In the first step every backward pass proposes: the dense gradient is there a panel at a time, and the positions
-    with the largest sums so far stay. From the second step on, the gradient at these positions is computed together
-    with the support's own. Sums are float32, of the gradient of whole optimizer steps, and their squares are taken
-    per step.
+    In the first step every backward pass proposes candidates: it computes the dense gradient a panel at a time and
+    keeps the positions with the largest sums. From the second step on, the gradient at these positions is computed
+    together with the support's own. Sums are float32, over whole optimizer steps; squares are taken per step.
 
-    A position that a later backward pass of the first step proposed may have missed something of the earlier ones;
-    that step does not count for it, unless it is the window's only one.
+    A position that a later backward pass of the first step proposed may lack gradients of the earlier passes. That
+    step does not count for it, unless it is the window's only one.
 
     Args:
         support: the adapter's trained positions.
@@ -53,19 +52,16 @@ class CandidateWindow:
     # ------------------------------------------------------------------ during the backward pass
 
     def support_grad(self, left: Tensor, right: Tensor, active: Support) -> Tensor:
-        """The gradient at the active adapters' support, as ``support_grad``.
-
-        Sees the candidates' on the way.
-        """
+        """The gradient at the active adapters' support, as ``support_grad``; adds the candidates' to the sums."""
         if left.shape[0] == 0:
             return support_grad(left, right, active)
-        see = self._propose if self.steps == 0 else self._follow
-        values = see(left, right, active)
+        compute = self._propose if self.steps == 0 else self._follow
+        values = compute(left, right, active)
         self.own += values[self._slots(active)].to(torch.float32)
         return values
 
     def _slots(self, active: Support) -> Tensor | slice:
-        """Where the adapter's entries are among those of all active adapters."""
+        """The slots of the adapter's entries among those of all active adapters."""
         return slice(None) if active.nnz == self.support.nnz else active.slots(self.support.indices)
 
     def _propose(self, left: Tensor, right: Tensor, active: Support) -> Tensor:
@@ -76,7 +72,7 @@ class CandidateWindow:
         gradient, positions, sums = masked_dw(left, right, joint, limit)
         found = gradient[theirs].to(torch.float32)
         if limit and bool(sums[0].isnan()):
-            # what is not finite makes the whole step's sums so, and they are thrown away with it
+            # numbers that are not finite discard the whole step
             self.own.fill_(torch.nan)
         nonzero = sums.abs() > 0
         self._merge(positions[nonzero], sums[nonzero].to(torch.float32), found)
@@ -85,7 +81,7 @@ class CandidateWindow:
         return gradient[own]
 
     def _merge(self, positions: Tensor, sums: Tensor, found: Tensor) -> None:
-        """Let newly proposed positions compete with those already watched, by the absolute sums so far."""
+        """Keep the largest absolute sums of new and earlier candidates."""
         late = torch.full_like(positions, self._rejected, dtype=torch.bool)
         joined = torch.cat((self.positions, positions)).sort()
         sums = torch.cat((self.partial + found, sums))[joined.indices]
@@ -111,7 +107,7 @@ class CandidateWindow:
     # ------------------------------------------------------------------ at the end of an optimizer step
 
     def reduce(self, collectives: Collectives) -> None:
-        """Average this step's sums over the processes; afterwards all watch the same positions."""
+        """Average this step's sums over the processes, which then have the same candidates."""
         if collectives.alone:
             return
         self.own = collectives.mean(self.own)
@@ -136,12 +132,12 @@ class CandidateWindow:
         return self.partial.isfinite().all() & self.own.isfinite().all()
 
     def commit(self, factor: float, gradient: Tensor) -> None:
-        """Take this step into the sums.
+        """Add this step to the window's sums.
 
         Args:
-            factor: what the sums of backward are to be multiplied by to be what the optimizer saw: one over a loss
-                scale, and a clipping coefficient.
-            gradient: ``(entries,)`` the gradient of the trained entries that the optimizer saw.
+            factor: the optimizer's gradient relative to that of backward: one over a loss scale, times a clipping
+                coefficient.
+            gradient: ``(entries,)`` the optimizer's gradient of the trained entries.
         """
         step = self.partial * factor
         if self.steps == 0:

@@ -66,19 +66,20 @@ class SparseConfig(EntryConfig):
             this many steps.
         replace_rate: share of each layer's entries that a reselection at the start puts up for replacement.
         first_replace_rate: share at the first reselection; by default 1 for SpIEL, whose first positions are random,
-            and what the schedule says for SET and RigL.
+            and the schedule's for SET and RigL.
         schedule: how the share falls from the start to the stop: ``"linear"``, ``"cosine"``, ``"cubic"`` or
             ``"constant"``.
         reselect_start: where the first window or period begins: a number of optimizer steps (int), or a share of the
             run (float in [0, 1]).
-        reselect_stop: after which no entry is replaced any more; likewise.
-        candidates: with gradients: positions that are watched in a window, for each trained entry.
-        redistribute: whether entries may move between layers: one ranking over all of them, the total stays.
-        seed_moments: the optimizer's moments of a new entry: ``"gradient"`` what was observed of it, ``"zero"`` none.
+        reselect_stop: end of the reselections; likewise.
+        candidates: with gradients: candidate positions in a window per trained entry.
+        redistribute: whether entries may move between layers: one ranking over all layers, with a constant total.
+        seed_moments: the optimizer's first moments of a new entry: ``"gradient"``: from its observed gradients,
+            ``"zero"``: none.
         resident: let the base weight hold the adapter's entries between steps where that is possible, which makes the
             forward pass as fast as the base's. ``False`` never writes to the base; it changes speed, not results.
-        num_entries: resolved number of entries per layer; filled in when the adapter is made, and what a saved adapter
-            is rebuilt from. Not for setting by hand.
+        num_entries: resolved number of entries per layer; filled in when the adapter is made, and used to rebuild a
+            saved adapter. Not for setting by hand.
         weight_shapes: resolved ``[rows, cols]`` of the layers' stored weights; likewise.
 
     Raises:
@@ -126,7 +127,7 @@ class SparseConfig(EntryConfig):
     )
     first_replace_rate: Share | None = field(
         default=None,
-        metadata={"help": "Share at the first reselection; by default 1 for SpIEL, else what the schedule says."},
+        metadata={"help": "Share at the first reselection; by default 1 for SpIEL, else the schedule's."},
     )
     schedule: Annotated[str, OneOf(DECAYS)] = field(
         default="linear", metadata={"help": "How the share falls over the run."}
