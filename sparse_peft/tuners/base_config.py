@@ -305,10 +305,12 @@ class BaseSparseConfig(PeftConfig):
         sizes, largest = _sizes_by_layer(shapes, f".{self.prefix()}adapter.")
         for layer in {**sizes, **(self.weight_shapes or {})}:
             for name, size, dimension in self.claimed_sizes(layer):
-                found = sizes.get(layer, {}).get(dimension)
+                options = dimension.split(" or ")
+                found = next((sizes[layer][key] for key in options if key in sizes.get(layer, {})), None)
                 # a tensor that the file lacks is reported on loading; until then it may be as large as any layer's
-                if size > (largest.get(dimension, 0) if found is None else found):
-                    in_file = f"no {dimension.partition('.')[0]}" if found is None else found
+                if size > (max(largest.get(key, 0) for key in options) if found is None else found):
+                    names = " or ".join(key.partition(".")[0] for key in options)
+                    in_file = f"no {names}" if found is None else found
                     raise ValueError(
                         f"{folder}: {name}: {size} for layer {layer}, of which the adapter's file has {in_file}; "
                         f"{DAMAGED}"
@@ -317,7 +319,8 @@ class BaseSparseConfig(PeftConfig):
     def claimed_sizes(self, layer: str) -> Iterator[tuple[str, int, str]]:
         """``(field, size, "tensor.dimension")`` of what the config says of a layer's tensors in a file.
 
-        For methods to override: every size that memory is allocated by.
+        For methods to override: every size that memory is allocated by. ``"a.0 or b.0"`` where the file has one of two
+        tensors.
         """
         yield from ()
 

@@ -161,8 +161,8 @@ class S2FTConfig(BaseSparseConfig):
         return config, notes
 
     def claimed_sizes(self, layer: str) -> Iterator[tuple[str, int, str]]:
-        trains_rows = (self.sides or {}).get(layer) == "out"
-        yield "num_channels", (self.num_channels or {}).get(layer, 0), "rows.0" if trains_rows else "columns.0"
+        # inputs are the rows of transformers' Conv1D, and the columns of all other layers
+        yield "num_channels", (self.num_channels or {}).get(layer, 0), "rows.0 or columns.0"
 
     def budget(self) -> UnitBudget:
         """The budget that the fields describe."""
