@@ -52,15 +52,15 @@ OPS = (
 
 @dataclass(frozen=True)
 class Check:
-    """One thing that was looked at.
+    """One finding.
 
     Attributes:
         group: ``"packages"``, ``"compilers"``, ``"devices"``, ``"kernels"``, ``"files"``, ``"environment"`` or
             ``"methods"``.
-        name: of the thing.
+        name: of what was examined.
         status: ``"ok"``, ``"absent"`` (nothing needs it here) or ``"broken"``.
-        found: what is there, in words.
-        note: what it is for, or what to do.
+        found: version, path or state.
+        note: its purpose, or a cure.
     """
 
     group: str
@@ -71,7 +71,7 @@ class Check:
 
 
 def examine() -> list[Check]:
-    """Look at everything; nothing is raised, what fails is ``"broken"``."""
+    """Run all checks; nothing is raised, a check that fails is ``"broken"``."""
     checks: list[Check] = []
     for group, look in GROUPS.items():
         try:
@@ -85,7 +85,7 @@ def examine() -> list[Check]:
 
 
 def _requirements() -> Iterator[tuple[Requirement, str | None]]:
-    """What the package needs, and the extra it is needed for; once each."""
+    """The package's requirements with their extras, once each."""
     seen = set()
     for line in metadata.requires(DISTRIBUTION) or []:
         requirement = Requirement(line)
@@ -146,7 +146,7 @@ def _compilers() -> list[Check]:
         from torch.cuda._utils import _get_nvrtc_library  # noqa: PLC0415  (private, not in every version)
 
         checks.append(Check("compilers", "NVRTC", OK, str(_get_nvrtc_library()._name)))
-    except Exception as error:  # whatever loading a library, or a private function of torch, may raise
+    except Exception as error:  # a private function of torch, which loads a library
         status = BROKEN if torch.cuda.is_available() else ABSENT
         checks.append(Check("compilers", "NVRTC", status, str(error), "without it Triton's kernels are used"))
     return checks

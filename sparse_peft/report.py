@@ -1,4 +1,4 @@
-"""Plots of what trains and of how it changed during training, as PNG files.
+"""Plots of trained entries and of their changes during training, as PNG files.
 
 Needs matplotlib: ``pip install "sparse-peft[plot]"``.
 """
@@ -57,7 +57,7 @@ def plot_supports(
         supports: a model with an adapter, or ``{layer name: support}``.
         path: of the PNG file.
         adapter: which adapter of the model.
-        max_layers: so many are drawn at most, evenly spaced over the model.
+        max_layers: largest number of layers drawn, evenly spaced over the model.
 
     Raises:
         ValueError: no layer has such an adapter.
@@ -104,7 +104,7 @@ class LayerPath:
         density: share of its weight that the active adapters train.
         forward: ``"resident"``, ``"overlay"``, ``"dequantised"`` or ``"additive"``; see docs/how_it_works.md.
         gradient: ``"sampled"``, ``"panels"``, ``"tiles"``, ``"triton"`` or ``"cuda"``; see docs/kernels.md.
-        why: what decided on the gradient's path.
+        why: the reason for the gradient's path.
     """
 
     layer: str
@@ -208,7 +208,7 @@ def write_history(history: Sequence[Record], folder: str | os.PathLike) -> Path:
 
 
 def read_history(path: str | os.PathLike) -> list[Record]:
-    """What [`write_history`][sparse_peft.report.write_history] wrote, from the file or its folder.
+    """Read a history that [`write_history`][sparse_peft.report.write_history] wrote, from the file or its folder.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -227,7 +227,7 @@ def read_history(path: str | os.PathLike) -> list[Record]:
 def plot_report(
     model: nn.Module, history: Sequence[Record], folder: str | os.PathLike, adapter: str | None = None
 ) -> list[Path]:
-    """Draw what there is to see of one adapter's training, and keep the history beside it.
+    """Draw all plots of one adapter's training, and keep the history beside them.
 
     Args:
         model: with the adapter; where its layers have positions, they are drawn as ``supports.png``.

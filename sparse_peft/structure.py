@@ -1,4 +1,4 @@
-"""Models without weights, out of their configs."""
+"""Models without weights, built from their configs."""
 
 from __future__ import annotations
 

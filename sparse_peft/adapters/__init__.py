@@ -1,7 +1,7 @@
-"""What becomes of an adapter after training: files of models without PEFT's wrapper, and other adapters' forms."""
+"""Adapters after training: save, load, compose, average, extract, export, convert, compare, serve."""
 
 from .compose import compose
-from .convert import convert
+from .convert import CONVERSION_TARGETS, convert
 from .export import EXPORT_FORMS, export, save_merged
 from .extract import EXTRACTION_CRITERIA, ExtractedLayer, Extraction, ExtractOptions, extract
 from .files import load_adapter, save_adapter
@@ -15,6 +15,7 @@ from .summary import AdapterSummary, Comparison, LayerComparison, LayerSummary, 
 from .to_entries import save_as_sparse, to_sparse
 
 __all__ = [
+    "CONVERSION_TARGETS",
     "EXPORT_FORMS",
     "EXTRACTION_CRITERIA",
     "AdapterPool",

@@ -1,7 +1,6 @@
 """Several saved adapters made into one: weighted sums, TIES, DARE and pruning on the union of their supports.
 
-The same mathematics as ``add_weighted_adapter`` of a live model, but no model is needed: an adapter's file has what
-there is to combine.
+The mathematics of ``add_weighted_adapter``, without a model: the adapters' files suffice.
 """
 
 from __future__ import annotations
@@ -130,7 +129,7 @@ def _one_method(adapters: list[StoredAdapter]) -> list[StoredAdapter]:
 
 
 def _only_owner(adapters: Sequence[StoredAdapter]) -> dict[str, Tensor]:
-    """What is stored beside the layers, of the one adapter that has it, or of several if it is equal."""
+    """The tensors beside the layers; several adapters may have one only if theirs are equal."""
     rest: dict[str, Tensor] = {}
     owner: dict[str, str] = {}
     for adapter in adapters:

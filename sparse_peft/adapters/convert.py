@@ -1,4 +1,4 @@
-"""Sparse deltas out of other programs' adapters, and into those that PEFT has of its own: SHiRA, Super-Tuning."""
+"""Conversion of other programs' sparse adapters, and to PEFT's own SHiRA and Super-Tuning."""
 
 from __future__ import annotations
 
@@ -20,31 +20,32 @@ from .modules_to_save import OTHERS, WholeTensors, save_whole
 from .offline_adapter import entries_of, read_stored
 from .weight_reader import name_of, structure_of, weights_of
 
-TARGETS = ("sparse", "shira", "supertuning")
+CONVERSION_TARGETS = ("sparse", "shira", "supertuning")
+"""Targets of [`convert`][sparse_peft.adapters.convert]; the first is the default."""
 READERS = {"SHIRA": read_shira, "SUPERTUNING": read_supertuning, "SFT": read_spiel}
 
 
 def convert(
     source: str | os.PathLike,
     output: str | os.PathLike,
-    to: str = "sparse",
+    to: str = CONVERSION_TARGETS[0],
     *,
     base: nn.Module | str | os.PathLike | None = None,
     others: str = "refuse",
 ) -> PeftConfig:
-    """Write an adapter in another program's form; it makes the same of every input.
+    """Write an adapter in another program's form, with the same outputs.
 
-    What can be read: adapters of this package whose deltas are sparse, PEFT's SHiRA and Super-Tuning, SpIEL's
+    Sources are this package's adapters with sparse deltas, PEFT's SHiRA and Super-Tuning, SpIEL's
     (``AlanAnsell/peft``) and LT-SFT's (``pytorch_diff.bin``). SHiRA and Super-Tuning have one budget for all layers:
-    layers with less are filled up with entries of zero, which a conversion back keeps.
+    smaller layers are padded with entries of zero, which a conversion back keeps.
 
     Args:
         source: folder of the adapter; for LT-SFT also the file.
         output: folder; made if need be.
         to: ``"sparse"`` ([`SparseConfig`][sparse_peft.SparseConfig]), ``"shira"`` or ``"supertuning"``.
-        base: for other programs' adapters the base model, loaded or its folder: their files do not say how large the
-            weights are. By default the folder that the adapter's config names. An LT-SFT file that changes more than
-            linear layers also needs its weights.
+        base: for other programs' adapters, whose files have no weight shapes: the base model, loaded or its folder.
+            By default the folder that the adapter's config names. An LT-SFT file that changes more than linear layers
+            also needs its weights.
         others: of an LT-SFT file's changes of embeddings, norms and biases, and its heads: ``"refuse"``,
             ``"leave_out"``, or ``"save"`` them whole through ``modules_to_save`` and ``bias``.
 
@@ -54,8 +55,8 @@ def convert(
     Raises:
         ValueError: an adapter that has no such form, is for another base, or is damaged; nothing is written then.
     """
-    if to not in TARGETS:
-        raise ValueError(f"to={to!r}: one of {', '.join(TARGETS)} is expected")
+    if to not in CONVERSION_TARGETS:
+        raise ValueError(f"to={to!r}: one of {', '.join(CONVERSION_TARGETS)} is expected")
     if others not in OTHERS:
         raise ValueError(f"others={others!r}: one of {', '.join(OTHERS)} is expected")
     form = source_format(source)
@@ -158,8 +159,8 @@ def _check_linear(structure: nn.Module, states: dict[str, SparseDelta], to: str)
             raise ValueError(f"layer {name}: a {kind.__name__}; {to} adapters are for torch.nn.Linear alone")
 
 
-def _filled_up(state: SparseDelta, entries: int) -> tuple[Tensor, Tensor]:
-    """Flat positions and values, with zeros at the first free positions so that there are so many."""
+def _padded(state: SparseDelta, entries: int) -> tuple[Tensor, Tensor]:
+    """Flat positions and values, padded to ``entries`` with zeros at the first free positions."""
     support, values = state.support, state.values.detach().float()
     first = torch.arange(entries)
     free = first[~support.contains(first)][: entries - support.nnz]
@@ -189,7 +190,7 @@ def _to_shira(like: Any, states: dict[str, SparseDelta]) -> tuple[ShiraConfig, d
                 f"layer {name}: SHiRA has r * (rows + cols) entries in every layer, and the layer with the most takes "
                 f"r={rank}: {rank * (rows + cols)} of the {rows * cols} that this one has. Use to='supertuning'"
             )
-        flat, values = _filled_up(state, rank * (rows + cols))
+        flat, values = _padded(state, rank * (rows + cols))
         tensors[f"{PREFIX}{name}.shira_weight"] = values
         tensors[f"{PREFIX}{name}.shira_indices"] = torch.stack([flat // cols, flat % cols]).int()
     return ShiraConfig(r=rank, **_shared(like, states, "SHiRA")), tensors
@@ -203,7 +204,7 @@ def _to_supertuning(like: Any, states: dict[str, SparseDelta]) -> tuple[Supertun
         sparsity = max(0.0, math.nextafter(sparsity, 0) - 1e-15)
     tensors = {}
     for name, state in states.items():
-        flat, values = _filled_up(state, int(sizes[name] * (1 - sparsity)))
+        flat, values = _padded(state, int(sizes[name] * (1 - sparsity)))
         tensors[f"{PREFIX}{name}.supertuning_values"] = values
         tensors[f"{PREFIX}{name}.supertuning_indices"] = flat.int()
     return SupertuningConfig(sparsity=sparsity, **_shared(like, states, "Super-Tuning")), tensors

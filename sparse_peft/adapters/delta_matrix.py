@@ -1,4 +1,4 @@
-"""One layer's delta as a matrix that is never formed: what can be said of it from its entries and factors."""
+"""One layer's delta as a matrix that is never formed, only multiplied by its entries and factors."""
 
 from __future__ import annotations
 
@@ -97,7 +97,7 @@ class DeltaMatrix:
         return self.inner(self)
 
     def squared_error(self, down: Tensor, up: Tensor) -> float:
-        """Sum of squares of what ``up @ down`` lacks."""
+        """Sum of squares of the delta minus ``up @ down``."""
         down, up = down.double(), up.double()
         cross = float((up * self.times(down.t())).sum())
         own = float(((up.t() @ up) * (down @ down.t())).sum())

@@ -1,6 +1,6 @@
 """The package's common format of sparse deltas: adapters of [`SparseConfig`][sparse_peft.SparseConfig].
 
-Whatever becomes entries (extraction, conversion, sums over methods, kernels) is written in it.
+Extraction, conversion, compositions of several methods and ``save_as_sparse`` write it.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Adapters for programs that do not know this package: merged models, plain LoRA, approximations of low rank."""
+"""Export for other programs: merged models, exact LoRA, approximations of low rank."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ def _export(
 
 
 def _merged_bytes(model: nn.Module) -> int:
-    """What the base model's weights take, and so the merged model's."""
+    """Size of the base model's weights, and so of the merged model's."""
     states = [state for layer in BaseSparseModel.sparse_layers(model) for state in layer.deltas.values()]
     trained = {id(parameter) for state in states for parameter in state.parameters()}
     return sum(p.numel() * p.element_size() for p in model.parameters() if id(p) not in trained)
@@ -99,7 +99,7 @@ def _merged_bytes(model: nn.Module) -> int:
 @contextmanager
 def _with_adapter(folder: str | os.PathLike, base: nn.Module | str | os.PathLike | None) -> Iterator[nn.Module]:
     """A model that has the folder's adapter; a loaded base gets its layers back."""
-    config, _ = read_sparse(folder)  # refuses what is no sparse adapter before a model is loaded for it
+    config, _ = read_sparse(folder)  # refuses other adapters before a model is loaded
     base = config.base_model_name_or_path if base is None else base
     if base is None:
         raise ValueError(

@@ -1,7 +1,7 @@
-"""A sparse adapter out of a base model and a fully fine-tuned one: the entries that changed most.
+"""A sparse adapter from a base model and a fully fine-tuned one: the entries that changed most.
 
 The selection is LT-SFT's (Ansell et al. 2022, section 3.1) without its second training. Weights are read one at a time
-from both sides, so neither model is ever in memory whole.
+from both models, so neither is in memory as a whole.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ EXTRACTION_CRITERIA: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 
 @dataclass(frozen=True)
 class ExtractedLayer:
-    """What was kept of one layer's difference.
+    """The part of one layer's difference that was kept.
 
     Attributes:
         name: the layer's.
@@ -69,7 +69,7 @@ class ExtractedLayer:
 
 @dataclass(frozen=True)
 class Extraction:
-    """An adapter that was extracted, and what of the difference it has.
+    """An extracted adapter, and its share of the difference.
 
     Attributes:
         config: the adapter's, a [`SparseConfig`][sparse_peft.SparseConfig].
@@ -99,7 +99,7 @@ class Extraction:
 
 @dataclass(frozen=True)
 class ExtractOptions:
-    """What [`extract`][sparse_peft.adapters.extract] keeps of the difference, and what it writes.
+    """Options of [`extract`][sparse_peft.adapters.extract].
 
     Args:
         density: share of the target layers' weights that is stored. Exactly one of ``density``, ``num_params`` and
@@ -112,11 +112,11 @@ class ExtractOptions:
             ``"principal"``: the largest entries of the best approximation of low rank of the change.
         target_modules: names or a regular expression of the layers that are compared, as in a config.
         exclude_modules: names or a regular expression of layers that are not.
-        others: what to do about tensors that differ and are no target weights: ``"leave_out"`` them with a warning,
+        others: tensors that differ and are no target weights: ``"leave_out"`` them with a warning,
             ``"save"`` them whole through ``modules_to_save`` (biases of the target layers through ``bias``), or
             ``"refuse"``.
-        base_model_name_or_path: what the config says; by default the base's folder or name.
-        task_type: the config's, such as ``"CAUSAL_LM"``.
+        base_model_name_or_path: for the config; by default the base's folder or name.
+        task_type: for the config, such as ``"CAUSAL_LM"``.
         save_dtype: of the values: ``"float32"``, ``"bfloat16"`` or ``"float16"``.
 
     Raises:
@@ -165,9 +165,9 @@ def extract(
 
     Args:
         base: folder of the base model (safetensors, in one file or in shards), or the loaded model.
-        finetuned: likewise the fine-tuned one.
+        finetuned: the fine-tuned model, likewise.
         output: the adapter's folder; made if need be.
-        options: what is kept.
+        options: budget, criterion and more.
         fields: of [`ExtractOptions`][sparse_peft.adapters.ExtractOptions], in place of ``options``.
 
     Raises:
@@ -220,7 +220,7 @@ def _targets(options: ExtractOptions, structure: nn.Module) -> dict[str, nn.Modu
 def _extract_layers(
     pair: _Pair, shapes: dict[str, tuple[int, int]], options: ExtractOptions
 ) -> dict[str, tuple[ExtractedLayer, SparseDelta]]:
-    """What is kept of each layer that changed."""
+    """``{layer name: its summary and delta}`` of the layers that changed."""
 
     def scores(name: str) -> Tensor:
         before, after = pair.matrices(name, shapes[name])
@@ -305,7 +305,7 @@ class _Pair:
         return found[0], found[1]
 
     def others(self, targets: set[str]) -> dict[str, float]:
-        """``{name: squared difference}`` of what differs besides the target weights."""
+        """``{name: squared difference}`` of the tensors that differ and are no target weights."""
         changed = {}
         for name in sorted(self.after.names() - targets):
             if name not in self.before.names() or self.before.shape(name) != self.after.shape(name):
@@ -320,7 +320,7 @@ class _Pair:
 def _whole_tensors(
     structure: nn.Module, after: Weights, adapted: dict[str, SparseDelta], changed: dict[str, float], others: str
 ) -> WholeTensors:
-    """What is stored besides the deltas."""
+    """The tensors that are stored besides the deltas."""
     if not changed:
         return WholeTensors()
     if others == "save":

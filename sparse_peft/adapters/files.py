@@ -1,7 +1,7 @@
-"""Adapter folders, as PEFT lays them out, also of models that PEFT's own wrapper is not around.
+"""Adapter folders in PEFT's layout, also of models without PEFT's wrapper.
 
-``PeftModel`` saves and loads itself, and transformers' models do; a model of diffusers or of anything else that got
-its adapter by ``add_adapter`` or ``inject_adapter_in_model`` has no method for it.
+``PeftModel`` and transformers' models save and load themselves. Others, such as diffusers' with an adapter from
+``add_adapter`` or ``inject_adapter_in_model``, have no method for it.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from ..tuners.files.refused_loads import undone_if_refused
 from ..tuners.files.writes import staging_folder
 from ..tuners.traversal import configs_of
 
-# What PeftModel's state dicts begin with, and so every adapter file.
+# Prefix of the names in PeftModel's state dicts, and so in every adapter file.
 PREFIX = "base_model.model."
 
 
@@ -51,7 +51,7 @@ def tensors_of(model: nn.Module, adapter_name: str) -> dict[str, Tensor]:
 
 
 def _card(config: PeftConfig, story: str) -> ModelCard:
-    """A card as PEFT's, that says where the adapter comes from; sparse configs add how to load it."""
+    """A card like PEFT's with the adapter's origin; sparse configs add how to load it."""
     data = ModelCardData(base_model=config.base_model_name_or_path, library_name="peft", tags=[TAG])
     text = f"# Adapter\n\n{story}\n\n{FRAMEWORK_HEADING}\n\n- PEFT {peft_version}\n"
     return ModelCard(f"---\n{data.to_yaml()}\n---\n\n{text}")
@@ -150,10 +150,10 @@ def load_adapter(
 
 def _make_adapter(model: Any, config: PeftConfig, adapter_name: str) -> None:
     if hasattr(model, "_hf_peft_config_loaded"):
-        model.add_adapter(config, adapter_name)  # diffusers and transformers keep an account of their own
+        model.add_adapter(config, adapter_name)  # diffusers and transformers keep a record of their adapters
     else:
         inject_adapter_in_model(config, model, adapter_name)
-    if config.inference_mode:  # diffusers makes whatever it activates trainable
+    if config.inference_mode:  # diffusers makes every adapter that it activates trainable
         for layer in BaseSparseModel.sparse_layers(model):
             if adapter_name in layer.deltas:
                 layer.deltas[adapter_name].requires_grad_(False)

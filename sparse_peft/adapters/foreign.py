@@ -95,7 +95,7 @@ def _delta(layer: str, shapes: dict[str, tuple[int, int]], flat: Tensor, values:
             "file is damaged"
         )
     check_values(values, layer, "convert")
-    Support.from_indices(shape, flat, name=layer)  # refuses what is out of range or repeated
+    Support.from_indices(shape, flat, name=layer)  # refuses positions out of range and repeated ones
     order = flat.argsort()
     support = Support(shape, flat[order], validate=False, name=layer)
     return support, values[order].float()
@@ -104,7 +104,7 @@ def _delta(layer: str, shapes: dict[str, tuple[int, int]], flat: Tensor, values:
 def _two_per_layer(
     tensors: dict[str, Tensor], first: str, second: str, source: str
 ) -> tuple[dict[str, tuple[Tensor, Tensor]], dict[str, Tensor]]:
-    """``{layer: (its tensor first, its tensor second)}`` and all that belongs to no layer."""
+    """``{layer: (its tensor first, its tensor second)}``, and the tensors of no layer."""
     layers: dict[str, dict[str, Tensor]] = {}
     rest = {}
     for name, tensor in tensors.items():
@@ -194,7 +194,7 @@ def read_lt_sft(
     path = Path(source)
     path = path if path.name == LT_SFT_NAME else path / LT_SFT_NAME
     integers = (np.int64, np.int32, np.uint64, np.uint32)
-    scalar: Any = np.int64(0).__reduce__()[0]  # what a pickled NumPy scalar is made by
+    scalar: Any = np.int64(0).__reduce__()[0]  # the constructor of a pickled NumPy scalar
     allowed: list[Callable[..., Any] | tuple[Callable[..., Any], str]] = [
         np.dtype,
         *(type(np.dtype(kind)) for kind in integers),
@@ -261,7 +261,7 @@ def _load(path: Path, allowed: list | None = None) -> Any:
     try:
         with torch.serialization.safe_globals(allowed or []):
             return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path) or None)
-    except Exception as error:  # the unpickler of torch raises whatever a damaged file makes it
+    except Exception as error:  # torch's unpickler raises many kinds for damaged files
         raise ValueError(
             f"{path}: not read, since it has more in it than tensors and plain containers, or is damaged: "
             f"{str(error).splitlines()[0] if str(error) else type(error).__name__} Files like that can run code. Load "

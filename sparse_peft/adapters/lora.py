@@ -1,4 +1,4 @@
-"""Exact conversion of sparse adapters to plain LoRA, which any PEFT loads without this package, and back.
+"""Exact conversion of sparse adapters to plain LoRA, which PEFT loads without this package, and back.
 
 Each method's states give their own factors, see ``sparse_peft.tuners.forms``.
 """
@@ -87,7 +87,7 @@ def to_lora(
     tensors = {}
     for name, factor in factors.items():
         tensors[f"{PREFIX}{name}.lora_A.weight"], tensors[f"{PREFIX}{name}.lora_B.weight"] = factor.A, factor.B
-    # what trains beside the layers: modules saved whole, biases
+    # trained beside the layers: modules saved whole, biases
     prefix = f".{layers[0].delta_container}"
     rest = {name: tensor for name, tensor in tensors_of(model, adapter_name).items() if prefix not in name}
     lora = LoraConfig(
@@ -131,9 +131,9 @@ def _check_bytes(factors: dict[str, LoraFactors], uniform: bool, max_bytes: int 
 
 
 def _ranks(factors: dict[str, LoraFactors]) -> dict[str, Any]:
-    """The fields of a ``LoraConfig`` that say each layer's rank and scale."""
+    """The fields of a ``LoraConfig`` for each layer's rank and scale."""
     ranks = {name: factor.rank for name, factor in factors.items()}
-    # alpha is divided by the rank: so the scale stays what it was trained with
+    # PEFT divides alpha by the rank; this keeps the scale of the training
     alphas = {name: factor.scale * factor.rank for name, factor in factors.items()}
     (usual, _), *_ = Counter(ranks.values()).most_common(1)
     usual_alpha = next(alphas[name] for name, rank in ranks.items() if rank == usual)
@@ -148,10 +148,10 @@ def _ranks(factors: dict[str, LoraFactors]) -> dict[str, Any]:
 def save_as_lora(
     model: nn.Module, folder: str | os.PathLike, adapter_name: str = "default", uniform: bool = False
 ) -> LoraConfig:
-    """Save an adapter as plain LoRA that makes the same of every input, up to float rounding.
+    """Save an adapter as plain LoRA with the same outputs, up to float rounding, of any size.
 
-    S2FT's rank is its number of trained rows or columns: large, so that is for servers that know LoRA only. SoRA's is
-    the number of ranks that are left.
+    S2FT's rank is its number of trained rows or columns, which is large: for servers that know LoRA only. SoRA's is
+    its number of remaining ranks.
 
     Args:
         model: the model that has the adapter.
@@ -171,7 +171,7 @@ def save_as_lora(
 
 
 def write_exact_lora(folder: str | os.PathLike, config: LoraConfig, tensors: dict[str, Tensor]) -> None:
-    """Write what ``to_lora`` made exactly."""
+    """Write an exact LoRA of ``to_lora``."""
     write_adapter(folder, config, tensors, "Plain LoRA, made exactly of a sparse adapter with `sparse_peft`.")
 
 

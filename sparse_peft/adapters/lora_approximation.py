@@ -1,4 +1,4 @@
-"""Plain LoRA that approximates an adapter: the best of a rank, with the error that is left."""
+"""The best LoRA of a rank that approximates an adapter, with its error."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class LowRankExport:
 
     Attributes:
         config: the LoRA's.
-        errors: ``{layer: error}``: Frobenius norm of what the approximation lacks, relative to the delta's.
+        errors: ``{layer: error}``: Frobenius norm of the delta minus its approximation, relative to the delta's.
         error: the same of all layers together; 0 is exact, 1 is no better than no adapter.
     """
 
@@ -36,14 +36,14 @@ class LowRankExport:
 def save_low_rank(
     model: nn.Module, folder: str | os.PathLike, rank: int, adapter_name: str = "default"
 ) -> LowRankExport:
-    """Save the best approximation of an adapter as plain LoRA of a rank, and say how far off it is.
+    """Save the best approximation of an adapter as plain LoRA of a rank, and return its error.
 
     A sparse delta has full rank in general and is badly approximated: look at the error before using the result.
 
     Args:
         model: the model that has the adapter.
         folder: made if need be.
-        rank: of all layers, as far as their weights have so many.
+        rank: of all layers; at most the smaller side of a weight.
         adapter_name: which.
 
     Raises:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from .entry_format import BIAS_OF_LAYERS
 from .files import PREFIX
 
-# What can be done about such tensors.
+# Treatments of such tensors.
 OTHERS = ("leave_out", "save", "refuse")
 
 Read = Callable[[str], Tensor]

@@ -1,7 +1,7 @@
-"""Sparse adapters out of their folders, without the base model they belong to.
+"""Sparse adapters read from their folders, without their base model.
 
-PEFT's own loading puts an adapter's states into layers; here the layers are stand-ins that have the recorded shapes
-and no memory. So what is loaded is checked as it is for a real model, and no second reader of files is needed.
+PEFT's own loading fills layers that have the recorded shapes and no memory. The files are thus checked as for a real
+model, by the same code.
 """
 
 from __future__ import annotations
@@ -26,18 +26,18 @@ from .delta_matrix import DeltaMatrix
 from .entry_format import ENTRIES, sparse_adapter, sparse_state
 from .files import PREFIX, read_adapter
 
-MAX_WEIGHT = 2**48  # entries, far beyond any weight there is
+MAX_WEIGHT = 2**48  # entries, more than any weight has
 
 
 @dataclass(frozen=True)
 class StoredAdapter:
-    """An adapter as its folder has it.
+    """An adapter in its folder.
 
     Attributes:
         folder: where it was read.
         config: its config.
         states: ``{layer name: trained state}``.
-        rest: what is stored beside the layers' states: modules that were saved whole, biases; by names in the file.
+        rest: tensors beside the layers' states, by names in the file: modules saved whole, biases.
         in_dims: ``{layer name: dimension of the stored weight that is the input's}``, as far as the file shows it: a
             transformers ``Conv1D`` with a sparse delta alone has 1, too.
     """
@@ -153,7 +153,7 @@ def _by_layer(tensors: Mapping[str, Tensor], marker: str) -> tuple[dict[str, dic
 
 
 def _skeleton_model(layers: Mapping[str, nn.Module]) -> nn.Module:
-    """A model that has these layers under their names, and nothing else."""
+    """A model of these layers alone, under their names."""
     root = nn.Module()
     for name, layer in layers.items():
         *path, last = name.split(".")

@@ -1,4 +1,4 @@
-"""Many adapters of one resident base model, as many of them loaded as a budget of bytes allows."""
+"""Many adapters of one base model in memory, loaded within a budget of bytes."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ _UNSETTLED = ""  # no adapter's name
 
 @dataclass
 class PoolStatistics:
-    """What a pool has done since it was made.
+    """Counters of a pool since it was made.
 
     Attributes:
         hits: uses of adapters that were loaded already, one for each distinct adapter of a batch.
         misses: uses that had to load one.
-        evictions: adapters that were unloaded to make room.
-        loaded_bytes: what the loaded adapters take now.
+        evictions: adapters that were unloaded for others.
+        loaded_bytes: memory of the loaded adapters.
     """
 
     hits: int = 0
@@ -47,7 +47,7 @@ class _Entry:
 
 
 def adapter_tensors(model: nn.Module, adapter_name: str) -> Iterator[Tensor]:
-    """All tensors that a loaded adapter keeps: what it trained, positions with their row view, modules saved whole."""
+    """All tensors of a loaded adapter: values, positions with their row pointers, modules saved whole."""
     for module in modules_beside_adapters(model):
         if isinstance(module, TunerLayer):
             if adapter_name in module.deltas:
@@ -78,9 +78,8 @@ def adapter_bytes(model: nn.Module, adapter_name: str) -> int:
 class AdapterPool:
     """Serves many adapters of one method from one base model in memory.
 
-    Adapters are registered by name and folder, and loaded when they are first used. Where the loaded ones exceed the
-    budget, those not used for longest are unloaded; pinned ones stay. While one is being loaded the budget may be
-    exceeded by it.
+    Adapters are registered by name and folder, and loaded when they are first used. Beyond the budget, the least
+    recently used ones are unloaded; pinned ones stay. During a load the budget may be exceeded by the new adapter.
 
     One thread uses the model at a time, because a base weight holds one adapter's entries at a time: ``use`` and
     ``use_batch`` wait for each other, and for ``add``, ``remove`` and ``pin``.
@@ -124,7 +123,7 @@ class AdapterPool:
         """Register an adapter's folder, as ``save_pretrained`` writes it; only its config is read.
 
         Args:
-            name: what it is called here.
+            name: in this pool.
             folder: a folder, or a repository on the hub.
             pinned: keep it loaded once it is.
 
@@ -266,7 +265,7 @@ class AdapterPool:
             self._sizes.move_to_end(name)
             return
         self.statistics.misses += 1
-        self._make_room(self._known_sizes.get(name, 0), name)
+        self._free(self._known_sizes.get(name, 0), name)
         folder = os.fspath(self._entries[name].folder)
         try:
             self._active = _UNSETTLED  # layers that had no adapter so far begin with this one as the active one
@@ -281,15 +280,15 @@ class AdapterPool:
             raise ValueError(f"adapter {name!r} ({folder}) cannot be loaded: {error}") from error
         self._known_sizes[name] = size
         try:
-            self._make_room(size, name)
+            self._free(size, name)
         except ValueError:
             self._drop(name)
             raise
         self._sizes[name] = size
         self.statistics.loaded_bytes += size
 
-    def _make_room(self, size: int, newcomer: str) -> None:
-        """Unload what was not used for longest until so many bytes are free."""
+    def _free(self, size: int, newcomer: str) -> None:
+        """Unload the least recently used adapters until ``size`` bytes are free."""
         if self.max_bytes is None:
             return
         spare = [name for name in self._sizes if name not in self._pinned and name not in (self._in_use or ())]

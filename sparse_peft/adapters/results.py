@@ -1,4 +1,4 @@
-"""What an adapter was measured to do, and plots of it, in its folder and card: before it is pushed to the Hub."""
+"""Metrics and plots of an adapter in its folder and model card, before it is pushed to the Hub."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from ..dynamics.records import plot_captions
 from ..tuners.files.card import complete_card, insert_section, read_card, write_card
 
 HEADING = "## Results"
-# The Hub's names of what PEFT's task types are for.
+# The Hub's names of PEFT's task types.
 TASKS = {
     "CAUSAL_LM": "text-generation",
     "SEQ_CLS": "text-classification",
@@ -37,7 +37,7 @@ def add_results(
     task: str | None = None,
     plots: Sequence[str | os.PathLike] = (),
 ) -> Path:
-    """Put metrics and plots into an adapter's folder and its card, which PEFT's saving and pushing then keep.
+    """Put metrics and plots into an adapter's folder and card; PEFT's saving and pushing keep them.
 
     The metrics become the card's ``model-index``, which the Hub shows and searches, and a table. Metrics of the same
     name on the same data are replaced, others stay.

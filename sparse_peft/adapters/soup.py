@@ -1,6 +1,6 @@
 """Soups: the average of adapters of one task, which differ in seed, data order or hyper-parameters.
 
-Of sparse deltas on one support the average of the values is the average of the models, exactly, with as many entries
+On one support the average of the values is exactly the average of the models, with the same number of entries
 (Zimmer et al. 2024, section 3). Averages of low-rank factors are not: mean(B) mean(A) is not mean(B A).
 """
 
@@ -64,7 +64,7 @@ def soup(
         folders: of the adapters, all with the same layers.
         output: the average's folder; made if need be.
         weights: one number for each, with the sum 1; by default equal.
-        on_mismatch: what to do about different supports: ``"error"``; ``"union"``: an entry that an adapter lacks
+        on_mismatch: treatment of different supports: ``"error"``; ``"union"``: an entry that an adapter lacks
             counts as zero, which is the exact average with more entries; ``"intersection"``: only the entries that all
             have, which is none.
         ignore_base_names: as in [`compose`][sparse_peft.adapters.compose].
@@ -177,7 +177,7 @@ def _mismatch(adapters: Sequence[StoredAdapter]) -> str | None:
 
 
 def _intersected(adapters: Sequence[StoredAdapter]) -> list[StoredAdapter]:
-    """The adapters at the entries that all of them have; layers without any are left out."""
+    """The adapters at their common entries; layers without any are left out."""
     cut: list[dict[str, TrainedState]] = [{} for _ in adapters]
     for layer in adapters[0].states:
         parts = [adapter.states[layer].as_sparse() for adapter in adapters]
@@ -195,7 +195,7 @@ def _intersected(adapters: Sequence[StoredAdapter]) -> list[StoredAdapter]:
 
 
 def _averages(adapters: Sequence[StoredAdapter], weights: Sequence[float]) -> dict[str, Tensor]:
-    """The average of what is stored beside the layers."""
+    """The averages of the tensors beside the layers."""
     for adapter in adapters:
         missing = sorted(set(adapters[0].rest) ^ set(adapter.rest))
         if missing:

@@ -1,4 +1,4 @@
-"""What an adapter's folder has in it, layer by layer, and what it has in common with another's."""
+"""Contents of an adapter's folder, layer by layer, and its comparison with another."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ FULLEST = 0.1  # share of the rows or columns that concentration looks at
 
 @dataclass(frozen=True)
 class LayerSummary:
-    """One layer of an adapter. What a layer has none of is None.
+    """One layer of an adapter; None where a layer has no such part.
 
     Attributes:
         layer: its name.
@@ -71,8 +71,8 @@ class AdapterSummary:
         folder: its path.
         peft_type: the method's type.
         config: fields that are not the defaults.
-        base_model: what its config says.
-        task_type: likewise.
+        base_model: in its config.
+        task_type: in its config.
         parameters: trained, in all layers.
         entries: of the sparse parts.
         weights: of the adapted layers' base weights.
@@ -155,11 +155,11 @@ def _of_entries(entries: Entries | None) -> dict[str, Any]:
 
 
 def summarise(folder: str | os.PathLike, progress: Progress = iter) -> AdapterSummary:
-    """Look at an adapter of this package in its folder; its base model is not needed.
+    """Summarise an adapter of this package in its folder, without its base model.
 
     Args:
         folder: the adapter's.
-        progress: wraps the list of layers that is gone through, such as a progress bar.
+        progress: wraps the list of layers, such as a progress bar.
 
     Raises:
         ValueError: no adapter of this package, or a damaged one.
@@ -318,7 +318,7 @@ def compare(a: str | os.PathLike, b: str | os.PathLike, progress: Progress = ite
     Args:
         a: folder of the first.
         b: folder of the second.
-        progress: wraps the list of common layers that is gone through.
+        progress: wraps the list of common layers.
 
     Raises:
         ValueError: no adapters of this package, damaged ones, or ones for weights of different shapes.
@@ -379,7 +379,7 @@ def _check_shapes(layer: str, ours: DeltaMatrix, theirs: DeltaMatrix, a: str, b:
     shapes = [d.support.shape if d.support is not None else d.shape for d in (ours, theirs)]
     if ours.support is not None and theirs.support is not None:
         fits = shapes[0] == shapes[1]
-    else:  # factors do not say how the weight lies in memory
+    else:  # factors do not show the weight's layout
         fits = sorted(shapes[0]) == sorted(shapes[1])
     if not fits:
         raise ValueError(

@@ -1,4 +1,4 @@
-"""A trained adapter as the plain sparse delta that it is, whatever its method."""
+"""A trained adapter of any method as a plain sparse delta."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def to_sparse(model: nn.Module, adapter_name: str = "default") -> tuple[BaseSpar
     if not states:
         raise ValueError(f"adapter_name={adapter_name!r}: no layer keeps any entry, there is nothing to write")
     made, tensors = sparse_adapter(config, states)
-    # what else is in the file, such as a classifier that trained whole
+    # other tensors of the file, such as a classifier saved whole
     container = layers[0].delta_container
     rest = {name: t for name, t in tensors_of(model, adapter_name).items() if container not in name}
     return made, {**tensors, **rest}

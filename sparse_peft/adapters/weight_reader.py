@@ -1,4 +1,4 @@
-"""A model's weights one tensor at a time, out of safetensors or of a loaded model; and what it is made of."""
+"""A model's weights, one tensor at a time, from safetensors or a loaded model; and its structure."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ INDEX_SUFFIX = ".safetensors.index.json"
 
 
 class Weights(ABC):
-    """The tensors of a model by name; each is read when it is asked for and kept by nobody.
+    """The tensors of a model by name, read on request and not kept.
 
     Attributes:
         source: for error messages.
@@ -38,7 +38,7 @@ class Weights(ABC):
 
 
 class ModelWeights(Weights):
-    """Those of a loaded model without adapters; what several names share is there once, as in a file."""
+    """Those of a loaded model without adapters; shared tensors once, as in a file."""
 
     def __init__(self, model: nn.Module):
         self.source = f"the given {type(model).__name__}"
@@ -149,7 +149,7 @@ def structure_of(base: str | os.PathLike | nn.Module) -> nn.Module:
 
     Raises:
         FileNotFoundError: there is no such folder.
-        ValueError: a folder that does not say which model of transformers it holds.
+        ValueError: the folder's config names no class of transformers.
     """
     if isinstance(base, nn.Module):
         return base
@@ -176,7 +176,7 @@ def weights_of(source: str | os.PathLike | nn.Module, structure: nn.Module) -> W
 
 
 def name_of(source: str | os.PathLike | nn.Module) -> str | None:
-    """What an adapter's config calls its base model."""
+    """The base model's name for an adapter's config."""
     if isinstance(source, nn.Module):
         return getattr(source, "name_or_path", None) or None
     return os.fspath(source)

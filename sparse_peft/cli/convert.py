@@ -9,18 +9,18 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
+from ..adapters import CONVERSION_TARGETS
 from ..adapters import convert as convert_adapter
 from .folders import model_folder, new_folder
 from .output import ForceOption, JsonOption, UsageError, answering, working
 
-TARGETS = ("sparse", "shira", "supertuning")
 PICKLES = (".bin", ".pt", ".pth", ".pkl")
 
 
 def convert(
     source: Annotated[Path, typer.Argument(help="An adapter's folder, of this or another program.", metavar="SOURCE")],
     out: Annotated[Path, typer.Argument(help="The new adapter's folder.", metavar="OUT")],
-    to: Annotated[str, typer.Option(help=f"One of {', '.join(TARGETS)}.")] = "sparse",
+    to: Annotated[str, typer.Option(help=f"One of {', '.join(CONVERSION_TARGETS)}.")] = "sparse",
     base: Annotated[Path | None, typer.Option(help="The base model's folder, for other programs' adapters.")] = None,
     others: Annotated[
         str, typer.Option(help="What an LT-SFT file changes besides linear layers: refuse, leave_out or save.")
@@ -33,8 +33,8 @@ def convert(
 ) -> None:
     """Turn SHiRA, Super-Tuning, SpIEL and LT-SFT adapters into sparse deltas, and those into SHiRA or Super-Tuning."""
     with answering("convert", as_json) as answer:
-        if to not in TARGETS:
-            raise UsageError(f"to={to!r}: one of {', '.join(TARGETS)} is expected")
+        if to not in CONVERSION_TARGETS:
+            raise UsageError(f"to={to!r}: one of {', '.join(CONVERSION_TARGETS)} is expected")
         if not source.exists():
             raise UsageError(f"{source}: no such file or folder")
         if base is not None:

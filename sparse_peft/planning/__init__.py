@@ -1,4 +1,4 @@
-"""What a training would take: trained parameters, memory and time, found out without the model's weights."""
+"""Cost of a training: trained parameters, memory and time, without the model's weights."""
 
 from .plan import PlanOptions, TrainingPlan, plan_training
 from .sizes import FORMATS, OPTIMIZERS, LayerKind

@@ -1,4 +1,4 @@
-"""A plan: what would train, and what a step takes beside LoRA and full fine-tuning."""
+"""A plan: what would train, and the cost of a step beside LoRA and full fine-tuning."""
 
 from __future__ import annotations
 
@@ -40,8 +40,8 @@ class PlanOptions:
     """How the training would be run.
 
     Args:
-        base: how the frozen weights lie in memory, one of [`FORMATS`][sparse_peft.planning.FORMATS]; as the model's
-            config says if None.
+        base: format of the frozen weights, one of [`FORMATS`][sparse_peft.planning.FORMATS]; the model config's
+            if None.
         optimizer: one of [`OPTIMIZERS`][sparse_peft.planning.OPTIMIZERS].
         batch: rows of a step.
         length: tokens of a row.
@@ -83,7 +83,7 @@ class PlanOptions:
 
 @dataclass(frozen=True)
 class TrainingPlan:
-    """What a training would take; see [`Need`][sparse_peft.planning.Need] and ``LayerKind``.
+    """Cost of a training; see [`Need`][sparse_peft.planning.Need] and ``LayerKind``.
 
     Attributes:
         architecture: the model's class.
@@ -93,10 +93,10 @@ class TrainingPlan:
         base: format of the frozen weights.
         optimizer, batch, length, checkpointing, device: as in the options.
         flops_per_second: that times are reckoned with.
-        kinds: what trains in which layers.
+        kinds: trained parameters by kinds of layers.
         beside: trained parameters outside of the adapted layers.
         needs: of the method, of LoRA and of full fine-tuning.
-        assumptions: what the figures rest on, in sentences.
+        assumptions: behind the figures, in sentences.
     """
 
     architecture: str
@@ -122,7 +122,7 @@ class TrainingPlan:
 
 
 def base_format(config: PretrainedConfig, wanted: str | None) -> BaseFormat:
-    """The format asked for, or the one that the model's config says."""
+    """The wanted format, or the one in the model's config."""
     if wanted is not None:
         return FORMATS[wanted]
     quantised = getattr(config, "quantization_config", None)
@@ -144,7 +144,7 @@ def base_format(config: PretrainedConfig, wanted: str | None) -> BaseFormat:
 def plan_training(
     model_config: PretrainedConfig, config: BaseSparseConfig, options: PlanOptions | None = None
 ) -> TrainingPlan:
-    """What training a model with an adapter of ``config`` would take. No weight is loaded or allocated.
+    """Cost of training a model with an adapter of ``config``. No weight is loaded or allocated.
 
     The adapter is made by ``get_peft_model`` on a model of the meta device, so its numbers are those of the training.
 
@@ -154,7 +154,7 @@ def plan_training(
         options: how the training would be run.
 
     Raises:
-        TypeError, ValueError: a config that does not fit the model, or of which nothing can be said without weights.
+        TypeError, ValueError: a config that does not fit the model, or whose sizes depend on the weights.
     """
     options = options or PlanOptions()
     form = base_format(model_config, options.base)
@@ -194,9 +194,9 @@ class _Frozen:
     Attributes:
         options, form: of the training, and of the weights.
         weights: numbers of elements of the parameters.
-        base_bytes: what they take, frozen.
-        step: what a pass takes.
-        notes: what is not known, in sentences.
+        base_bytes: of the frozen weights.
+        step: activations and operations of a pass.
+        notes: unknowns, in sentences.
     """
 
     options: PlanOptions
@@ -215,12 +215,12 @@ class _Frozen:
     def need(
         self, name: str, counts: list[int], works: dict[str, Work], base_bytes: int, temporary: int, **others: int
     ) -> Need:
-        """What training takes.
+        """Cost of one way of training.
 
         Args:
             name: of the way of training.
             counts: numbers of elements of the trained tensors.
-            works: ``{layer name: what it adds to a step}``.
+            works: ``{layer name: its addition to a step}``.
             base_bytes: frozen weights.
             temporary: the largest temporary of a step, in bytes.
             others: the remaining fields of ``Need``.

@@ -1,4 +1,4 @@
-"""What an adapter and the model below it take, layer by layer, counted on a model of the meta device."""
+"""Memory of an adapter and its base model, layer by layer, counted on a model of the meta device."""
 
 from __future__ import annotations
 
@@ -32,11 +32,11 @@ def optimizer_bytes(optimizer: str, sizes: Iterable[int]) -> int:
 
 @dataclass(frozen=True)
 class BaseFormat:
-    """How the frozen weights of a model lie in memory.
+    """Format of a model's frozen weights in memory.
 
     Attributes:
         name: one of [`FORMATS`][sparse_peft.planning.FORMATS].
-        dtype: that layers compute in, and that what is not quantised has.
+        dtype: of the layers' computation, and of parameters that are not quantised.
         bytes_per_weight: of a linear layer's weight, with its scales.
     """
 
@@ -62,7 +62,7 @@ FORMATS = {
 
 
 def frozen_bytes(model: nn.Module, form: BaseFormat) -> int:
-    """What the parameters and buffers of a model take that are no adapter's and do not train."""
+    """Memory of a model's parameters and buffers that do not train and are no adapter's."""
     head = getattr(model, "get_output_embeddings", None)
     skip = head() if callable(head) else None
     packed = {id(m.weight) for m in model.modules() if isinstance(m, nn.Linear) and m is not skip}

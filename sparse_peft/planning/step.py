@@ -1,4 +1,4 @@
-"""What one training step takes: memory that is alive at its peak, and floating-point operations."""
+"""Cost of one training step: peak memory and floating-point operations."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ MEASURED_SIZE = 768  # of the matrices that a machine's speed is measured with
 
 @dataclass(frozen=True)
 class Work:
-    """What one trained layer adds to a step of the frozen model.
+    """Addition of one trained layer to a step of the frozen model.
 
     Attributes:
         keeps_input: whether its input lives until backward.
-        own_copy: whether that is a copy of its own, not one that layers of the same input share.
-        extra_bytes: what else it keeps.
+        own_copy: whether it keeps a copy, not the tensor that layers of the same input share.
+        extra_bytes: of other tensors that it keeps.
         flops: in the time of a dense product's operations.
     """
 
@@ -37,7 +37,7 @@ def low_rank_work(rank: int, sides: int, tokens: int, itemsize: int) -> Work:
 
 
 def sparse_work(size: LayerSize, product: LayerPass, itemsize: int, crossover: float) -> Work:
-    """What a layer of one of this package's methods adds."""
+    """Of a layer of one of this package's methods."""
     tokens = product.tokens
     keeps, own, extra, flops = False, False, 0, 0.0
     if size.state.channels is not None:
@@ -162,7 +162,7 @@ def _wait(device: torch.device) -> None:
 
 @dataclass(frozen=True)
 class Need:
-    """What a way of training takes. Bytes; None where it is not known.
+    """Cost of one way of training, in bytes; None where it is not known.
 
     Attributes:
         name: of the way.
@@ -173,7 +173,7 @@ class Need:
         position_bytes: positions, and the base's own entries kept beside the values.
         gradient_bytes: gradients.
         optimizer_bytes: the optimizer's state.
-        activation_bytes: what forward keeps for backward.
+        activation_bytes: kept by forward for backward.
         temporary_bytes: the largest temporary of a step.
         file_bytes: the saved adapter's tensors.
         flops: of a step.

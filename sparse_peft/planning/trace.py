@@ -1,4 +1,4 @@
-"""What a forward pass keeps for backward, and how much it computes: from one pass over tensors without memory."""
+"""Activations and operations of a forward pass, from one pass over tensors without memory."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ class Trace:
     """One forward pass of a model whose weights are all frozen and whose embeddings have gradients.
 
     Attributes:
-        kept: ``{tensor: its memory}``: what norms, attention, activation functions and the loss keep for backward.
+        kept: ``{tensor: its memory}`` kept for backward by norms, attention, activation functions and the loss.
         layers: ``{layer name: its part}`` of linear layers, convolutions and norms.
         flops: of the whole pass, two for each multiplication and addition.
         block_inputs: bytes of the blocks' inputs, which gradient checkpointing keeps.
@@ -124,7 +124,7 @@ class _Recorder:
 
     def see_norm(self, name: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple, output: Tensor) -> None:
-            # what is normalised is kept for the scale's gradient alone
+            # the normalised input is kept for the scale's gradient alone
             kept = Kept(output.numel() * output.element_size(), self.block)
             self.trace.layers[name] = LayerPass(name, kept, output.element_size(), 0, 0)
 
@@ -137,7 +137,7 @@ def outputs_of(module: nn.Module) -> int:
 
 
 def is_norm(module: nn.Module) -> bool:
-    """Whether it scales what it has normalised; ``nn.LayerNorm`` keeps its input in any case."""
+    """Whether it is a norm with a scale alone; ``nn.LayerNorm`` keeps its input in any case."""
     weight = module._parameters.get("weight")
     return weight is not None and weight.ndim == 1 and not isinstance(module, nn.LayerNorm)
 
@@ -159,7 +159,7 @@ def _hooks(model: PreTrainedModel, recorder: _Recorder) -> list[Any]:
     def needs_grad(module: nn.Module, args: tuple, output: Tensor) -> Tensor:
         return output.requires_grad_()
 
-    # encoders and decoders may have modules of their own around one embedding
+    # encoders and decoders may wrap one embedding in modules
     handles = [m.register_forward_hook(needs_grad) for m in model.modules() if isinstance(m, nn.Embedding)]
     for number, block in enumerate(blocks_of(model)):
         handles.append(block.register_forward_pre_hook(recorder.enter_block(number), with_kwargs=True))
@@ -205,7 +205,7 @@ def trace_forward(model: PreTrainedModel, batch: int, length: int) -> Trace:
     The model's parameters are frozen afterwards.
 
     Raises:
-        RuntimeError: the model does not take token ids, or needs what tensors hold to compute.
+        RuntimeError: the model does not take token ids, or its computation depends on values of tensors.
     """
     model.requires_grad_(False)
     model.train()
@@ -222,7 +222,7 @@ def trace_forward(model: PreTrainedModel, batch: int, length: int) -> Trace:
         stack.enter_context(torch.autograd.graph.saved_tensors_hooks(recorder.save, lambda tensor: tensor))
         try:
             torch.func.functional_call(model, fakes, kwargs=_inputs(model, batch, length))
-        except Exception as error:  # whatever a model's own code may raise
+        except Exception as error:  # a model's own code may raise any kind
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise RuntimeError(
                 f"a forward pass of {type(model).__name__} over {batch} x {length} token ids fails ({reason}): what "

@@ -92,7 +92,7 @@ class TrainedState(Forms, nn.Module):
         yield from self.buffers()
 
     def sizes(self, save_dtype: torch.dtype) -> StateSizes:
-        """What the state takes; for plans, so parameters and buffers may lie on the meta device.
+        """Sizes for plans; parameters and buffers may be on the meta device.
 
         Args:
             save_dtype: of the values on disk.

@@ -1,6 +1,6 @@
-"""Forms of a trained delta outside of its method: entries, low-rank factors, plain LoRA, sizes, a layer of its shape.
+"""Forms of a trained delta: entries, low-rank factors, plain LoRA, sizes, a layer of its shape.
 
-Export, composition, summaries and plans ask these; none of them knows a method.
+Export, composition, summaries and plans use these forms and know no method.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ class LoraFactors:
 
     @property
     def bytes(self) -> int:
-        """What both take."""
+        """Of both factors."""
         return sum(factor.numel() * factor.element_size() for factor in (self.A, self.B))
 
     def padded(self, rank: int) -> LoraFactors:
@@ -141,7 +141,7 @@ class Forms:
         raise self.no_form("LoRA form", self.why_no_parts)
 
     def no_form(self, form: str, reason: str) -> ValueError:
-        """The error that says why the delta has no such form, and what to do instead."""
+        """The error for a form that the delta lacks: the reason, and the alternatives."""
         cures = ["merge it into the base model (sparse_peft.adapters.export, or merge_and_unload)"]
         if self.sparse_part() is not None or self.low_rank_part() is not None:
             cures.append(
@@ -229,7 +229,7 @@ def layer_of_factors(
     for in_dim, (inputs, outputs) in ((1, (cols, rows)), (0, (rows, cols))):
         wanted = shapes_of(inputs, outputs)
         found = {name: tuple(tensors[name].shape) for name in wanted if name in tensors}
-        # missing tensors are named by what takes the file
+        # missing tensors are named when the file is loaded
         if found == wanted or len(found) < len(wanted):
             return weightless_layer(shape, in_dim)
     raise ValueError(

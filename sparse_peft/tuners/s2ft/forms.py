@@ -1,4 +1,4 @@
-"""Forms of S2FT outside of training: layers of a file's channels, and LoRA that selects channels as S2FT."""
+"""Forms of S2FT: skeletons from a file's channels, and S2FT from LoRA that selects channels."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def skeleton_of_channels(
 ) -> nn.Module:
     """The weightless layer of a file's channels; see ``BaseSparseModel.skeleton_layer``.
 
-    Input channels of a convolution are as many columns wide as its kernel has taps, which the values' number shows.
+    An input channel of a convolution is one column wide per tap of its kernel; the number of values shows the taps.
     """
     side = (config.sides or {}).get(name)
     if side is None:
