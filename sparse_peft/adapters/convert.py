@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftConfig, ShiraConfig, SupertuningConfig
+from peft import ShiraConfig, SupertuningConfig
 from torch import Tensor, nn
 
+from ..tuners.base_config import BaseSparseConfig
 from ..tuners.delta import SparseDelta
 from ..tuners.targets import stored_shape
 from .entry_format import sparse_adapter, sparse_state
@@ -32,7 +33,7 @@ def convert(
     *,
     base: nn.Module | str | os.PathLike | None = None,
     others: str = "refuse",
-) -> PeftConfig:
+) -> BaseSparseConfig | ShiraConfig | SupertuningConfig:
     """Write an adapter in another program's form, with the same outputs.
 
     Sources are this package's adapters with sparse deltas, PEFT's SHiRA and Super-Tuning, SpIEL's
@@ -65,7 +66,7 @@ def convert(
     else:
         stored = read_stored(source)
         like, states, rest = stored.config, entries_of(stored), stored.rest
-    config: PeftConfig
+    config: BaseSparseConfig | ShiraConfig | SupertuningConfig
     if to == "sparse":
         config, tensors = sparse_adapter(like, states)
     else:

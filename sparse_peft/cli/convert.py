@@ -47,7 +47,7 @@ def convert(
         with new_folder(out, force) as staging, working("converting"):
             config = convert_adapter(source, staging, to, base=base, others=others)
         peft_type = getattr(config.peft_type, "value", str(config.peft_type))
-        answer.content = {"output": str(out), "peft_type": peft_type, "layers": sorted(config.target_modules)}
+        answer.content = {"output": str(out), "peft_type": peft_type, "layers": sorted(config.target_modules or ())}
         answer.show = lambda console: show(console, answer.content)
 
 
