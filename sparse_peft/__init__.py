@@ -11,11 +11,11 @@ from .training.adamw import SparseAdamW
 from .training.callback import SparsityCallback
 from .training.controller import SparsityController
 from .training.sm3 import SM3
-from .tuners.base_model import base_weights
 from .tuners.files.card import guard_model_cards
 from .tuners.files.refused_loads import guard_refused_loads
 from .tuners.files.writes import guard_adapter_writes
 from .tuners.method import Method
+from .tuners.residency import base_weights
 from .tuners.selection import select_support
 from .version import __version__
 

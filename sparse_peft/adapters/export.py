@@ -15,7 +15,8 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ..tuners.base_layer import SET_ASIDE, TunerLayer
+from ..tuners.backups import SET_ASIDE
+from ..tuners.base_layer import TunerLayer
 from ..tuners.base_model import BaseSparseModel
 from ..tuners.files.writes import staging_folder
 from .files import config_of

@@ -1,10 +1,13 @@
-"""What the layers of all methods share: PEFT's layer contract."""
+"""The base of all methods' layers: PEFT's layer contract, and forward passes that know what the weight holds."""
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any, ClassVar, Generic, Self, TypeVar, cast
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
+from threading import get_ident
+from typing import Any, ClassVar, Generic, NamedTuple, Self, TypeVar, cast
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer, _get_in_out_features, check_adapters_to_merge
@@ -14,20 +17,31 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from ..ops import CONVOLUTIONS, ConvProduct, LayerProduct, LinearProduct, is_convolution
+from .active_delta import ActiveDelta
+from .backups import SET_ASIDE, LayerBackup, PackedBackup, WeightBackup
 from .base_config import BaseSparseConfig
 from .base_state import TrainedState
 from .files.checks import BASE_ADAPTER
 from .four_bit import base_weight
 from .layer_parts import bias_of, weight_of
-from .packed_weight import PackedWeight
-
-if TYPE_CHECKING:
-    from .residency import Residency, Write
+from .ledger import Ledger, Merged, Weight, transition
+from .transitions import exclusive, exclusively
 
 STOCK_FORWARDS = {nn.Linear.forward, Conv1D.forward, *(kind.forward for kind in CONVOLUTIONS)}
-SET_ASIDE = "set_aside"  # the module that what stands in a weight's place is kept as, while a merged weight does
 
 StateT = TypeVar("StateT", bound=TrainedState)
+
+
+class Step(NamedTuple):
+    """One pass of a layer.
+
+    Attributes:
+        run: computes the output, from the arguments of ``forward``.
+        wanted: what the base weight must hold for that.
+    """
+
+    run: Callable[..., Tensor]
+    wanted: ActiveDelta | Weight
 
 
 class TunerLayer(BaseTunerLayer, nn.Module, Generic[StateT]):
@@ -59,6 +73,7 @@ class TunerLayer(BaseTunerLayer, nn.Module, Generic[StateT]):
         super().__init__()
         self.base_layer = base_layer
         self.name = name
+        self.ledger = Ledger(name)
         setattr(self, self.delta_container, nn.ModuleDict())
         base = self.get_base_layer()
         self.quantization_backend = resolve_quantization_backend(
@@ -76,34 +91,33 @@ class TunerLayer(BaseTunerLayer, nn.Module, Generic[StateT]):
             self.product = LinearProduct(in_dim)
             self.weight_shape = self.stored_shape = (outputs, inputs) if in_dim == 1 else (inputs, outputs)
         self._disable_adapters = False
-        self.merged_adapters = []
-        self._packed: PackedWeight | None = None
-        self._unmerged: Tensor | None = None
 
     # ------------------------------------------------------------------ adapters
 
     @property
     def deltas(self) -> Mapping[str, StateT]:
-        """``{adapter name: trained state}`` of the adapters."""
+        """The adapters' trained state, ``{adapter name: state}``."""
         return cast("Mapping[str, StateT]", self._modules[self.delta_container])
 
     @property
     def base_parameter(self) -> Tensor:
+        """The base layer's weight."""
         # the usual case without get_base_layer's search, which every layer would pay for several times a pass
-        base = self._modules["base_layer"]
-        assert base is not None
+        base = self.base_layer
         return weight_of(base if "base_layer" not in base._modules else self.get_base_layer())
 
     @property
     def base_bias(self) -> Tensor | None:
+        """The base layer's bias."""
         return bias_of(self.base_layer)
 
+    @transition
     def add_delta(self, adapter_name: str, delta: StateT, *, init_weights: bool, inference_mode: bool) -> None:
         """Add an adapter's trained state to this layer and make it active if its name is."""
         self.release()
         if not init_weights:
             delta.randomise()
-        getattr(self, self.delta_container)[adapter_name] = delta
+        cast("nn.ModuleDict", self.deltas)[adapter_name] = delta
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=inference_mode)
 
@@ -113,17 +127,6 @@ class TunerLayer(BaseTunerLayer, nn.Module, Generic[StateT]):
 
     def _active_names(self) -> tuple[str, ...]:
         return tuple(name for name in self.active_adapters if name in self.deltas)
-
-    # What layers do that let the base weight hold adapters' entries; see SparseTunerLayer.
-
-    def held_weight(self) -> tuple[Residency, Tensor] | None:
-        return None
-
-    def pending_write(self) -> Write | None:
-        return None
-
-    def release(self) -> None:
-        """Give the base weight its own entries back; merged adapters stay merged."""
 
     # ------------------------------------------------------------------ the base layer
 
@@ -180,32 +183,93 @@ class TunerLayer(BaseTunerLayer, nn.Module, Generic[StateT]):
             return torch.get_autocast_dtype(kind)
         return x.dtype
 
-    def adapter_output(self, x: Tensor, adapter_name: str) -> Tensor:
-        """What one adapter adds to the layer's output for this input."""
-        raise NotImplementedError
-
     def forward(self, x: Tensor, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any) -> Tensor:
+        """The layer's output; by the base layer alone where its weight holds all that the active adapters add."""
+        if torch.compiler.is_compiling():
+            return self._step(x, adapter_names, bool(args or kwargs)).run(x, *args, **kwargs)
+        ledger, me = self.ledger, get_ident()
+        try:
+            ledger.readers[me] = True  # from here on no other thread changes the weight or the adapters' flags
+            content = ledger.content
+            if (
+                content is not None
+                and adapter_names is None
+                and not (ledger.is_closed or torch.is_grad_enabled())
+                and content.gives_output()
+            ):
+                result = self.base_layer(x, *args, **kwargs)
+            else:
+                result = self._next_step(x, adapter_names, bool(args or kwargs)).run(x, *args, **kwargs)
+            ledger.readers[me] = False
+            return result
+        except BaseException:
+            ledger.readers[me] = False
+            raise
+
+    def _next_step(self, x: Tensor, adapter_names: list[str] | None, has_more: bool) -> Step:
+        """The step of a pass, with the weight as it wants it."""
+        if not self.ledger.is_closed:
+            step = self._step(x, adapter_names, has_more)
+            if self.ledger.holds(step.wanted):
+                return step
+        return exclusively(self._prepared_step, x, adapter_names, has_more)
+
+    def _prepared_step(self, x: Tensor, adapter_names: list[str] | None, has_more: bool) -> Step:
+        step = self._step(x, adapter_names, has_more)
+        if not self.ledger.holds(step.wanted):
+            self._prepare(step.wanted)
+        return step
+
+    def _prepare(self, wanted: ActiveDelta | Weight) -> None:
+        """Make the weight hold what a step wants; called with the transitions' lock."""
+        self.ledger.release()
+
+    def _step(self, x: Tensor, adapter_names: list[str] | None, has_more: bool) -> Step:
+        """What a pass computes now.
+
+        Args:
+            x: the input.
+            adapter_names: of its items, in a mixed batch.
+            has_more: whether the base layer is called with more than the input.
+        """
         if self.disable_adapters:
-            if self.merged:
-                self.unmerge()
-            return self.base_layer(x, *args, **kwargs)
+            return Step(self._base_forward, Weight.OWN)
         if adapter_names is not None:
-            return self._mixed_batch_forward(x, adapter_names, *args, **kwargs)
+            self._check_mixed_batch(x, adapter_names)
+            return Step(partial(self._mixed_forward, adapter_names), Weight.OWN)
+        if self.ledger.is_merged:
+            return Step(self.base_layer, Weight.MERGED)
+        names = self._active_names()
+        return self._adapters_step(x, names, has_more) if names else Step(self._base_forward, Weight.OWN)
+
+    def _adapters_step(self, x: Tensor, names: tuple[str, ...], has_more: bool) -> Step:
+        """What a pass of active adapters computes."""
+        return Step(partial(self._added_forward, names), Weight.OWN)
+
+    def _base_forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """The base layer without any adapter."""
+        return self.base_layer(x, *args, **kwargs)
+
+    def _added_forward(self, names: tuple[str, ...], x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """The base layer's output and, added to it, what the adapters make of the input."""
         result = self.base_layer(x, *args, **kwargs)
-        names = () if self.merged else self._active_names()
-        if names and self.quantization_backend is not None:
+        if self.quantization_backend is not None:
             result = self.quantization_backend.maybe_clone_base_result(result)
             self._restore_dtypes(names)
         for name in names:
             result = result + self.adapter_output(x, name).to(result.dtype)
         return result
 
+    def adapter_output(self, x: Tensor, adapter_name: str) -> Tensor:
+        """What one adapter adds to the layer's output for this input."""
+        raise NotImplementedError
+
     def _restore_dtypes(self, names: tuple[str, ...]) -> None:
         if self.training and torch.is_grad_enabled():
             for name in names:
                 self.deltas[name].restore_dtype()
 
-    def _mixed_batch_forward(self, x: Tensor, adapter_names: list[str], *args: Any, **kwargs: Any) -> Tensor:
+    def _check_mixed_batch(self, x: Tensor, adapter_names: list[str]) -> None:
         if len(x) != len(adapter_names):
             raise ValueError(
                 "Length of `adapter_names` should be the same as the number of inputs, but got "
@@ -215,7 +279,9 @@ class TunerLayer(BaseTunerLayer, nn.Module, Generic[StateT]):
             raise ValueError(
                 "Cannot pass `adapter_names` when there are merged adapters, please call `unmerge_adapter` first."
             )
-        self.release()
+
+    def _mixed_forward(self, adapter_names: list[str], x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """The base layer's output with what each item's own adapter adds to it."""
         result = self.base_layer(x, *args, **kwargs).clone(memory_format=torch.contiguous_format)
         self._mixed_deltas_(result, x, adapter_names)
         return result
@@ -229,12 +295,25 @@ class TunerLayer(BaseTunerLayer, nn.Module, Generic[StateT]):
             part = self.adapter_output(x.index_select(0, rows), name)
             result.index_add_(0, rows, part.to(result.dtype))
 
-    # ------------------------------------------------------------------ merging
+    # ------------------------------------------------------------------ what the weight holds
+
+    @property
+    def merged_adapters(self) -> list[str]:  # type: ignore[override]
+        """The adapters in the base weight, in the order in which they were merged."""
+        content = self.ledger.content
+        return list(content.names) if isinstance(content, Merged) else []
+
+    @exclusive
+    def release(self) -> None:
+        """Give the base weight its own entries back; merged adapters stay merged."""
+        if not self.ledger.is_merged:
+            self.ledger.release()
 
     def get_delta_weight(self, adapter: str) -> Tensor:
         """The adapter's delta as a dense tensor of the stored weight's shape, in its parameters' dtype."""
         raise NotImplementedError
 
+    @transition
     @torch.no_grad()
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Merge adapters into the base weight; ``unmerge`` gives every bit of it back.
@@ -245,29 +324,49 @@ class TunerLayer(BaseTunerLayer, nn.Module, Generic[StateT]):
 
         Raises:
             ValueError: ``safe_merge`` found a value that is not finite, or the base's backend cannot be written.
+            RuntimeError: something else wrote to the weight while other adapters were merged.
         """
-        names = tuple(name for name in check_adapters_to_merge(self, adapter_names) if name in self.deltas)
-        if not names:
+        new = tuple(name for name in check_adapters_to_merge(self, adapter_names) if name in self.deltas)
+        if not new:
             return
-        self.release()
-        with torch.inference_mode(False), torch.no_grad():
-            self._merge(names, safe_merge)
-        self.merged_adapters.extend(names)
+        with torch.inference_mode(False), torch.no_grad(), self._unmerged() as merged:
+            self._merge((*merged, *new), safe_merge)
+
+    @contextmanager
+    def _unmerged(self) -> Iterator[tuple[str, ...]]:
+        """The base's own weight, into which after an error what was merged before is merged again."""
+        merged = tuple(self.merged_adapters)
+        self.ledger.check_merge()
+        self.ledger.release()
+        try:
+            yield merged
+        except Exception:
+            if merged:
+                self._merge(merged, safe_merge=False)
+            raise
 
     def _merge(self, names: tuple[str, ...], safe_merge: bool) -> None:
-        """Merge, besides those that are merged already. Keeps the base weight as it was: sums of floats round."""
+        """Merge into the base's own weight. Keeps a copy of that: sums of floats round."""
         if self.quantization_backend is not None:
             return self._merge_packed(self.quantization_backend, names, safe_merge)
         weight = self.base_parameter
-        own = weight.detach() if self._unmerged is None else self._unmerged
-        merged = own.to(torch.promote_types(own.dtype, torch.float32), copy=True)
-        for name in (*self.merged_adapters, *names):
+        merged = weight.detach().to(torch.promote_types(weight.dtype, torch.float32), copy=True)
+        for name in names:
             merged += self.get_delta_weight(name).to(merged)
         if safe_merge:
             self._check_merged(merged, names)
-        if self._unmerged is None:
-            self._unmerged = weight.detach().clone()
-        weight.copy_(merged)
+        backup = WeightBackup(weight, weight.detach().clone())
+        self.ledger.merge(backup, lambda: weight.detach().copy_(merged), names)
+
+    def _merge_layer(self, merged: nn.Module, names: tuple[str, ...]) -> None:
+        """Put a layer with a merged weight in the place of a base layer that has no weight."""
+        base = self.base_layer
+
+        def replace() -> None:
+            self._modules[SET_ASIDE] = base
+            self._modules["base_layer"] = merged
+
+        self.ledger.merge(LayerBackup(self, base), replace, names)
 
     def _check_merged(self, entries: Tensor, names: tuple[str, ...]) -> None:
         if not torch.isfinite(entries).all():
@@ -285,51 +384,48 @@ class TunerLayer(BaseTunerLayer, nn.Module, Generic[StateT]):
                 f"layer {self.name}: a {backend.backend_name} base cannot be merged into; keep the adapter unmerged, "
                 "or load the base in float16, bfloat16 or float32 to merge"
             )
-        if self._packed is not None:
-            self._packed.restore(self)
         buffer = self.dequantised()
-        self._add_deltas_(buffer, (*self.merged_adapters, *names))
+        self._add_deltas_(buffer, names)
         if safe_merge:
             self._check_merged(buffer, names)
         warnings.warn(
             f"Merging into a {backend.backend_name} base rounds the merged weight to the base's quantisation again; "
             "outputs may differ slightly from the unmerged adapter's. Unmerging gives the packed weight back exactly.",
-            stacklevel=5,
+            stacklevel=9,
         )
-        self._packed = self._packed or PackedWeight(self)
-        self.set_base_weight(buffer)
+        self.ledger.merge(PackedBackup(self, self.get_base_layer()), lambda: self.set_base_weight(buffer), names)
 
     def _add_deltas_(self, weight: Tensor, names: tuple[str, ...]) -> None:
         """Add adapters' deltas to a dense copy of the base weight."""
         for name in names:
             weight += self.get_delta_weight(name).to(weight)
 
-    @torch.no_grad()
+    @transition
     def unmerge(self) -> None:
-        """Give the base weight back as it was before any merge, bit for bit."""
+        """Give the base weight back as it was before any merge, bit for bit.
+
+        Raises:
+            RuntimeError: something else wrote to the weight while adapters were merged.
+        """
         if not self.merged:
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
             return
-        self.merged_adapters.clear()
-        if self._packed is not None:
-            self._packed.restore(self)
-            self._packed = None
-        if self._unmerged is not None:
-            self.base_parameter.copy_(self._unmerged)
-            self._unmerged = None
-        self.release()
+        self.ledger.check_merge()
+        self.ledger.release()
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         return False  # a sparse delta has full rank in general
 
     # ------------------------------------------------------------------ PEFT's and torch's bookkeeping
 
+    @transition
     def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
         """Make these adapters of the layer the active ones, and (unless ``inference_mode``) the only trainable ones.
 
-        Any that it does not have are none of its business. PEFT's own asks every module below every adapter, which
-        whoever serves many adapters would pay for in each switch.
+        Names of other layers' adapters are ignored. PEFT's own asks every module below every adapter, which costs too
+        much where a model has many of them.
         """
+        self.release()
         names = [adapter_names] if isinstance(adapter_names, str) else adapter_names
         for container in self.adapter_layer_names:
             for name, state in getattr(self, container)._modules.items():
@@ -339,11 +435,36 @@ class TunerLayer(BaseTunerLayer, nn.Module, Generic[StateT]):
                         parameter.requires_grad_(trains)
         self._active_adapter = names
 
+    @transition
+    def enable_adapters(self, enabled: bool) -> None:
+        """As PEFT's; merged adapters that are disabled are unmerged."""
+        if not enabled and self.merged:
+            self.unmerge()
+        self.release()
+        super().enable_adapters(enabled)
+
+    @transition
+    def delete_adapter(self, adapter_name: str) -> None:
+        self.release()
+        super().delete_adapter(adapter_name)
+
+    @transition
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        module = super()._apply(fn, recurse)
-        if self._unmerged is not None:
-            self._unmerged = fn(self._unmerged)
-        return module
+        self.release()
+        was_unchanged = self.ledger.merge_is_unchanged()
+        super()._apply(fn, recurse)
+        self.ledger.moved(was_unchanged)
+        return self
+
+    @transition
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self.release()
+        super()._load_from_state_dict(*args, **kwargs)
+
+    @exclusive
+    def __getstate__(self) -> dict[str, Any]:
+        self.release()
+        return self.__dict__.copy()
 
     def extra_repr(self) -> str:
         return quantization_extra_repr(self)

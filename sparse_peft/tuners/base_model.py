@@ -357,14 +357,14 @@ class BaseSparseModel(BaseTuner, Generic[ConfigT, StateT]):
 
     def release(self) -> None:
         """Give every base weight its own entries back; the next forward pass writes the adapter's anew."""
-        release_layers(self.sparse_layers(self.model))
+        release_layers(layer.ledger for layer in tuner_layers(self.model))
 
     def make_resident(self) -> None:
         """Write the active adapters' entries into the base weights now instead of in the next forward pass.
 
         For servers that want a switch to be over before the next request; layers that cannot hold entries are left.
         """
-        hold_layers(self.sparse_layers(self.model))
+        hold_layers(layer for layer in tuner_layers(self.model) if isinstance(layer, SparseTunerLayer))
 
     def _writes_together(self) -> bool:
         """Whether a kernel writes the entries of many layers in one launch, which beats one for each layer."""
@@ -497,13 +497,3 @@ class BaseSparseModel(BaseTuner, Generic[ConfigT, StateT]):
             name_in_file=lambda name: cls._remove_adapter_name_from_key(name, adapter_name),
         )
         return entries
-
-
-@contextmanager
-def base_weights(model: nn.Module) -> Iterator[nn.Module]:
-    """Inside the block the base weights hold their own entries only, and may be read, compared, saved and changed.
-
-    Adapters that were merged by ``merge_adapter`` stay merged. No forward pass with an active adapter may run inside.
-    """
-    release_layers(BaseSparseModel.sparse_layers(model))
-    yield model

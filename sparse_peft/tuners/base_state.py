@@ -6,7 +6,7 @@ import math
 import warnings
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import ClassVar, NoReturn, Self
+from typing import Any, ClassVar, NoReturn, Self
 
 import torch
 from torch import Tensor, nn
@@ -37,6 +37,9 @@ class TrainedState(Forms, nn.Module):
     combinations: ClassVar[tuple[str, ...]] = ()  # how several adapters can become one; none: they cannot
     why_these_combinations: ClassVar[str] = ""  # for whoever asks for another
     trained_dtype: torch.dtype
+    changes: int = 0  # of its tensors, in ways that torch may not count: by optimizers, by loading
+    backwards: int = 0  # backward passes that reached it
+    is_stepped: bool = False  # whether an optimizer is known to have its parameters
 
     def __init__(self, name: str):
         super().__init__()
@@ -85,6 +88,11 @@ class TrainedState(Forms, nn.Module):
     def combines_with(self, other: TrainedState) -> bool:
         """Whether two states can become one of their own kind; those that cannot may combine as entries."""
         return type(self) is type(other) and bool(self.combinations)
+
+    @property
+    def stamped(self) -> Iterable[str]:
+        """Names of the parameters that cached results are made from."""
+        return self._parameters
 
     def kept_tensors(self) -> Iterator[Tensor]:
         """All tensors that it keeps in memory while the adapter is served."""
@@ -146,6 +154,10 @@ class TrainedState(Forms, nn.Module):
                 parameter.data = data.to(parameter.device, torch.float32)
         self.keep_dtype()
         return module
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self.changes += 1
+        super()._load_from_state_dict(*args, **kwargs)
 
     # ------------------------------------------------------------------ files
 

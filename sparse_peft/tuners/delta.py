@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any, ClassVar, Self
 
@@ -57,6 +57,10 @@ class Delta(TrainedState):
     def forward(self) -> Tensor:
         """The values ``(entries,)``; called, not read, so that hooks of sharding wrappers run."""
         return self.values
+
+    @property
+    def stamped(self) -> Iterable[str]:
+        return (self.value_name,)
 
     def randomise(self) -> None:
         nn.init.normal_(self.values)
@@ -155,6 +159,7 @@ class Delta(TrainedState):
         self._refresh()
 
     def _keep(self, positions: dict[str, Tensor]) -> None:
+        self.changes += 1
         for name in self.position_names:
             self._buffers.pop(name, None)
         for name, tensor in positions.items():

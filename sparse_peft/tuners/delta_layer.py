@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
+from functools import partial
 from typing import Any, ClassVar, Self, TypeVar
 
 import torch
@@ -12,7 +14,6 @@ from ..ops import (
     UNOBSERVED,
     BatchOrder,
     LinearProduct,
-    WeightSource,
     add_to_support_,
     delta_matmul,
     effective_entries,
@@ -23,22 +24,19 @@ from ..ops import (
     support_layer,
 )
 from ..support import Support
-from .base_layer import TunerLayer
+from .active_delta import ActiveDelta
+from .backups import EntriesBackup
+from .base_layer import Step, TunerLayer
+from .changes import Stamp
 from .delta import Delta
 from .layer_parts import weight_of
-from .residency import (
-    ActiveDelta,
-    DeltaSource,
-    DequantisedSource,
-    OverlaySource,
-    Residency,
-    ResidentSource,
-    Stamp,
-    Write,
-    note_holding,
-    release_layers,
-)
+from .ledger import Content, Held, Merged, Weight, Write, transition, write_all
+from .residency import note_holding
+from .sources import DeltaSource, DequantisedSource, LayerSource, OverlaySource, ResidentSource
 from .stacks import EntryStack, Stack
+from .transitions import exclusive, exclusively
+
+DeltaT = TypeVar("DeltaT", bound=Delta)
 
 # Unions of several adapters' supports that a layer keeps, so that switching back and forth does not make them anew.
 KEPT_UNIONS = 4
@@ -56,10 +54,6 @@ def _rejoin(layer: SparseTunerLayer[Any], _incompatible_keys: Any) -> None:
     layer.rejoin()
 
 
-DeltaT = TypeVar("DeltaT", bound=Delta)
-Joined = tuple[tuple[Support, ...], ActiveDelta]
-
-
 class SparseTunerLayer(TunerLayer[DeltaT]):
     """A layer whose weight is trained at the supports of its adapters.
 
@@ -74,15 +68,14 @@ class SparseTunerLayer(TunerLayer[DeltaT]):
     """
 
     stack_cls: ClassVar[type[Stack] | None] = EntryStack  # None: the adapters have no common product
+    adds_entries_only: ClassVar[bool] = True  # whether an adapter adds nothing to the weight but its entries
 
     def __init__(self, base_layer: nn.Module, name: str, resident: bool = True, **kwargs: Any) -> None:
         super().__init__(base_layer, name, **kwargs)
         self.resident = resident
-        self._residency = Residency(name)
-        self._joined: Joined | None = None
-        self._joins: dict[tuple[str, ...], Joined] = {}
-        self._step_expected = False
-        self._writable: tuple[Tensor, int, bool] | None = None
+        self._joined: ActiveDelta | None = None
+        self._joins: dict[tuple[str, ...], ActiveDelta] = {}
+        self._writable: tuple[weakref.ref[Tensor], int, bool] | None = None
         self._stack: Stack | None = None
         self.observer_key = new_key()
         self.register_load_state_dict_post_hook(_rejoin)
@@ -102,32 +95,41 @@ class SparseTunerLayer(TunerLayer[DeltaT]):
         """The adapter's trained state; positions that no file has brought are chosen now, from the base weight."""
         delta = self.deltas[adapter_name]
         if delta.known_support() is None:
+            exclusively(self._draw, delta)
+        return delta
+
+    def _draw(self, delta: DeltaT) -> None:
+        if delta.known_support() is None:
             self.release()
             with torch.no_grad(), torch.inference_mode(False):
                 delta.support = delta.draw(self.dense_base_weight, self.stored_shape)
-        return delta
 
     def _join(self, names: tuple[str, ...]) -> ActiveDelta:
         """The named adapters' common support; kept for each selection of them until one's own support changes."""
-        if self._joined is not None and self._joined[1].names == names:
-            # a compiled graph is traced with what set_adapter and loading left here
-            if torch.compiler.is_compiling() or self._is_current(self._joined):
-                return self._joined[1]
+        known = self._joined
+        # a compiled graph is traced with what set_adapter and loading left here
+        if known is not None and known.names == names and (torch.compiler.is_compiling() or self._is_current(known)):
+            return known
+        return exclusively(self._join_anew, names)
+
+    def _join_anew(self, names: tuple[str, ...]) -> ActiveDelta:
         known = self._joins.get(names)
         if known is None or not self._is_current(known):
             with torch.inference_mode(False):
-                supports = {name: self.settled(name).support for name in names}
-                known = tuple(supports.values()), ActiveDelta.join(supports)
+                known = ActiveDelta.join({name: self.settled(name).support for name in names})
             unions = [other for other in self._joins if len(other) > 1 and other != names]
             if len(names) > 1 and len(unions) >= KEPT_UNIONS:
                 del self._joins[unions[0]]
             self._joins[names] = known
         self._joined = known
-        return known[1]
+        return known
 
-    def _is_current(self, joined: Joined) -> bool:
-        supports, delta = joined
-        return all(old is self.deltas[name].known_support() for old, name in zip(supports, delta.names, strict=True))
+    def _is_current(self, joined: ActiveDelta) -> bool:
+        """Whether the adapters still have the supports that were joined."""
+        for name, support in zip(joined.names, joined.parts, strict=True):
+            if self.deltas[name].known_support() is not support:
+                return False
+        return True
 
     def _forget_joins(self, adapter_name: str) -> None:
         self._joined = None
@@ -145,12 +147,20 @@ class SparseTunerLayer(TunerLayer[DeltaT]):
 
     def stamp(self, delta: ActiveDelta | None) -> Stamp | None:
         """What the values of the joined adapters are now."""
-        return None if delta is None else Stamp(tuple(self.settled(name) for name in delta.names), self._is_sharded())
+        if delta is None:
+            return None
+        content = self.ledger.content
+        if isinstance(content, Held) and content.delta is delta and content.stamp.is_current():
+            return content.stamp
+        return Stamp([self.settled(name) for name in delta.names], self._is_sharded())
 
     def check_stamp(self, delta: ActiveDelta, stamp: Stamp) -> None:
-        if not stamp.is_current() or any(
-            d.known_support() is not s for d, s in zip(stamp.deltas, stamp.supports, strict=True)
-        ):
+        """Refuse values that changed since the forward pass.
+
+        Raises:
+            RuntimeError: names the adapters and the layer.
+        """
+        if not stamp.is_unwritten() or not self._is_current(delta):
             raise RuntimeError(
                 f"the values of adapter {', '.join(delta.names)} in layer {self.name} were changed between the "
                 "forward pass and its backward pass; step the optimizer, load and reselect only after backward"
@@ -158,62 +168,81 @@ class SparseTunerLayer(TunerLayer[DeltaT]):
 
     # ------------------------------------------------------------------ residency
 
+    def _prepare(self, wanted: ActiveDelta | Weight) -> None:
+        if isinstance(wanted, Weight):
+            super()._prepare(wanted)
+        else:
+            self._write(wanted, self.stamp(wanted))
+
     @torch.no_grad()
-    def hold(self, delta: ActiveDelta | None, stamp: Stamp | None) -> None:
-        """Make the base weight hold these adapters' entries, or its own for ``None``; nothing if it does already."""
-        if delta is None or stamp is None:
-            self.release()
-        elif self._step_expected or not self._residency.holds(stamp):
-            self.check_stamp(delta, stamp)
-            with torch.inference_mode(False):
-                self._residency.write(self.base_parameter, delta.support, self.sum_values(delta), stamp)
-            self.now_holds()
+    def _write(self, delta: ActiveDelta, stamp: Stamp | None) -> None:
+        write_all([self._write_of(delta, stamp)])
+        note_holding(self.ledger)
 
-    def now_holds(self) -> None:
-        """Note that the base weight holds the active adapters' current entries."""
-        self._step_expected = False
-        note_holding(self)
-
-    def held_weight(self) -> tuple[Residency, Tensor] | None:
-        """The ledger and the base weight, if that holds entries of adapters that are not merged."""
-        return None if self._residency.held is None or self.merged else (self._residency, self.base_parameter)
-
-    def release(self) -> None:
-        """Give the base weight its own entries back; merged adapters stay merged."""
-        if self.held_weight() is not None:
-            release_layers([self])
+    def _write_of(self, delta: ActiveDelta, stamp: Stamp | None) -> Write:
+        """What makes the base weight hold adapters' entries."""
+        assert stamp is not None
+        weight, parameters = self.base_parameter, self.base_layer._parameters
+        held = Held(delta, stamp, parameters, weight, self.adds_entries_only)
+        return Write(self.ledger, weight, delta.support, self.sum_values(delta), lambda _: held)
 
     def pending_write(self) -> Write | None:
         """What makes the base weight hold the active adapters' entries; None if it does, or may not."""
-        if self._holds_current():
-            return None
         names = self._active_names()
         if not names or self.merged or self.disable_adapters or self.path() != "resident":
             return None
         delta = self._join(names)
-        stamp = self.stamp(delta)
-        if self._residency.holds(stamp) and not self._step_expected:
-            return None
-        return Write(self._residency, self.base_parameter, delta.support, self.sum_values(delta), stamp)
+        return None if self.ledger.holds(delta) else self._write_of(delta, self.stamp(delta))
 
-    def expect_step(self) -> None:
-        """After a backward pass the values may be stepped by means that leave no trace, as ``param.data`` does."""
-        self._step_expected = True
+    def hold(self, delta: ActiveDelta | None, stamp: Stamp | None) -> None:
+        """Make the base weight hold what it held in a forward pass: these adapters' entries, or its own for None.
+
+        Called by a thread that is among the ledger's readers.
+
+        Raises:
+            RuntimeError: it cannot any more.
+        """
+        if self.ledger.is_closed or not self._still_holds(delta, stamp):
+            exclusively(self._hold_again, delta, stamp)
+
+    def _still_holds(self, delta: ActiveDelta | None, stamp: Stamp | None) -> bool:
+        content = self.ledger.content
+        if delta is None or stamp is None:
+            return self.ledger.is_own
+        return isinstance(content, Held) and content.delta is delta and content.stamp.is_same(stamp)
+
+    def _hold_again(self, delta: ActiveDelta | None, stamp: Stamp | None) -> None:
+        if self._still_holds(delta, stamp):
+            return
+        if self.merged:
+            raise RuntimeError(
+                f"layer {self.name}: adapters {self.merged_adapters} were merged between a forward pass and its "
+                "backward pass; merge after backward"
+            )
+        if delta is None or stamp is None:
+            self.release()
+        else:
+            self.check_stamp(delta, stamp)
+            self._write(delta, stamp)
 
     def _may_be_resident(self) -> bool:
         weight = self.base_parameter
-        if not self.resident or self._is_sharded():
+        if not self.resident or self._is_sharded() or self.ledger.is_kept_own:
             return False
         # what follows changes only with the memory itself, and would be asked in every pass
         known = self._writable
-        if known is None or known[0] is not weight or known[1] != weight.data_ptr():
-            self._writable = known = weight, weight.data_ptr(), self._is_writable(weight)
-        return known[2]
+        if known is not None and known[0]() is weight and known[1] == weight.data_ptr():
+            return known[2]
+        if known is not None and (own := known[0]()) is not None and own is not weight and not own.is_meta:
+            return False  # another weight has its place for a while: torch.func.functional_call
+        self._writable = weakref.ref(weight), weight.data_ptr(), self._is_writable(weight)
+        return self._writable[2]
 
     @staticmethod
     def _is_writable(weight: Tensor) -> bool:
         return (
-            weight.dtype in WRITABLE_DTYPES
+            isinstance(weight, nn.Parameter)
+            and weight.dtype in WRITABLE_DTYPES
             and is_dense(weight)
             and not weight.is_inference()
             and not (weight.device.type == "cpu" and weight.is_shared())
@@ -223,39 +252,21 @@ class SparseTunerLayer(TunerLayer[DeltaT]):
 
     # ------------------------------------------------------------------ forward
 
-    def forward(self, x: Tensor, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any) -> Tensor:
-        if adapter_names is None and not torch.is_grad_enabled() and self._holds_current():
-            return self.base_layer(x, *args, **kwargs)
-        if self.disable_adapters:
-            if self.merged:
-                self.unmerge()
-            return self._base_forward(x, *args, **kwargs)
-        if adapter_names is not None:
-            return self._mixed_batch_forward(x, adapter_names, *args, **kwargs)
-        if self.merged:
-            return self.base_layer(x, *args, **kwargs)
-        names = self._active_names()
-        if not names:
-            return self._base_forward(x, *args, **kwargs)
+    def _adapters_step(self, x: Tensor, names: tuple[str, ...], has_more: bool) -> Step:
         delta = self._join(names)
         if self.quantization_backend is not None:
             self._restore_dtypes(delta.names)
-        path = "additive" if args or kwargs else self.path(x)
-        if path == "dequantised":
-            return self._dequantised_forward(x, delta)
-        if path == "additive":
-            log_once(f"layer {self.name}: the base layer's own forward is used, with the delta added to its result")
-            return self._additive_forward(x, delta, *args, **kwargs)
-        if torch.compiler.is_compiling():
-            return self._functional_forward(x, delta)
-        if path == "overlay":
-            log_once(f"layer {self.name}: the base weight cannot be written, its panels are copied in every pass")
-            self.release()
-            return self._product(x, delta, OverlaySource(self, delta))
-        if torch.is_grad_enabled() and (x.requires_grad or any(self.settled(n).values.requires_grad for n in names)):
-            return self._product(x, delta, ResidentSource(self, delta))
-        self.hold(delta, self.stamp(delta))
-        return self.base_layer(x)
+        path = "additive" if has_more else self.path(x)
+        if torch.compiler.is_compiling() and path == "resident":
+            path = "traced"
+        handlers: dict[str, Callable[..., Tensor]] = {
+            "resident": self._resident_forward,
+            "overlay": self._overlay_forward,
+            "dequantised": self._dequantised_forward,
+            "additive": self._additive_forward,
+            "traced": self._traced_forward,
+        }
+        return Step(partial(handlers[path], delta), delta if path == "resident" else Weight.OWN)
 
     def path(self, x: Tensor | None = None) -> str:
         """How the forward pass of one adapter, or of several that act together, is computed.
@@ -274,19 +285,8 @@ class SparseTunerLayer(TunerLayer[DeltaT]):
         # a compiled graph writes nothing: it sets the entries in a transient copy
         return "resident" if torch.compiler.is_compiling() or self._may_be_resident() else "overlay"
 
-    def _holds_current(self) -> bool:
-        """Whether the base weight holds the active adapters' current values: the short way of inference."""
-        held = self._residency.held
-        return (
-            held is not None
-            and not torch.compiler.is_compiling()
-            and not self._step_expected
-            and isinstance(held.stamp, Stamp)
-            and held.stamp.is_current()
-        )
-
-    def _product(self, x: Tensor, delta: ActiveDelta | None, source: WeightSource) -> Tensor:
-        dtype = self._compute_dtype(x)
+    def _product(self, x: Tensor, source: LayerSource) -> Tensor:
+        dtype, delta = self._compute_dtype(x), source.delta
         bias = self.base_bias
         return support_layer(
             x.to(dtype),
@@ -298,35 +298,44 @@ class SparseTunerLayer(TunerLayer[DeltaT]):
 
     def _base_forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """The base layer without any adapter, such that an adapter may act before this pass's backward."""
-        self.release()
         plain = torch.compiler.is_compiling() or args or kwargs or not torch.is_grad_enabled() or not x.requires_grad
         if plain or self.quantization_backend is not None or self._is_hooked():
             return self.base_layer(x, *args, **kwargs)
         if not self._base_is_stock(x) or not self._may_be_resident():
             return self.base_layer(x, *args, **kwargs)
-        return self._product(x, None, ResidentSource(self, None))
+        return self._product(x, ResidentSource(self, None))
 
-    def _functional_forward(self, x: Tensor, delta: ActiveDelta) -> Tensor:
+    def _resident_forward(self, delta: ActiveDelta, x: Tensor) -> Tensor:
+        trains = torch.is_grad_enabled() and (
+            x.requires_grad or any(self.deltas[name].values.requires_grad for name in delta.names)
+        )
+        return self._product(x, ResidentSource(self, delta)) if trains else self.base_layer(x)
+
+    def _overlay_forward(self, delta: ActiveDelta, x: Tensor) -> Tensor:
+        log_once(f"layer {self.name}: the base weight cannot be written, its panels are copied in every pass")
+        return self._product(x, OverlaySource(self, delta))
+
+    def _traced_forward(self, delta: ActiveDelta, x: Tensor) -> Tensor:
         dtype = self._compute_dtype(x)
-        weight, bias, held = weight_of(self.base_layer), self.base_bias, self._residency.held
+        weight, bias, backup = weight_of(self.base_layer), self.base_bias, self.ledger.backup
         return functional_layer(
             x.to(dtype),
             self.sum_values(delta),
             None if bias is None else bias.to(dtype),
             weight,
-            read_support(weight, delta.support) if held is None else held.originals,
+            backup.originals if isinstance(backup, EntriesBackup) else read_support(weight, delta.support),
             delta.support,
             delta.csr,
             self.product,
             self.observer_key,
         )
 
-    def _dequantised_forward(self, x: Tensor, delta: ActiveDelta) -> Tensor:
+    def _dequantised_forward(self, delta: ActiveDelta, x: Tensor) -> Tensor:
         dtype = getattr(self.base_layer, "compute_dtype", None) or x.dtype
-        return self._product(x.to(dtype), delta, DequantisedSource(self, delta)).to(x.dtype)
+        return self._product(x.to(dtype), DequantisedSource(self, delta)).to(x.dtype)
 
-    def _additive_forward(self, x: Tensor, delta: ActiveDelta, *args: Any, **kwargs: Any) -> Tensor:
-        self.release()
+    def _additive_forward(self, delta: ActiveDelta, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        log_once(f"layer {self.name}: the base layer's own forward is used, with the delta added to its result")
         result = self.base_layer(x, *args, **kwargs)
         if self.quantization_backend is not None:
             result = self.quantization_backend.maybe_clone_base_result(result)
@@ -363,23 +372,27 @@ class SparseTunerLayer(TunerLayer[DeltaT]):
         stack.add_(result, x, order)
 
     def _stacked(self, kind: type[Stack], names: tuple[str, ...], x: Tensor) -> Stack | None:
-        if self._stack is None or not self._stack.serves(names, x):
+        stack = self._stack
+        if stack is None or not stack.serves(names, x):
             deltas = {name: self.settled(name) for name in names}
             with torch.no_grad(), torch.inference_mode(False):
-                self._stack = kind.of(deltas, self.product.in_dim, x.dtype)
-        return self._stack
+                stack = self._stack = kind.of(deltas, self.product.in_dim, x.dtype)
+        return stack
 
     # ------------------------------------------------------------------ merging
 
     def _merge(self, names: tuple[str, ...], safe_merge: bool) -> None:
         if self.quantization_backend is not None:
             return self._merge_packed(self.quantization_backend, names, safe_merge)
-        delta = self._join((*self.merged_adapters, *names))
-        values, weight = self.sum_values(delta), self.base_parameter
+        delta, weight = self._join(names), self.base_parameter
+        values = self.sum_values(delta)
         if safe_merge:
-            originals = self._residency.originals_at(weight, delta.support)
-            self._check_merged(effective_entries(originals, values), names)
-        self._residency.write(weight, delta.support, values, ("merged", *self.merged_adapters, *names))
+            self._check_merged(effective_entries(read_support(weight.detach(), delta.support), values), names)
+
+        def content(backup: EntriesBackup) -> Content:
+            return Merged(names, backup.checksum())
+
+        write_all([Write(self.ledger, weight, delta.support, values, content)])
 
     def _add_deltas_(self, weight: Tensor, names: tuple[str, ...]) -> None:
         delta = self._join(names)
@@ -394,43 +407,53 @@ class SparseTunerLayer(TunerLayer[DeltaT]):
 
     # ------------------------------------------------------------------ PEFT's and torch's bookkeeping
 
+    @transition
     def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
-        self.release()
         self._stack = None
         super().set_adapter(adapter_names, inference_mode=inference_mode)
         self.rejoin()
 
-    def enable_adapters(self, enabled: bool) -> None:
-        self.release()
-        super().enable_adapters(enabled)
-
+    @transition
     def delete_adapter(self, adapter_name: str) -> None:
-        self.release()
         self._forget_joins(adapter_name)
         self._stack = None
         super().delete_adapter(adapter_name)
 
+    @transition
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        self.release()
-        self._stack = None
-        module = super()._apply(fn, recurse)
-        if self._residency.held is not None:
-            self._residency.moved(self.base_parameter)
+        self._stack = self._writable = None
+        super()._apply(fn, recurse)
         self.rejoin()
-        return module
+        return self
 
-    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+    @exclusive
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """As torch's, of the base's own weight, which no entries are written into while the result refers to it."""
         self.release()
-        super()._save_to_state_dict(destination, prefix, keep_vars)
+        state = super().state_dict(*args, **kwargs)
+        prefix = args[1] if len(args) > 1 else kwargs.get("prefix", "")
+        weight = state.get(f"{prefix}base_layer.weight")
+        if isinstance(weight, Tensor) and weight is not self.base_layer._parameters.get("weight"):
+            self.ledger.keep_own_while(weight)
+        return state
 
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        self.release()
-        super()._load_from_state_dict(*args, **kwargs)
-
+    @exclusive
     def __getstate__(self) -> dict[str, Any]:
-        self.release()
-        return {**self.__dict__, "_writable": None, "_joins": {}, "_stack": None}
+        state = super().__getstate__()
+        if self.ledger.is_shared() and not self.merged and self.resident and self.quantization_backend is None:
+            state["_modules"] = {**self._modules, "base_layer": self._unwritten_base()}
+        return {**state, "_writable": None, "_joins": {}, "_joined": None, "_stack": None}
+
+    def _unwritten_base(self) -> nn.Module:
+        """The base layer as it is copied or pickled while other threads infer, which then write nothing into it."""
+        base = self.base_layer
+        twin = base.__class__.__new__(base.__class__)
+        twin.__dict__ = {**base.__dict__, "_parameters": dict(base._parameters)}
+        weight = nn.Parameter(base.weight.detach(), requires_grad=base.weight.requires_grad)
+        twin._parameters["weight"] = weight
+        self.ledger.keep_own_while(weight)
+        return twin
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self.observer_key = new_key()  # a copy's gradients are none of the original's observer's business
+        self.observer_key = new_key()  # a copy must not share the original's gradient observer

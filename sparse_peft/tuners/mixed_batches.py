@@ -9,7 +9,8 @@ from peft.tuners.tuners_utils import BaseTuner
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
-from .base_layer import BASE_ADAPTER, TunerLayer
+from .base_layer import TunerLayer
+from .files.checks import BASE_ADAPTER
 from .traversal import tuner_layers
 
 

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from ..ops import BatchOrder, add_channel_deltas_, add_entry_deltas_, diagonal_of, suits_one_product
 from ..support import ChannelSupport
+from .changes import Stamp
 from .delta import Delta
-from .residency import Stamp
 
 
 @dataclass(frozen=True)

@@ -15,8 +15,7 @@ def noop_unmerge() -> None:
     from sparse_peft.tuners.delta_layer import SparseTunerLayer
 
     def unmerge(self: SparseTunerLayer) -> None:
-        self.merged_adapters.clear()
-        self._residency.held = None
+        self.ledger.backup = self.ledger.content = None
 
     _replace(SparseTunerLayer, "unmerge", unmerge)
 
@@ -64,16 +63,16 @@ def disable_ignored() -> None:
     """The forward pass of a disabled adapter is that of an enabled one."""
     from sparse_peft.tuners.delta_layer import SparseTunerLayer
 
-    original = SparseTunerLayer.forward
+    original = SparseTunerLayer._step
 
-    def forward(self: SparseTunerLayer, *args: Any, **kwargs: Any) -> Any:
+    def step(self: SparseTunerLayer, *args: Any) -> Any:
         disabled, self._disable_adapters = self._disable_adapters, False
         try:
-            return original(self, *args, **kwargs)
+            return original(self, *args)
         finally:
             self._disable_adapters = disabled
 
-    _replace(SparseTunerLayer, "forward", forward)
+    _replace(SparseTunerLayer, "_step", step)
 
 
 def first_adapter_only() -> None:
@@ -96,7 +95,7 @@ def entries_kept_after_step() -> None:
     """The base weight goes on holding the adapter's entries after an optimizer step."""
     from sparse_peft.tuners import residency
 
-    _replace(residency, "release_all", lambda: None)
+    _replace(residency, "release_stepped", lambda optimizer: None)
 
 
 FAULTS: dict[str, Callable[[], None]] = {

@@ -46,7 +46,7 @@ def test_a_graph_is_right_whether_or_not_the_base_holds_the_entries():
     compiled = torch.compile(model, backend="eager", fullgraph=True)
     expected = compiled(x)
     torch.testing.assert_close(model(x), expected)  # the base holds the entries from here on
-    assert layers_of(model)["first"]._residency.held is not None
+    assert not layers_of(model)["first"].ledger.is_own
     torch.testing.assert_close(compiled(x), expected)
     with torch.no_grad():
         for layer in layers_of(model).values():

@@ -6,7 +6,7 @@ from torch.utils.checkpoint import checkpoint
 
 from sparse_peft import panel_limit, use_backend
 from sparse_peft.ops import backends
-from sparse_peft.tuners.residency import OverlaySource, ResidentSource
+from sparse_peft.tuners.sources import OverlaySource, ResidentSource
 from tests.helpers.two_layers import TwoLayers, adapted, effective_weights, layers_of, oracle_output
 
 TOLERANCE = {
@@ -221,7 +221,7 @@ def test_weights_that_must_not_be_written_use_the_overlay(make):
         weight.data = weight.detach().t().contiguous().t()
     assert not layer._may_be_resident()
     check_against_oracle(model, reference, torch.randn(4, 17), TOLERANCE[torch.float32])
-    assert layer._residency.held is None
+    assert layer.ledger.is_own
 
 
 def test_both_sources_agree_bit_for_bit():

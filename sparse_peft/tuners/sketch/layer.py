@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -10,8 +11,11 @@ from torch import Tensor, nn
 
 from ...calibrate.codebooks import Sketch
 from ...ops import CodedWeight, Codes, codebook_linear
-from ..base_layer import SET_ASIDE, TunerLayer
+from ..backups import SET_ASIDE
+from ..base_layer import Step, TunerLayer
 from ..four_bit import FourBit
+from ..ledger import Weight
+from ..transitions import exclusively
 from .config import SketchConfig
 from .sketched import SketchedLinear
 from .state import SketchState
@@ -64,7 +68,7 @@ class SketchLinear(TunerLayer[SketchState]):
     def settled(self, adapter_name: str) -> SketchState:
         state = self.deltas[adapter_name]
         if not state.is_settled:
-            self._settle(state)
+            exclusively(self._settle, state)
         return state
 
     def receive(self, adapter_name: str) -> None:
@@ -75,6 +79,8 @@ class SketchLinear(TunerLayer[SketchState]):
 
     @torch.no_grad()
     def _settle(self, state: SketchState) -> None:
+        if state.is_settled:
+            return
         if self.merged:
             raise RuntimeError(
                 f"layer {self.name}: adapters are merged, so the base's own weights, whose codes a new adapter needs, "
@@ -178,17 +184,15 @@ class SketchLinear(TunerLayer[SketchState]):
         names = self._active_names()
         return "decoded" if names and all(not self.deltas[name].has_tables for name in names) else "additive"
 
-    def forward(self, x: Tensor, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any) -> Tensor:
-        names = self._active_names()
-        plain = self.disable_adapters or adapter_names is not None or self.merged or not names or args or kwargs
-        if plain or self.path(x) == "additive":
-            return super().forward(x, *args, adapter_names=adapter_names, **kwargs)
-        if self.quantization_backend is not None:
-            self._restore_dtypes(names)
-        return self._decoded_forward(x, names)
+    def _adapters_step(self, x: Tensor, names: tuple[str, ...], has_more: bool) -> Step:
+        if has_more or self.path(x) == "additive":
+            return super()._adapters_step(x, names, has_more)
+        return Step(partial(self._decoded_forward, names), Weight.OWN)
 
     @torch.compiler.disable  # panels are no business of a graph, which would keep the weight whole
-    def _decoded_forward(self, x: Tensor, names: tuple[str, ...]) -> Tensor:
+    def _decoded_forward(self, names: tuple[str, ...], x: Tensor) -> Tensor:
+        if self.quantization_backend is not None:
+            self._restore_dtypes(names)
         dtype = self._compute_dtype(x)
         if self.quantization_backend is not None:
             dtype = getattr(self.base_layer, "compute_dtype", None) or dtype
@@ -209,18 +213,10 @@ class SketchLinear(TunerLayer[SketchState]):
         if replaced is None:
             super()._merge(names, safe_merge)
             return
-        (table,), _ = self._coded((*self.merged_adapters, *names), with_base=True)
+        (table,), _ = self._coded(names, with_base=True)
         if safe_merge:
             self._check_merged(table, names)
-        self._modules[SET_ASIDE] = replaced
-        self.base_layer = replaced.with_weight(replaced.decode(table, replaced.dtype))
-
-    @torch.no_grad()
-    def unmerge(self) -> None:
-        """As the base class's; codes and tables come back to where the merged weight was."""
-        if self.merged and SET_ASIDE in self._modules:
-            self.base_layer = self._modules.pop(SET_ASIDE)
-        super().unmerge()
+        self._merge_layer(replaced.with_weight(replaced.decode(table, replaced.dtype)), names)
 
     def unload_and_optionally_merge_module(
         self, merge: bool, safe_merge: bool = False, adapter_names: list[str] | None = None

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ...ops import cheaper_way, compose_weight, sparse_low_rank_linear
-from ..base_layer import SET_ASIDE, TunerLayer
+from ..backups import SET_ASIDE
+from ..base_layer import Step, TunerLayer
 from ..delta_layer import SparseTunerLayer
+from ..ledger import Weight
 from ..low_rank import LowRankLayer
 from .config import SLTrainConfig
 from .delta import SLTrainDelta
@@ -29,6 +33,7 @@ class SLTrainLinear(LowRankLayer[SLTrainDelta], SparseTunerLayer[SLTrainDelta]):
 
     config_cls = SLTrainConfig
     stack_cls = None  # its low rank is no entry
+    adds_entries_only = False
 
     def __init__(
         self,
@@ -68,13 +73,21 @@ class SLTrainLinear(LowRankLayer[SLTrainDelta], SparseTunerLayer[SLTrainDelta]):
         sparse = super().adapter_output(x, adapter_name)
         return sparse + self.low_rank_output(x, adapter_name).to(sparse.dtype)
 
-    def forward(self, x: Tensor, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any) -> Tensor:
+    def _step(self, x: Tensor, adapter_names: list[str] | None, has_more: bool) -> Step:
         if self.is_weightless:
-            return self._weightless_forward(x)
-        result = super().forward(x, *args, adapter_names=adapter_names, **kwargs)
-        if adapter_names is not None or self.disable_adapters or self.merged:
-            return result
-        for name in self._active_names():
+            return Step(self._weightless_forward, Weight.OWN)
+        return super()._step(x, adapter_names, has_more)
+
+    def _adapters_step(self, x: Tensor, names: tuple[str, ...], has_more: bool) -> Step:
+        step = super()._adapters_step(x, names, has_more)
+        return Step(partial(self._low_rank_added, step.run, names), step.wanted)
+
+    def _low_rank_added(
+        self, run: Callable[..., Tensor], names: tuple[str, ...], x: Tensor, *args: Any, **kwargs: Any
+    ) -> Tensor:
+        """The output with the adapters' entries, and their low rank added to it."""
+        result = run(x, *args, **kwargs)
+        for name in names:
             result = result + self.low_rank_output(x, name).to(result.dtype)
         return result
 
@@ -104,25 +117,17 @@ class SLTrainLinear(LowRankLayer[SLTrainDelta], SparseTunerLayer[SLTrainDelta]):
 
     def _merge(self, names: tuple[str, ...], safe_merge: bool) -> None:
         if not self.is_weightless:
-            # the low rank reaches every entry: the ledger of single ones is no use
+            # the low rank reaches every entry: single ones are not enough to restore the weight
             return TunerLayer._merge(self, names, safe_merge)
         delta, support = self.deltas[self._only_name], self.settled(self._only_name).support
         down, up = (factor.detach() for factor in delta.factors())
         weight = compose_weight(up, down, delta.values.detach(), support)
         if safe_merge:
             self._check_merged(weight, names)
-        self._modules[SET_ASIDE] = self.base_layer
-        self.base_layer = self.base_layer.with_weight(weight)
+        self._merge_layer(self.base_layer.with_weight(weight), names)
 
     def _add_deltas_(self, weight: Tensor, names: tuple[str, ...]) -> None:
         TunerLayer._add_deltas_(self, weight, names)
-
-    @torch.no_grad()
-    def unmerge(self) -> None:
-        """As the base class's; a layer that had no weight loses the merged one again."""
-        if self.merged and SET_ASIDE in self._modules:
-            self.base_layer = self._modules.pop(SET_ASIDE)
-        super().unmerge()
 
     def enable_adapters(self, enabled: bool) -> None:
         if not enabled and (self.is_weightless or SET_ASIDE in self._modules):

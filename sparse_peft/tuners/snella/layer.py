@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from ...ops import distance_layer
-from ..base_layer import TunerLayer
+from ..base_layer import Step, TunerLayer
+from ..ledger import Weight
 from .config import SnellaConfig
 from .state import KernelState
 
@@ -21,10 +22,10 @@ class SnellaLinear(TunerLayer[KernelState]):
 
     config_cls = SnellaConfig
 
-    def forward(self, x: Tensor, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any) -> Tensor:
-        if adapter_names is None and not args and not kwargs and self.path(x) == "fused":
-            return self._fused_forward(x, self._active_names()[0])
-        return super().forward(x, *args, adapter_names=adapter_names, **kwargs)
+    def _adapters_step(self, x: Tensor, names: tuple[str, ...], has_more: bool) -> Step:
+        if not has_more and self.path(x) == "fused":
+            return Step(partial(self._fused_forward, names[0]), Weight.OWN)
+        return super()._adapters_step(x, names, has_more)
 
     def path(self, x: Tensor | None = None) -> str:
         """How the forward pass of the active adapters is computed.
@@ -54,7 +55,7 @@ class SnellaLinear(TunerLayer[KernelState]):
         return not self.training and not torch.is_grad_enabled()
 
     @torch.compiler.disable  # parts and thresholds are no business of a graph, which would keep the delta whole
-    def _fused_forward(self, x: Tensor, adapter_name: str) -> Tensor:
+    def _fused_forward(self, adapter_name: str, x: Tensor) -> Tensor:
         state = self.deltas[adapter_name]
         how, dtype, bias = state.competition(), self._compute_dtype(x), self.base_bias
         bias = None if bias is None else bias.to(dtype)

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
-from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from ...numerics import uniform
 from ...ops import (
@@ -26,34 +26,19 @@ from ...ops import (
 )
 from ...support import Support, index_dtype
 from ..base_state import TrainedState
+from ..changes import Stamp, note_backward, version
 from ..forms import Entries
-from ..residency import version
+from ..transitions import exclusively
 from .config import SnellaConfig
 
 NOT_FOUND = -1  # the age of a threshold that is still to be found
-
-# Optimizers may write to parameters in ways that leave no trace in torch's own count of writes.
-_steps = 0
-_hook = None
-
-
-def _count_steps() -> None:
-    global _hook
-    if _hook is None:
-        _hook = register_optimizer_step_post_hook(_note_step)
-
-
-def _note_step(*_: Any) -> None:
-    global _steps
-    _steps += 1
 
 
 class _Seen(NamedTuple):
     """What the parameters were when they were last looked at."""
 
-    marks: tuple[tuple[Tensor, int, int], ...]
+    stamp: Stamp
     kept: int
-    steps: int
 
 
 class KernelState(TrainedState):
@@ -96,7 +81,6 @@ class KernelState(TrainedState):
         self.register_buffer("age", torch.tensor(NOT_FOUND))
         self._forget()
         self.keep_dtype()
-        _count_steps()
 
     def _draw(self, seed: int) -> Factors:
         """The first factors: evenly over ``1 / sqrt(features r / 2)``, as the authors' initialisation has it."""
@@ -160,10 +144,19 @@ class KernelState(TrainedState):
         parameters = tuple(self._parameters.values())
         if any(p.is_meta or isinstance(p, DTensor) for p in parameters):
             return  # nothing to compute from: the next forward pass has it
-        marks = tuple((p, version(p), 0 if self.sharded else p.data_ptr()) for p in parameters)
-        seen, age = self._seen, self._number("age")
-        if seen is not None and age != NOT_FOUND and seen.kept == self.entries and not self._changed(seen, marks):
+        if not self._is_settled():
+            exclusively(self._settle)
+
+    def _is_settled(self) -> bool:
+        seen = self._seen
+        if seen is None or self._number("age") == NOT_FOUND:
+            return False
+        return seen.kept == self.entries and seen.stamp.is_current()
+
+    def _settle(self) -> None:
+        if self._is_settled():
             return
+        seen, age, stamp = self._seen, self._number("age"), Stamp([self], self.sharded, after_backward=False)
         with torch.inference_mode(False), torch.no_grad():
             # a saved threshold was up to date when it was saved
             grown = age if seen is None else age + 1
@@ -171,24 +164,17 @@ class KernelState(TrainedState):
                 self.tau, grown = self._find(self(), self.entries), 0
             if grown != age:
                 self.age = torch.full_like(self.age, grown)
-        self._seen, self._reached = _Seen(marks, self.entries, _steps), False
-
-    def _changed(self, seen: _Seen, marks: tuple[tuple[Tensor, int, int], ...]) -> bool:
-        if self._reached and seen.steps != _steps:
-            return True
-        return any(new[0] is not old[0] or new[1:] != old[1:] for new, old in zip(marks, seen.marks, strict=True))
+        self._seen = _Seen(stamp, self.entries)
 
     def _find(self, factors: Factors, entries: int) -> Tensor:
         with full_precision(factors.inputs.device):
             return find_threshold(factors, entries, THRESHOLDS[self.settings.threshold])
 
-    def _note_backward(self) -> None:
-        self._reached = True
-
     def competition(self) -> Competition:
         """How the factors become a delta now."""
         self.settle()
-        return Competition(self.product, THRESHOLDS[self.settings.threshold], self._subtracted(), self._note_backward)
+        threshold = THRESHOLDS[self.settings.threshold]
+        return Competition(self.product, threshold, self._subtracted(), partial(note_backward, self))
 
     def _subtracted(self) -> InitialDelta | None:
         if self.settings.init != "residual":
@@ -240,7 +226,6 @@ class KernelState(TrainedState):
     def _forget(self) -> None:
         """Whatever was found out about parameters and buffers."""
         self._seen: _Seen | None = None
-        self._reached = False
         self._first: InitialDelta | None = None
         self._first_of: tuple[int, torch.dtype] | None = None
         self._dense: tuple[_Seen | None, Tensor] | None = None
@@ -282,7 +267,7 @@ class KernelState(TrainedState):
 
     def __getstate__(self):
         nothing = dict.fromkeys(("_seen", "_first", "_first_of", "_dense"))
-        return {**self.__dict__, **nothing, "_reached": False, "_numbers": {}}
+        return {**self.__dict__, **nothing, "_numbers": {}}
 
     # ------------------------------------------------------------------ files
 

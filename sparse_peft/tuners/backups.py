@@ -1,0 +1,176 @@
+"""What it takes to restore a base weight: kept before the first byte of it is overwritten.
+
+Restoring overwrites whatever is there and may be repeated, so it is right after an interruption at any point.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from ..numerics import panels
+from ..ops import read_support, restore_supports_
+from ..support import Support
+
+SET_ASIDE = "set_aside"  # the submodule that a layer without a weight is kept as, while a merged one has its place
+
+_BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+_ODD = 0x9E3779B97F4A7C15 - 2**64  # 2**64 over the golden ratio, as int64
+_MASK = 2**64 - 1
+
+
+def checksum(tensor: Tensor) -> int:
+    """A number that changes with the bits of any entry, and with the entries' order."""
+    if tensor.is_meta:
+        return 0
+    rows = tensor.detach()
+    rows = rows.view(1, -1) if rows.ndim < 2 else rows
+    weights = torch.arange(rows[0].numel(), device=rows.device).mul_(2).add_(1).mul_(_ODD)
+    total = 0
+    for start, stop in panels(len(rows), 2 * torch.int64.itemsize * weights.numel()):
+        bits = rows[start:stop].reshape(stop - start, -1).view(_BITS[rows.element_size()])
+        sums = (bits * weights).sum(1)
+        total += int((sums * (2 * torch.arange(start, stop, device=rows.device) + 1)).sum())
+    return total & _MASK
+
+
+class Backup(Protocol):
+    """What it takes to restore a base weight."""
+
+    def restore(self) -> None:
+        """Give the base back, bit for bit; may be repeated."""
+        ...
+
+    def checksum(self) -> int:
+        """Of what restoring overwrites, as it is now."""
+        ...
+
+    def follow(self) -> None:
+        """The weight may have been moved or cast since: so is what restores it."""
+        ...
+
+
+@dataclass
+class EntriesBackup:
+    """Single entries of a weight.
+
+    Attributes:
+        weight: the parameter.
+        support: the entries' positions.
+        originals: ``(entries,)``: the base's own entries there.
+    """
+
+    weight: Tensor
+    support: Support
+    originals: Tensor
+
+    def restore(self) -> None:
+        restore_all([self])
+
+    def checksum(self) -> int:
+        return checksum(read_support(self.weight.detach(), self.support))
+
+    def follow(self) -> None:
+        if self.support.device != self.weight.device:
+            self.support = self.support.to(self.weight.device)
+        self.originals = self.originals.to(self.weight)
+
+
+@dataclass
+class WeightBackup:
+    """A whole weight.
+
+    Attributes:
+        weight: the parameter.
+        original: a copy of it as it was.
+    """
+
+    weight: Tensor
+    original: Tensor
+
+    def restore(self) -> None:
+        self.weight.copy_(self.original)
+
+    def checksum(self) -> int:
+        return checksum(self.weight)
+
+    def follow(self) -> None:
+        self.original = self.original.to(self.weight)
+
+
+class PackedBackup:
+    """A quantised base layer.
+
+    Re-quantising rounds the whole weight, so subtracting the delta again would not bring the packed weight back. The
+    backends replace the weight object (bitsandbytes, torchao) or the whole layer (HQQ) and edit the attributes of the
+    old one on the way; all three are kept.
+
+    Args:
+        owner: the tuner layer.
+        base: its base layer.
+    """
+
+    def __init__(self, owner: nn.Module, base: nn.Module):
+        self.owner, self.base = owner, base
+        self.weight: Any = getattr(base, "weight", None)
+        self.attributes = dict(self.weight.__dict__) if self.weight is not None else {}
+        self.state = copy.copy(getattr(base, "state", None))
+
+    def restore(self) -> None:
+        self.owner._modules["base_layer"] = self.base
+        if self.weight is not None:
+            self.weight.__dict__.clear()
+            self.weight.__dict__.update(self.attributes)
+            # registered directly: setattr on a module refuses to replace a parameter with a bare tensor subclass
+            self.base._parameters["weight"] = self.weight
+        if self.state is not None:
+            self.base.state = copy.copy(self.state)
+
+    def checksum(self) -> int:
+        return sum(checksum(tensor) for tensor in self._packed_tensors()) & _MASK
+
+    def _packed_tensors(self) -> Iterable[Tensor]:
+        base: Any = self.owner._modules["base_layer"]
+        packed = getattr(base, "W_q", getattr(base, "weight", None))
+        if isinstance(packed, Tensor) and type(packed.data) is Tensor:
+            yield packed.data
+
+    def follow(self) -> None:
+        """Packed weights stay where they are."""
+
+
+@dataclass
+class LayerBackup:
+    """A base layer without a weight, while one with the merged weight has its place."""
+
+    owner: nn.Module
+    base: nn.Module
+
+    def restore(self) -> None:
+        self.owner._modules["base_layer"] = self.base
+        self.owner._modules.pop(SET_ASIDE, None)
+
+    def checksum(self) -> int:
+        base: Any = self.owner._modules["base_layer"]
+        return checksum(base.weight)
+
+    def follow(self) -> None:
+        """The layer that is set aside is moved as a part of its owner."""
+
+
+@torch.no_grad()
+def restore_all(backups: Iterable[Backup]) -> None:
+    """``Backup.restore`` for many weights, on a GPU in one launch."""
+    entries = []
+    for backup in backups:
+        if isinstance(backup, EntriesBackup):
+            backup.follow()
+            entries.append(backup)
+        else:
+            backup.restore()
+    restore_supports_([b.weight for b in entries], [b.support for b in entries], [b.originals for b in entries])

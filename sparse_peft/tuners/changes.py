@@ -1,0 +1,124 @@
+"""Whether trained values changed: what everything made from them asks before it is used again.
+
+Torch counts writes in place, but counts neither those of fused optimizers nor those through ``.data``. So each trained
+state has a count of its own besides, ``changes``. Optimizers raise it for the parameters that they step, backward
+passes for the states that they reach, and so does loading.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterable
+from typing import Any, NamedTuple
+
+from torch import Tensor
+from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
+
+from .base_state import TrainedState
+
+# {id of a parameter: its state}, for those that something was made from. An id that another tensor has by now does no
+# harm: what was made from the state is made anew.
+_states: weakref.WeakValueDictionary[int, TrainedState] = weakref.WeakValueDictionary()
+# {id: state} of those that a backward pass reached and no optimizer is known to step: one that keeps copies of the
+# parameters, as DeepSpeed's, may, so any step counts.
+_reached: weakref.WeakValueDictionary[int, TrainedState] = weakref.WeakValueDictionary()
+
+
+def version(tensor: Tensor) -> int:
+    """Torch's count of the tensor's writes in place; inference tensors keep none."""
+    return 0 if tensor.is_inference() else tensor._version
+
+
+class Mark(NamedTuple):
+    """A parameter as it was; ``version`` and ``address`` are None where they say nothing."""
+
+    parameters: dict[str, Tensor | None]
+    name: str
+    tensor: Tensor
+    version: int | None
+    address: int | None
+
+    @classmethod
+    def of(cls, state: TrainedState, name: str, sharded: bool) -> Mark:
+        tensor = state._parameters[name]
+        assert tensor is not None
+        # FSDP2 gathers parameters to another address for each pass
+        address = None if sharded else tensor.data_ptr()
+        return cls(state._parameters, name, tensor, None if tensor.is_inference() else tensor._version, address)
+
+
+class Stamp:
+    """What trained states were at some time.
+
+    Args:
+        states: whose values something is made from.
+        sharded: whether FSDP2 gathers their parameters for each pass.
+        after_backward: whether a backward pass, too, may be followed by changes without a trace.
+    """
+
+    __slots__ = ("counts", "marks")
+
+    def __init__(self, states: Iterable[TrainedState], sharded: bool = False, after_backward: bool = True):
+        self.counts = tuple((state, state.changes, state.backwards if after_backward else None) for state in states)
+        self.marks = tuple(Mark.of(state, name, sharded) for state, _, _ in self.counts for name in state.stamped)
+        for state, _, _ in self.counts:
+            for name in state.stamped:
+                _states[id(state._parameters[name])] = state
+
+    def is_current(self) -> bool:
+        """Whether nothing can have changed since; asked in every pass of every layer."""
+        for state, changes, backwards in self.counts:
+            if state.changes != changes or (backwards is not None and state.backwards != backwards):
+                return False
+        return self.is_unwritten()
+
+    def is_unwritten(self) -> bool:
+        """Whether no write is seen: what autograd checks of tensors that it saved."""
+        for parameters, name, tensor, version, address in self.marks:
+            if parameters.get(name) is not tensor or (version is not None and tensor._version != version):
+                return False
+            if address is not None and tensor.data_ptr() != address:
+                return False
+        return True
+
+    def is_same(self, other: Stamp) -> bool:
+        """Whether both are of the same states at the same time."""
+        return (
+            len(self.counts) == len(other.counts)
+            and all(a[0] is b[0] and a[1:] == b[1:] for a, b in zip(self.counts, other.counts, strict=True))
+            and all(a.tensor is b.tensor and a[3:] == b[3:] for a, b in zip(self.marks, other.marks, strict=True))
+        )
+
+    def note_backward(self) -> None:
+        """A backward pass reached the states."""
+        for state, _, _ in self.counts:
+            note_backward(state)
+
+
+def note_backward(state: TrainedState) -> None:
+    """A backward pass reached a state: its values may be stepped from now on."""
+    state.backwards += 1
+    if not state.is_stepped:
+        _reached[id(state)] = state
+
+
+def stepped_by(optimizer: Optimizer) -> set[int]:
+    """The ids of an optimizer's parameters."""
+    return {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+
+
+def _note_step(optimizer: Optimizer, *_: Any) -> None:
+    if _states:
+        for parameter in stepped_by(optimizer):
+            state = _states.get(parameter)
+            if state is not None:
+                state.changes += 1
+                state.is_stepped = True
+    for reference in _reached.valuerefs():
+        state = reference()
+        if state is not None and not state.is_stepped:
+            state.changes += 1
+    _reached.clear()
+
+
+register_optimizer_step_post_hook(_note_step)

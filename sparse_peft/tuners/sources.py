@@ -1,0 +1,156 @@
+"""Where a layer's effective weight comes from.
+
+*Resident*: the base weight itself holds the active adapters' entries, ``round(original + value)``, and the forward
+pass is the base layer's own product.
+*Overlay*: a base that must not be written is copied panel by panel, with the entries set in the copy.
+*Dequantised*: the entries are set in the buffer that a quantisation backend makes anyway.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from threading import get_ident
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from ..numerics import panels
+from ..ops import LayerProduct, add_to_support_
+from ..support import Support
+from .active_delta import ActiveDelta
+from .changes import Stamp
+from .ledger import Ledger
+
+Panel = tuple[int, int, Tensor]  # first row, row after the last, these rows
+
+
+class AdaptedLayer(Protocol):
+    """What sources ask of a layer with sparse deltas."""
+
+    ledger: Ledger
+    product: LayerProduct
+    observer_key: int
+    stored_shape: tuple[int, int]
+
+    @property
+    def base_parameter(self) -> Tensor: ...
+
+    def dequantised(self) -> Tensor: ...
+
+    def sum_values(self, delta: ActiveDelta) -> Tensor: ...
+
+    def stamp(self, delta: ActiveDelta | None) -> Stamp | None: ...
+
+    def check_stamp(self, delta: ActiveDelta, stamp: Stamp) -> None: ...
+
+    def hold(self, delta: ActiveDelta | None, stamp: Stamp | None) -> None: ...
+
+
+def registered(ledger: Ledger, found: Iterator[Panel]) -> Iterator[Panel]:
+    """The panels of a weight, which no other thread changes as long as they are iterated over."""
+    me = get_ident()
+    enters = not ledger.readers.get(me)
+    try:
+        if enters:
+            ledger.readers[me] = True
+        yield from found
+        if enters:
+            ledger.readers[me] = False
+    except BaseException:  # GeneratorExit, too: products of one panel stop there
+        if enters:
+            ledger.readers[me] = False
+        raise
+
+
+class LayerSource(ABC):
+    """The effective weight of a layer, in forward and again in backward.
+
+    Args:
+        layer: whose weight it is.
+        delta: the adapters that act; None for the base weight alone.
+    """
+
+    def __init__(self, layer: AdaptedLayer, delta: ActiveDelta | None):
+        self.layer, self.delta, self.stamp = layer, delta, layer.stamp(delta)
+        self.shape, self.product, self.key = layer.stored_shape, layer.product, layer.observer_key
+
+    def panels(self, dtype: torch.dtype) -> Iterator[Panel]:
+        """``(start, stop, weight[start:stop])`` in ``dtype``.
+
+        Raises:
+            RuntimeError: the values changed since the forward pass, or adapters were merged.
+        """
+        return registered(self.layer.ledger, self._panels(dtype))
+
+    @abstractmethod
+    def _panels(self, dtype: torch.dtype) -> Iterator[Panel]: ...
+
+    def _values(self) -> tuple[Support, Tensor]:
+        """The adapters' entries, unless they changed since the forward pass."""
+        assert self.delta is not None and self.stamp is not None
+        self.layer.check_stamp(self.delta, self.stamp)
+        return self.delta.support, self.layer.sum_values(self.delta).detach()
+
+    def after_backward(self) -> None:
+        """From now on values may be stepped in ways that leave no trace, as writes through ``.data`` do."""
+        if self.stamp is not None:
+            self.stamp.note_backward()
+
+
+class ResidentSource(LayerSource):
+    """The base weight itself; asked again in backward, it is made to hold what it held in forward."""
+
+    def _panels(self, dtype: torch.dtype) -> Iterator[Panel]:
+        self.layer.hold(self.delta, self.stamp)
+        weight = self.layer.base_parameter.detach()
+        if weight.dtype == dtype:
+            yield 0, self.shape[0], weight
+            return
+        for start, stop in panels(self.shape[0], self.shape[1] * dtype.itemsize):
+            yield start, stop, weight[start:stop].to(dtype)
+
+
+class OverlaySource(LayerSource):
+    """Copies of the base's rows with the entries set in them, for bases that must not be written."""
+
+    def _panels(self, dtype: torch.dtype) -> Iterator[Panel]:
+        self.layer.hold(None, None)
+        (support, values), weight = self._values(), self.layer.base_parameter.detach()
+        rows, cols = self.shape
+        for start, stop in panels(rows, cols * max(dtype.itemsize, weight.dtype.itemsize)):
+            panel = weight[start:stop].clone(memory_format=torch.contiguous_format)
+            within, first, last = support.of_rows(start, stop)
+            add_to_support_(panel, within, values[first:last])
+            yield start, stop, panel.to(dtype)
+
+
+class DequantisedSource(LayerSource):
+    """The backend's dequantised buffer with the entries set in it; the packed weight is only read."""
+
+    def _panels(self, dtype: torch.dtype) -> Iterator[Panel]:
+        self.layer.hold(None, None)
+        (support, values), buffer = self._values(), self.layer.dequantised()
+        add_to_support_(buffer, support, values)
+        yield 0, self.shape[0], buffer.to(dtype)
+
+
+class DeltaSource:
+    """The delta alone, dense, a panel at a time: added to the result of a base layer that must run by itself."""
+
+    def __init__(self, shape: tuple[int, int], support: Support, values: Tensor, product: LayerProduct, key: int):
+        self.shape, self.support, self.values = shape, support, values.detach()
+        self.product, self.key = product, key
+
+    def panels(self, dtype: torch.dtype) -> Iterator[Panel]:
+        """``(start, stop, delta[start:stop])`` in ``dtype``."""
+        rows, cols = self.shape
+        for start, stop in panels(rows, cols * dtype.itemsize):
+            panel = torch.zeros(stop - start, cols, dtype=dtype, device=self.values.device)
+            within, first, last = self.support.of_rows(start, stop)
+            add_to_support_(panel, within, self.values[first:last])
+            yield start, stop, panel
+
+    def after_backward(self) -> None:
+        """Nothing is kept."""

@@ -1,0 +1,77 @@
+"""One transition at a time: the lock under which base weights and adapters' flags change.
+
+A *transition* changes what a base weight holds or which adapters act on it. Transitions of all models take one lock,
+so that no order of locks can be wrong. Passes through layers that are as they should be take none.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import threading
+from collections.abc import Callable
+from contextlib import suppress
+from threading import get_ident
+from typing import Concatenate, ParamSpec, TypeVar
+
+P = ParamSpec("P")
+T = TypeVar("T")
+Self = TypeVar("Self")
+
+_lock = threading.RLock()
+# Threads that wait for the lock. Nobody waits for these to leave a layer: two threads would wait for each other.
+waiting: set[int] = set()
+
+
+class _Thread(threading.local):
+    is_inside = False
+
+
+_thread = _Thread()
+
+
+def exclusively(act: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+    """Run ``act`` while no other thread is in a transition.
+
+    The lock is free again after an exception at any line: an interrupt may come between the block's end and the lock's
+    release, where ``with`` does not release it.
+    """
+    if _thread.is_inside:
+        return act(*args, **kwargs)
+    me = get_ident()
+    try:
+        waiting.add(me)
+        with _lock:
+            waiting.discard(me)
+            _thread.is_inside = True
+            result = act(*args, **kwargs)
+            _thread.is_inside = False
+        return result
+    except BaseException:
+        waiting.discard(me)
+        _thread.is_inside = False
+        with suppress(RuntimeError):  # it was released, which is the rule
+            _lock.release()
+        raise
+
+
+def exclusive(method: Callable[Concatenate[Self, P], T]) -> Callable[Concatenate[Self, P], T]:
+    """A method that runs ``exclusively``."""
+
+    @functools.wraps(method)
+    def locked(self: Self, *args: P.args, **kwargs: P.kwargs) -> T:
+        return exclusively(method, self, *args, **kwargs)
+
+    return locked
+
+
+def _forget_other_threads() -> None:
+    """A forked process has one thread; whatever others held is free."""
+    global _lock
+    _lock = threading.RLock()
+    _thread.is_inside = False
+    waiting.clear()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forget_other_threads)
