@@ -7,8 +7,8 @@ from .training.adamw import SparseAdamW as SparseAdamW
 from .training.callback import SparsityCallback as SparsityCallback
 from .training.controller import SparsityController as SparsityController
 from .training.sm3 import SM3 as SM3
-from .tuners.base_model import base_weights as base_weights
 from .tuners.method import Method as Method
+from .tuners.residency import base_weights as base_weights
 from .tuners.s2ft import S2FTConfig as S2FTConfig
 from .tuners.s2ft import S2FTLinear as S2FTLinear
 from .tuners.s2ft import S2FTModel as S2FTModel

@@ -18,7 +18,7 @@ from ..dynamics.records import Record, record_from_dict
 from ..registry import method_of
 from ..tuners.base_model import BaseSparseModel
 from ..tuners.base_state import TrainedState
-from ..tuners.controller_warning import attend
+from ..tuners.controller_warning import mark_controlled
 from ..tuners.traversal import configs_of
 
 # Under this key of the first parameter group the state travels with the optimizer's own.
@@ -106,7 +106,7 @@ class SparsityController:
             for unreached in config.unreached_events(total_steps):
                 warnings.warn(f"adapter {adapter!r}: {unreached}", UserWarning, stacklevel=3)
             for state in states:
-                attend(state)
+                mark_controlled(state)
         return found
 
     def _check(self, model: nn.Module, adapter: str, states: Sequence[TrainedState]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -36,9 +37,9 @@ class ActiveDelta:
     def join(cls, supports: Mapping[str, Support]) -> ActiveDelta:
         """Of adapters' supports ``{name: support}``."""
         names, parts = tuple(supports), tuple(supports.values())
-        union, slots = parts[0], (None,)
+        union, slots = parts[0], cast("list[Tensor | None]", [None])
         if len(parts) > 1:
-            union, slots = parts[0].union(*parts[1:])
+            union, slots[:] = parts[0].union(*parts[1:])
         if isinstance(union, ChannelSupport):
             return cls(names, parts, union, tuple(slots), None)
         remember(union)

@@ -21,7 +21,7 @@ from .base_config import BaseSparseConfig
 from .base_layer import TunerLayer
 from .base_state import TrainedState
 from .combination import Tensors, add_weighted_adapter
-from .controller_warning import expect_attendance
+from .controller_warning import require_controller
 from .delta_layer import SparseTunerLayer
 from .experts import check_bare_weights
 from .files.adapter_state import check_no_base_weights, put_states, take_states
@@ -286,7 +286,7 @@ class BaseSparseModel(BaseTuner, Generic[ConfigT, StateT]):
             inference_mode=peft_config.inference_mode,
         )
         if peft_config.changes_in_training and not peft_config.inference_mode:
-            expect_attendance(layer.deltas[adapter_name], peft_config.controller_role)
+            require_controller(layer.deltas[adapter_name], peft_config.controller_role)
         if layer is not target:
             if adapter_name not in self.active_adapters:
                 layer.requires_grad_(False)  # an additional adapter is not trained before it is made active

@@ -8,7 +8,7 @@ passes for the states that they reach, and so does loading.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 from torch import Tensor
@@ -32,7 +32,7 @@ def version(tensor: Tensor) -> int:
 class Mark(NamedTuple):
     """A parameter as it was; ``version`` and ``address`` are None where they say nothing."""
 
-    parameters: dict[str, Tensor | None]
+    parameters: Mapping[str, Tensor | None]
     name: str
     tensor: Tensor
     version: int | None

@@ -1,4 +1,4 @@
-"""Adapters that need a controller in training: a word of warning where there is none."""
+"""Adapters that need a controller in training: a warning where there is none."""
 
 from __future__ import annotations
 
@@ -10,36 +10,39 @@ from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 
 from .base_state import TrainedState
 
-_unattended: weakref.WeakKeyDictionary[TrainedState, str] = weakref.WeakKeyDictionary()
-_hook = None
+# {state: what the controller that it lacks would do}
+_uncontrolled: weakref.WeakKeyDictionary[TrainedState, str] = weakref.WeakKeyDictionary()
 
 
-def expect_attendance(delta: TrainedState, what: str) -> None:
-    """Warn, once, if an optimizer steps these values and no controller, which does ``what``, was made by then."""
-    global _hook
-    if _hook is None:
-        _hook = register_optimizer_step_post_hook(_check)
-    _unattended[delta] = what
+def require_controller(state: TrainedState, role: str) -> None:
+    """Warn, once, if an optimizer steps a state's values before a controller is made.
+
+    Args:
+        state: of the new adapter in one layer.
+        role: what the controller does.
+    """
+    _uncontrolled[state] = role
 
 
-def attend(delta: TrainedState) -> None:
+def mark_controlled(state: TrainedState) -> None:
     """A controller looks after these values."""
-    _unattended.pop(delta, None)
+    _uncontrolled.pop(state, None)
 
 
 def _check(optimizer: Optimizer, *_: Any) -> None:
-    if not _unattended:
+    if not _uncontrolled:
         return
     # a learning rate of 0 trains nothing: so torch makes an optimizer's state before it loads a distributed checkpoint
     groups = [group for group in optimizer.param_groups if float(group.get("lr", 1.0))]
     stepped = {id(parameter) for group in groups for parameter in group["params"]}
-    alone = [delta for delta in _unattended if id(delta.watched) in stepped]
+    alone = {state: role for state, role in list(_uncontrolled.items()) if id(state.watched) in stepped}
     if not alone:
         return
-    what = _unattended[alone[0]]
-    _unattended.clear()
+    for state in alone:
+        mark_controlled(state)
+    first, role = next(iter(alone.items()))
     warnings.warn(
-        f"the adapter in layer {alone[0].name} (and {len(alone) - 1} more) is trained, but nothing {what} as "
+        f"the adapter in layer {first.name} (and {len(alone) - 1} more) is trained, but nothing {role} as "
         "its config asks for. With a Trainer or a TRL trainer add "
         "`callbacks=[sparse_peft.SparsityCallback()]`; in a loop of your own make "
         "`controller = sparse_peft.SparsityController(model, optimizer, total_steps=...)` and call "
@@ -47,3 +50,6 @@ def _check(optimizer: Optimizer, *_: Any) -> None:
         UserWarning,
         stacklevel=3,
     )
+
+
+register_optimizer_step_post_hook(_check)

@@ -449,8 +449,8 @@ class SparseTunerLayer(TunerLayer[DeltaT]):
         base = self.base_layer
         twin = base.__class__.__new__(base.__class__)
         twin.__dict__ = {**base.__dict__, "_parameters": dict(base._parameters)}
-        weight = nn.Parameter(base.weight.detach(), requires_grad=base.weight.requires_grad)
-        twin._parameters["weight"] = weight
+        own = weight_of(base)
+        weight = twin._parameters["weight"] = nn.Parameter(own.detach(), requires_grad=own.requires_grad)
         self.ledger.keep_own_while(weight)
         return twin
 

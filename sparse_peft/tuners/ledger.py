@@ -15,7 +15,7 @@ import functools
 import sys
 import time
 import weakref
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from threading import get_ident
@@ -66,7 +66,7 @@ class Held:
 
     delta: ActiveDelta
     stamp: Stamp
-    parameters: dict[str, Tensor | None]
+    parameters: Mapping[str, Tensor | None]
     weight: Tensor
     is_all: bool
 
@@ -169,7 +169,7 @@ class Ledger:
         release_all([self])
 
     @exclusive
-    def merge(self, backup: Backup, write: Callable[[], None], names: tuple[str, ...]) -> None:
+    def merge(self, backup: Backup, write: Callable[[], object], names: tuple[str, ...]) -> None:
         """Replace the weight by a merged one.
 
         Args:
