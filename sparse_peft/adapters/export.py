@@ -193,13 +193,20 @@ def _exported_part(name: str, wrapper: AuxiliaryTrainingWrapper, adapter_name: s
 def _write_model(model: Any, state: dict[str, Tensor], folder: str | os.PathLike) -> None:
     with staging_folder(folder) as staging:
         if isinstance(model, PreTrainedModel):
-            attached = model.__dict__.pop("_hf_peft_config_loaded", None)  # or it would save the adapter alone
-            try:
+            with _without_its_adapters(model):
                 model.save_pretrained(staging, state_dict=state)
-            finally:
-                if attached is not None:
-                    model._hf_peft_config_loaded = attached
         else:
             save_torch_state_dict(state, os.fspath(staging))
             if hasattr(model, "save_config"):  # diffusers
                 model.save_config(staging)
+
+
+@contextmanager
+def _without_its_adapters(model: PreTrainedModel) -> Iterator[None]:
+    """Inside, transformers saves the model; with a record of adapters it would save the adapter alone."""
+    attached = model.__dict__.pop("_hf_peft_config_loaded", None)
+    try:
+        yield
+    finally:
+        if attached is not None:
+            model._hf_peft_config_loaded = attached

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -45,7 +45,7 @@ def convert(
                 "restricted reader, which builds tensors and runs nothing"
             )
         with new_folder(out, force) as staging, working("converting"):
-            config = convert_adapter(source, staging, to, base=base, others=others)
+            config: Any = convert_adapter(source, staging, to, base=base, others=others)
         peft_type = getattr(config.peft_type, "value", str(config.peft_type))
         answer.content = {"output": str(out), "peft_type": peft_type, "layers": sorted(config.target_modules or ())}
         answer.show = lambda console: show(console, answer.content)
