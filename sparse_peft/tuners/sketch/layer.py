@@ -127,9 +127,9 @@ class SketchLinear(TunerLayer[SketchState]):
     def sketch(self, adapter_name: str) -> Sketch:
         """An adapter's codes and first tables."""
         state = self.settled(adapter_name)
-        if not state.has_tables:
+        codes = state.packed if self.replaced is None else self.replaced.codes.data
+        if codes is None:
             return self._four_bit_sketch()
-        codes = self.replaced.codes.data if self.replaced else state.packed
         return Sketch(state.first_tables(), codes, bits=state.bits, groups=state.groups, cols=self.in_features)
 
     # ------------------------------------------------------------------ the weight
@@ -144,10 +144,13 @@ class SketchLinear(TunerLayer[SketchState]):
                 return tables, self.replaced.coded
             total = sum(table - initial for table in tables)
             return [initial + total if with_base else total], self.replaced.coded
-        codes, scale_, base = [], None, None
-        four_bit = None if all(state.has_tables for state in states.values()) else self._four_bit()
+        codes, scale_, base, four_bit = [], None, None, None
         for state in states.values():
-            codes.append(Codes(state.packed if state.has_tables else four_bit.codes, state.bits))
+            packed = state.packed
+            if packed is None:
+                four_bit = four_bit or self._four_bit()
+                packed = four_bit.codes
+            codes.append(Codes(packed, state.bits))
         if four_bit is not None:
             scale_ = four_bit.scale_
             if with_base:

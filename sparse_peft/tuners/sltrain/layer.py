@@ -48,6 +48,7 @@ class SLTrainLinear(LowRankLayer[SLTrainDelta], SparseTunerLayer[SLTrainDelta]):
         self.backend = backend
         self._home: torch.device | None = None
         if weightless:
+            assert isinstance(base_layer, nn.Linear)  # the tuner refuses other targets
             self._home = base_layer.weight.device
             self.base_layer = WeightlessLinear(base_layer)
 
@@ -61,11 +62,12 @@ class SLTrainLinear(LowRankLayer[SLTrainDelta], SparseTunerLayer[SLTrainDelta]):
         return name
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
-        if not self.is_weightless:
+        base, home = self.base_layer, device or self._home
+        if not isinstance(base, WeightlessLinear):
             super()._move_adapter_to_device_of_base_layer(adapter_name, device)
-        elif (device or self._home).type != "meta":
+        elif home is not None and home.type != "meta":
             # of a model that was built without memory, the adapter is the first thing that has any
-            self.deltas[adapter_name].to(device or self._home, self.base_layer.dtype)
+            self.deltas[adapter_name].to(home, base.dtype)
 
     # ------------------------------------------------------------------ forward
 
@@ -93,12 +95,13 @@ class SLTrainLinear(LowRankLayer[SLTrainDelta], SparseTunerLayer[SLTrainDelta]):
 
     def path(self, x: Tensor | None = None) -> str:
         """As the base class's; without a base weight ``"composed"`` or ``"factored"``."""
-        if not self.is_weightless:
+        base = self.base_layer
+        if not isinstance(base, WeightlessLinear):
             return super().path(x)
         if self.backend != "auto":
             return self.backend
         delta = self.settled(self._only_name)
-        tokens, dtype = (1, self.base_layer.dtype) if x is None else (x.numel() // max(1, x.shape[-1]), x.dtype)
+        tokens, dtype = (1, base.dtype) if x is None else (x.numel() // max(1, x.shape[-1]), x.dtype)
         return cheaper_way(delta.rank, delta.support, tokens, dtype, delta.values.device)
 
     @torch.compiler.disable  # panels and positions are no business of a graph, which would keep the weight whole
@@ -116,7 +119,8 @@ class SLTrainLinear(LowRankLayer[SLTrainDelta], SparseTunerLayer[SLTrainDelta]):
         return super().get_delta_weight(adapter) + self.low_rank_weight(adapter)
 
     def _merge(self, names: tuple[str, ...], safe_merge: bool) -> None:
-        if not self.is_weightless:
+        base = self.base_layer
+        if not isinstance(base, WeightlessLinear):
             # the low rank reaches every entry: single ones are not enough to restore the weight
             return TunerLayer._merge(self, names, safe_merge)
         delta, support = self.deltas[self._only_name], self.settled(self._only_name).support
@@ -124,7 +128,7 @@ class SLTrainLinear(LowRankLayer[SLTrainDelta], SparseTunerLayer[SLTrainDelta]):
         weight = compose_weight(up, down, delta.values.detach(), support)
         if safe_merge:
             self._check_merged(weight, names)
-        self._merge_layer(self.base_layer.with_weight(weight), names)
+        self._merge_layer(base.with_weight(weight), names)
 
     def _add_deltas_(self, weight: Tensor, names: tuple[str, ...]) -> None:
         TunerLayer._add_deltas_(self, weight, names)

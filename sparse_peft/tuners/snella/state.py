@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
@@ -61,6 +62,19 @@ class KernelState(TrainedState):
     full_precision = frozenset({"mix"})
     why_these_combinations = "; sparse_peft.adapters.save_as_sparse writes one as a sparse delta, and those do"
     position_names = ("kept", "tau", "age", "seed", "first_tau")
+    A: nn.Parameter
+    B: nn.Parameter
+    kept: Tensor
+    tau: Tensor
+    age: Tensor
+    seed: Tensor
+    first_tau: Tensor
+    # what was found out about parameters and buffers
+    _seen: _Seen | None
+    _first: InitialDelta | None
+    _first_of: tuple[int, torch.dtype] | None
+    _dense: tuple[_Seen | None, Tensor] | None
+    _numbers: dict[str, tuple[Tensor, int, int]]  # {buffer's name: (buffer, its writes, its number)}
 
     def __init__(
         self, sizes: tuple[int, int], config: SnellaConfig, product: LayerProduct, name: str, kept: int | None = None
@@ -84,14 +98,16 @@ class KernelState(TrainedState):
 
     def _draw(self, seed: int) -> Factors:
         """The first factors: evenly over ``1 / sqrt(features r / 2)``, as the authors' initialisation has it."""
-        config, drawn = self.settings, []
-        for which, features in zip(("inputs", "outputs"), self.features, strict=True):
-            shape = (PIECES, features, config.r // PIECES)
-            pieces = 1 if config.init == "symmetric" else PIECES
-            numbers = uniform(math.prod(shape[1:]) * pieces, seed=seed, name=f"{self.name}\0{which}")
-            numbers *= 1 / math.sqrt(math.prod(shape[1:]))
-            drawn.append(numbers.view(pieces, *shape[1:]).expand(shape).contiguous())
-        return Factors(*drawn, torch.tensor(list(MIX.values())) if config.kernel == "mixed" else None)
+        inputs, outputs = self.features
+        mix = torch.tensor(list(MIX.values())) if self.settings.kernel == "mixed" else None
+        return Factors(self._drawn(seed, "inputs", inputs), self._drawn(seed, "outputs", outputs), mix)
+
+    def _drawn(self, seed: int, which: str, features: int) -> Tensor:
+        shape = (PIECES, features, self.settings.r // PIECES)
+        pieces = 1 if self.settings.init == "symmetric" else PIECES
+        numbers = uniform(math.prod(shape[1:]) * pieces, seed=seed, name=f"{self.name}\0{which}")
+        numbers *= 1 / math.sqrt(math.prod(shape[1:]))
+        return numbers.view(pieces, *shape[1:]).expand(shape).contiguous()
 
     def randomise(self) -> None:
         for parameter in (self.A, self.B):
@@ -99,8 +115,14 @@ class KernelState(TrainedState):
 
     def forward(self) -> Factors:
         """The factors; called, not read, so that hooks of sharding wrappers run."""
-        mix = self._parameters.get("mix")
-        return Factors(*(None if p is None else p.to(self.dtype) for p in (self.A, self.B, mix)))
+        return self._as_computed(Factors(self.A, self.B, self._parameters.get("mix")))
+
+    def _as_computed(self, factors: Factors) -> Factors:
+        """The factors on the parameters' device and in the dtype of the kernel."""
+        device, dtype = self.A.device, self.dtype
+        inputs, outputs, mix = factors
+        moved = None if mix is None else mix.to(device, dtype)
+        return Factors(inputs.to(device, dtype), outputs.to(device, dtype), moved)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -117,7 +139,7 @@ class KernelState(TrainedState):
     @property
     def entries(self) -> int:
         """Number of entries that are not zero, read from the buffer where that may have changed."""
-        return self._number("kept")
+        return self._number("kept", self.kept)
 
     @property
     def sparsity(self) -> float:
@@ -129,34 +151,33 @@ class KernelState(TrainedState):
         self.kept.fill_(entries)
         self.age.fill_(NOT_FOUND)
 
-    def _number(self, name: str) -> int:
-        buffer = self._buffers[name]
-        mark = (buffer, version(buffer))
-        known = self._numbers.get(name)
-        if known is None or known[0][0] is not buffer or known[0][1] != mark[1]:
-            known = self._numbers[name] = mark, int(buffer)
-        return known[1]
+    def _number(self, name: str, buffer: Tensor) -> int:
+        """A buffer's number, which is read from the device once for each write."""
+        writes, known = version(buffer), self._numbers.get(name)
+        if known is None or known[0] is not buffer or known[1] != writes:
+            known = self._numbers[name] = buffer, writes, int(buffer)
+        return known[2]
 
     # ------------------------------------------------------------------ the threshold
 
     def settle(self) -> None:
         """Find the threshold anew if the parameters changed and it is due."""
-        parameters = tuple(self._parameters.values())
-        if any(p.is_meta or isinstance(p, DTensor) for p in parameters):
+        if any(p.is_meta or isinstance(p, DTensor) for p in self.own_parameters.values()):
             return  # nothing to compute from: the next forward pass has it
         if not self._is_settled():
             exclusively(self._settle)
 
     def _is_settled(self) -> bool:
         seen = self._seen
-        if seen is None or self._number("age") == NOT_FOUND:
+        if seen is None or self._number("age", self.age) == NOT_FOUND:
             return False
         return seen.kept == self.entries and seen.stamp.is_current()
 
     def _settle(self) -> None:
         if self._is_settled():
             return
-        seen, age, stamp = self._seen, self._number("age"), Stamp([self], self.sharded, after_backward=False)
+        seen, age = self._seen, self._number("age", self.age)
+        stamp = Stamp([self], self.sharded, after_backward=False)
         with torch.inference_mode(False), torch.no_grad():
             # a saved threshold was up to date when it was saved
             grown = age if seen is None else age + 1
@@ -179,11 +200,10 @@ class KernelState(TrainedState):
     def _subtracted(self) -> InitialDelta | None:
         if self.settings.init != "residual":
             return None
-        seed = self._number("seed")  # not the config's: a checkpoint may have been started with another
+        seed = self._number("seed", self.seed)  # not the config's: a checkpoint may have been started with another
         if self._first is None or self._first_of != (seed, self.dtype):
             with torch.inference_mode(False), torch.no_grad():
-                to = {"device": self.A.device, "dtype": self.dtype}
-                factors = Factors(*(None if t is None else t.to(**to) for t in self._draw(seed)))
+                factors = self._as_computed(self._draw(seed))
                 if bool(self.first_tau.isnan()):
                     self.first_tau = self._find(factors, self.settings.kept(self.numel))
                 self._first, self._first_of = InitialDelta(factors, self.first_tau), (seed, self.dtype)
@@ -224,48 +244,47 @@ class KernelState(TrainedState):
     sharded = False  # whether FSDP2 gathers the parameters, to another address each time
 
     def _forget(self) -> None:
-        """Whatever was found out about parameters and buffers."""
-        self._seen: _Seen | None = None
-        self._first: InitialDelta | None = None
-        self._first_of: tuple[int, torch.dtype] | None = None
-        self._dense: tuple[_Seen | None, Tensor] | None = None
-        self._numbers: dict[str, Any] = {}
+        """Forget what was found out about parameters and buffers."""
+        self._seen = self._first = self._first_of = self._dense = None
+        self._numbers = {}
 
-    def train(self, mode: bool = True):
+    def _own_tensors(self) -> dict[str, Tensor]:
+        return {**self.own_parameters, **self.own_buffers}
+
+    def train(self, mode: bool = True) -> Self:
         if mode:
             self._dense = None
         return super().train(mode)
 
     def restore_dtype(self) -> None:
         super().restore_dtype()
-        for parameter in self._parameters.values():
+        for parameter in self.own_parameters.values():
             if parameter.dtype != self.trained_dtype:
                 parameter.data = parameter.data.to(self.trained_dtype)
 
-    def _apply(self, fn, *args, **kwargs):
-        before = {name: t.detach() for kind in (self._parameters, self._buffers) for name, t in kind.items()}
-        module = super()._apply(fn, *args, **kwargs)
-        for kind in (self._parameters, self._buffers):
-            for name, tensor in kind.items():
-                exact = before[name]
-                if tensor.is_floating_point() and tensor.dtype.itemsize < 4 and not exact.is_meta:
-                    tensor.data = exact.to(tensor.device, torch.promote_types(exact.dtype, torch.float32))
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        before = {name: tensor.detach() for name, tensor in self._own_tensors().items()}
+        module = super()._apply(fn, recurse)
+        for name, tensor in self._own_tensors().items():
+            exact = before[name]
+            if tensor.is_floating_point() and tensor.dtype.itemsize < 4 and not exact.is_meta:
+                tensor.data = exact.to(tensor.device, torch.promote_types(exact.dtype, torch.float32))
         self._forget()
         self.keep_dtype()
         return module
 
-    def _save_to_state_dict(self, destination, prefix, keep_vars):
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         self.settle()
         super()._save_to_state_dict(destination, prefix, keep_vars)
 
-    def _load_from_state_dict(self, *args, **kwargs):
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(*args, **kwargs)
-        for parameter in self._parameters.values():  # which may be the file's tensors themselves
+        for parameter in self.own_parameters.values():  # which may be the file's tensors themselves
             if parameter.dtype.itemsize < 4:
                 parameter.data = parameter.data.float()
         self._forget()
 
-    def __getstate__(self):
+    def __getstate__(self) -> dict[str, Any]:
         nothing = dict.fromkeys(("_seen", "_first", "_first_of", "_dense"))
         return {**self.__dict__, **nothing, "_numbers": {}}
 
@@ -284,7 +303,7 @@ class KernelState(TrainedState):
                 f"layer {self.name}: kept={kept} in the adapter file, where the weight has {self.numel} entries; load "
                 "it on the base model it was made for"
             )
-        return {name: tensor.to(self._buffers[name].dtype) for name, tensor in positions.items()}
+        return {name: tensor.to(self.own_buffers[name].dtype) for name, tensor in positions.items()}
 
     def extra_repr(self) -> str:
         inputs, outputs = self.features
