@@ -348,7 +348,8 @@ class TunerLayer(BaseTunerLayer, nn.Module, Generic[StateT]):
     def _merge(self, names: tuple[str, ...], safe_merge: bool) -> None:
         """Merge into the base's own weight. Keeps a copy of that: sums of floats round."""
         if self.quantization_backend is not None:
-            return self._merge_packed(self.quantization_backend, names, safe_merge)
+            self._merge_packed(self.quantization_backend, names, safe_merge)
+            return
         weight = self.base_parameter
         merged = weight.detach().to(torch.promote_types(weight.dtype, torch.float32), copy=True)
         for name in names:

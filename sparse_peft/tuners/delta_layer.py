@@ -362,14 +362,16 @@ class SparseTunerLayer(TunerLayer[DeltaT]):
         # FSDP2 gathers values anew in each pass: nothing tells whether they are those that a stack was made of
         stacks = isinstance(self.product, LinearProduct) and not self._is_sharded()
         if not names or trains or not stacks or self.stack_cls is None:
-            return super()._mixed_deltas_(result, x, adapter_names)
+            super()._mixed_deltas_(result, x, adapter_names)
+            return
         numbers = {name: number for number, name in enumerate(names)}
         order = BatchOrder.of(tuple(numbers.get(name, -1) for name in adapter_names), len(names), x.device)
         suits = self.stack_cls.suits(order, x[0, ..., 0].numel())
         stack = self._stacked(self.stack_cls, names, x) if suits else None
         if stack is None:
-            return super()._mixed_deltas_(result, x, adapter_names)
-        stack.add_(result, x, order)
+            super()._mixed_deltas_(result, x, adapter_names)
+        else:
+            stack.add_(result, x, order)
 
     def _stacked(self, kind: type[Stack], names: tuple[str, ...], x: Tensor) -> Stack | None:
         stack = self._stack
@@ -383,7 +385,8 @@ class SparseTunerLayer(TunerLayer[DeltaT]):
 
     def _merge(self, names: tuple[str, ...], safe_merge: bool) -> None:
         if self.quantization_backend is not None:
-            return self._merge_packed(self.quantization_backend, names, safe_merge)
+            self._merge_packed(self.quantization_backend, names, safe_merge)
+            return
         delta, weight = self._join(names), self.base_parameter
         values = self.sum_values(delta)
         if safe_merge:

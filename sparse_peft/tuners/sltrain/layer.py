@@ -122,7 +122,8 @@ class SLTrainLinear(LowRankLayer[SLTrainDelta], SparseTunerLayer[SLTrainDelta]):
         base = self.base_layer
         if not isinstance(base, WeightlessLinear):
             # the low rank reaches every entry: single ones are not enough to restore the weight
-            return TunerLayer._merge(self, names, safe_merge)
+            TunerLayer._merge(self, names, safe_merge)
+            return
         delta, support = self.deltas[self._only_name], self.settled(self._only_name).support
         down, up = (factor.detach() for factor in delta.factors())
         weight = compose_weight(up, down, delta.values.detach(), support)
