@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial, reduce
 from operator import attrgetter
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -34,7 +34,7 @@ class ChannelPlan:
 
     side: Side
     count: int
-    support: ChannelSupport | None
+    support: Support | None
     selection: str
 
     def make_delta(self, name: str) -> ChannelDelta:
@@ -107,9 +107,8 @@ class S2FTModel(BaseSparseModel[S2FTConfig, ChannelDelta]):
         config.num_channels = counts
         config.sides = {name: "in" if side.is_input else "out" for name, side in sides.items()}
         config.weight_shapes = {name: list(side.shape) for name, side in sides.items()}
-        channels = cast("Mapping[str, ChannelSupport]", supports)
         return {
-            name: ChannelPlan(side, counts[name], channels.get(name), config.selection) for name, side in sides.items()
+            name: ChannelPlan(side, counts[name], supports.get(name), config.selection) for name, side in sides.items()
         }
 
     @classmethod

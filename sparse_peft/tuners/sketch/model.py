@@ -6,7 +6,7 @@ import copy
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import reduce
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -151,7 +151,7 @@ class SketchModel(BaseSparseModel[SketchConfig, SketchState]):
         }
 
     def _layers(self) -> Iterator[SketchLinear]:
-        return cast("Iterator[SketchLinear]", tuner_layers(self.model))
+        return (layer for layer in tuner_layers(self.model) if isinstance(layer, SketchLinear))
 
     # ------------------------------------------------------------------ several adapters
 
@@ -259,4 +259,5 @@ class SketchModel(BaseSparseModel[SketchConfig, SketchState]):
 def _named_layers(model: nn.Module, adapter_name: str) -> Iterator[tuple[str, SketchLinear]]:
     """``(prefix of its tensors' names, layer)`` of each layer of an adapter."""
     for key, layer, _ in named_states(model, adapter_name):
-        yield key, cast("SketchLinear", layer)
+        if isinstance(layer, SketchLinear):
+            yield key, layer
