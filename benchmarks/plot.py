@@ -29,7 +29,7 @@ def draw(content: dict, path: Path) -> None:
         content: what ``benchmarks.step`` wrote.
         path: the PNG file.
     """
-    from matplotlib.figure import Figure
+    from matplotlib.figure import Figure  # noqa: PLC0415  (an optional package)
 
     figure = Figure(figsize=(11, 4.6), layout="constrained")
     panels = figure.subplots(1, len(PANELS))

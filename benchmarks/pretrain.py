@@ -132,7 +132,7 @@ class Trainee:
         if self.method != GALORE:
             self.optimizer = torch.optim.AdamW(trained, lr=LEARNING_RATE, weight_decay=0.0, foreach=True)
             return
-        from galore_torch import GaLoreAdamW
+        from galore_torch import GaLoreAdamW  # noqa: PLC0415  (an optional package)
 
         projected = [p for n, p in self.model.named_parameters() if any(f".{kind}." in n for kind in LINEAR)]
         ids = set(map(id, projected))

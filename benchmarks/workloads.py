@@ -64,7 +64,7 @@ class LinearStack(nn.Module):
 
 def quantise_nf4(base: nn.Module, dtype: torch.dtype, names: Collection[str] | None = None) -> nn.Module:
     """The same model with its linear layers, or those of these names, in bitsandbytes' NF4, computing in ``dtype``."""
-    from bitsandbytes.nn import Linear4bit, Params4bit
+    from bitsandbytes.nn import Linear4bit, Params4bit  # noqa: PLC0415  (an optional package)
 
     layers = [(name, module) for name, module in base.named_modules() if type(module) is nn.Linear]
     for name, layer in layers:
@@ -153,7 +153,7 @@ def random_llama(
 
 def smollm2(tokens: int, device: torch.device, dtype: torch.dtype, checkpointing: bool) -> Workload:
     """SmolLM2-135M on the King James Bible; needs the packages of ``examples/requirements.txt``."""
-    from examples.smollm2 import kjv_blocks, load_model, load_tokenizer  # only this workload needs those packages
+    from examples.smollm2 import kjv_blocks, load_model, load_tokenizer  # noqa: PLC0415  (optional packages)
 
     batch, length = _batch_shape(tokens)
     blocks = kjv_blocks(load_tokenizer(), length, limit=batch)

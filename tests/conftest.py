@@ -16,6 +16,11 @@ if not torch.cuda.is_available():
     # Triton's kernels then run in Python; read when a kernel is defined, so before anything imports one
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
+from tokenizers import Regex, Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Split
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
 from tests.helpers.adapter_folders import save_base_and_adapters
 
 
@@ -45,11 +50,6 @@ def _fixed_seed():
 @pytest.fixture(scope="session")
 def stand_in(tmp_path_factory):
     """A folder with a random Llama and a character tokenizer, under which every hub name is found."""
-    from tokenizers import Regex, Tokenizer
-    from tokenizers.models import WordLevel
-    from tokenizers.pre_tokenizers import Split
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
-
     folder = tmp_path_factory.mktemp("model")
     characters = ["<pad>", "<eos>", "<unk>", *map(chr, range(32, 127))]
     inner = Tokenizer(WordLevel({c: i for i, c in enumerate(characters)}, unk_token="<unk>"))

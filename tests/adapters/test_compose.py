@@ -127,7 +127,7 @@ def test_modules_saved_whole_come_from_the_adapter_that_has_them(tmp_path):
     other = loaded(task)
     other.base_model.model.third.modules_to_save["default"].weight.data += 1
     other.save_pretrained(tmp_path / "other")
-    with pytest.raises(ValueError, match="third.weight: .*task and .*other both have one that was trained whole"):
+    with pytest.raises(ValueError, match=r"third\.weight: .*task and .*other both have one that was trained whole"):
         compose([task, tmp_path / "other"], tmp_path / "bad")
     assert not (tmp_path / "bad").exists()
 
@@ -148,7 +148,7 @@ def test_adapters_of_other_bases(tmp_path):
         path = folder / "adapter_config.json"
         path.write_text(json.dumps({**json.loads(path.read_text()), "base_model_name_or_path": base}))
     folders = [tmp_path / "a", tmp_path / "b"]
-    with pytest.raises(ValueError, match="made for 'org/one' and .* for 'org/two'.*ignore_base_names=True"):
+    with pytest.raises(ValueError, match=r"made for 'org/one' and .* for 'org/two'.*ignore_base_names=True"):
         compose(folders, tmp_path / "new")
     assert compose(folders, tmp_path / "new", ignore_base_names=True).base_model_name_or_path == "org/one"
     saved(tmp_path / "c", SparseConfig(density=0.2), base=lambda: nn.ModuleDict({"first": nn.Linear(8, 11)}),
@@ -164,13 +164,13 @@ def test_what_does_not_go_together(tmp_path):
     with pytest.raises(ValueError, match="adapters of SoRAConfig, SparseConfig: only sparse deltas"):
         compose([sparse, sora], tmp_path / "new")
     with pytest.raises(
-        ValueError, match="layer .*combination_type='ties'|combination_type='ties': SoRAModel has linear"
+        ValueError, match=r"layer .*combination_type='ties'|combination_type='ties': SoRAModel has linear"
     ):
         compose([sora, sora], tmp_path / "new", combination_type="ties", density=0.5)
     with pytest.raises(ValueError, match="a list of adapters' folders"):
         compose([], tmp_path / "new")
     get_peft_model(three(), LoraConfig(r=2, target_modules=["first"])).save_pretrained(tmp_path / "lora")
-    with pytest.raises(ValueError, match="a sparse adapter is expected, this is LORA; .*'cat', which is exact"):
+    with pytest.raises(ValueError, match=r"a sparse adapter is expected, this is LORA; .*'cat', which is exact"):
         compose([sparse, tmp_path / "lora"], tmp_path / "new")
     config = SLTrainConfig(r=2, mode="pretrain", density=0.2, target_modules=["first"])
     get_peft_model(nn.ModuleDict({"first": nn.Linear(5, 6)}), config).save_pretrained(tmp_path / "pretrain")

@@ -12,6 +12,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from sparse_peft import S2FTConfig, SaRAConfig, SoRAConfig, SparseConfig
 from sparse_peft.adapters import convert
+from sparse_peft.adapters.foreign import _decode
 from tests.helpers.trained_adapters import deltas, llama, loaded, saved
 
 TARGETS = ["q_proj", "v_proj", "down_proj"]
@@ -116,7 +117,7 @@ def test_what_the_others_cannot_hold(tmp_path):
         return GPT2LMHeadModel(GPT2Config(vocab_size=40, n_embd=16, n_layer=1, n_head=2))
 
     folder, _ = saved(tmp_path / "d", SparseConfig(density=0.1), base=gpt2, target_modules=["c_fc"])
-    with pytest.raises(ValueError, match="layer transformer.h.0.mlp.c_fc: a Conv1D; shira adapters are for"):
+    with pytest.raises(ValueError, match=r"layer transformer\.h\.0\.mlp\.c_fc: a Conv1D; shira adapters are for"):
         convert(folder, tmp_path / "b", "shira", base=gpt2())
     with pytest.raises(ValueError, match="to='lora': one of sparse, shira, supertuning"):
         convert(folder, tmp_path / "b", "lora")
@@ -216,8 +217,6 @@ def lt_sft(tmp_path, only=("q_proj.weight", "down_proj.weight"), **content):
 
 def test_the_formats_positions():
     """sft.md, 2h.6: [[0, 0, 7], [5, 0, 0]] has the column-major positions 1 and 4, so the steps 1 and 3."""
-    from sparse_peft.adapters.foreign import _decode
-
     entry = encoded(torch.tensor([[0.0, 0, 7], [5, 0, 0]]))
     assert list(entry["index_steps"]) == [1, 3] and entry["values"].tolist() == [5, 7]
     flat, values = _decode("t", entry, {"t": (2, 3)})
@@ -245,7 +244,7 @@ def test_lt_sft_with_embeddings_norms_biases_and_a_head(tmp_path):
     _file, after = lt_sft(tmp_path / "a", only=only, abs={"lm_head.weight": head})
     after.lm_head.weight.data.copy_(head)
     base = llama(attention_bias=True)
-    with pytest.raises(ValueError, match="more than linear layers, such as .*others='save'"):
+    with pytest.raises(ValueError, match=r"more than linear layers, such as .*others='save'"):
         convert(tmp_path / "a", tmp_path / "new", base=base)
     assert not (tmp_path / "new").exists()
     convert(tmp_path / "a", tmp_path / "new", base=base, others="save")
@@ -293,7 +292,7 @@ def test_pickles_run_nothing(tmp_path, monkeypatch, name, zipped):
     if "adapter" in name:
         (tmp_path / "adapter_config.json").write_text(json.dumps({"peft_type": "SFT"}))
     with pytest.raises(
-        ValueError, match="not read, since it has more in it than tensors.*save the adapter as safetensors"
+        ValueError, match=r"not read, since it has more in it than tensors.*save the adapter as safetensors"
     ):
         convert(tmp_path, tmp_path / "new", base=llama())
     assert not (tmp_path / "ran").exists() and not (tmp_path / "new").exists()
@@ -327,7 +326,7 @@ def test_supertuning_that_has_more_or_less_than_positions(tmp_path):
         convert(folder, tmp_path / "new", base=llama())
     with pytest.warns(UserWarning, match="save_precomputed_indices"):
         folder, _ = foreign(tmp_path / "b", "supertuning", save_precomputed_indices=False)
-    with pytest.raises(ValueError, match="the file has no positions.*Set it to true in adapter_config.json"):
+    with pytest.raises(ValueError, match=r"the file has no positions.*Set it to true in adapter_config\.json"):
         convert(folder, tmp_path / "new", base=llama())
     config = folder / "adapter_config.json"
     config.write_text(json.dumps({**json.loads(config.read_text()), "save_precomputed_indices": True}))
@@ -341,7 +340,7 @@ def test_supertuning_that_has_more_or_less_than_positions(tmp_path):
 
 
 def test_no_adapter_at_all(tmp_path):
-    with pytest.raises(ValueError, match="neither adapter_config.json nor pytorch_diff.bin"):
+    with pytest.raises(ValueError, match=r"neither adapter_config\.json nor pytorch_diff\.bin"):
         convert(tmp_path, tmp_path / "new", base=llama())
     (tmp_path / "adapter_config.json").write_text("{")
     with pytest.raises(ValueError, match="no valid JSON"):

@@ -142,7 +142,7 @@ def test_files_that_are_cut_off_or_missing(tmp_path):
     (folder / FILE).unlink()
     torch.save({}, folder / "adapter_model.bin")  # not even looked at
     refused(folder, "no such file; an adapter's folder has adapter_model.safetensors", tmp_path)
-    with pytest.raises(ValueError, match="no adapter_config.json in it"):
+    with pytest.raises(ValueError, match=r"no adapter_config\.json in it"):
         read_adapter(tmp_path / "nowhere")
 
 

@@ -103,11 +103,13 @@ def test_without_this_package(tmp_path):
 def test_a_lora_of_its_own_kind_cannot_become_s2ft(tmp_path):
     lora = get_peft_model(small_llama(), LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False))
     lora.save_pretrained(tmp_path / "lora")
-    with pytest.raises(ValueError, match="layer model.layers.0.self_attn.q_proj: neither lora_A nor lora_B selects"):
+    with pytest.raises(
+        ValueError, match=r"layer model\.layers\.0\.self_attn\.q_proj: neither lora_A nor lora_B selects"
+    ):
         save_lora_as_s2ft(tmp_path / "lora", tmp_path / "again")
     assert not (tmp_path / "again").exists()
     get_peft_model(small_llama(), S2FTConfig(k=2)).save_pretrained(tmp_path / "s2ft")
-    with pytest.raises(ValueError, match="a LoRA adapter is expected, this is .*S2FT"):
+    with pytest.raises(ValueError, match=r"a LoRA adapter is expected, this is .*S2FT"):
         save_lora_as_s2ft(tmp_path / "s2ft", tmp_path / "again")
 
 
@@ -228,5 +230,5 @@ def test_what_has_no_lora_form_says_so(tmp_path):
         save_as_lora(model, tmp_path / "none")
     assert not (tmp_path / "none").exists()
     model = get_peft_model(small_llama(), SLTrainConfig(r=2, target_modules=["q_proj"]))
-    with pytest.raises(ValueError, match="q_proj.*full rank.*merge_and_unload"):
+    with pytest.raises(ValueError, match=r"q_proj.*full rank.*merge_and_unload"):
         save_as_lora(model, tmp_path / "none")

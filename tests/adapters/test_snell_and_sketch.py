@@ -76,6 +76,6 @@ def test_a_kernels_lora_is_exact_and_tables_have_none(tmp_path):
     torch.testing.assert_close(PeftModel.from_pretrained(base, tmp_path / "lora")(x), model(x), rtol=1e-4, atol=1e-5)
     model = saved(SketchConfig(bits=2, target_modules=["first"], init_weights=False), tmp_path / "sketch")
     for form, rank in (("lora", None), ("low_rank", 2)):
-        with pytest.raises(ValueError, match="layer first: the delta has no .* form because its tables.*merge"):
+        with pytest.raises(ValueError, match=r"layer first: the delta has no .* form because its tables.*merge"):
             export(model, tmp_path / "none", form, rank=rank)
     assert not (tmp_path / "none").exists()

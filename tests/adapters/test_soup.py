@@ -76,7 +76,7 @@ def test_other_supports(tmp_path, method):
     made = [saved(tmp_path / str(n), SPARSE[method](n, **({} if method == "s2ft" else {"density": 0.6})), n)
             for n in range(2)]  # fmt: skip
     folders, models = [folder for folder, _ in made], [model for _, model in made]
-    with pytest.raises(ValueError, match="layer first: the adapters train different entries.*on_mismatch='union'"):
+    with pytest.raises(ValueError, match=r"layer first: the adapters train different entries.*on_mismatch='union'"):
         soup(folders, tmp_path / "bad")
     assert not (tmp_path / "bad").exists()
     mean = weighted_sum([deltas(m) for m in models], [0.5, 0.5])
@@ -103,7 +103,7 @@ def test_modules_saved_whole_are_averaged(tmp_path):
     third = loaded(tmp_path / "soup").base_model.model.third.modules_to_save["default"].weight
     assert torch.equal(third, torch.full_like(third, 1.75))
     plain, _ = saved(tmp_path / "plain", SparseConfig(density=0.3), target_modules=["first"])
-    with pytest.raises(ValueError, match="third.weight: .* do not both have it"):
+    with pytest.raises(ValueError, match=r"third\.weight: .* do not both have it"):
         soup([made[0][0], plain], tmp_path / "bad")
 
 
@@ -124,7 +124,7 @@ def test_bad_arguments(tmp_path):
     with pytest.raises(ValueError, match="on_mismatch='x': one of error, union, intersection"):
         soup(made, tmp_path / "bad", on_mismatch="x")
     other, _ = saved(tmp_path / "other", SparseConfig(density=0.3), target_modules=["first"])
-    with pytest.raises(ValueError, match="layer second: .* do not both have it"):
+    with pytest.raises(ValueError, match=r"layer second: .* do not both have it"):
         soup([made[0], other], tmp_path / "bad")
     assert not (tmp_path / "bad").exists()
 

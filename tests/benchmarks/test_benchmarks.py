@@ -12,11 +12,15 @@ import typer
 from torch import nn
 from typer.testing import CliRunner
 
+import benchmarks.channels
 import benchmarks.dynamic
 import benchmarks.kernels
+import benchmarks.nuclear
 import benchmarks.plot
+import benchmarks.pretrain
 import benchmarks.reselection
 import benchmarks.step
+import benchmarks.weightless
 from benchmarks.goals import GOALS, Goal, judge
 from benchmarks.measure import (
     Phase,
@@ -491,10 +495,8 @@ def test_each_op_is_measured_against_what_it_replaces(tmp_path, monkeypatch):
 
 @pytest.fixture(scope="module")
 def channels_run(tmp_path_factory):
-    from benchmarks.channels import main
-
     app = typer.Typer()
-    app.command()(main)
+    app.command()(benchmarks.channels.main)
     path = tmp_path_factory.mktemp("channels") / "found.json"
     arguments = ["--d", "128", "--depth", "2", "--tokens", "64", "--rounds", "2", "--rank", "4", "--adapters", "3"]
     result = CliRunner().invoke(app, [*arguments, "--mixed-tokens", "2", "--threads", "1", "--output", str(path)])
@@ -527,10 +529,8 @@ def test_channels_judges_its_goals(channels_run):
 
 
 def test_nuclear_measures_time_error_and_memory(tmp_path):
-    from benchmarks.nuclear import main
-
     app = typer.Typer()
-    app.command()(main)
+    app.command()(benchmarks.nuclear.main)
     path = tmp_path / "found.json"
     result = CliRunner().invoke(app, ["--rounds", "1", "--shapes", "96x200", "--threads", "1", "--output", str(path)])
     assert result.exit_code == 0, result.output
@@ -540,10 +540,8 @@ def test_nuclear_measures_time_error_and_memory(tmp_path):
 
 
 def test_weightless_measures_both_ways(tmp_path):
-    from benchmarks.weightless import main
-
     app = typer.Typer()
-    app.command()(main)
+    app.command()(benchmarks.weightless.main)
     path = tmp_path / "found.json"
     command = ["--rounds", "1", "--shapes", "96x64", "--tokens", "64", "--tokens", "8", "--threads", "1"]
     result = CliRunner().invoke(app, [*command, "--output", str(path)], catch_exceptions=False)
@@ -556,15 +554,13 @@ def test_weightless_measures_both_ways(tmp_path):
 
 def test_pretraining_runs_all_methods(tmp_path, monkeypatch):
     pytest.importorskip("galore_torch")
-    from benchmarks import pretrain
-
     verses = [
         f"And it came to pass in the year {number} that the king spake unto the people." for number in range(3000)
     ]
-    monkeypatch.setattr(pretrain, "kjv_text", lambda: "\n".join(verses))
-    monkeypatch.setattr(pretrain, "VOCABULARY", 320)
+    monkeypatch.setattr(benchmarks.pretrain, "kjv_text", lambda: "\n".join(verses))
+    monkeypatch.setattr(benchmarks.pretrain, "VOCABULARY", 320)
     app = typer.Typer()
-    app.command()(pretrain.main)
+    app.command()(benchmarks.pretrain.main)
     path = tmp_path / "pretrain.json"
     command = f"--steps 8 --seeds 1 --hidden 64 --layers 1 --batch 2 --length 16 --held-out 4 --rounds 1 --out {path}"
     outcome = CliRunner().invoke(app, command.split(), catch_exceptions=False)

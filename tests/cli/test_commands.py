@@ -1,20 +1,23 @@
 """The other commands: what they say to people and to programs, and what they refuse."""
 
 import json
-import os
 
 import pytest
 import torch
 from peft import PeftModel, ShiraConfig, get_peft_model
 from safetensors.torch import load_file
-from transformers import LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM
+from typer.testing import CliRunner
 
+import sparse_peft.cli as cli
 import sparse_peft.cli.compose
 import sparse_peft.cli.merge
-from sparse_peft import doctor
+import sparse_peft.ops.products as products
+from sparse_peft import SparseConfig, doctor
 from sparse_peft.adapters import compare, summarise
 from sparse_peft.adapters.delta_matrix import DeltaMatrix
 from sparse_peft.adapters.offline_adapter import read_stored
+from sparse_peft.cli.app import app
 from sparse_peft.tuners.delta_layer import TunerLayer
 from tests.helpers.processes import run_module
 
@@ -114,7 +117,7 @@ def test_merge(world, run, tmp_path):
     )
     assert "exists already; --force" in run("merge", world / "base", world / "s2ft", tmp_path / "merged", expect=2).err
     assert "model.safetensors" in run("merge", world / "base", world / "s2ft", tmp_path / "merged", "--force").out
-    assert sorted(os.listdir(tmp_path)) == ["merged"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["merged"]
 
 
 def test_extract_finds_what_was_merged(world, run, tmp_path):
@@ -139,7 +142,7 @@ def test_export(world, run, tmp_path):
     out = run("export", world / "sparse", tmp_path / "low", "--form", "low_rank", "--rank", "4").out
     assert "what is missing of the adapter" in out
     assert "no LoRA" in run("export", world / "sltrain", tmp_path / "m", *lora_form, expect=1).err
-    assert sorted(os.listdir(tmp_path)) == ["lora", "low"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["lora", "low"]
 
 
 def test_export_merges_by_default(world, run, tmp_path):
@@ -151,7 +154,7 @@ def test_export_merges_by_default(world, run, tmp_path):
     assert files[0] == files[1]
     refused = run("export", world / "sparse", tmp_path / "lora", "--form", "lora", expect=1).err
     assert "more than the merged model" in refused and "form='merged'" in refused
-    assert sorted(os.listdir(tmp_path)) == ["exported", "merged"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["exported", "merged"]
 
 
 def test_compose(world, run, tmp_path):
@@ -219,7 +222,7 @@ def test_a_damaged_adapter_is_a_problem_and_not_usage(world, run, tmp_path):
     damaged.mkdir()
     for name in ("adapter_config.json", "adapter_model.safetensors"):
         (damaged / name).write_bytes((world / "sparse" / name).read_bytes())
-    with open(damaged / "adapter_model.safetensors", "r+b") as file:
+    with (damaged / "adapter_model.safetensors").open("r+b") as file:
         file.truncate(1000)
     assert "damaged" in run("inspect", damaged, expect=1).err
     wrong = json.loads((world / "sparse" / "adapter_config.json").read_text())
@@ -240,16 +243,13 @@ def test_a_failure_midway_leaves_what_was_there(world, tmp_path, monkeypatch, ex
         raise failure
 
     monkeypatch.setattr(sparse_peft.cli.merge, "export", fail)
-    from typer.testing import CliRunner
-
-    from sparse_peft.cli.app import app
 
     arguments = ["merge", str(world / "base"), str(world / "sparse"), str(out), *(["--force"] if existing else [])]
     done = CliRunner().invoke(app, arguments)
     assert done.exit_code != 0
-    assert sorted(os.listdir(tmp_path)) == (["out"] if existing else [])
+    assert sorted(path.name for path in tmp_path.iterdir()) == (["out"] if existing else [])
     if existing:
-        assert os.listdir(out) == ["mine"]
+        assert [path.name for path in out.iterdir()] == ["mine"]
 
 
 def test_outputs_are_refused_before_the_work(world, run, tmp_path, monkeypatch):
@@ -297,8 +297,6 @@ def test_doctor_knows_old_and_missing_packages(monkeypatch):
 
 
 def test_doctor_finds_a_wrong_gradient(monkeypatch):
-    import sparse_peft.ops.products as products
-
     real = products.observed_support_grad
     monkeypatch.setattr(products, "observed_support_grad", lambda *args, **kwargs: 1.01 * real(*args, **kwargs))
     assert "not the dense one's" in doctor._trial().found
@@ -315,8 +313,6 @@ def test_as_a_program(world, tmp_path):
 
 
 def test_without_typer_it_says_what_to_install(monkeypatch, capsys):
-    import sparse_peft.cli as cli
-
     monkeypatch.setattr(cli, "find_spec", lambda name: None if name == "rich" else object())
     with pytest.raises(SystemExit) as exit_:
         cli.main()
@@ -326,10 +322,6 @@ def test_without_typer_it_says_what_to_install(monkeypatch, capsys):
 
 
 def test_an_adapter_for_another_base_is_named(world, run, tmp_path):
-    from transformers import LlamaConfig
-
-    from sparse_peft import SparseConfig
-
     small = LlamaConfig(
         vocab_size=96, hidden_size=32, intermediate_size=80, num_hidden_layers=2, num_attention_heads=4
     )

@@ -267,5 +267,5 @@ def test_an_optimizer_that_has_not_stepped_has_nothing_to_move():
 def test_the_inner_optimizer_is_found_or_missed():
     optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1)
     assert inner_optimizer(Accelerator(cpu=True).prepare(optimizer)) is optimizer
-    with pytest.raises(TypeError, match="builtins.object: a torch.optim.Optimizer is expected.*DeepSpeed"):
+    with pytest.raises(TypeError, match=r"builtins\.object: a torch\.optim\.Optimizer is expected.*DeepSpeed"):
         inner_optimizer(object())

@@ -5,7 +5,7 @@ import torch
 
 def bnb_optimizers_run():
     """Whether bitsandbytes can step on the CPU, which its older versions cannot."""
-    import bitsandbytes
+    import bitsandbytes  # noqa: PLC0415  (an optional package)
 
     parameter = torch.nn.Parameter(torch.zeros(1))
     parameter.grad = torch.ones(1)

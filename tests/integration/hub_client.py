@@ -4,8 +4,13 @@ import sys
 from pathlib import Path
 
 import torch
+from huggingface_hub import create_repo, upload_folder
+from peft import AutoPeftModelForCausalLM, PeftConfig, PeftModel, get_peft_model
+from transformers import AutoModelForCausalLM, DataCollatorForLanguageModeling, Trainer, TrainingArguments
 
 import sparse_peft
+from sparse_peft.adapters import add_results
+from sparse_peft.report import plot_report
 from tests.helpers.language_models import llama, make_tokenizer, text
 from tests.helpers.methods import METHODS, config
 
@@ -20,9 +25,6 @@ def logits(model):
 
 def push_every_method(folder):
     """Models, by PeftModel.push_to_hub, the first of them twice; what they compute is kept for comparison."""
-    from peft import get_peft_model
-    from transformers import AutoModelForCausalLM
-
     llama().push_to_hub(BASE)
     for method, repo in METHOD_REPOS.items():
         model = get_peft_model(AutoModelForCausalLM.from_pretrained(BASE), config(method, init_weights=False))
@@ -40,13 +42,6 @@ def push_config(_):
 
 def push_trained(folder):
     """A trained adapter with metrics and plots: its folder, and after that the model again."""
-    from huggingface_hub import create_repo, upload_folder
-    from peft import get_peft_model
-    from transformers import AutoModelForCausalLM, DataCollatorForLanguageModeling, Trainer, TrainingArguments
-
-    from sparse_peft.adapters import add_results
-    from sparse_peft.report import plot_report
-
     tokenizer = make_tokenizer()
     data = text().map(lambda row: tokenizer(row["text"]), remove_columns=["text"])
     model = get_peft_model(
@@ -78,9 +73,6 @@ def push_trained(folder):
 
 def load_all(folder):
     """Everything back, in a process that has nothing in its caches, and compared bit for bit."""
-    from peft import AutoPeftModelForCausalLM, PeftConfig, PeftModel
-    from transformers import AutoModelForCausalLM
-
     for method, repo in METHOD_REPOS.items():
         wanted = torch.load(folder / f"{method}.pt")
         model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(BASE), repo)

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+import typer
 from diffusers import (
     AutoencoderKL,
     DDIMScheduler,
@@ -21,6 +22,7 @@ from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 from typer.testing import CliRunner
 
+from examples.dreambooth_sara import main
 from sparse_peft import SaRAConfig, SparsityController
 from sparse_peft.adapters import load_adapter, save_adapter
 from sparse_peft.tuners.delta_layer import SparseTunerLayer, TunerLayer
@@ -265,10 +267,6 @@ def small_pipeline(folder):
 
 
 def test_the_dreambooth_example(tmp_path):
-    import typer
-
-    from examples.dreambooth_sara import main
-
     pipeline = small_pipeline(tmp_path)
     photos = tmp_path / "photos"
     photos.mkdir()

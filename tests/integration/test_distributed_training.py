@@ -222,7 +222,7 @@ def refused(rank, selection, kind, fields, folder):
         SparsityController(model, optimizer, TOTAL)
     wrapped = FullyShardedDataParallel(adapted("rigl"), use_orig_params=True, device_id=torch.device("cpu"))
     optimizer = torch.optim.SGD([p for p in wrapped.parameters() if p.requires_grad], lr=1)
-    with pytest.raises(NotImplementedError, match="FSDP1's flat parameters.*FSDP2"):
+    with pytest.raises(NotImplementedError, match=r"FSDP1's flat parameters.*FSDP2"):
         SparsityController(wrapped, optimizer, TOTAL)
     return "refused"
 

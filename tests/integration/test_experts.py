@@ -59,11 +59,13 @@ def test_experts_by_name_are_refused_with_what_to_do(name, method):
     model = mixture(name)
     with pytest.raises(ValueError, match=r"down_proj is a parameter of shape \(3, \d+, \d+\) in \w+Experts.*all-lin"):
         get_peft_model(model, config(method, target_modules=["down_proj"]))
-    with pytest.raises(ValueError, match="gate_up_proj is a parameter of shape.*name linear layers"):
+    with pytest.raises(ValueError, match=r"gate_up_proj is a parameter of shape.*name linear layers"):
         get_peft_model(model, config(method, target_modules=r".*experts\.gate_up_proj"))
-    with pytest.raises(TypeError, match="mlp.experts of type .*Experts is not supported. Its weights are bare param"):
+    with pytest.raises(
+        TypeError, match=r"mlp\.experts of type .*Experts is not supported\. Its weights are bare param"
+    ):
         get_peft_model(model, config(method, target_modules=["experts"]))
-    with pytest.raises(ValueError, match="target_parameters=.*name linear layers in target_modules.*'all-linear'"):
+    with pytest.raises(ValueError, match=r"target_parameters=.*name linear layers in target_modules.*'all-linear'"):
         config(method, target_parameters=["mlp.experts.gate_up_proj"])
     assert not any(isinstance(module, TunerLayer) for module in model.modules()), "nothing was replaced"
 

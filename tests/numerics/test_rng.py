@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sparse_peft.numerics import sample_without_replacement
+from sparse_peft.numerics import rng, sample_without_replacement
 
 # from a second implementation, in plain Python integers
 GOLDEN = {
@@ -49,8 +49,6 @@ def test_all_of_the_range(n):
 
 @pytest.mark.parametrize("n", [1, 2, 5, 31, 32, 33, 1000])
 def test_the_underlying_permutation_is_one(n):
-    from sparse_peft.numerics import rng
-
     half = max(1, -(-max(0, n - 1).bit_length() // 2))
     image = rng._permute(np.arange(n, dtype=np.uint64), n, half, rng._round_keys(0, "x"))
     assert sorted(image.tolist()) == list(range(n))

@@ -3,6 +3,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from benchmarks.measure import LargestTensor
 from sparse_peft.numerics import panel_limit, sample_without_replacement
 from sparse_peft.ops import cheaper_way, compose_weight, sparse_low_rank_linear
 from sparse_peft.support import Support
@@ -99,8 +100,6 @@ def test_only_inputs_factors_and_values_are_saved(way):
 
 
 def test_no_temporary_is_larger_than_a_panel():
-    from benchmarks.measure import LargestTensor
-
     support, down, up, values, _ = problem(400, 300, 8, 3600, torch.float32)
     x = torch.randn(20, 300, requires_grad=True)
     with panel_limit(40 * 300 * 4), LargestTensor() as largest:

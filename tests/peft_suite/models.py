@@ -13,6 +13,9 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import torch
+import transformers
+
 # A wide initialisation: with the default of 0.02 the logits of such small models hardly depend on their weights, and
 # tests that compare outputs of different adapters would see no difference.
 _WIDE = {"initializer_range": 0.2}
@@ -134,9 +137,6 @@ def models_folder(cache: Path) -> Path:
 
 
 def _save(model_id: str, folder: Path) -> None:
-    import torch
-    import transformers
-
     config_name, arguments, model_name = MODELS[model_id]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)

@@ -77,7 +77,7 @@ def run_file(
             MUTANT_VARIABLE: mutant or "",
             # the inner process imports what this one would, be it the checkout or an installed package
             "PYTHONPATH": os.pathsep.join(
-                [_import_root(), str(folder), *(os.path.abspath(path) for path in sys.path)]
+                [_import_root(), str(folder), *(str(Path(path).absolute()) for path in sys.path)]
             ),
         }
         # The models are tiny: a second thread costs more than it brings.

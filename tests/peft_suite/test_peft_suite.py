@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import os
 import sys
 import types
@@ -14,7 +15,7 @@ from .known_issues import KNOWN_ISSUES
 from .mutants import CONTROLS, FAULTS
 from .retarget import replace_inline, replace_list
 from .runner import Result, run_file
-from .upstream import CACHE_VARIABLE, SDIST_VARIABLE, UpstreamUnavailableError, upstream_folder
+from .upstream import CACHE_VARIABLE, PACKAGE, SDIST_VARIABLE, TEST_FILES, UpstreamUnavailableError, upstream_folder
 
 # At least so many tests pass for each method: less means that upstream's lists have changed and cases got lost.
 FILES = [
@@ -143,10 +144,6 @@ class TestUpstreamFolder:
         assert not list((tmp_path / "cache").iterdir())
 
     def test_takes_the_files_of_an_unpacked_source_distribution(self, monkeypatch, tmp_path: Path):
-        import importlib.metadata
-
-        from .upstream import PACKAGE, TEST_FILES
-
         sdist = tmp_path / "sdist"
         (sdist / "tests").mkdir(parents=True)
         (sdist / "PKG-INFO").write_text(f"Version: {importlib.metadata.version('peft')}\n")

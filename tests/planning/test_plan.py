@@ -23,7 +23,7 @@ def settings_of(method):
 def data_size(folder):
     """Bytes of an adapter's tensors, without the file's header."""
     path = Path(folder) / "adapter_model.safetensors"
-    with open(path, "rb") as file:
+    with path.open("rb") as file:
         return path.stat().st_size - 8 - int.from_bytes(file.read(8), "little")
 
 
@@ -123,5 +123,5 @@ def test_checkpointing_and_optimizers_and_formats(world):
 def test_what_is_decided_by_weights_or_data_is_said():
     config, notes = SparseConfig(selection="fisher", allocation="global", density=0.01).countable()
     assert config.selection == "random" and len(notes) == 2 and "from data" in notes[1]
-    with pytest.raises(ValueError, match="threshold=0.002: how many entries"):
+    with pytest.raises(ValueError, match=r"threshold=0\.002: how many entries"):
         SaRAConfig(threshold=2e-3).countable()

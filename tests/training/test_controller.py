@@ -7,12 +7,13 @@ import warnings
 
 import pytest
 import torch
+import torch._dynamo as dynamo
 import torch.nn.functional as F
 from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from peft import get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from peft import PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from torch import nn
 
 from benchmarks.measure import LargestTensor
@@ -433,7 +434,7 @@ def test_a_diverged_run_is_stopped_before_anything_changes():
     with torch.no_grad():
         layers_of(model)["second"].deltas["default"].values[3] = float("nan")
     before = snapshot(model)
-    with pytest.raises(ValueError, match="layer second: values of adapter default are NaN.*diverged"):
+    with pytest.raises(ValueError, match=r"layer second: values of adapter default are NaN.*diverged"):
         controller.step()
     for n, (indices, _) in snapshot(model).items():
         assert torch.equal(indices, before[n][0])
@@ -490,8 +491,6 @@ def test_a_run_resumed_after_any_step_is_the_uninterrupted_one(selection, kind):
 
 
 def test_a_redistributed_run_is_saved_loaded_and_resumed(tmp_path):
-    from peft import PeftModel
-
     whole = adapted(redistribute=True, candidates=2.0)
     optimizer = optimizer_of(whole)
     controller = SparsityController(whole, optimizer, total_steps=16)
@@ -525,7 +524,7 @@ def test_state_of_other_positions_is_refused():
     fresh = adapted()
     other = optimizer_of(fresh)
     other.load_state_dict(state)
-    with pytest.raises(ValueError, match="layer first: the adapter's positions are not those.*load the adapter"):
+    with pytest.raises(ValueError, match=r"layer first: the adapter's positions are not those.*load the adapter"):
         SparsityController(fresh, other, total_steps=16)
 
 
@@ -576,8 +575,6 @@ def test_every_forward_path_shows_the_same_gradients(path):
 
 
 def test_compiled_training_is_not_compiled_anew_for_each_reselection():
-    import torch._dynamo as dynamo
-
     dynamo.reset()
     dynamo.utils.counters.clear()
     model = adapted()

@@ -184,7 +184,7 @@ def test_a_newer_version_is_named_with_the_right_package(tmp_path, load):
     with pytest.warns(UserWarning, match="'sharpness' of the adapter's config ignored.*pip install -U sparse-peft"):
         assert load(tmp_path).density == 0.1
     written_by(tmp_path, "99.1", density="auto")
-    with pytest.raises(TypeError, match="density='auto': .*written by sparse_peft 99.1.*pip install -U sparse-peft"):
+    with pytest.raises(TypeError, match=r"density='auto': .*written by sparse_peft 99\.1.*pip install -U sparse-peft"):
         load(tmp_path)
 
 

@@ -182,7 +182,7 @@ def test_factors_are_not_averaged_one_by_one():
 def test_ranks_that_add_up_to_more_than_a_layer_has_are_refused_before_they_are_written(config):
     model = trained(config(r=40))
     model.add_adapter("two", _with(config(r=40)))
-    with pytest.raises(ValueError, match="add up to 80, more than the 64 .* 'svd' with svd_rank=7, which is exact"):
+    with pytest.raises(ValueError, match=r"add up to 80, more than the 64 .* 'svd' with svd_rank=7, which is exact"):
         model.add_weighted_adapter(["default", "two"], [1.0, -2.0], "sum")
     assert set(model.peft_config) == {"default", "two"}
     model.add_weighted_adapter(["default", "two"], [1.0, -2.0], "sum", "svd", svd_rank=11)
@@ -245,7 +245,7 @@ def test_bad_combinations(fields, message):
 
 def test_adapters_that_train_more_than_deltas_are_referred_to_compose():
     model = trained(SparseConfig(density=0.2), target_modules=["first"], modules_to_save=["third"])
-    with pytest.raises(ValueError, match="modules_to_save.*sparse_peft.adapters.compose"):
+    with pytest.raises(ValueError, match=r"modules_to_save.*sparse_peft\.adapters\.compose"):
         model.add_weighted_adapter(["default"], [1.0], "new")
 
 

@@ -200,7 +200,7 @@ def test_mixed_batches_equal_single_adapter_runs():
     for row, name in enumerate(names):
         torch.testing.assert_close(mixed[row], singles[name][row], rtol=1e-4, atol=1e-5)
     assert len(generated) == 5
-    with pytest.raises(ValueError, match="non-existing adapter.*: nobody"):
+    with pytest.raises(ValueError, match=r"non-existing adapter.*: nobody"):
         model(ids, adapter_names=["nobody"] * 5)
     with pytest.raises(ValueError, match="Length of `adapter_names` should be the same"):
         model(ids, adapter_names=["default"])

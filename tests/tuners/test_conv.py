@@ -8,7 +8,7 @@ from peft import get_peft_model
 from torch import nn
 
 from benchmarks.measure import LargestTensor
-from sparse_peft import SparseConfig, panel_limit, select_support, use_backend
+from sparse_peft import SparseConfig, SparsityController, panel_limit, select_support, use_backend
 
 TOLERANCE = {
     torch.float64: {"rtol": 1e-10, "atol": 1e-10},
@@ -167,8 +167,6 @@ def test_no_temporary_of_a_step_is_larger_than_a_panel(backend):
 
 
 def test_positions_that_change_in_training_see_the_convolutions_gradient():
-    from sparse_peft import SparsityController
-
     torch.manual_seed(0)
     conv = nn.Conv2d(3, 4, 3, padding=1)
     config = {"selection": "rigl", "reselect_every": 2, "accumulate": 1, "density": 0.1, "replace_rate": 0.5}
@@ -209,7 +207,7 @@ def test_subclasses_train_unless_they_compute_their_own_way():
 
 
 def test_criteria_that_look_at_data_are_for_linear_layers():
-    with pytest.raises(TypeError, match="0 of type Conv2d.*linear layers"):
+    with pytest.raises(TypeError, match=r"0 of type Conv2d.*linear layers"):
         select_support(
             nn.Sequential(nn.Conv2d(3, 4, 3)), SparseConfig(selection="gradient", target_modules=["0"]), [1]
         )

@@ -2,9 +2,10 @@
 
 import pytest
 import torch
+from peft import LoraConfig, inject_adapter_in_model
 from torch.utils.checkpoint import checkpoint
 
-from sparse_peft import panel_limit, use_backend
+from sparse_peft import SparseConfig, panel_limit, use_backend
 from sparse_peft.ops import backends
 from sparse_peft.tuners.sources import OverlaySource, ResidentSource
 from tests.helpers.two_layers import TwoLayers, adapted, effective_weights, layers_of, oracle_output
@@ -187,10 +188,6 @@ def test_inputs_of_another_dtype_are_refused_in_training_as_in_inference():
 
 
 def test_another_tuners_layer_below_ours_acts_too():
-    from peft import LoraConfig, inject_adapter_in_model
-
-    from sparse_peft import SparseConfig
-
     model = inject_adapter_in_model(LoraConfig(r=2, target_modules=["first"], init_lora_weights=False), TwoLayers())
     x = torch.randn(3, 17)
     below = model.first(x).detach()

@@ -49,7 +49,7 @@ def test_budgets_above_the_targets():
 
 
 def test_targets_that_match_nothing():
-    with pytest.raises(ValueError, match="Target modules {'nothing'} not found in the base model"):
+    with pytest.raises(ValueError, match=r"Target modules \{'nothing'\} not found in the base model"):
         get_peft_model(TwoLayers(), SparseConfig(target_modules=["nothing"]))
 
 
@@ -70,30 +70,32 @@ def test_tied_weights():
         num_attention_heads=2,
         tie_word_embeddings=True,
     )
-    with pytest.warns(UserWarning, match="tie_word_embeddings"):
-        with pytest.raises(ValueError, match="Target module lm_head shares its weight with model.embed_tokens.weight"):
-            get_peft_model(LlamaForCausalLM(config), SparseConfig(target_modules=["lm_head"]))
+    with (
+        pytest.warns(UserWarning, match="tie_word_embeddings"),
+        pytest.raises(ValueError, match=r"Target module lm_head shares its weight with model\.embed_tokens\.weight"),
+    ):
+        get_peft_model(LlamaForCausalLM(config), SparseConfig(target_modules=["lm_head"]))
 
 
 def test_a_module_under_two_names_and_a_weight_in_two_modules():
     shared = nn.Linear(8, 8)
-    with pytest.raises(ValueError, match="Target module 0 shares its weight with 1.weight"):
+    with pytest.raises(ValueError, match=r"Target module 0 shares its weight with 1\.weight"):
         get_peft_model(nn.Sequential(shared, shared), SparseConfig(target_modules=["0"]))
     first, second = nn.Linear(8, 8), nn.Linear(8, 8)
     second.weight = first.weight
-    with pytest.raises(ValueError, match="Target module 1 shares its weight with 0.weight"):
+    with pytest.raises(ValueError, match=r"Target module 1 shares its weight with 0\.weight"):
         get_peft_model(nn.Sequential(first, second), SparseConfig(target_modules=["1"]))
 
 
 def test_criteria_that_need_data_say_how_to_give_it():
-    with pytest.raises(ValueError, match="selection='gradient'.*layer first.*select_support"):
+    with pytest.raises(ValueError, match=r"selection='gradient'.*layer first.*select_support"):
         get_peft_model(TwoLayers(), SparseConfig(selection="gradient", target_modules=["first"]))
     with pytest.raises(ValueError, match="selection='random' needs no data"):
         select_support(TwoLayers(), SparseConfig(target_modules=["first"]), [torch.ones(1, 17)])
     config = SparseConfig(selection="gradient", target_modules=["first"])
-    with pytest.raises(ValueError, match="either data .* or gradients"):
+    with pytest.raises(ValueError, match=r"either data .* or gradients"):
         select_support(TwoLayers(), config)
-    with pytest.raises(ValueError, match="target_modules={'nothing'} match no layer of TwoLayers"):
+    with pytest.raises(ValueError, match=r"target_modules=\{'nothing'\} match no layer of TwoLayers"):
         select_support(TwoLayers(), SparseConfig(selection="gradient", target_modules=["nothing"]), [1])
 
 
@@ -105,7 +107,7 @@ def test_positions_for_another_model():
 
 
 def test_threshold_that_selects_nothing():
-    with pytest.raises(ValueError, match="threshold.*finds no entry in any layer, neither in layer first"):
+    with pytest.raises(ValueError, match=r"threshold.*finds no entry in any layer, neither in layer first"):
         get_peft_model(TwoLayers(), SparseConfig(selection="threshold", threshold=1e-30, target_modules=["first"]))
 
 

@@ -157,7 +157,7 @@ def test_unknown_quantised_layer_is_refused_by_name():
             super().__init__(8, 8)
             self.weight = nn.Parameter(torch.zeros(32, 1, dtype=torch.uint8), requires_grad=False)
 
-    with pytest.raises(TypeError, match="Target module 0 of type .*MysteryLinear holds torch.uint8 weights"):
+    with pytest.raises(TypeError, match=r"Target module 0 of type .*MysteryLinear holds torch\.uint8 weights"):
         get_peft_model(nn.Sequential(MysteryLinear()), SparseConfig(target_modules=["0"]))
 
 

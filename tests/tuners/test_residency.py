@@ -9,6 +9,7 @@ import torch
 from peft import PeftModel
 
 import sparse_peft
+from sparse_peft.ops import triton_kernels
 from tests.helpers.two_layers import (
     TwoLayers,
     adapted,
@@ -227,7 +228,7 @@ def test_writing_to_a_base_that_holds_entries_is_noticed():
     run(model)
     with torch.no_grad():
         model.base_model.model.first.base_layer.weight.mul_(2)
-    with pytest.raises(RuntimeError, match="base weight of layer first was changed.*base_weights"):
+    with pytest.raises(RuntimeError, match=r"base weight of layer first was changed.*base_weights"):
         model.state_dict()
 
 
@@ -312,7 +313,7 @@ def test_safe_merge_touches_nothing_when_it_fails():
     with torch.no_grad():
         layers_of(model)["second"].deltas["default"].values[0] = float("nan")
     for _ in range(2):
-        with pytest.raises(ValueError, match="NaNs detected in the merged weights. The adapter default seems to be"):
+        with pytest.raises(ValueError, match=r"NaNs detected in the merged weights\. The adapter default seems to be"):
             model.merge_and_unload(safe_merge=True)
         second = layers_of(model)["second"]
         assert not second.merged and torch.equal(second.base_layer.weight, reference.second.weight)
@@ -364,15 +365,11 @@ def test_reloaded_adapter_gives_the_same_bits(pair, tmp_path):
 
 
 def interpreted():
-    from sparse_peft.ops import triton_kernels
-
     return triton_kernels.usable(torch.device("cpu"))
 
 
 @pytest.mark.skipif(not interpreted(), reason="needs Triton and TRITON_INTERPRET=1")
 def test_kernels_write_all_layers_in_one_launch_and_give_them_back_in_one(monkeypatch):
-    from sparse_peft.ops import triton_kernels
-
     launches = []
     kernels = triton_kernels.kernels("entries")
     write = kernels.write_many_

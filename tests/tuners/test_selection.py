@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from peft import get_peft_model
+from peft import PeftModel, get_peft_model
 
 from sparse_peft import SparseConfig, select_support
 from tests.helpers.two_layers import TwoLayers, layers_of
@@ -94,7 +94,6 @@ def test_chosen_positions_train_and_travel(tmp_path):
     chosen = copy.deepcopy(select_support(model, config, [torch.randn(4, 17)], loss_fn=loss_fn))
     adapted = get_peft_model(model, chosen)
     adapted.save_pretrained(tmp_path)
-    from peft import PeftModel
 
     again = PeftModel.from_pretrained(TwoLayers(), tmp_path)
     for a, b in zip(layers_of(adapted).values(), layers_of(again).values(), strict=True):

@@ -61,12 +61,11 @@ def read_config_file(path: str | os.PathLike) -> dict[str, Any]:
     Raises:
         ValueError: the file is no JSON object, or larger than any adapter's config.
     """
-    size = os.path.getsize(path)
+    size = Path(path).stat().st_size
     if size > MOST_CONFIG_BYTES:
         raise ValueError(f"{path}: {size} bytes, where an adapter's config has at most {MOST_CONFIG_BYTES}; {CURE}")
     try:
-        with open(path, encoding="utf-8") as file:
-            content = json.load(file)
+        content = json.loads(Path(path).read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not valid JSON ({error}); {CURE}") from error
     if not isinstance(content, dict):
@@ -90,7 +89,7 @@ def shapes_in_file(directory: str | os.PathLike) -> dict[str, tuple[int, ...]]:
         raise ValueError(f"{path}: {size} bytes where its header announces {expected}; {CURE}")
     try:
         with safe_open(path, "pt") as file:
-            return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}
+            return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118  (no mapping)
     except SafetensorError as error:
         raise ValueError(f"{path}: no valid safetensors header ({error}); {CURE}") from error
 
@@ -98,7 +97,7 @@ def shapes_in_file(directory: str | os.PathLike) -> dict[str, tuple[int, ...]]:
 def _size_by_header(path: Path) -> int:
     """Bytes that a safetensors file has according to its header."""
     size = path.stat().st_size
-    with open(path, "rb") as file:
+    with path.open("rb") as file:
         header_size = int.from_bytes(file.read(8), "little")
         if size < 8 or header_size > size - 8:
             raise ValueError(f"{path}: {size} bytes, too short for a safetensors header; {CURE}")

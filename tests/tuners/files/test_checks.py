@@ -2,7 +2,6 @@
 
 import copy
 import json
-import os
 import signal
 
 import pytest
@@ -64,7 +63,7 @@ def test_bytes_on_disk(tmp_path, save_dtype, limit, density):
     tensors = load_file(tmp_path / NAME)
     entries = round(density * 512 * 512)
     assert {t.dtype for t in tensors.values()} == {getattr(torch, save_dtype), torch.uint16}
-    assert os.path.getsize(tmp_path / NAME) <= limit * entries + 1024
+    assert (tmp_path / NAME).stat().st_size <= limit * entries + 1024
     again = PeftModel.from_pretrained(nn.Sequential(nn.Linear(512, 512)), tmp_path)
     values = again.base_model.model[0].deltas["default"].values
     expected = model.base_model.model[0].deltas["default"].values.to(getattr(torch, save_dtype)).float()
@@ -80,7 +79,7 @@ def test_positions_beyond_two_to_the_31_use_int64():
 
 def test_no_pickle_and_nothing_left_behind(saved):
     folder, _ = saved
-    assert sorted(os.listdir(folder)) == ["README.md", "adapter_config.json", NAME]
+    assert sorted(path.name for path in folder.iterdir()) == ["README.md", "adapter_config.json", NAME]
 
 
 def test_card_has_the_tag_and_the_lines_once(saved):
@@ -124,7 +123,7 @@ def test_corrupt_header_and_config(saved):
     (folder / NAME).write_bytes(whole)
     path = folder / "adapter_config.json"
     path.write_text(path.read_text()[:-20])
-    with pytest.raises(ValueError, match="adapter_config.json is not valid JSON"):
+    with pytest.raises(ValueError, match=r"adapter_config\.json is not valid JSON"):
         SparseConfig.from_pretrained(folder)
 
 
@@ -199,7 +198,9 @@ def test_another_number_of_entries_than_the_config_says(saved):
     config = json.loads((folder / "adapter_config.json").read_text())
     config["num_entries"]["first"] = 50
     (folder / "adapter_config.json").write_text(json.dumps(config))
-    with pytest.raises(ValueError, match="layer first: the adapter file has 112 entries where this model's .* has 50"):
+    with pytest.raises(
+        ValueError, match=r"layer first: the adapter file has 112 entries where this model's .* has 50"
+    ):
         PeftModel.from_pretrained(reference, folder)
 
 
@@ -238,18 +239,18 @@ def test_a_write_that_fails_half_way_leaves_the_old_adapter(tmp_path, monkeypatc
     resource = pytest.importorskip("resource")
     model, _reference = adapted(TwoLayers(64, 512, 64), density=0.5)
     model.save_pretrained(tmp_path)
-    before = {name: (tmp_path / name).read_bytes() for name in os.listdir(tmp_path)}
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
     with torch.no_grad():
         layers_of(model)["first"].deltas["default"].values.add_(1)
     old, handler = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (64 * 1024, old[1]))  # a disk that is full after 64 KiB
     try:
-        with pytest.raises(Exception, match="[Ff]ile|I/O|space|large"):
+        with pytest.raises(Exception, match=r"[Ff]ile|I/O|space|large"):
             model.save_pretrained(tmp_path)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, old)
         signal.signal(signal.SIGXFSZ, handler)
-    assert {name: (tmp_path / name).read_bytes() for name in os.listdir(tmp_path)} == before
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
     PeftModel.from_pretrained(TwoLayers(64, 512, 64), tmp_path)
 
 

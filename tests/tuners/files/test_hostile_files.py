@@ -2,11 +2,11 @@
 
 import copy
 import json
-import os
 import re
 import shutil
 import struct
 from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 import torch
@@ -60,7 +60,7 @@ def workbench(tmp_path, saved):
 @contextmanager
 def little_memory():
     """Whatever wants more than ``ROOM`` bytes fails inside the block."""
-    with open("/proc/self/statm") as file:
+    with Path("/proc/self/statm").open() as file:
         now = int(file.read().split()[0]) * resource.getpagesize()
     limits = resource.getrlimit(resource.RLIMIT_AS)
     resource.setrlimit(resource.RLIMIT_AS, (now + ROOM, limits[1]))
@@ -385,7 +385,7 @@ def test_adapter_names_that_would_leave_the_folder(tmp_path, workbench, method, 
     for run in attempts:
         with pytest.raises(ValueError, match=f"adapter_name={re.escape(repr(name))}: a name is expected"):
             run()
-    assert sorted(os.listdir(tmp_path)) == ["adapter"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter"]
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,6 @@
 
 import contextlib
 import copy
-import os
 from pathlib import Path
 
 import peft
@@ -32,7 +31,7 @@ def test_a_staging_folder_moves_when_it_is_complete(tmp_path):
         (staging / "a").write_text("half")
         raise OSError("full")
     assert contents(tmp_path).keys() == {Path("a"), Path("new/b")}
-    assert (tmp_path / "a").read_text() == "old" and sorted(os.listdir(tmp_path)) == ["a", "new"]
+    assert (tmp_path / "a").read_text() == "old" and sorted(path.name for path in tmp_path.iterdir()) == ["a", "new"]
 
 
 @pytest.mark.parametrize("failure", [OSError, KeyboardInterrupt, None])
@@ -47,7 +46,7 @@ def test_several_move_together(tmp_path, failure):
         if failure is not None:
             raise failure
     expected = ["a"] if failure else ["a", "b"]
-    assert sorted(os.listdir(tmp_path)) == expected
+    assert sorted(path.name for path in tmp_path.iterdir()) == expected
     assert (tmp_path / "a").read_text() == ("old" if failure else "new") and not is_waiting(tmp_path / "b")
 
 
@@ -80,7 +79,7 @@ def test_weights_and_config_are_saved_together(tmp_path, monkeypatch, config):
     after = contents(tmp_path)
     assert after.keys() == before.keys()
     assert all(after[name] != before[name] for name in before if name.name == WEIGHTS)
-    assert not [name for name in os.listdir(tmp_path) if name.startswith(".saving")]
+    assert not list(tmp_path.glob(".saving*"))
 
 
 def test_adapters_of_other_methods_are_saved_as_before(tmp_path):

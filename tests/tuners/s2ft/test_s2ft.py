@@ -1,10 +1,13 @@
 """S2FT against a dense float64 reference, and what it promises: saved activations, exact supports, mixed batches."""
 
 import copy
+import json
+import pickle
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers import GPT2Config, GPT2LMHeadModel
@@ -12,6 +15,7 @@ from transformers.pytorch_utils import Conv1D
 
 import sparse_peft
 from sparse_peft import S2FTConfig, panel_limit, select_support
+from sparse_peft.report import layer_paths
 from sparse_peft.support import ChannelSupport
 from tests.helpers.language_models import small_llama
 from tests.helpers.memory import saved_bytes
@@ -277,9 +281,9 @@ def test_avoid_that_cannot_be_met():
     model, *_ = one(k=6)
     with pytest.raises(ValueError, match=r"layer body: 4 units .*only 3 of 9 are left by avoid=\['default'\]"):
         model.add_adapter("other", S2FTConfig(target_modules=["body"], side="in", k=4, avoid=["default"]))
-    with pytest.raises(ValueError, match="avoid=.*no adapter 'nobody'.*'default'"):
+    with pytest.raises(ValueError, match=r"avoid=.*no adapter 'nobody'.*'default'"):
         model.add_adapter("third", S2FTConfig(target_modules=["body"], side="in", k=2, avoid=["nobody"]))
-    with pytest.raises(ValueError, match="avoid=.*does not train output channels"):
+    with pytest.raises(ValueError, match=r"avoid=.*does not train output channels"):
         model.add_adapter("fourth", S2FTConfig(target_modules=["body"], side="out", k=2, avoid=["default"]))
 
 
@@ -368,7 +372,7 @@ def test_budgets():
         get_peft_model(small_llama(), S2FTConfig(ratio=0.1, ratio_pattern={"o_proj": 0.5, r"0\.mlp.*": 1}))
     )
     assert [c.numel() for c in found.values()] == [16, 88, 16, 9]
-    with pytest.raises(ValueError, match="num_params=100.*128"):
+    with pytest.raises(ValueError, match=r"num_params=100.*128"):
         trained(num_params=100)
     with pytest.raises(ValueError, match=r"k=40: layer .*o_proj has 32 channels"):
         trained(k=40)
@@ -453,7 +457,7 @@ def test_criteria_choose_what_their_formulas_say(selection, largest):
     batches = [{"input_ids": x[i : i + 1], "labels": x[i : i + 1]} for i in range(3)]
     config = S2FTConfig(k=3, selection=selection, largest=largest, target_modules=["down_proj", "q_proj"])
     if selection != "weight":
-        with pytest.raises(ValueError, match="neither chosen nor loaded.*select_support"):
+        with pytest.raises(ValueError, match=r"neither chosen nor loaded.*select_support"):
             get_peft_model(small_llama(), copy.copy(config))
         config = select_support(model, config, batches)
     found = channels(get_peft_model(copy.deepcopy(model), config))
@@ -487,7 +491,7 @@ def test_gradients_that_are_known_already():
     wanted = gradients["model.layers.1.mlp.down_proj.weight"].norm(dim=0).topk(3).indices.sort().values
     assert found["1.mlp.down_proj"].tolist() == wanted.tolist()
     gradients["model.layers.1.mlp.down_proj.weight"][0, 0] = torch.nan
-    with pytest.raises(ValueError, match="layer model.layers.1.mlp.down_proj: its gradient has NaN"):
+    with pytest.raises(ValueError, match=r"layer model\.layers\.1\.mlp\.down_proj: its gradient has NaN"):
         select_support(small_llama(), config, gradients=gradients)
     with pytest.raises(ValueError, match="gradients= with selection='activation'"):
         select_support(small_llama(), S2FTConfig(selection="activation"), gradients=gradients)
@@ -538,8 +542,6 @@ def test_files(tmp_path, config):
     x = torch.randint(0, 40, (1, 6))
     expected = model(x).logits
     model.save_pretrained(tmp_path)
-    from peft import PeftModel
-    from safetensors.torch import load_file
 
     tensors = load_file(tmp_path / "adapter_model.safetensors")
     values = sum(t.numel() for n, t in tensors.items() if n.endswith("values"))
@@ -552,8 +554,6 @@ def test_files(tmp_path, config):
 
 
 def test_a_data_driven_adapter_reloads_without_data(tmp_path):
-    from peft import PeftModel
-
     model, x = small_llama(), torch.randint(0, 40, (2, 6))
     config = select_support(model, S2FTConfig(k=3, selection="gradient"), [{"input_ids": x, "labels": x}])
     tuned = get_peft_model(model, config)
@@ -564,10 +564,6 @@ def test_a_data_driven_adapter_reloads_without_data(tmp_path):
 
 
 def test_the_other_side_or_another_base_is_refused(tmp_path):
-    import json
-
-    from peft import PeftModel
-
     get_peft_model(small_llama(), S2FTConfig(k=3, target_modules=["q_proj"])).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match=r"weight_shapes: .*\(32, 32\).*layer model.layers.0.self_attn.q_proj"):
         PeftModel.from_pretrained(small_llama(hidden_size=64), tmp_path)
@@ -600,27 +596,23 @@ def test_configs_that_are_refused(kwargs, message):
 
 
 def test_heads_where_there_are_none():
-    with pytest.raises(ValueError, match="granularity='head': the 9 channels of layer o_proj.*config names none"):
+    with pytest.raises(ValueError, match=r"granularity='head': the 9 channels of layer o_proj.*config names none"):
         get_peft_model(
             nn.ModuleDict({"o_proj": nn.Linear(9, 9)}), S2FTConfig(granularity="head", target_modules=["o_proj"])
         )
-    with pytest.raises(ValueError, match="granularity='head': layer .*q_proj has its heads on its output side"):
+    with pytest.raises(ValueError, match=r"granularity='head': layer .*q_proj has its heads on its output side"):
         get_peft_model(small_llama(), S2FTConfig(granularity="head", side="in", target_modules=["q_proj"]))
     with pytest.raises(TypeError, match="body is a Conv2d of 3 groups"):
         get_peft_model(nn.ModuleDict({"body": nn.Conv2d(6, 6, 3, groups=3)}), S2FTConfig(target_modules=["body"]))
 
 
 def test_pickled_models_work():
-    import pickle
-
     model, tuned, _, x = one()
     again = pickle.loads(pickle.dumps(model))
     assert torch.equal(again.base_model.model["body"](x), tuned(x))
 
 
 def test_layer_paths_name_the_channels():
-    from sparse_peft.report import layer_paths
-
     model, *_ = one()
     assert "columns=4" in repr(model)
     (path,) = layer_paths(model)

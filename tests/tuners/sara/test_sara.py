@@ -73,7 +73,7 @@ def test_some_layers_may_have_nothing_below_the_threshold():
     assert_base_untouched(model, reference)
     assert values(model)["second"].any()
     assert model(batch_at(0)[0]).isfinite().all()
-    with pytest.raises(ValueError, match="threshold.*finds no entry in any layer, neither in layer first nor in 1"):
+    with pytest.raises(ValueError, match=r"threshold.*finds no entry in any layer, neither in layer first nor in 1"):
         adapted(threshold=1e-30)
 
 
@@ -359,7 +359,7 @@ def test_merged_adapters_are_in_the_way():
     SparsityController(model, optimizer)
     model(batch_at(0)[0]).sum().backward()
     model.merge_adapter()
-    with pytest.raises(RuntimeError, match="layer first: .*unmerge_adapter"):
+    with pytest.raises(RuntimeError, match=r"layer first: .*unmerge_adapter"):
         optimizer.step()
 
 

@@ -167,7 +167,7 @@ def test_a_cast_behind_our_back_is_undone():
 
 
 def test_a_quantised_base_is_not_replaced():
-    with pytest.raises(TypeError, match="first of type Linear4bit: mode='replace'.*use mode='delta'"):
+    with pytest.raises(TypeError, match=r"first of type Linear4bit: mode='replace'.*use mode='delta'"):
         adapted("4bit", mode="replace")
 
 

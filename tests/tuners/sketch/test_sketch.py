@@ -201,7 +201,7 @@ def test_a_broken_table_is_not_merged():
         model = sketched(mode=mode)
         with torch.no_grad():
             layers(model)["second"].deltas["default"].codebook[0, 0, 0] = float("nan")
-        with pytest.raises(ValueError, match="layer second.*not finite"):
+        with pytest.raises(ValueError, match=r"layer second.*not finite"):
             model.merge_adapter(safe_merge=True)
 
 
@@ -373,7 +373,7 @@ def test_oracle_13_weighted_sums_are_exact(mode):
         model.add_weighted_adapter(["default"], [1], "new", combination_type="ties", density=0.5)
     if mode == "delta":
         model.add_adapter("coarse", SketchConfig(target_modules=NAMES, bits=2))
-        with pytest.raises(ValueError, match="layer first.*'default' and 'coarse' have other codes"):
+        with pytest.raises(ValueError, match=r"layer first.*'default' and 'coarse' have other codes"):
             model.add_weighted_adapter(["default", "coarse"], [1, 1], "new")
         assert "new" not in model.peft_config
 
@@ -398,7 +398,7 @@ def test_adapters_that_replace_share_codes_or_are_refused(tmp_path):
     model.add_adapter("other", SketchConfig(mode="replace", target_modules=NAMES, bits=3, groups=2))
     layer = layers(model)["first"]
     assert torch.equal(layer.deltas["other"].codebook, layer.base_layer.codebook)
-    with pytest.raises(ValueError, match="layer first.*bits=3, groups=2 where.*bits=4"):
+    with pytest.raises(ValueError, match=r"layer first.*bits=3, groups=2 where.*bits=4"):
         model.add_adapter("wider", SketchConfig(mode="replace", target_modules=NAMES, groups=2))
     foreign = sketched(TwoLayers(), mode="replace")
     foreign.save_pretrained(tmp_path)
@@ -470,14 +470,14 @@ def test_codes_that_cannot_be_found_again_are_not_recomputed():
     base = TwoLayers()
     config = SketchConfig(target_modules=NAMES, bits=3, groups=2, index_storage="recompute")
     config.sketches = compensated(base)
-    with pytest.raises(ValueError, match="layer first: index_storage='recompute'.*not the nearest"):
+    with pytest.raises(ValueError, match=r"layer first: index_storage='recompute'.*not the nearest"):
         get_peft_model(base, config)
     config = SketchConfig(target_modules=NAMES, bits=3, groups=2)
     config.sketches = compensated(base)
     get_peft_model(copy.deepcopy(base), config)
     assert config.index_storage == "sidecar"
     config.sketches = {"first": config.sketches["first"]}
-    with pytest.raises(ValueError, match="the given sketches are for other layers.*second"):
+    with pytest.raises(ValueError, match=r"the given sketches are for other layers.*second"):
         get_peft_model(copy.deepcopy(base), config)
 
 
@@ -505,7 +505,7 @@ def test_oracle_9_one_ulp_over_a_midpoint_is_refused(mode, tmp_path):
     bits[column] -= step  # the last value on this side of it has the adapter's codes ...
     PeftModel.from_pretrained(copy.deepcopy(wrong), tmp_path)
     bits[column] += step  # ... and one unit in the last place further has others
-    with pytest.raises(ValueError, match="layer second.*checksums differ"):
+    with pytest.raises(ValueError, match=r"layer second.*checksums differ"):
         PeftModel.from_pretrained(wrong, tmp_path)
 
 
@@ -552,15 +552,15 @@ def test_a_side_file_is_shared_checked_and_never_overwritten(tmp_path):
     assert written[0] == written[1]
     for name, want in outputs.items():
         assert torch.equal(PeftModel.from_pretrained(copy.deepcopy(base), tmp_path / name)(x), want)
-    with open(path, "r+b") as file:
+    with path.open("r+b") as file:
         file.seek(-1, 2)
         last = file.read(1)
         file.seek(-1, 2)
         file.write(bytes([last[0] ^ 1]))
-    with pytest.raises(ValueError, match="shared.safetensors: SHA-256 .* trained with"):
+    with pytest.raises(ValueError, match=r"shared\.safetensors: SHA-256 .* trained with"):
         PeftModel.from_pretrained(copy.deepcopy(base), tmp_path / "one")
     path.unlink()
-    with pytest.raises(FileNotFoundError, match="shared.safetensors.*should be in this file"):
+    with pytest.raises(FileNotFoundError, match=r"shared\.safetensors.*should be in this file"):
         PeftModel.from_pretrained(copy.deepcopy(base), tmp_path / "one")
 
 
@@ -572,10 +572,10 @@ def test_damaged_files_name_the_layer(tmp_path):
     tensors = load_file(path)
     (key,) = [key for key in tensors if "first" in key and key.endswith("initial")]
     save_file({k: v for k, v in tensors.items() if k != key}, path, {"format": "pt"})
-    with pytest.raises(ValueError, match="layer first.*4-bit codes"):
+    with pytest.raises(ValueError, match=r"layer first.*4-bit codes"):
         PeftModel.from_pretrained(copy.deepcopy(base), tmp_path)
     save_file({**tensors, key: tensors[key][:, :1].contiguous()}, path, {"format": "pt"})
-    with pytest.raises(ValueError, match="layer first: initial is torch.uint8 of shape"):
+    with pytest.raises(ValueError, match=r"layer first: initial is torch\.uint8 of shape"):
         PeftModel.from_pretrained(copy.deepcopy(base), tmp_path)
 
 
@@ -600,7 +600,7 @@ def test_transformers_loads_it_too(mode, storage, tmp_path):
     wrong = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
     wrong.model.layers[0].mlp.up_proj.weight.data += 0.1
     wrong.load_adapter(str(tmp_path / "adapter"))
-    with pytest.raises(ValueError, match="layer model.layers.0.mlp.up_proj.*checksums differ"):
+    with pytest.raises(ValueError, match=r"layer model\.layers\.0\.mlp\.up_proj.*checksums differ"):
         wrong(input_ids=ids)
     new = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
     new.add_adapter(SketchConfig(mode=mode, target_modules=["q_proj", "up_proj"]))
@@ -626,7 +626,7 @@ def test_unloading_gives_the_kept_weight_back_or_says_why_not():
     back = model.unload()
     assert type(back.first) is nn.Linear and torch.equal(back.first.weight, base.first.weight)
     model = sketched(copy.deepcopy(base), mode="replace")
-    with pytest.raises(RuntimeError, match="layer first: its dense weight was dropped.*merge_and_unload"):
+    with pytest.raises(RuntimeError, match=r"layer first: its dense weight was dropped.*merge_and_unload"):
         model.unload()
     assert isinstance(layers(model)["first"].base_layer, SketchedLinear)  # and nothing was touched
     assert torch.equal(sketched(copy.deepcopy(base)).unload().first.weight, base.first.weight)
@@ -653,7 +653,7 @@ def test_what_cannot_be_done_says_why():
         SketchConfig(mode="both")
     with pytest.raises(ValueError, match="clustering='median'"):
         SketchConfig(clustering="median")
-    with pytest.raises(TypeError, match="groups=1.5"):
+    with pytest.raises(TypeError, match=r"groups=1\.5"):
         SketchConfig(groups=1.5)
     with pytest.raises(ValueError, match=r"groups_pattern\['q_proj'\]=0"):
         SketchConfig(groups_pattern={"q_proj": 0})
@@ -668,7 +668,7 @@ def test_what_cannot_be_done_says_why():
         get_peft_model(conv, SketchConfig(target_modules=["0"]))
     broken = TwoLayers()
     broken.second.weight.data[0, 0] = float("nan")
-    with pytest.raises(ValueError, match="layer second: 1 of .* NaN"):
+    with pytest.raises(ValueError, match=r"layer second: 1 of .* NaN"):
         sketched(broken)
 
 

@@ -3,7 +3,7 @@ import math
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model, set_peft_model_state_dict
 from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig
@@ -192,7 +192,6 @@ def test_file_round_trip(tmp_path):
     x = torch.randn(3, 17)
     assert torch.equal(loaded(x), model(x))
     tensors.pop("base_model.model.first.sparse_peft_sltrain_adapter.B")
-    from peft import set_peft_model_state_dict
 
     with pytest.raises(ValueError, match="no B for layer first"):
         set_peft_model_state_dict(loaded, tensors)
@@ -376,7 +375,7 @@ def test_casting_reaches_the_merged_weight():
 
 def test_what_cannot_be_done_says_why():
     model = build_for_pretraining(llama_config(), pretrain_config())
-    with pytest.raises(RuntimeError, match="cannot be disabled.*no weight besides it"), model.disable_adapter():
+    with pytest.raises(RuntimeError, match=r"cannot be disabled.*no weight besides it"), model.disable_adapter():
         pass
     with pytest.raises(RuntimeError, match=r"unload\(\).*merge_and_unload"):
         model.base_model.unload()
@@ -386,7 +385,7 @@ def test_what_cannot_be_done_says_why():
         SLTrainConfig(mode="pretrain")
     with pytest.raises(ValueError, match="selection='magnitude' with mode='pretrain'"):
         pretrain_config(selection="magnitude")
-    with pytest.raises(TypeError, match="first of type Conv1D.*plain"):
+    with pytest.raises(TypeError, match=r"first of type Conv1D.*plain"):
         get_peft_model(TwoLayers(conv1d=True), pretrain_config(target_modules=NAMES))
     with pytest.raises(ValueError, match="mode='finetune': build_for_pretraining"):
         build_for_pretraining(llama_config(), SLTrainConfig())

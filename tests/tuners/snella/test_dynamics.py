@@ -219,13 +219,13 @@ def test_a_state_of_another_rank_is_refused():
 
 def test_shares_need_the_length_of_the_run_and_room():
     model = make(allocate_start=0.1)
-    with pytest.raises(ValueError, match="allocate_start=0.1"):
+    with pytest.raises(ValueError, match=r"allocate_start=0\.1"):
         SparsityController(model, adamw(model))
     model = make(allocate_start=9, allocate_stop=9)
-    with pytest.raises(ValueError, match="allocate_stop=9.*later"):
+    with pytest.raises(ValueError, match=r"allocate_stop=9.*later"):
         SparsityController(model, adamw(model))
     model = make(target_sparsity=0.99, at_least=3)
-    with pytest.raises(ValueError, match="target_sparsity=0.99.*3 of 324.*at_least=3"):
+    with pytest.raises(ValueError, match=r"target_sparsity=0\.99.*3 of 324.*at_least=3"):
         SparsityController(model, adamw(model))
 
 

@@ -473,7 +473,7 @@ def test_errors_name_the_field(fields, error, message):
 
 
 def test_grouped_convolutions_are_refused():
-    with pytest.raises(TypeError, match="Target module 0.*2 groups"):
+    with pytest.raises(TypeError, match=r"Target module 0.*2 groups"):
         snella(nn.Sequential(nn.Conv2d(4, 4, 3, groups=2)), target_modules=["0"])
 
 

@@ -6,7 +6,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
 from accelerate.state import AcceleratorState
-from peft import get_peft_model
+from peft import PeftModel, get_peft_model
 from torch import nn
 
 from sparse_peft import SoRAConfig, SparsityController, rewarmed_schedule
@@ -275,7 +275,6 @@ def test_compaction_changes_nothing_but_the_size(optimizer_cls, tmp_path):
     assert sum(state.rank for state in states(runs[0]).values()) == 8
     assert controller.history[-1].initial == 8 and controller.history[-1].alive == 3
     runs[1].save_pretrained(tmp_path)
-    from peft import PeftModel
 
     torch.manual_seed(0)
     base = nn.Sequential(nn.Linear(12, 16), nn.ReLU(), nn.Linear(16, 6))
@@ -398,7 +397,7 @@ def test_coarse_gates_are_refused():
     states(model)["0"].gate.data = states(model)["0"].gate.data.bfloat16()
     model(batch(0)[0]).sum().backward()
     optimizer.step()
-    with pytest.raises(TypeError, match="layer 0.*torch.bfloat16"):
+    with pytest.raises(TypeError, match=r"layer 0.*torch\.bfloat16"):
         controller.step()
 
 
@@ -408,16 +407,16 @@ def test_adam_mode_needs_a_second_moment():
     controller = SparsityController(model, optimizer, total_steps=5)
     model(batch(0)[0]).sum().backward()
     optimizer.step()
-    with pytest.raises(ValueError, match="prox='adam'.*SGD.*layer 0"):
+    with pytest.raises(ValueError, match=r"prox='adam'.*SGD.*layer 0"):
         controller.step()
 
 
 def test_shares_need_the_length_of_the_run():
     model = make(prox_start=0.1)
-    with pytest.raises(ValueError, match="prox_start=0.1"):
+    with pytest.raises(ValueError, match=r"prox_start=0\.1"):
         SparsityController(model, adamw(model))
     model = make(stages=3)
-    with pytest.raises(ValueError, match="stages=3.*total_steps"):
+    with pytest.raises(ValueError, match=r"stages=3.*total_steps"):
         SparsityController(model, adamw(model))
 
 

@@ -2,7 +2,7 @@ import copy
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model, set_peft_model_state_dict
 from safetensors.torch import load_file
 from torch import nn
 
@@ -75,7 +75,7 @@ def test_convolutions(kind):
 
 
 def test_grouped_convolutions_are_refused():
-    with pytest.raises(TypeError, match="0.*2 groups"):
+    with pytest.raises(TypeError, match=r"0.*2 groups"):
         sora(nn.Sequential(nn.Conv2d(4, 4, 3, groups=2)), target_modules=["0"])
 
 
@@ -188,7 +188,7 @@ def test_safe_merge_changes_nothing_where_values_are_not_finite():
     weight = model.base_model.model.second.base_layer.weight
     before = weight.detach().clone()
     states(model)["second"].B.data[0, 0] = float("nan")
-    with pytest.raises(ValueError, match="NaNs detected.*layer second"):
+    with pytest.raises(ValueError, match=r"NaNs detected.*layer second"):
         model.base_model.model.second.merge(safe_merge=True)
     assert torch.equal(weight, before) and not model.base_model.model.second.merged
 
@@ -231,8 +231,6 @@ def test_file_keeps_zeros_and_gates(tmp_path):
     ],
 )
 def test_damaged_files_are_refused(tmp_path, damage, message):
-    from peft import set_peft_model_state_dict
-
     model = sora()
     model.save_pretrained(tmp_path)
     tensors = load_file(tmp_path / "adapter_model.safetensors")
@@ -296,5 +294,5 @@ def test_errors_name_the_field(fields, error, message):
 
 
 def test_a_target_above_all_ranks_is_refused():
-    with pytest.raises(ValueError, match="target_rank=99.*6 ranks"):
+    with pytest.raises(ValueError, match=r"target_rank=99.*6 ranks"):
         sora(target_rank=99)

@@ -146,6 +146,6 @@ def test_bad_configs(fields, message):
 def test_a_layer_smaller_than_a_block_is_named():
     config = SparseConfig(granularity="block", block_size=64, target_modules=["0", "2"])
     with pytest.raises(
-        ValueError, match="layer 2: no block of 64 x 64 .block_size. fits its stored weight of 50 x 96"
+        ValueError, match=r"layer 2: no block of 64 x 64 \(block_size\) fits its stored weight of 50 x 96"
     ):
         get_peft_model(net(), config)
