@@ -298,7 +298,7 @@ class TunerLayer(BaseTunerLayer, nn.Module, Generic[StateT]):
     # ------------------------------------------------------------------ what the weight holds
 
     @property
-    def merged_adapters(self) -> list[str]:  # type: ignore[override]
+    def merged_adapters(self) -> list[str]:  # type: ignore[override]  # an attribute in PEFT
         """The adapters in the base weight, in the order in which they were merged."""
         content = self.ledger.content
         return list(content.names) if isinstance(content, Merged) else []
