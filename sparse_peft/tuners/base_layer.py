@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
@@ -260,9 +261,9 @@ class TunerLayer(BaseTunerLayer, nn.Module, Generic[StateT]):
             result = result + self.adapter_output(x, name).to(result.dtype)
         return result
 
+    @abstractmethod
     def adapter_output(self, x: Tensor, adapter_name: str) -> Tensor:
-        """What one adapter adds to the layer's output for this input."""
-        raise NotImplementedError
+        """The part of the layer's output that one adapter adds for this input."""
 
     def _restore_dtypes(self, names: tuple[str, ...]) -> None:
         if self.training and torch.is_grad_enabled():
@@ -309,9 +310,9 @@ class TunerLayer(BaseTunerLayer, nn.Module, Generic[StateT]):
         if not self.ledger.is_merged:
             self.ledger.release()
 
+    @abstractmethod
     def get_delta_weight(self, adapter: str) -> Tensor:
         """The adapter's delta as a dense tensor of the stored weight's shape, in its parameters' dtype."""
-        raise NotImplementedError
 
     @transition
     @torch.no_grad()

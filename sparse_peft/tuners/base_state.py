@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from abc import abstractmethod
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, ClassVar, NoReturn, Self
 
@@ -17,7 +17,7 @@ from .files.checks import check_dtype, check_values
 from .forms import Forms, StateSizes
 
 
-class TrainedState(Forms, nn.Module):
+class TrainedState(Forms, nn.Module, ABC):
     """What one adapter trains in one layer.
 
     A module of its own, not bare parameters: TRL copies its reference adapter by names that contain ``.default.``,
@@ -34,8 +34,8 @@ class TrainedState(Forms, nn.Module):
     full_precision: ClassVar[frozenset[str]] = frozenset()  # tensors that ``save_dtype`` does not round
     always_float32: ClassVar[frozenset[str]] = frozenset()  # parameters that no cast of the model makes narrower
     position_names: tuple[str, ...] = ()  # of all buffers that positions may lie in, in memory and in a file
-    combinations: ClassVar[tuple[str, ...]] = ()  # how several adapters can become one; none: they cannot
-    why_these_combinations: ClassVar[str] = ""  # for whoever asks for another
+    combinations: ClassVar[tuple[str, ...]] = ()  # the combinations of several adapters to one
+    why_these_combinations: ClassVar[str] = ""  # for the error that refuses others
     trained_dtype: torch.dtype
     changes: int = 0  # of its tensors, in ways that torch may not count: by optimizers, by loading
     backwards: int = 0  # backward passes that reached it
@@ -83,7 +83,7 @@ class TrainedState(Forms, nn.Module):
         Raises:
             ValueError: the states have no such combination.
         """
-        raise NotImplementedError(f"{cls.__name__} says that nothing combines it")
+        raise ValueError(f"combination_type={how.combination_type!r}: {cls.__name__} has no combinations")
 
     def combines_with(self, other: TrainedState) -> bool:
         """Whether two states can become one of their own kind; those that cannot may combine as entries."""

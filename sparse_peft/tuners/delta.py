@@ -25,7 +25,7 @@ UNSET = -1
 class Delta(TrainedState):
     """``values[e]`` is added to the stored weight at entry ``e`` of a support.
 
-    Subclasses keep the support in persistent buffers, and say how it lies in a file.
+    Subclasses name the buffers of their positions in ``position_names``, and convert between buffers and supports.
 
     Args:
         shape: ``(rows, cols)`` of the weight as stored.
@@ -87,27 +87,30 @@ class Delta(TrainedState):
     # ------------------------------------------------------------------ positions
 
     @abstractmethod
-    def _position_buffer(self) -> Tensor | None:
-        """The buffer that positions are read from; None while they lie there in no form that could be read."""
-
-    @abstractmethod
-    def _support_from(self, buffer: Tensor) -> Support:
-        """The support that the buffer holds."""
-
-    @abstractmethod
-    def _keep_support(self, support: Support) -> None:
-        """Put the support into new buffers; whoever still holds the old ones may need them to restore."""
+    def support_from(self, buffer: Tensor) -> Support:
+        """The support of a position buffer's content."""
 
     @abstractmethod
     def file_positions(self, support: Support) -> dict[str, Tensor]:
-        """The support as it lies in a file."""
+        """``{buffer name: tensor}`` of a support in a file."""
+
+    def position_buffer(self) -> Tensor | None:
+        """The buffer that the support is read from; None while it cannot be read."""
+        return next((self._buffers[name] for name in self.position_names if name in self._buffers), None)
+
+    def keep_support(self, support: Support) -> None:
+        """Put a support into buffers, by default those of a file.
+
+        They are new ones: who has written entries needs the old ones to restore them.
+        """
+        self.keep_positions({name: tensor.clone() for name, tensor in self.file_positions(support).items()})
 
     def file_tensors(self) -> dict[str, Tensor]:
         return self.file_positions(self.support)
 
     def _refresh(self) -> None:
         # the buffer is replaced or filled by loading, by .to() and by reselection; the cached view follows it
-        buffer = self._position_buffer()
+        buffer = self.position_buffer()
         if buffer is None:
             return
         writes = 0 if buffer.is_inference() else buffer._version
@@ -115,7 +118,7 @@ class Delta(TrainedState):
             return
         self._support = None
         if buffer.device.type != "meta" and not (buffer.numel() and int(buffer[0]) == UNSET):
-            self._support = self._support_from(buffer)
+            self._support = self.support_from(buffer)
         self._support_of = buffer, writes
 
     def known_support(self) -> Support | None:
@@ -155,10 +158,15 @@ class Delta(TrainedState):
                 f"layer {self.name}: a support of {support.nnz} entries over {support.shape} does not fit "
                 f"{self.values.numel()} values over {self.shape}"
             )
-        self._keep_support(support)
+        self.keep_support(support)
         self._refresh()
 
-    def _keep(self, positions: dict[str, Tensor]) -> None:
+    def keep_positions(self, positions: dict[str, Tensor]) -> None:
+        """Replace the buffers of positions.
+
+        Args:
+            positions: ``{buffer name: tensor}``, with names out of ``position_names``.
+        """
         self.changes += 1
         for name in self.position_names:
             self._buffers.pop(name, None)
@@ -194,11 +202,13 @@ class SparseDelta(Delta):
         if support is None:
             self._await_file()
         else:
-            self._keep_support(support)
+            self.keep_support(support)
 
     def _await_file(self) -> None:
         """Buffers as a file has them, for loaders that put a file's tensors in place by their names."""
-        self._keep({name: torch.zeros(size, dtype=kind) for name, (size, kind) in self.position_layout().items()})
+        self.keep_positions(
+            {name: torch.zeros(size, dtype=kind) for name, (size, kind) in self.position_layout().items()}
+        )
         if FLAT in self._buffers:
             self.indices.fill_(UNSET)
 
@@ -206,9 +216,9 @@ class SparseDelta(Delta):
         return file_layout(self.shape, self.values.numel())
 
     def _keep_flat(self, indices: Tensor) -> None:
-        self._keep({FLAT: indices})
+        self.keep_positions({FLAT: indices})
 
-    def _keep_support(self, support: Support) -> None:
+    def keep_support(self, support: Support) -> None:
         self._keep_flat(support.indices.to(self.values.device).clone())
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
@@ -233,10 +243,10 @@ class SparseDelta(Delta):
         self.values = nn.Parameter(self.values.new_zeros(entries), requires_grad=self.values.requires_grad)
         self._keep_flat(torch.full((entries,), UNSET, dtype=index_dtype(self.shape)))
 
-    def _position_buffer(self) -> Tensor | None:
+    def position_buffer(self) -> Tensor | None:
         return self.indices if FLAT in self._buffers or self._unpack() else None
 
-    def _support_from(self, buffer: Tensor) -> Support:
+    def support_from(self, buffer: Tensor) -> Support:
         return Support(self.shape, buffer, name=self.name)
 
     def _unpack(self) -> bool:

@@ -37,19 +37,13 @@ class BandDelta(Delta):
     def __init__(self, shape: tuple[int, int], width: int, name: str, first: int):
         super().__init__(shape, shape[0] * width, name, self._draw)
         self.width, self.drawn = width, first
-        self._keep({"first": torch.tensor([UNSET])})
+        self.keep_positions({"first": torch.tensor([UNSET])})
 
     def _draw(self, weight: Callable[[], Tensor], shape: tuple[int, int]) -> Support:
         return band(shape, self.drawn, self.width, self.name)
 
-    def _position_buffer(self) -> Tensor:
-        return self._buffers["first"]
-
-    def _support_from(self, buffer: Tensor) -> Support:
+    def support_from(self, buffer: Tensor) -> Support:
         return band(self.shape, int(buffer), self.width, self.name).to(buffer.device)
-
-    def _keep_support(self, support: Support) -> None:
-        self._keep(self.file_positions(support))
 
     def file_positions(self, support: Support) -> dict[str, Tensor]:
         columns = support.cols[support.rows == 0].long()

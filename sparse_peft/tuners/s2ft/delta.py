@@ -58,9 +58,9 @@ class ChannelDelta(Delta):
         super().__init__(shape, count * width * shape[1 - dim], name, draw)
         self.dim, self.count, self.width = dim, count, width
         if support is None:
-            self._keep({BUFFERS[dim]: torch.full((count,), UNSET, dtype=torch.int32)})
+            self.keep_positions({BUFFERS[dim]: torch.full((count,), UNSET, dtype=torch.int32)})
         else:
-            self._keep_support(support)
+            self.keep_support(support)
 
     @classmethod
     def combine(cls, states: Sequence[Self], weights: Sequence[float], how: Combination) -> dict[str, Tensor]:
@@ -82,14 +82,8 @@ class ChannelDelta(Delta):
         sizes = super().sizes(save_dtype)
         return replace(sizes, channels=(self.dim, self.count), position_bytes=4 * self.count)
 
-    def _position_buffer(self) -> Tensor | None:
-        return self._buffers[BUFFERS[self.dim]]
-
-    def _support_from(self, buffer: Tensor) -> ChannelSupport:
+    def support_from(self, buffer: Tensor) -> ChannelSupport:
         return ChannelSupport(self.shape, self.dim, buffer, self.width, name=self.name)
-
-    def _keep_support(self, support: Support) -> None:
-        self._keep({BUFFERS[self.dim]: whole_channels(support).channels.to(self.values.device).clone()})
 
     def position_layout(self) -> dict[str, tuple[int, torch.dtype]]:
         return {BUFFERS[self.dim]: (self.count, torch.int32)}
