@@ -155,15 +155,17 @@ class _Option:
     constraints: tuple[Any, ...] = ()
 
     NOUNS: ClassVar[dict[Any, str]] = {
-        int: "an int", float: "a number", str: "a str", bool: "True or False", type(None): "None",
+        int: "an int", float: "a number", str: "a string", bool: "True or False", type(None): "None",
         list: "a list", dict: "a dict",
     }  # fmt: skip
+    PLURALS: ClassVar[dict[str, str]] = {"an int": "ints", "a number": "numbers", "a string": "strings"}
 
     def describe(self) -> str:
         text = self.NOUNS.get(self.kind) or f"a {getattr(self.kind, '__name__', self.kind)}"
         if self.arguments:
-            part = "item" if self.kind is list else "value"
-            text = f"{text} with {describe(self.arguments[-1])} as each {part}"
+            part = describe(self.arguments[-1])
+            each = "item" if self.kind is list else "value"
+            text = f"{text} of {self.PLURALS[part]}" if part in self.PLURALS else f"{text} with {part} as each {each}"
         for constraint in self.constraints:
             text = constraint.describe(text)
         return text
@@ -238,6 +240,11 @@ def describe(hint: Any) -> str:
     """What an annotation allows, in words: ``"a share in (0, 1] or None"``."""
     *others, last = dict.fromkeys(option.describe() for option in _options_of(hint))
     return f"{', '.join(others)} or {last}" if others else last
+
+
+def kinds_of(hint: Any) -> dict[Any, tuple[Any, ...]]:
+    """``{type: annotations of its parts}`` of an annotation's types, such as ``{list: (str,), NoneType: ()}``."""
+    return {option.kind: option.arguments for option in _options_of(hint)}
 
 
 def plain(value: Any) -> Any:

@@ -42,8 +42,8 @@ def read_model_config(path: str | os.PathLike) -> PretrainedConfig:
         raise ValueError(f"{file} has no model_type: it is {what}; one of a transformers model is expected")
     try:
         return AutoConfig.from_pretrained(file, trust_remote_code=False, local_files_only=True)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        reason = str(error).splitlines()[0]
+    except Exception as error:  # a config's constructor may raise anything
+        reason = _first_line(error)
         raise ValueError(f"{file}: transformers {transformers.__version__} cannot use it ({reason})") from error
 
 
@@ -63,6 +63,9 @@ def build_on_meta(config: PretrainedConfig, dtype: torch.dtype | None = None) ->
         config: the model's; a quantisation in it is left out. Where it names no class, it is a language model if
             transformers has one for it, and else the model's body.
         dtype: of its parameters; by default the config's.
+
+    Raises:
+        ValueError: the config's values do not make a model.
     """
     config = copy.deepcopy(config)
     if hasattr(config, "quantization_config"):
@@ -73,7 +76,15 @@ def build_on_meta(config: PretrainedConfig, dtype: torch.dtype | None = None) ->
     else:
         has_head = type(config) in AutoModelForCausalLM._model_mapping
         make = (AutoModelForCausalLM if has_head else AutoModel).from_config
-    with torch.device("meta"):
-        model = make(config, **({} if dtype is None else {"dtype": dtype}))
-    model.tie_weights()  # which transformers 5.0 leaves to loading
+    try:
+        with torch.device("meta"):
+            model = make(config, **({} if dtype is None else {"dtype": dtype}))
+        model.tie_weights()  # which transformers 5.0 leaves to loading
+    except Exception as error:  # a model's constructor may raise anything
+        kind = config.model_type
+        raise ValueError(f"no model can be built of this config of a {kind} ({_first_line(error)})") from error
     return model
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).splitlines()), "") or type(error).__name__

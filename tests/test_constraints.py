@@ -79,7 +79,7 @@ def test_accepted_and_kept_as_plain_python(value, hint, kept):
         ({}, Colour, TypeError, "field={}: one of 'red', 'green'"),
         ("mid", Literal["low", "high"], ValueError, "field='mid': one of 'low', 'high'"),
         ("lm_head", list[str] | None, TypeError, r"field='lm_head': .* is expected; write \['lm_head'\]"),
-        (["a", 3], list[str], TypeError, r"field\[1\]=3: a str is expected"),
+        (["a", 3], list[str], TypeError, r"field\[1\]=3: a string is expected"),
         ("(", Names | Pattern | None, ValueError, r"field='\(': .*missing \), unterminated subpattern"),
         ({"(": 0.1}, dict[Pattern, Share], ValueError, r"field: key='\(': a name or regular expression"),
         ({3: 0.1}, dict[Pattern, Share], TypeError, "field: key=3"),

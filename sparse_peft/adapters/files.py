@@ -31,6 +31,10 @@ from ..tuners.traversal import configs_of
 PREFIX = "base_model.model."
 
 
+class NoAdapterError(ValueError):
+    """What was given as an adapter is none, or none of the kind that is wanted."""
+
+
 def config_of(model: nn.Module, adapter_name: str) -> Any:
     """The config of one of the model's adapters.
 
@@ -82,16 +86,17 @@ def read_adapter(folder: str | os.PathLike) -> tuple[PeftConfig, dict[str, Tenso
     """The config and tensors of an adapter's folder.
 
     Raises:
-        ValueError: there is no adapter in it, or it is damaged.
+        NoAdapterError: there is no adapter in it.
+        ValueError: it is damaged.
     """
     folder = Path(folder)
     config_path = folder / CONFIG_NAME
     if not config_path.is_file():
-        raise ValueError(f"{folder}: no {CONFIG_NAME} in it; the folder of an adapter is expected")
+        raise NoAdapterError(f"{folder}: no {CONFIG_NAME} in it; the folder of an adapter is expected")
     peft_type = read_config_file(config_path).get("peft_type")
     config_classes: dict[object, type[PeftConfig]] = {kind.value: c for kind, c in PEFT_TYPE_TO_CONFIG_MAPPING.items()}
     if not isinstance(peft_type, str) or peft_type not in config_classes:
-        raise ValueError(f"{config_path}: peft_type={peft_type!r} is no method that is known here; {CURE}")
+        raise NoAdapterError(f"{config_path}: peft_type={peft_type!r} is no method that is known here; {CURE}")
     shapes_in_file(folder)
     config = config_classes[peft_type].from_pretrained(os.fspath(folder))
     return config, read_tensors(folder / SAFETENSORS_WEIGHTS_NAME)

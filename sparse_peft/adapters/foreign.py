@@ -23,7 +23,7 @@ from torch import Tensor
 
 from ..support import Support
 from ..tuners.files.checks import check_values
-from .files import PREFIX, read_tensors
+from .files import PREFIX, NoAdapterError, read_tensors
 from .weight_reader import known_name
 
 LT_SFT_NAME = "pytorch_diff.bin"
@@ -66,11 +66,14 @@ def read_config(folder: Path) -> dict[str, Any]:
     """An adapter's config as it is written; its type need not be registered.
 
     Raises:
-        ValueError: there is none, or it is damaged.
+        NoAdapterError: there is none.
+        ValueError: it is damaged.
     """
     path = folder / CONFIG_NAME
     if not path.is_file():
-        raise ValueError(f"{folder}: neither {CONFIG_NAME} nor {LT_SFT_NAME} in it; an adapter's folder is expected")
+        raise NoAdapterError(
+            f"{folder}: neither {CONFIG_NAME} nor {LT_SFT_NAME} in it; an adapter's folder is expected"
+        )
     try:
         content = json.loads(path.read_text())
     except ValueError as error:

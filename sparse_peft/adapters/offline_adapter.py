@@ -24,7 +24,7 @@ from ..tuners.base_state import TrainedState
 from ..tuners.delta import SparseDelta
 from .delta_matrix import DeltaMatrix
 from .entry_format import ENTRIES, sparse_adapter, sparse_state
-from .files import PREFIX, read_adapter
+from .files import PREFIX, NoAdapterError, read_adapter
 
 MAX_WEIGHT = 2**48  # entries, more than any weight has
 
@@ -84,7 +84,8 @@ def read_sparse(folder: str | os.PathLike) -> tuple[BaseSparseConfig, dict[str, 
     """The config and tensors of a sparse adapter's folder, that its base model can be given.
 
     Raises:
-        ValueError: no adapter of this package, one that replaces its base model's weights, or a damaged one.
+        NoAdapterError: no adapter of this package.
+        ValueError: one that replaces its base model's weights, or a damaged one.
     """
     folder = os.fspath(folder)
     config, tensors = read_adapter(folder)
@@ -96,7 +97,7 @@ def read_sparse(folder: str | os.PathLike) -> tuple[BaseSparseConfig, dict[str, 
             "SHIRA": "sparse_peft.adapters.convert makes a sparse delta of it",
             "SUPERTUNING": "sparse_peft.adapters.convert makes a sparse delta of it",
         }
-        raise ValueError(
+        raise NoAdapterError(
             f"{folder}: a sparse adapter is expected, this is {kind}" + (f"; {cure[kind]}" if kind in cure else "")
         )
     if method_of(config).model_class.saves_base_weights(config):

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 from importlib.util import find_spec
+
+# Exit codes of signals are 128 and their number, as shells have it.
+INTERRUPTED, TERMINATED = 130, 143
 
 
 def main() -> None:
@@ -14,6 +18,11 @@ def main() -> None:
             f'sparse-peft needs {" and ".join(missing)} on the command line: pip install "sparse-peft[cli]"\n'
         )
         raise SystemExit(2)
-    from .app import app  # noqa: PLC0415  (it needs typer)
+    # as exceptions, so that folders which are being written are removed
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(TERMINATED))
+    try:
+        from .app import app  # noqa: PLC0415  (it needs typer)
 
-    app(prog_name="sparse-peft")
+        app(prog_name="sparse-peft")
+    except KeyboardInterrupt:
+        raise SystemExit(INTERRUPTED) from None

@@ -14,8 +14,7 @@ from rich.markup import escape
 from ..adapters import EXTRACTION_CRITERIA, Extraction, ExtractOptions
 from ..adapters import extract as extract_adapter
 from ..registry import method_named
-from ..support import ALLOCATIONS
-from .fields import parse_fields
+from .fields import option_help, parse_fields
 from .folders import model_folder, new_folder
 from .output import ForceOption, JsonOption, answering, asked, count_text, share_text, short_names, table, working
 
@@ -30,11 +29,11 @@ def extract(
     density: Annotated[float | None, typer.Option(help="Share of the target weights that is kept.")] = None,
     num_params: Annotated[int | None, typer.Option(help="Number of entries, instead.")] = None,
     r: Annotated[int | None, typer.Option("--r", help="As many as LoRA of this rank, instead.")] = None,
-    allocation: Annotated[str, typer.Option(help=f"One of {', '.join(ALLOCATIONS)}.")] = "numel",
+    allocation: Annotated[str, typer.Option(help=option_help("allocation"))] = "numel",
     criterion: Annotated[str, typer.Option(help=f"One of {', '.join(EXTRACTION_CRITERIA)}.")] = "magnitude",
     target_modules: Annotated[str, typer.Option(help="Names with commas, a pattern, or all-linear.")] = "all-linear",
     others: Annotated[str, typer.Option(help="Other tensors that differ: leave_out, save or refuse.")] = "leave_out",
-    save_dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
+    save_dtype: Annotated[str, typer.Option(help=option_help("save_dtype"))] = "float32",
     force: ForceOption = False,
     as_json: JsonOption = False,
 ) -> None:

@@ -1,28 +1,77 @@
-"""Config fields as text: ``field=value``, read by the field's type."""
+"""``sparse-peft fields``, and config fields as text, ``field=value``, read by the field's annotation."""
 
 from __future__ import annotations
 
 import json
 import re
-import types
 from collections.abc import Iterable
-from dataclasses import fields
-from difflib import get_close_matches
-from typing import Any, Union, get_args, get_origin, get_type_hints
+from dataclasses import MISSING, Field
+from typing import Annotated, Any
 
-from peft import PeftConfig
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
 
+from ..constraints import describe, field_hints, kinds_of
+from ..registry import method_named, methods
 from ..tuners.base_config import BaseSparseConfig
+from ..tuners.unknown_fields import explain_unknown_field, settable_fields
+from .output import JsonOption, answering, asked, value_text
 
-WORDS = {bool: "true or false", int: "an int", float: "a number", str: "a word", type(None): "none"}
-BUDGETS = ("density", "ratio", "k", "num_params", "r")
+METHOD_HELP = f"One of {', '.join(method.name for method in methods())}."
 TRUTHS = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
 
 
-def settable_fields(config_class: type[BaseSparseConfig]) -> list[str]:
-    """The fields of a config that are set by hand."""
-    hidden = {*PeftConfig.__dataclass_fields__, *config_class.resolved_fields}
-    return [field.name for field in fields(config_class) if field.name not in hidden]
+def fields(
+    method: Annotated[str, typer.Argument(help=METHOD_HELP, metavar="METHOD")], as_json: JsonOption = False
+) -> None:
+    """What the fields of a method's config may hold, their defaults and meanings."""
+    with answering("fields", as_json) as answer:
+        with asked():
+            config_class = method_named(method).config_class
+        found = [describe_field(config_class, name) for name in settable_fields(config_class)]
+        answer.content = {"method": method_named(method).name, "config": config_class.__name__, "fields": found}
+        answer.show = lambda console: show(console, config_class.__name__, found)
+
+
+def describe_field(config_class: type[BaseSparseConfig], name: str) -> dict[str, Any]:
+    """One field for programs."""
+    field = config_class.__dataclass_fields__[name]
+    return {
+        "name": name,
+        "default": default_of(field),
+        "expected": describe(field_hints(config_class)[name]),
+        "help": field.metadata["help"],
+    }
+
+
+def default_of(field: Field[Any]) -> Any:
+    """A field's default."""
+    return field.default if field.default_factory is MISSING else field.default_factory()
+
+
+def show(console: Console, config: str, found: list[dict[str, Any]]) -> None:
+    """The fields for people."""
+    console.print(f"[bold]{config}[/]")
+    grid = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
+    for title in ("field", "default", "meaning, and what it may hold"):
+        grid.add_column(title, overflow="fold")
+    for field in found:
+        meaning = f"{escape(field['help'])}\n[dim]{escape(field['expected'])}[/]"
+        grid.add_row(field["name"], escape(value_text(field["default"])), meaning)
+    console.print(grid)
+
+
+def option_help(name: str, method: str = "sparse") -> str:
+    """The help of an option that is a field of a method's config."""
+    config_class = method_named(method).config_class
+    text = config_class.__dataclass_fields__[name].metadata["help"]
+    expected = describe(field_hints(config_class)[name]).removesuffix(" or None")
+    return f"{text} {expected[0].upper()}{expected[1:]}."
+
+
+# ---------------------------------------------------------------------------------------------------- reading
 
 
 def parse_fields(config_class: type[BaseSparseConfig], settings: Iterable[str]) -> dict[str, Any]:
@@ -34,13 +83,13 @@ def parse_fields(config_class: type[BaseSparseConfig], settings: Iterable[str]) 
         ValueError: no ``field=value``, a field that the config does not have, or a value of another type; names the
             field and what would be right.
     """
-    hints, known = get_type_hints(config_class), settable_fields(config_class)
+    hints = field_hints(config_class)
     found: dict[str, Any] = {}
     for setting in settings:
         name, equals, text = setting.partition("=")
         name = name.strip().replace("-", "_")
         if not equals:
-            raise ValueError(f"{setting!r}: field=value is expected, such as {known[0]}=...")
+            raise ValueError(f"{setting!r}: field=value is expected, such as {settable_fields(config_class)[0]}=...")
         check_field(config_class, name)
         found[name] = parse_value(name, text.strip(), hints[name])
     return found
@@ -50,70 +99,49 @@ def check_field(config_class: type[BaseSparseConfig], name: str) -> str:
     """The name, if the config has such a field.
 
     Raises:
-        ValueError: it has not; the closest one is named.
+        ValueError: it has not; says which field may be meant.
     """
-    known = settable_fields(config_class)
-    if name in known:
+    if name in settable_fields(config_class):
         return name
-    close = get_close_matches(name, known, n=1, cutoff=0.6)
-    if close:
-        hint = f"did you mean {close[0]!r}?"
-    elif name in BUDGETS:
-        hint = f"how much trains is said by {', '.join(budget for budget in BUDGETS if budget in known)}"
-    else:
-        hint = f"it has {', '.join(known)}"
-    raise ValueError(f"{config_class.__name__} has no field {name!r}: {hint}")
+    raise ValueError(f"{config_class.__name__} has no field {name!r}: {explain_unknown_field(config_class, name)}")
 
 
 def parse_value(name: str, text: str, hint: Any) -> Any:
-    """One field's value.
+    """One field's value, of one of its types; the config compares it with the field's range.
 
     Raises:
         ValueError: the text is none of the field's types.
     """
-    kinds = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
-    plain = [kind for kind in kinds if get_origin(kind) is None]
-    lists = [kind for kind in kinds if get_origin(kind) is list]
-    dicts = [kind for kind in kinds if get_origin(kind) is dict]
-    if type(None) in plain and text.lower() in ("none", "null"):
+    kinds = kinds_of(hint)
+    if type(None) in kinds and text.lower() in ("none", "null"):
         return None
-    if text[:1] in ("[", "{") and (lists or dicts):
+    if (text[:1] == "[" and list in kinds) or (text[:1] == "{" and dict in kinds):
         try:
-            value = json.loads(text)
+            return json.loads(text)
         except ValueError as error:
             raise ValueError(f"{name}={text}: no valid JSON ({error})") from error
-        if (isinstance(value, dict) and not dicts) or (isinstance(value, list) and not lists):
-            raise ValueError(f"{name}={text}: {_expected(kinds)} is expected")
-        return value
-    if bool in plain and text.lower() in TRUTHS:
+    if bool in kinds and text.lower() in TRUTHS:
         return TRUTHS[text.lower()]
-    if int in plain and re.fullmatch(r"[+-]?\d[\d_]*", text):
-        return int(text)
-    if float in plain:
-        try:
-            return float(text)
-        except ValueError:
-            pass
-    if lists and (str not in plain or _is_list_of_names(text)):
-        (item,) = get_args(lists[0])
+    number = _number(text, kinds)
+    if number is not None:
+        return number
+    if list in kinds and (str not in kinds or _is_list_of_names(text)):
+        item = kinds[list][0]
         return [parse_value(name, part.strip(), item) for part in text.split(",") if part.strip()]
-    if str in plain:
+    if str in kinds:
         return text
-    raise ValueError(f"{name}={text!r}: {_expected(kinds)} is expected")
+    raise ValueError(f"{name}={text!r}: {describe(hint)} is expected")
+
+
+def _number(text: str, kinds: Iterable[Any]) -> int | float | None:
+    if int in kinds and re.fullmatch(r"[+-]?\d[\d_]*", text):
+        return int(text)
+    try:
+        return float(text) if float in kinds else None
+    except ValueError:
+        return None
 
 
 def _is_list_of_names(text: str) -> bool:
     # a bare string is a regular expression to PEFT, which a name alone would hardly match
     return text != "all-linear" and re.fullmatch(r"[\w.]+(\s*,\s*[\w.]+)*,?", text) is not None
-
-
-def _expected(kinds: tuple) -> str:
-    words = []
-    for kind in kinds:
-        if get_origin(kind) is list:
-            words.append("a list, such as a,b")
-        elif get_origin(kind) is dict:
-            words.append('a JSON object, such as {"v_proj": 0.05}')
-        else:
-            words.append(WORDS.get(kind, str(kind)))
-    return " or ".join(words)

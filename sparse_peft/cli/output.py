@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import os
+import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
@@ -14,6 +16,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import track
 from rich.table import Table
+
+from ..adapters.files import NoAdapterError
 
 OK, PROBLEM, USAGE = 0, 1, 2
 WIDTH_OF_PIPES = 160
@@ -26,7 +30,7 @@ Item = TypeVar("Item")
 
 
 class UsageError(Exception):
-    """What was asked for cannot be meant: a path, a name or a value of an option."""
+    """An invalid request: a path, a name or a value of an option."""
 
 
 @contextmanager
@@ -36,6 +40,29 @@ def asked() -> Iterator[None]:
         yield
     except (ValueError, TypeError, OSError) as error:
         raise UsageError(str(error)) from error
+
+
+_options: dict[str, frozenset[str]] = {}  # {command: names of its options as its function has them}
+
+
+def note_options(command: Callable[..., None]) -> None:
+    """Remember a command's options, so that errors of the library name them as they are written."""
+    parameters = inspect.signature(command).parameters.values()
+    _options[command.__name__] = frozenset(p.name for p in parameters if p.default is not p.empty)
+
+
+def in_words_of(command: str, message: str) -> str:
+    """A message of the library with the command's options: ``--rank 4`` for ``rank=4``."""
+    names = "|".join(sorted(_options.get(command, ()), key=len, reverse=True))
+    if not names:
+        return message
+
+    def option(found: re.Match[str]) -> str:
+        value = (found["value"] or "").strip("'")
+        return " ".join([f"--{found['name'].replace('_', '-')}", *([value] if value not in ("", "True") else [])])
+
+    value = r"(?P<value>'[^']*'|(?!None\b)[\w+-][\w.+-]*(?<!\.)|(?=[,;:\s]|$))"
+    return re.sub(rf"\b(?P<name>{names})={value}", option, message)
 
 
 class Answer:
@@ -58,7 +85,7 @@ def answering(command: str, as_json: bool) -> Iterator[Answer]:
     """A command's work is done inside; stdout gets the answer alone, at the end.
 
     Raises:
-        typer.Exit: with 1 for a problem that was found, with 2 for what cannot be meant.
+        typer.Exit: with 1 for a problem that was found, with 2 for an invalid request.
     """
     answer = Answer()
     problem: Exception | None = None
@@ -66,20 +93,19 @@ def answering(command: str, as_json: bool) -> Iterator[Answer]:
     with redirect_stdout(sys.stderr):
         try:
             yield answer
-        except UsageError as error:
+        except (UsageError, NoAdapterError) as error:
             answer.code, problem = USAGE, error
         except (ValueError, TypeError, RuntimeError, OSError, ImportError, NotImplementedError) as error:
             answer.code, problem = PROBLEM, error
     if problem is not None:
-        message = " ".join(str(problem).split()) or type(problem).__name__
+        message = in_words_of(command, " ".join(str(problem).split()) or type(problem).__name__)
         Console(stderr=True, soft_wrap=True).print(
             f"[red]sparse-peft {command}:[/] {escape(message)}", highlight=False
         )
         if as_json:
-            kind = "usage" if answer.code == USAGE else "problem"
-            _print_json({"command": command, "error": {"kind": kind, "message": message}})
+            print_error(command, message, answer.code)
     elif as_json:
-        _print_json({"command": command, **answer.content})
+        print_json({"command": command, **answer.content})
     else:
         answer.show(console_for_people())
     if answer.code != OK:
@@ -94,7 +120,14 @@ def console_for_people() -> Console:
     return console
 
 
-def _print_json(content: dict[str, Any]) -> None:
+def print_error(command: str, message: str, code: int) -> None:
+    """An error for programs."""
+    kind = "usage" if code == USAGE else "problem"
+    print_json({"command": command, "error": {"kind": kind, "message": message}})
+
+
+def print_json(content: dict[str, Any]) -> None:
+    """One object for programs."""
     sys.stdout.write(json.dumps(content, indent=1, allow_nan=False) + "\n")
 
 

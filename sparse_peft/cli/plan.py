@@ -10,24 +10,26 @@ from rich.console import Console
 from rich.markup import escape
 
 from ..planning import FORMATS, OPTIMIZERS, PlanOptions, TrainingPlan, plan_training
-from ..registry import method_named, methods
+from ..registry import method_named
 from ..structure import read_model_config
-from .fields import check_field, parse_fields
+from .fields import METHOD_HELP, check_field, option_help, parse_fields
 from .output import JsonOption, answering, asked, bytes_text, count_text, fields_text, seconds_text, share_text, table
-
-METHOD_HELP = f"One of {', '.join(method.name for method in methods())}."
 
 
 def plan(
     model: Annotated[Path, typer.Argument(help="A model's folder, or its config.json.", metavar="MODEL")],
     method: Annotated[str, typer.Option(help=METHOD_HELP)] = "sparse",
-    density: Annotated[float | None, typer.Option(help="Share of the target weights that trains.")] = None,
+    density: Annotated[float | None, typer.Option(help=option_help("density"))] = None,
     r: Annotated[int | None, typer.Option("--r", help="Rank, or LoRA-rank equivalent.")] = None,
-    num_params: Annotated[int | None, typer.Option(help="Number of trained parameters.")] = None,
+    num_params: Annotated[int | None, typer.Option(help=option_help("num_params"))] = None,
     target_modules: Annotated[str | None, typer.Option(help="Names with commas, a pattern, or all-linear.")] = None,
     settings: Annotated[
         list[str] | None,
-        typer.Option("--set", help="Any other field of the config; repeat it.", metavar="FIELD=VALUE"),
+        typer.Option(
+            "--set",
+            help="Another field, see `sparse-peft fields METHOD`; repeat it.",
+            metavar="FIELD=VALUE",
+        ),
     ] = None,
     base: Annotated[str | None, typer.Option(help=f"Frozen weights: {', '.join(FORMATS)}.")] = None,
     optimizer: Annotated[str, typer.Option(help=f"One of {', '.join(OPTIMIZERS)}.")] = "adamw",

@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from peft import PeftModel, ShiraConfig, get_peft_model
+from peft import LoraConfig, PeftModel, ShiraConfig, get_peft_model
 from safetensors.torch import load_file
 from transformers import LlamaConfig, LlamaForCausalLM
 from typer.testing import CliRunner
@@ -153,7 +153,7 @@ def test_export_merges_by_default(world, run, tmp_path):
     files = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("exported", "merged")]
     assert files[0] == files[1]
     refused = run("export", world / "sparse", tmp_path / "lora", "--form", "lora", expect=1).err
-    assert "more than the merged model" in refused and "form='merged'" in refused
+    assert "more than the merged model" in refused and "--form merged" in refused
     assert sorted(path.name for path in tmp_path.iterdir()) == ["exported", "merged"]
 
 
@@ -215,6 +215,24 @@ def test_what_is_no_adapter(world, run, name, words):
     for arguments in (["inspect", world / name], ["compare", world / "sparse", world / name]):
         done = run(*arguments, "--json", expect=2)
         assert words in done.said["error"]["message"]
+
+
+def test_adapters_of_other_methods_are_no_adapters_here(world, run, tmp_path):
+    model = get_peft_model(LlamaForCausalLM.from_pretrained(world / "base"), LoraConfig(target_modules=["q_proj"]))
+    model.save_pretrained(tmp_path / "lora")
+    (tmp_path / "empty").mkdir()
+    for arguments in (
+        ["inspect", tmp_path / "lora"],
+        ["compare", world / "sparse", tmp_path / "lora"],
+        ["export", tmp_path / "lora", tmp_path / "out", "--base", world / "base"],
+        ["merge", world / "base", tmp_path / "lora", tmp_path / "out"],
+        ["compose", world / "sparse", tmp_path / "lora", tmp_path / "out"],
+        ["convert", tmp_path / "lora", tmp_path / "out"],
+        ["inspect", tmp_path / "empty"],
+        ["convert", tmp_path / "empty", tmp_path / "out"],
+    ):
+        assert run(*arguments, "--json", expect=2).said["error"]["kind"] == "usage", arguments
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_damaged_adapter_is_a_problem_and_not_usage(world, run, tmp_path):

@@ -54,16 +54,18 @@ def test_a_model_that_takes_no_tokens_is_planned_without_activations(tmp_path, r
     [
         (["--method", "spars"], "did you mean 'sparse'"),
         (["--set", "densty=0.1"], "did you mean 'density'"),
-        (["--method", "s2ft", "--density", "0.1"], "how much trains is said by ratio, k, num_params, r"),
+        (["--method", "s2ft", "--density", "0.1"], "the budget is one of ratio, k, num_params, r"),
         (["--set", "seed=x"], "seed='x': an int is expected"),
-        (["--set", "resident=maybe"], "resident='maybe': true or false"),
+        (["--set", "resident=maybe"], "resident='maybe': True or False"),
         (["--set", "density"], "field=value is expected"),
         (["--set", "density_pattern={bad"], "no valid JSON"),
-        (["--density", "3"], "density=3.0: a share in (0, 1]"),
+        (["--target-modules", "("], "--target-modules (: a list of names, a name or regular expression"),
+        (["--set", "allocation=fair"], "allocation='fair': one of 'numel', 'uniform', 'erk', 'global'"),
+        (["--density", "3"], "--density 3.0: a share in (0, 1]"),
         (["--optimizer", "lion"], "one of adamw, adamw8bit, sgd"),
-        (["--base", "int3"], "base='int3'"),
-        (["--device", "tpu!"], "device='tpu!'"),
-        (["--batch", "0"], "batch=0: at least 1"),
+        (["--base", "int3"], "--base int3: one of"),
+        (["--device", "tpu!"], "--device tpu!:"),
+        (["--batch", "0"], "--batch 0: at least 1"),
     ],
 )
 def test_bad_options_are_usage(world, run, arguments, words):
@@ -81,5 +83,8 @@ def test_bad_models(world, tmp_path, run):
     assert "not valid JSON" in run("plan", bad, expect=2).err
     bad.write_text('{"model_type": "nothing"}')
     assert "cannot use it" in run("plan", bad, expect=2).err
+    for change in ({"hidden_size": "wide"}, {"num_attention_heads": 0}, {"vocab_size": -1}, {"hidden_act": "none"}):
+        bad.write_text(json.dumps({**LLAMA_7B, "num_hidden_layers": 1, **change}))
+        assert run("plan", bad, "--flops", "1e12", "--json", expect=None).said["error"]["message"], change
     missing = run("plan", world / "base", "--target-modules", "nothing", expect=1)
     assert "match no layer" in missing.err or "not found" in missing.err

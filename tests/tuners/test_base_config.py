@@ -106,7 +106,7 @@ def test_attributes_are_checked_when_they_are_set(config_class):
         (SparseConfig, {"target_modules": "("}, r"target_modules='\(': .*unterminated"),
         (SparseConfig, {"exclude_modules": "["}, r"exclude_modules='\['"),
         (SparseConfig, {"layers_pattern": ["("], "layers_to_transform": 1}, r"layers_pattern\[0\]='\('"),
-        (SparseConfig, {"bias": 3}, "bias=3: a str"),
+        (SparseConfig, {"bias": 3}, "bias=3: a string"),
         (SoRAConfig, {"dropout": ""}, r"dropout='': a probability in \[0, 1\)"),
         (SoRAConfig, {"rank_pattern": {"(": 3}}, r"rank_pattern: key='\('"),
         (S2FTConfig, {"avoid": 3}, "avoid=3: a list"),

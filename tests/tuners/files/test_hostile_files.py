@@ -147,7 +147,7 @@ def test_configs_with_anything_in_them(workbench, method, loader):
         ("sparse", {"num_entries": {"first": 10**12, "second": 1}}, "num_entries: 1000000000000 for layer first"),
         ("sparse", {"num_entries": {"../first": 5, "second": 1}}, r"num_entries is for other layers.*\.\./first"),
         ("sparse", {"num_entries": {"first": 56.5, "second": 1}}, r"num_entries\['first'\]=56.5: an int is expected"),
-        ("sparse", {"num_entries": [1, 2]}, r"num_entries=\[1, 2\]: a dict with an int as each value"),
+        ("sparse", {"num_entries": [1, 2]}, r"num_entries=\[1, 2\]: a dict of ints"),
         ("sparse", {"density": "1"}, r"adapter_config.json: density='1': a share in \(0, 1\] or None is expected"),
         ("sparse", {"density": float("nan")}, "density=nan"),
         ("sparse", {"seed": 10**400}, "seed=1000"),
