@@ -28,7 +28,7 @@ class Record:
     Attributes:
         event: the kind's name in files.
         plural: what several of them are called, in messages.
-        plot_name: file name of the kind's plot, which ``draw`` makes; None without one.
+        plot_name: file name of the kind's plot; None without one.
         plot_caption: of the plot, on an adapter's card.
         plot_size: ``(width, height)`` of the plot in inches.
         step: number of optimizer steps completed when it happened.
@@ -65,8 +65,13 @@ class Record:
 
     @classmethod
     def draw(cls, history: Sequence[Self], figure: Figure) -> None:
-        """Draw a history of one adapter, oldest record first; needed with a ``plot_name`` only."""
-        raise NotImplementedError(f"{cls.__name__} has plot_name={cls.plot_name!r} and no draw()")
+        """Draw a history of one adapter, oldest record first; by default a line for each number of the log."""
+        axis, logs = figure.subplots(), [record.logs() for record in history]
+        for name in logs[-1]:
+            found = [(record.step, log[name]) for record, log in zip(history, logs, strict=True) if name in log]
+            axis.plot(*zip(*found, strict=True), "o-", label=name.removeprefix("sparsity/"))
+        axis.set_xlabel("optimizer step")
+        axis.legend(fontsize=8)
 
     def to_dict(self) -> dict[str, Any]:
         """The event's name and the fields, as plain numbers, strings, lists and dicts."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
@@ -24,6 +24,8 @@ class Move(Record, event="toy_move"):
         moves: how often, so far.
         layers: ``{layer name: number of its first diagonal}``.
     """
+
+    plot_name: ClassVar[str | None] = "moves.png"
 
     moves: int
     layers: dict[str, int]

@@ -13,6 +13,7 @@ from sparse_peft import SparseConfig, SparsityController
 from sparse_peft.adapters import compare, compose, export, save_as_lora, save_as_sparse, summarise
 from sparse_peft.planning import PlanOptions, plan_training
 from sparse_peft.registry import method_named, method_of
+from sparse_peft.report import plot_report, read_history
 from sparse_peft.structure import read_model_config
 from tests.helpers.processes import run_code
 from tests.helpers.training_loop import batch_at, optimizer_of, train
@@ -95,6 +96,14 @@ def test_only_the_band_trains_and_it_moves():
         for n in range(3):
             outside[row, (row + first + n) % cols] = False
         assert not delta[outside].any() and delta[~outside].any()
+
+
+def test_its_history_is_drawn_and_kept(tmp_path):
+    pytest.importorskip("matplotlib")
+    model, controller = trained(move_every=2)
+    files = plot_report(model, controller.history, tmp_path)
+    assert [file.name for file in files] == ["moves.png", "supports.png", "sparsity_history.json"]
+    assert read_history(tmp_path) == controller.history
 
 
 def test_training_without_a_controller_warns():
