@@ -10,15 +10,16 @@ import os
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from torch import Tensor, nn
 
+from ..constraints import Count, Names, OneOf, Pattern, Share, validate_fields
 from ..numerics import topk_indices
 from ..ops import effective_entries
-from ..support import Budget, Support, allocate, divide, get_criterion
-from ..tuners.base_config import BaseSparseConfig
+from ..support import ALLOCATIONS, Budget, Support, allocate, divide, get_criterion
+from ..tuners.base_config import FLOAT_DTYPES, BaseSparseConfig
 from ..tuners.delta import SparseDelta
 from ..tuners.files.checks import check_values
 from ..tuners.targets import stored_shape
@@ -123,24 +124,21 @@ class ExtractOptions:
         ValueError: a value that does not exist or is out of range.
     """
 
-    density: float | None = None
-    num_params: int | None = None
-    r: int | None = None
-    density_pattern: dict[str, float] | None = None
-    allocation: str = "numel"
-    criterion: str = "magnitude"
-    target_modules: list[str] | str = "all-linear"
-    exclude_modules: list[str] | str | None = None
-    others: str = "leave_out"
+    density: Share | None = None
+    num_params: Count | None = None
+    r: Count | None = None
+    density_pattern: dict[Pattern, Share] | None = None
+    allocation: Annotated[str, OneOf(ALLOCATIONS)] = "numel"
+    criterion: Annotated[str, OneOf(EXTRACTION_CRITERIA)] = "magnitude"
+    target_modules: Names | Pattern = "all-linear"
+    exclude_modules: Names | Pattern | None = None
+    others: Annotated[str, OneOf(OTHERS)] = "leave_out"
     base_model_name_or_path: str | None = None
     task_type: str | None = None
-    save_dtype: str = "float32"
+    save_dtype: Annotated[str, OneOf(FLOAT_DTYPES)] = "float32"
 
     def __post_init__(self) -> None:
-        if self.criterion not in EXTRACTION_CRITERIA:
-            raise ValueError(f"criterion={self.criterion!r}: one of {', '.join(EXTRACTION_CRITERIA)} is expected")
-        if self.others not in OTHERS:
-            raise ValueError(f"others={self.others!r}: one of {', '.join(OTHERS)} is expected")
+        validate_fields(self)
         self.budget()
 
     def budget(self) -> Budget:

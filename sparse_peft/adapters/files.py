@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from ..tuners.base_model import BaseSparseModel
 from ..tuners.files.card import FRAMEWORK_HEADING, TAG
-from ..tuners.files.checks import CURE, check_adapter_name, read_config_file, shapes_in_file
+from ..tuners.files.checks import DAMAGED, check_adapter_name, read_config_file, shapes_in_file
 from ..tuners.files.refused_loads import undone_if_refused
 from ..tuners.files.writes import staging_folder
 from ..tuners.traversal import configs_of
@@ -96,7 +96,7 @@ def read_adapter(folder: str | os.PathLike) -> tuple[PeftConfig, dict[str, Tenso
     peft_type = read_config_file(config_path).get("peft_type")
     config_classes: dict[object, type[PeftConfig]] = {kind.value: c for kind, c in PEFT_TYPE_TO_CONFIG_MAPPING.items()}
     if not isinstance(peft_type, str) or peft_type not in config_classes:
-        raise NoAdapterError(f"{config_path}: peft_type={peft_type!r} is no method that is known here; {CURE}")
+        raise NoAdapterError(f"{config_path}: peft_type={peft_type!r} is no method that is known here; {DAMAGED}")
     shapes_in_file(folder)
     config = config_classes[peft_type].from_pretrained(os.fspath(folder))
     return config, read_tensors(folder / SAFETENSORS_WEIGHTS_NAME)

@@ -11,12 +11,13 @@ import hashlib
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 from peft.utils.merge_utils import calculate_majority_sign_mask, disjoint_merge, prune
 from torch import Tensor
 
+from ..constraints import Count, OneOf, Share, validate_fields
 from ..support import ChannelSupport, Support
 
 ENTRY_COMBINATIONS = ("linear", "ties", "dare_linear", "dare_ties", "magnitude_prune")
@@ -52,32 +53,22 @@ class Combination:
         True
     """
 
-    combination_type: str = "linear"
-    density: float | None = None
-    majority_sign_method: str = "total"
+    combination_type: Annotated[str, OneOf(COMBINATIONS)] = "linear"
+    density: Share | None = None
+    majority_sign_method: Annotated[str, OneOf(MAJORITY_SIGN_METHODS)] = "total"
     seed: int = 0
-    svd_rank: int | None = None
+    svd_rank: Count | None = None
 
     def __post_init__(self) -> None:
+        validate_fields(self)
         kind = self.combination_type
-        if kind not in COMBINATIONS:
-            raise ValueError(f"combination_type={kind!r}: one of {', '.join(COMBINATIONS)} is expected")
-        if self.majority_sign_method not in MAJORITY_SIGN_METHODS:
-            raise ValueError(
-                f"majority_sign_method={self.majority_sign_method!r}: one of {', '.join(MAJORITY_SIGN_METHODS)} is "
-                "expected"
-            )
         if self.prunes != (self.density is not None):
             raise ValueError(
                 f"combination_type={kind!r} with density={self.density!r}: a density, the share of each adapter's "
                 "entries that is kept, is given exactly with ties, dare_linear, dare_ties and magnitude_prune"
             )
-        if self.density is not None and not 0 < self.density <= 1:
-            raise ValueError(f"density={self.density!r}: a share in (0, 1] is expected")
-        if self.svd_rank is not None and (kind != "svd" or self.svd_rank < 1):
-            raise ValueError(
-                f"svd_rank={self.svd_rank!r} with combination_type={kind!r}: a rank of at least 1, with 'svd' only"
-            )
+        if self.svd_rank is not None and kind != "svd":
+            raise ValueError(f"svd_rank={self.svd_rank!r} with combination_type={kind!r}: a rank goes with 'svd' only")
 
     @property
     def prunes(self) -> bool:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from peft import get_peft_model
 from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
 
+from ..constraints import Count, OneOf, Positive, validate_fields
 from ..numerics import panel_bytes
 from ..ops import Crossover, known_crossover
 from ..registry import method_of
@@ -53,24 +54,16 @@ class PlanOptions:
         ValueError: a value that does not exist or is out of range.
     """
 
-    base: str | None = None
-    optimizer: str = "adamw"
-    batch: int = 1
-    length: int = 1024
+    base: Annotated[str, OneOf(FORMATS)] | None = None
+    optimizer: Annotated[str, OneOf(OPTIMIZERS)] = "adamw"
+    batch: Count = 1
+    length: Count = 1024
     checkpointing: bool = False
-    flops: float | None = None
+    flops: Positive | None = None
     device: str = "cpu"
 
     def __post_init__(self) -> None:
-        if self.base is not None and self.base not in FORMATS:
-            raise ValueError(f"base={self.base!r}: one of {', '.join(FORMATS)} is expected")
-        if self.optimizer not in OPTIMIZERS:
-            raise ValueError(f"optimizer={self.optimizer!r}: one of {', '.join(OPTIMIZERS)} is expected")
-        for name in ("batch", "length"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)}: at least 1 is expected")
-        if self.flops is not None and not self.flops > 0:
-            raise ValueError(f"flops={self.flops}: a positive number of operations a second is expected")
+        validate_fields(self)
         try:
             device = torch.device(self.device)
         except RuntimeError as error:

@@ -19,10 +19,9 @@ from peft.utils import PeftType
 from ..constraints import Names, OneOf, Pattern, field_hints, validated
 from ..support import Support
 from ..version import __version__
-from .experts import CURE
+from .experts import BARE_WEIGHTS
 from .files.card import complete_card, update_model_card
-from .files.checks import CURE as DAMAGED
-from .files.checks import read_config_file, shapes_in_file
+from .files.checks import DAMAGED, read_config_file, shapes_in_file
 from .files.writes import staging_folder
 from .unknown_fields import VERSION_FIELD, settable_fields, unknown_fields_error
 
@@ -200,7 +199,7 @@ class BaseSparseConfig(PeftConfig):
         if self.layers_pattern and self.layers_to_transform is None:
             raise ValueError("When `layers_pattern` is specified, `layers_to_transform` must also be specified.")
         if self.target_parameters:
-            raise ValueError(f"target_parameters={self.target_parameters!r}: {CURE}")
+            raise ValueError(f"target_parameters={self.target_parameters!r}: {BARE_WEIGHTS}")
         validated("bias", self.bias, Annotated[str, OneOf(("none", "all", f"{self.method.lower()}_only"))])
 
     def __setattr__(self, name: str, value: Any) -> None:

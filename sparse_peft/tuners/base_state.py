@@ -16,6 +16,9 @@ from ..support import Support
 from .files.checks import check_dtype, check_values
 from .forms import Forms, StateSizes
 
+UNSET = -1
+"""First number of an integer buffer that is to be filled: by a file, or at first use."""
+
 
 class TrainedState(Forms, nn.Module, ABC):
     """What one adapter trains in one layer.

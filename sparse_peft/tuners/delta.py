@@ -12,14 +12,11 @@ from torch import Tensor, nn
 
 from ..ops import ENTRY_COMBINATIONS, Combination, combine_on_supports
 from ..support import ChannelSupport, Support, index_dtype
-from .base_state import TrainedState
+from .base_state import UNSET, TrainedState
 from .files.checks import check_loaded_entries
 from .files.positions import FLAT, NAMES, file_layout, pack, unpack
 from .forms import Entries, StateSizes
 from .support_recipe import SupportRecipe
-
-# Positions not chosen yet: an adapter built from a saved config waits for its file, which brings them.
-UNSET = -1
 
 
 class Delta(TrainedState):

@@ -16,7 +16,7 @@ from torch import nn
 if TYPE_CHECKING:
     from .base_config import BaseSparseConfig
 
-CURE = (
+BARE_WEIGHTS = (
     "bare parameters, such as fused experts, cannot be trained sparsely yet; name linear layers in target_modules, or "
     "take all there are with target_modules='all-linear'"
 )
@@ -49,7 +49,7 @@ def check_bare_weights(config: BaseSparseConfig, model: nn.Module, found: bool) 
     block = first.rpartition(".")[0]
     message = (
         f"target_modules={config.target_modules!r}: {first} is a parameter of shape {shape} in "
-        f"{type(model.get_submodule(block)).__name__} and no layer, like {len(named) - 1} others; {CURE}"
+        f"{type(model.get_submodule(block)).__name__} and no layer, like {len(named) - 1} others; {BARE_WEIGHTS}"
     )
     if not found:
         raise ValueError(message)

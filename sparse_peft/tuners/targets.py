@@ -15,7 +15,7 @@ from ..calibrate import LayerView
 from ..ops import is_convolution
 from .base_config import BaseSparseConfig
 from .base_layer import TunerLayer
-from .experts import CURE, bare_weights
+from .experts import BARE_WEIGHTS, bare_weights
 from .four_bit import base_weight
 
 Targets = dict[str, nn.Module]  # {layer name: module}
@@ -121,7 +121,7 @@ def check_target(name: str, module: nn.Module, model: nn.Module, method: str, ta
     if resolve_quantization_backend(base, **get_quantization_kwargs(model)) is not None:
         return
     if not isinstance(base, (nn.Linear, Conv1D)) and not is_convolution(base):
-        fused = f"Its weights are {CURE}. " if bare_weights(base) else ""
+        fused = f"Its weights are {BARE_WEIGHTS}. " if bare_weights(base) else ""
         raise TypeError(
             f"Target module {name} of type {type(base).__name__} is not supported. {fused}{method} "
             "trains `torch.nn.Linear`, `Conv1d`, `Conv2d`, `Conv3d`, transformers' `Conv1D` and the quantised "

@@ -209,7 +209,7 @@ def test_one_tensor_of_each_model_at_a_time(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("options, message", [
     ({}, "exactly one of density, num_params and r"),
-    ({"density": 0.1, "criterion": "fisher"}, "criterion='fisher': one of magnitude, relative, principal"),
+    ({"density": 0.1, "criterion": "fisher"}, "criterion='fisher': one of 'magnitude', 'relative', 'principal'"),
     ({"density": 0.1, "others": "x"}, "others='x': one of"),
     ({"density": 0.1, "allocation": "x"}, "allocation='x'"),
     ({"density": 0.1, "target_modules": ["nothing"]}, "no target layers"),

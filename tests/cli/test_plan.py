@@ -62,10 +62,10 @@ def test_a_model_that_takes_no_tokens_is_planned_without_activations(tmp_path, r
         (["--target-modules", "("], "--target-modules (: a list of names, a name or regular expression"),
         (["--set", "allocation=fair"], "allocation='fair': one of 'numel', 'uniform', 'erk', 'global'"),
         (["--density", "3"], "--density 3.0: a share in (0, 1]"),
-        (["--optimizer", "lion"], "one of adamw, adamw8bit, sgd"),
+        (["--optimizer", "lion"], "one of 'adamw', 'adamw8bit', 'sgd'"),
         (["--base", "int3"], "--base int3: one of"),
         (["--device", "tpu!"], "--device tpu!:"),
-        (["--batch", "0"], "--batch 0: at least 1"),
+        (["--batch", "0"], "--batch 0: an int of at least 1"),
     ],
 )
 def test_bad_options_are_usage(world, run, arguments, words):

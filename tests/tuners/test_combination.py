@@ -221,7 +221,7 @@ def test_combinations_that_a_method_lacks_say_what_it_has(method):
     ((NAMES, [1.0], "new"), "one finite number for each of 3 adapters"),
     ((NAMES, [1.0, 1.0, float("nan")], "new"), "one finite number"),
     ((NAMES, WEIGHTS, "two"), "has an adapter of this name"),
-    ((NAMES, WEIGHTS, "new", "sum"), "combination_type='sum': one of linear, ties"),
+    ((NAMES, WEIGHTS, "new", "sum"), "combination_type='sum': one of 'linear', 'ties'"),
 ])  # fmt: skip
 def test_bad_arguments(arguments, message):
     model = three_adapters("sparse")
@@ -234,8 +234,8 @@ def test_bad_arguments(arguments, message):
     ({"combination_type": "ties"}, "density=None: a density"),
     ({"combination_type": "linear", "density": 0.5}, "a density.*exactly with ties"),
     ({"combination_type": "ties", "density": 0.0}, r"density=0.0: a share in \(0, 1\]"),
-    ({"combination_type": "ties", "density": 0.5, "majority_sign_method": "x"}, "one of total, frequency"),
-    ({"combination_type": "svd", "svd_rank": 0}, "a rank of at least 1"),
+    ({"combination_type": "ties", "density": 0.5, "majority_sign_method": "x"}, "one of 'total', 'frequency'"),
+    ({"combination_type": "svd", "svd_rank": 0}, "svd_rank=0: an int of at least 1"),
     ({"svd_rank": 2}, "with 'svd' only"),
 ])  # fmt: skip
 def test_bad_combinations(fields, message):

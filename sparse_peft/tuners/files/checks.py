@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from ...constraints import validated
 from ...support import check_indices
 
-CURE = "the adapter is damaged: save, copy or download it again"
+DAMAGED = "the adapter is damaged: save, copy or download it again"
 # Limits that no honest file comes near: safetensors' own, and a config with a number for each of 100,000 layers.
 MOST_HEADER_BYTES = 100_000_000
 MOST_CONFIG_BYTES = 2**25
@@ -63,13 +63,13 @@ def read_config_file(path: str | os.PathLike) -> dict[str, Any]:
     """
     size = Path(path).stat().st_size
     if size > MOST_CONFIG_BYTES:
-        raise ValueError(f"{path}: {size} bytes, where an adapter's config has at most {MOST_CONFIG_BYTES}; {CURE}")
+        raise ValueError(f"{path}: {size} bytes, where an adapter's config has at most {MOST_CONFIG_BYTES}; {DAMAGED}")
     try:
         content = json.loads(Path(path).read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is not valid JSON ({error}); {CURE}") from error
+        raise ValueError(f"{path} is not valid JSON ({error}); {DAMAGED}") from error
     if not isinstance(content, dict):
-        raise ValueError(f"{path} holds a {type(content).__name__} where an adapter's config is an object; {CURE}")
+        raise ValueError(f"{path} holds a {type(content).__name__} where an adapter's config is an object; {DAMAGED}")
     return content
 
 
@@ -86,12 +86,12 @@ def shapes_in_file(directory: str | os.PathLike) -> dict[str, tuple[int, ...]]:
         return {}
     size, expected = path.stat().st_size, _size_by_header(path)
     if size != expected:
-        raise ValueError(f"{path}: {size} bytes where its header announces {expected}; {CURE}")
+        raise ValueError(f"{path}: {size} bytes where its header announces {expected}; {DAMAGED}")
     try:
         with safe_open(path, "pt") as file:
             return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118  (no mapping)
     except SafetensorError as error:
-        raise ValueError(f"{path}: no valid safetensors header ({error}); {CURE}") from error
+        raise ValueError(f"{path}: no valid safetensors header ({error}); {DAMAGED}") from error
 
 
 def _size_by_header(path: Path) -> int:
@@ -100,15 +100,15 @@ def _size_by_header(path: Path) -> int:
     with path.open("rb") as file:
         header_size = int.from_bytes(file.read(8), "little")
         if size < 8 or header_size > size - 8:
-            raise ValueError(f"{path}: {size} bytes, too short for a safetensors header; {CURE}")
+            raise ValueError(f"{path}: {size} bytes, too short for a safetensors header; {DAMAGED}")
         if header_size > MOST_HEADER_BYTES:
-            raise ValueError(f"{path}: a header of {header_size} bytes, no valid safetensors header; {CURE}")
+            raise ValueError(f"{path}: a header of {header_size} bytes, no valid safetensors header; {DAMAGED}")
         try:
             header = json.loads(file.read(header_size))
             ends = [t["data_offsets"][1] for k, t in header.items() if k != "__metadata__"]
             return 8 + header_size + max(ends, default=0)
         except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
-            raise ValueError(f"{path}: no valid safetensors header ({error}); {CURE}") from error
+            raise ValueError(f"{path}: no valid safetensors header ({error}); {DAMAGED}") from error
 
 
 def check_dtype(tensor: Tensor, what: str, layer: str) -> None:
@@ -120,7 +120,7 @@ def check_dtype(tensor: Tensor, what: str, layer: str) -> None:
     if tensor.dtype not in VALUE_DTYPES:
         raise ValueError(
             f"layer {layer}: {what} of dtype {tensor.dtype} in the adapter file; floats of 16, 32 or 64 bits are "
-            f"expected; {CURE}"
+            f"expected; {DAMAGED}"
         )
 
 

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from ...ops import Combination
 from ...support import ChannelSupport, Support
-from ..base_state import TrainedState
-from ..delta import UNSET, Delta
+from ..base_state import UNSET, TrainedState
+from ..delta import Delta
 from ..files.checks import check_dtype, check_values
 from ..forms import LoraFactors, StateSizes, factors_of_lines
 

@@ -13,11 +13,8 @@ from ...calibrate.codebooks import Sketch, assign_codes, codes_checksum, fit_cod
 from ...numerics import panels
 from ...ops import pack_codes, packed_width
 from ..base_config import required
-from ..base_state import TrainedState
+from ..base_state import UNSET, TrainedState
 from .config import SketchConfig
-
-# In place of a checksum: no codes are known yet, a file may bring them.
-UNSET = -1
 
 OTHER_SHARED_CODES = (
     "the adapter was trained on other codes than those that stand in the place of the layer's weight already; "
