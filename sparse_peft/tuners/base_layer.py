@@ -119,8 +119,25 @@ class TunerLayer(BaseTunerLayer, nn.Module, Generic[StateT]):
         if not init_weights:
             delta.randomise()
         cast("nn.ModuleDict", self.deltas)[adapter_name] = delta
-        self._move_adapter_to_device_of_base_layer(adapter_name)
+        self._place(adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=inference_mode)
+
+    def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
+        # PEFT moves again after a load with low_cpu_mem_usage; in the base's dtype float32 values would lose bits
+        if adapter_name in self.deltas:
+            self._place(adapter_name, device, self.deltas[adapter_name].trained_dtype)
+
+    def _place(self, adapter_name: str, device: torch.device | None = None, dtype: torch.dtype | None = None) -> None:
+        """Move an adapter's state to a device and a dtype, those of the base layer by default.
+
+        A state without memory stays on the meta device.
+        """
+        state = self.deltas[adapter_name]
+        own_device, own_dtype = self._get_base_layer_device_and_dtype(self.get_base_layer())
+        if dtype is None and own_dtype is not None and own_dtype.is_floating_point:
+            dtype = own_dtype
+        waits = any(parameter.is_meta for parameter in state.parameters())
+        state.to(device=None if waits else device or own_device, dtype=dtype)
 
     def settled(self, adapter_name: str) -> StateT:
         """An adapter's trained state, of which nothing is left to be chosen."""

@@ -18,6 +18,7 @@ from transformers import (
 )
 
 from sparse_peft import SparseConfig, SparseLinear, SparseModel
+from tests.helpers.methods import METHODS
 from tests.helpers.processes import run_code
 from tests.helpers.two_layers import TwoLayers, adapted, effective_weights, layers_of, oracle_output
 
@@ -115,6 +116,35 @@ def test_round_trip_is_bit_exact_and_merging_keeps_it(make, tmp_path):
         low = PeftModel.from_pretrained(make(), tmp_path, low_cpu_mem_usage=True)
         assert torch.equal(low(ids).logits, expected)
         assert torch.equal(again.merge_and_unload()(ids).logits, expected)
+
+
+@pytest.mark.parametrize("autocast", [True, False], ids=["autocast", "base's dtype"])
+@pytest.mark.parametrize("method", METHODS)
+def test_low_cpu_mem_usage_loads_the_same_bits(method, autocast, tmp_path):
+    """Also where the base is narrower than the values."""
+    make, fields = METHODS[method]
+    model = get_peft_model(half_layers(), make(**{**fields, "target_modules": ["first", "second"]}))
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data.add_(torch.randn_like(parameter))
+    model.save_pretrained(tmp_path)
+    usual, low = (
+        PeftModel.from_pretrained(
+            half_layers(), tmp_path, autocast_adapter_dtype=autocast, low_cpu_mem_usage=low
+        ).state_dict()
+        for low in (False, True)
+    )
+    assert usual.keys() == low.keys()
+    for name, tensor in usual.items():
+        assert low[name].dtype == tensor.dtype and torch.equal(low[name], tensor), name
+    if autocast:
+        trained = model.state_dict()
+        assert all(torch.equal(low[name], trained[name]) for name in low if name in trained)
+
+
+def half_layers():
+    torch.manual_seed(0)
+    return TwoLayers().bfloat16()
 
 
 def test_a_loaded_adapter_keeps_its_counts_and_positions_whatever_its_config_would_draw(tmp_path):

@@ -61,13 +61,13 @@ class SLTrainLinear(LowRankLayer[SLTrainDelta], SparseTunerLayer[SLTrainDelta]):
         (name,) = self.deltas
         return name
 
-    def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
+    def _place(self, adapter_name: str, device: torch.device | None = None, dtype: torch.dtype | None = None) -> None:
         base, home = self.base_layer, device or self._home
         if not isinstance(base, WeightlessLinear):
-            super()._move_adapter_to_device_of_base_layer(adapter_name, device)
+            super()._place(adapter_name, device, dtype)
         elif home is not None and home.type != "meta":
             # of a model that was built without memory, the adapter is the first thing that has any
-            self.deltas[adapter_name].to(home, base.dtype)
+            self.deltas[adapter_name].to(home, dtype or base.dtype)
 
     # ------------------------------------------------------------------ forward
 
