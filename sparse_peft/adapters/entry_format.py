@@ -17,6 +17,7 @@ from ..tuners.base_config import BaseSparseConfig
 from ..tuners.base_model import BaseSparseModel
 from ..tuners.combination import combined_config
 from ..tuners.delta import SparseDelta
+from ..tuners.files.checks import values_on_disk
 from ..tuners.support_recipe import SupportRecipe
 from .files import PREFIX
 
@@ -51,10 +52,14 @@ def sparse_adapter(
         like: config of an adapter of the same base model, whose other fields are taken over.
         states: ``{layer name: delta}``.
         save_dtype: of the values.
+
+    Raises:
+        ValueError: values that are not finite, or too large for ``save_dtype``.
     """
     dtype = getattr(torch, save_dtype)
     tensors = {
-        name: {"values": state.values.detach().to(dtype), **state.file_tensors()} for name, state in states.items()
+        name: {"values": values_on_disk(state.values.detach(), dtype, name), **state.file_tensors()}
+        for name, state in states.items()
     }
     bias = getattr(like, "bias", "none")
     config = ENTRIES.config_class(

@@ -21,7 +21,7 @@ from ..ops import effective_entries
 from ..support import ALLOCATIONS, Budget, Support, allocate, divide, get_criterion
 from ..tuners.base_config import FLOAT_DTYPES, BaseSparseConfig
 from ..tuners.delta import SparseDelta
-from ..tuners.files.checks import check_values
+from ..tuners.files.checks import check_values, values_on_disk
 from ..tuners.targets import stored_shape
 from .entry_format import ENTRIES, sparse_adapter, sparse_state
 from .files import write_adapter
@@ -259,9 +259,8 @@ def _extract_layer(
     chosen = chosen[flat[chosen] != 0]
     if chosen.numel() == 0:  # a criterion may favour others; an adapted layer has one entry at least
         chosen = flat.abs().argmax()[None]
-    wanted, dtype = flat[chosen], getattr(torch, options.save_dtype)
-    values = wanted.to(dtype).float()  # as they are stored
-    check_values(values, name, f"store the difference in {dtype} of")
+    wanted = flat[chosen]
+    values = values_on_disk(wanted, getattr(torch, options.save_dtype), name).float()
     energy = float(difference.square().sum(dtype=torch.float64))
     reached = effective_entries(before.reshape(-1)[chosen], values)
     inexact = int((reached != after.reshape(-1)[chosen].to(before.dtype)).sum())

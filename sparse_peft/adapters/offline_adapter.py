@@ -195,9 +195,7 @@ def _load(
     if lacking:
         raise ValueError(f"layer {lacking[0]}: the adapter's file has no values for it; save or download it again")
     inject_adapter_in_model(config, model, state_dict=state_dict)
-    result: Any = set_peft_model_state_dict(model, dict(state_dict))
-    if result.unexpected_keys:
-        raise ValueError(f"{result.unexpected_keys[0]}: no tensor of a {type(config).__name__} adapter; it is damaged")
+    set_peft_model_state_dict(model, dict(state_dict))
     return {layer.name: layer for layer in BaseSparseModel.sparse_layers(model)}
 
 

@@ -6,6 +6,7 @@ import warnings
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from operator import attrgetter
 from typing import Any, ClassVar, Generic, Protocol, TypeVar, cast
 
@@ -24,7 +25,8 @@ from .combination import Tensors, add_weighted_adapter
 from .controller_warning import require_controller
 from .delta_layer import SparseTunerLayer
 from .experts import check_bare_weights
-from .files.adapter_state import check_no_base_weights, put_states, take_states
+from .files.accepted_tensors import accept_tensors
+from .files.adapter_state import put_states, take_states
 from .files.card import TAG
 from .files.checks import check_adapter_name
 from .forms import LoraFactors, weightless_layer
@@ -487,13 +489,25 @@ class BaseSparseModel(BaseTuner, Generic[ConfigT, StateT]):
         cls, model: nn.Module, config: Any, adapter_name: str, state_dict: dict[str, Tensor]
     ) -> dict[str, Tensor]:
         entries = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
-        if not cls.saves_base_weights(config):
-            check_no_base_weights(model, config, adapter_name, entries)
-        take_states(
-            entries,
-            model,
-            adapter_name,
-            fit=lambda state, parameters: cls.fit_state(config, state, parameters),
-            name_in_file=lambda name: cls._remove_adapter_name_from_key(name, adapter_name),
-        )
+        cls.accept_tensors(entries, model, config, adapter_name)
+        name_in_file = partial(cls._remove_adapter_name_from_key, adapter_name=adapter_name)
+        take_states(entries, model, adapter_name, partial(cls.fit_state, config), name_in_file)
         return entries
+
+    @classmethod
+    def accept_tensors(cls, entries: dict[str, Tensor], model: nn.Module, config: Any, adapter_name: str) -> None:
+        """Refuse a file with tensors that saving the adapter would not write.
+
+        Args:
+            entries: the file's tensors under the names that they have in the model; what repeats the base is removed.
+            model: that has the adapter.
+            config: the adapter's.
+            adapter_name: its name.
+
+        Raises:
+            ValueError: names such a tensor, and says what it is.
+        """
+        biases = {} if config.bias == "none" else cls._get_learnable_bias_state_dict(model, model.state_dict(), config)
+        name_in_file = partial(cls._remove_adapter_name_from_key, adapter_name=adapter_name)
+        whole_model = cls.saves_base_weights(config)
+        accept_tensors(entries, model, config, adapter_name, name_in_file, biases=biases, whole_model=whole_model)

@@ -50,7 +50,7 @@ KEY = "base_model.model.first.sparse_peft_delta_adapter"
     ({"values": torch.full((23,), float("nan"))}, "23 of 23 values are NaN"),
     ({"values": torch.ones(23).int()}, "floats of 16, 32 or 64 bits are expected"),
     ({"values": None}, "layer first: the adapter's file has no values for it"),
-    ({"surplus": torch.ones(2)}, "surplus: no tensor of a SparseConfig adapter"),
+    ({"surplus": torch.ones(2)}, "surplus, an unknown tensor of an adapted layer"),
 ])  # fmt: skip
 def test_entries(tmp_path, tensors, message):
     folder, _ = saved(tmp_path / "a", SparseConfig(density=0.3))

@@ -27,9 +27,9 @@ def _config(**fields):
     )  # fmt: skip
 
 
-def llama():
+def llama(**fields):
     torch.manual_seed(0)
-    return LlamaForCausalLM(_config())
+    return LlamaForCausalLM(_config(**fields))
 
 
 def sequence_classifier():

@@ -2,29 +2,15 @@
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
-from peft.utils.constants import EMBEDDING_LAYER_NAMES
 from torch import Tensor, nn
 
 from ..base_config import BaseSparseConfig
-from ..base_layer import TunerLayer
-from ..base_state import TrainedState
-from .checks import check_values
-
-Entries = dict[str, Tensor]  # {name in the model's state dict: tensor}
-
-
-def named_states(model: nn.Module, adapter_name: str) -> Iterator[tuple[str, TunerLayer, TrainedState]]:
-    """``(prefix of its tensors' names, layer, trained state)`` of each layer of an adapter."""
-    for name, module in model.named_modules():
-        if isinstance(module, TunerLayer) and adapter_name in module.deltas:
-            name = name.removeprefix("_fsdp_wrapped_module.")
-            key = f"{module.delta_container}.{adapter_name}."
-            yield f"{name}.{key}" if name else key, module, module.deltas[adapter_name]
+from .accepted_tensors import Entries, named_states
+from .checks import values_on_disk
 
 
 def put_states(entries: Entries, model: nn.Module, config: BaseSparseConfig, adapter_name: str) -> None:
@@ -37,7 +23,7 @@ def put_states(entries: Entries, model: nn.Module, config: BaseSparseConfig, ada
         adapter_name: its name.
 
     Raises:
-        ValueError: values that are not finite.
+        ValueError: values that are not finite, or too large for ``save_dtype``.
     """
     dtype = getattr(torch, config.save_dtype)
     for key, layer, state in named_states(model, adapter_name):
@@ -45,9 +31,8 @@ def put_states(entries: Entries, model: nn.Module, config: BaseSparseConfig, ada
         if not found:
             continue
         for name, tensor in found.items():
-            check_values(tensor, layer.name, "save")
-            if tensor.dtype == torch.float32 and name not in state.full_precision:
-                entries[f"{key}{name}"] = tensor.to(dtype)
+            kept = name in state.full_precision or tensor.dtype != torch.float32
+            entries[f"{key}{name}"] = values_on_disk(tensor, tensor.dtype if kept else dtype, layer.name)
         # positions that no file brought are chosen now; the state dict was taken before
         for name in state.position_names:
             entries.pop(f"{key}{name}", None)
@@ -87,33 +72,3 @@ def take_states(
         positions = state.take_file(found, parameters)
         entries.update({f"{key}{name}": tensor for name, tensor in positions.items()})
         layer.release()
-
-
-def check_no_base_weights(model: nn.Module, config: BaseSparseConfig, adapter_name: str, entries: Entries) -> None:
-    """Refuse a file that would replace weights of the base: without the adapter the model must be the base.
-
-    What PEFT saves of the base, where asked to, is accepted: biases, embeddings, modules to save. Biases that were
-    not asked for are taken, as PEFT takes them, with a warning.
-
-    Raises:
-        ValueError: names the weight.
-    """
-    biases = []
-    for name in model.state_dict():
-        parts = name.split(".")
-        if name not in entries or adapter_name in parts or set(parts) & set(EMBEDDING_LAYER_NAMES):
-            continue
-        if parts[-1] == "bias":
-            biases.append(name)
-            continue
-        raise ValueError(
-            f"the adapter file has {name}, a weight of the base model, which such an adapter leaves as it is "
-            f"(modules_to_save={config.modules_to_save!r}); the file is damaged, or written to change the base "
-            "unnoticed"
-        )
-    if biases and config.bias == "none":
-        warnings.warn(
-            f"the adapter file has biases of the base model, such as {biases[0]}, though its config says "
-            "bias='none'; they are put in the place of the base's own, and stay there without the adapter",
-            stacklevel=2,
-        )

@@ -138,6 +138,23 @@ def check_values(values: Tensor, layer: str, action: str) -> None:
         )
 
 
+def values_on_disk(values: Tensor, dtype: torch.dtype, layer: str) -> Tensor:
+    """Values in the dtype that a file keeps them in.
+
+    Raises:
+        ValueError: values that are not finite, or too large for ``dtype``.
+    """
+    check_values(values, layer, "save")
+    rounded = values.to(dtype)
+    if rounded is not values and rounded.device.type != "meta" and int((~torch.isfinite(rounded)).sum()):
+        raise ValueError(
+            f"cannot save layer {layer}: its largest value, {float(values.abs().amax()):.6g}, exceeds the largest "
+            f"number of save_dtype={str(dtype).removeprefix('torch.')!r}, {torch.finfo(dtype).max:.6g}; set "
+            "save_dtype='float32' in the adapter's config"
+        )
+    return rounded
+
+
 def check_loaded_entries(layer: str, values: Tensor, indices: Tensor, shape: tuple[int, int], expected: int) -> None:
     """Check one layer of an adapter file against the base layer it is to be loaded on.
 

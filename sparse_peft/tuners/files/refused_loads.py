@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from peft import PeftModel
 from peft.functional import delete_adapter
+from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
 from peft.utils.other import AuxiliaryTrainingWrapper
-from torch import nn
+from torch import Tensor, nn
+from transformers.integrations.peft import PeftAdapterMixin
 
 from ..base_config import BaseSparseConfig
 from ..base_layer import TunerLayer
 from ..traversal import configs_of, modules_beside_adapters
+from .accepted_tensors import Entries, named_states, reading_file
+from .checks import check_values
 
 Wrapper = TunerLayer | AuxiliaryTrainingWrapper
 
@@ -29,6 +34,12 @@ def undone_if_refused(model: nn.Module, adapter_name: str) -> Iterator[None]:
         model: with or without PEFT's wrapper.
         adapter_name: the adapter's. One that the model has already, whose file is loaded again, stays.
     """
+    with reading_file(), _undone_if_refused(model, adapter_name):
+        yield
+
+
+@contextmanager
+def _undone_if_refused(model: nn.Module, adapter_name: str) -> Iterator[None]:
     if adapter_name in configs_of(model):
         yield
         return
@@ -71,19 +82,108 @@ def _unwrap(model: nn.Module, kept: set[int]) -> None:
                 parent._modules[name] = own
 
 
-def guard_refused_loads() -> None:
-    """Make ``PeftModel.load_adapter`` take back an adapter of this package whose file it refuses.
+@contextmanager
+def _base_kept(model: nn.Module, adapter_name: str) -> Iterator[Entries]:
+    """Inside, transformers loads an adapter; after it the base has its own tensors again.
 
-    PEFT registers the adapter before it reads the file, and offers no hook around the load.
+    transformers puts the tensors of a file in the place of all tensors of the model that have their names. Those of
+    the base are afterwards in the dictionary, by name.
     """
-    load = PeftModel.load_adapter
-    if getattr(load, "takes_back", False):
-        return
+    before = [(module, {**module._parameters, **module._buffers}) for module in modules_beside_adapters(model)]
+    replaced: Entries = {}
+    try:
+        yield replaced
+    finally:
+        if isinstance(configs_of(model).get(adapter_name), BaseSparseConfig):
+            replaced |= _put_back(model, before)
+
+
+def _put_back(model: nn.Module, before: list[tuple[nn.Module, dict[str, Tensor | None]]]) -> Entries:
+    """Give modules the tensors that they had, and return those that were in their place."""
+    names = {id(module): name for name, module in model.named_modules()}
+    replaced: Entries = {}
+    for module, tensors in before:
+        for leaf, tensor in tensors.items() if id(module) in names else ():
+            now: Any = getattr(module, leaf, tensor)
+            if now is not tensor:
+                replaced[f"{names[id(module)]}.{leaf}".removeprefix(".")] = now
+                setattr(module, leaf, tensor)
+    return replaced
+
+
+def _check_loaded(
+    model: nn.Module, adapter_name: str, replaced: Entries, unexpected: Iterable[str], missing: Iterable[str]
+) -> None:
+    """Check what transformers loaded as a file's tensors are checked, except for positions.
+
+    Args:
+        model: that has the adapter.
+        adapter_name: its name.
+        replaced: tensors of the base that the file has; those that may replace the base's are put in place.
+        unexpected: names of the file's tensors that the model lacks.
+        missing: names of tensors that the file lacks.
+
+    Raises:
+        ValueError: names a tensor that is missing or none of the adapter's, or a layer whose values are not finite.
+    """
+    config = configs_of(model)[adapter_name]
+    tuner: Any = PEFT_TYPE_TO_TUNER_MAPPING[config.peft_type]
+    unknown = {tuner._remove_adapter_name_from_key(name, adapter_name): torch.empty(0) for name in unexpected}
+    accepted = replaced | unknown
+    tuner.accept_tensors(accepted, model, config, adapter_name)
+    for name in replaced.keys() & accepted.keys():
+        owner, _, leaf = name.rpartition(".")
+        setattr(model.get_submodule(owner), leaf, replaced[name])
+    for key, layer, state in named_states(model, adapter_name):
+        lacking = [name for name in (*state._parameters, *state.file_buffers()) if f"{key}{name}" in missing]
+        state._required(**dict.fromkeys(lacking))
+        for parameter in state.parameters():
+            check_values(parameter, layer.name, "load")
+
+
+def guard_refused_loads() -> None:
+    """Make PEFT's and transformers' loads leave the model as it was if a file of this package is refused.
+
+    Both register the adapter before they read the file, and offer no hook around the load.
+    """
+    if not getattr(PeftModel.load_adapter, "takes_back", False):
+        _guard_peft(PeftModel)
+        _guard_transformers(PeftAdapterMixin)
+
+
+def _guard_peft(owner: Any) -> None:
+    create, load = owner.from_pretrained.__func__, owner.load_adapter
+
+    @functools.wraps(create)
+    def from_pretrained(
+        cls: type[PeftModel], model: nn.Module, model_id: Any, adapter_name: str = "default", *args: Any, **kwargs: Any
+    ) -> PeftModel:
+        with undone_if_refused(model, adapter_name):
+            return create(cls, model, model_id, adapter_name, *args, **kwargs)
 
     @functools.wraps(load)
-    def load_or_take_back(self: PeftModel, model_id: Any, adapter_name: str, *args: Any, **kwargs: Any) -> Any:
+    def load_adapter(self: PeftModel, model_id: Any, adapter_name: str, *args: Any, **kwargs: Any) -> Any:
         with undone_if_refused(self, adapter_name):
             return load(self, model_id, adapter_name, *args, **kwargs)
 
-    load_or_take_back.takes_back = True  # type: ignore[attr-defined]
-    PeftModel.load_adapter = load_or_take_back  # type: ignore[method-assign]
+    load_adapter.takes_back = True  # type: ignore[attr-defined]
+    owner.from_pretrained, owner.load_adapter = classmethod(from_pretrained), load_adapter
+
+
+def _guard_transformers(owner: Any) -> None:
+    load = owner.load_adapter
+
+    @functools.wraps(load)
+    def load_adapter(
+        self: nn.Module, peft_model_id: Any = None, adapter_name: str | None = None, *args: Any, **kwargs: Any
+    ) -> Any:
+        name = adapter_name or "default"
+        with undone_if_refused(self, name):
+            with _base_kept(self, name) as replaced:
+                info = load(self, peft_model_id, adapter_name, *args, **kwargs)
+            if isinstance(configs_of(self).get(name), BaseSparseConfig):
+                unexpected, missing = getattr(info, "unexpected_keys", ()), getattr(info, "missing_keys", ())
+                _check_loaded(self, name, replaced, unexpected, missing)
+            return info
+
+    owner.load_adapter = load_adapter

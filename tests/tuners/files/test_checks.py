@@ -13,8 +13,10 @@ from torch import nn
 
 from sparse_peft import SparseConfig
 from sparse_peft.support import Support, index_dtype
+from sparse_peft.tuners.base_model import BaseSparseModel
 from sparse_peft.tuners.files.positions import NAMES as POSITIONS
 from sparse_peft.tuners.files.positions import file_layout, pack, unpack
+from tests.helpers.methods import METHODS
 from tests.helpers.two_layers import TwoLayers, adapted, layers_of
 
 NAME = "adapter_model.safetensors"
@@ -222,6 +224,32 @@ def test_base_with_other_layers(saved):
         ValueError, match=r"num_entries is for other layers.*missing \[\], not in the model \['second'\]"
     ):
         PeftModel.from_pretrained(One(), folder)
+
+
+def seeded_layers():
+    torch.manual_seed(0)
+    return TwoLayers()
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_values_too_large_for_the_file_are_not_saved_and_the_old_adapter_stays(tmp_path, method):
+    make, fields = METHODS[method]
+    config = make(**{**fields, "target_modules": ["first", "second"]}, save_dtype="float16")
+    model = get_peft_model(seeded_layers(), config)
+    model.save_pretrained(tmp_path)
+    before = (tmp_path / NAME).read_bytes()
+    state = next(BaseSparseModel.sparse_layers(model)).deltas["default"]
+    rounded = next(name for name in state._parameters if name not in state.full_precision)
+    with torch.no_grad():
+        state.get_parameter(rounded).view(-1)[0] = -1e5
+    with pytest.raises(
+        ValueError, match=r"save layer first: its largest value, 100000, exceeds .*'float16', 65504; set"
+    ):
+        model.save_pretrained(tmp_path)
+    assert (tmp_path / NAME).read_bytes() == before
+    model.peft_config["default"].save_dtype = "float32"
+    model.save_pretrained(tmp_path)
+    PeftModel.from_pretrained(seeded_layers(), tmp_path)
 
 
 def test_nan_is_not_saved_and_the_old_adapter_stays(tmp_path):

@@ -356,16 +356,6 @@ def test_files_that_would_change_the_base(workbench, method, loader):
         assert isinstance(refusal, str) and re.search(f"{key}, a weight of the base model", refusal), refusal
 
 
-@pytest.mark.parametrize("loader", LOADERS)
-def test_files_that_would_change_biases(workbench, loader):
-    folder = workbench("sparse")
-    tensors = load_file(folder / WEIGHTS)
-    tensors["base_model.model.first.base_layer.bias"] = torch.full_like(base().first.bias, 7.0)
-    save_file(tensors, folder / WEIGHTS)
-    with pytest.warns(UserWarning, match=r"has biases of the base model, such as .*first.base_layer.bias"):
-        attempt(loader, folder)
-
-
 # ---------------------------------------------------------------------- names
 
 
