@@ -171,6 +171,10 @@ class Delta(TrainedState):
             self.register_buffer(name, tensor.to(self.values.device))
         self._support = self._support_of = None
 
+    def __getstate__(self) -> dict[str, Any]:
+        # a copy finds its support in its own buffer; this one may be changing in another thread, as its parts are found
+        return {**self.__dict__, "_support": None, "_support_of": None}
+
     def extra_repr(self) -> str:
         rows, cols = self.shape
         entries = self.values.numel()

@@ -194,16 +194,20 @@ class SparseTunerLayer(TunerLayer[DeltaT]):
         delta = self._join(names)
         return None if self.ledger.holds(delta) else self._write_of(delta, self.stamp(delta))
 
-    def hold(self, delta: ActiveDelta | None, stamp: Stamp | None) -> None:
+    def hold(self, delta: ActiveDelta | None, stamp: Stamp | None) -> bool:
         """Make the base weight hold what it held in a forward pass: these adapters' entries, or its own for None.
 
         Called by a thread that is among the ledger's readers.
 
+        Returns:
+            Whether it does; else it is the base's own, because it must stay that now.
+
         Raises:
-            RuntimeError: it cannot any more.
+            RuntimeError: the values changed, or adapters were merged.
         """
-        if self.ledger.is_closed or not self._still_holds(delta, stamp):
-            exclusively(self._hold_again, delta, stamp)
+        if not self.ledger.is_closed and self._still_holds(delta, stamp):
+            return True
+        return exclusively(self._hold_again, delta, stamp)
 
     def _still_holds(self, delta: ActiveDelta | None, stamp: Stamp | None) -> bool:
         content = self.ledger.content
@@ -211,19 +215,20 @@ class SparseTunerLayer(TunerLayer[DeltaT]):
             return self.ledger.is_own
         return isinstance(content, Held) and content.delta is delta and content.stamp.is_same(stamp)
 
-    def _hold_again(self, delta: ActiveDelta | None, stamp: Stamp | None) -> None:
+    def _hold_again(self, delta: ActiveDelta | None, stamp: Stamp | None) -> bool:
         if self._still_holds(delta, stamp):
-            return
+            return True
         if self.merged:
             raise RuntimeError(
                 f"layer {self.name}: adapters {self.merged_adapters} were merged between a forward pass and its "
                 "backward pass; merge after backward"
             )
-        if delta is None or stamp is None:
+        if delta is None or stamp is None or self.ledger.is_kept_own:
             self.release()
-        else:
-            self.check_stamp(delta, stamp)
-            self._write(delta, stamp)
+            return delta is None
+        self.check_stamp(delta, stamp)
+        self._write(delta, stamp)
+        return True
 
     def _may_be_resident(self) -> bool:
         weight = self.base_parameter

@@ -103,8 +103,11 @@ def base_weights(model: nn.Module) -> Iterator[nn.Module]:
     compute with copies of the weights meanwhile.
     """
     block = _Block()
-    ledgers = [layer.ledger for layer in tuner_layers(model)]
+    exclusively(_keep_own, [layer.ledger for layer in tuner_layers(model)], block)
+    yield model
+
+
+def _keep_own(ledgers: list[Ledger], block: _Block) -> None:
     for ledger in ledgers:
         ledger.keep_own_while(block)
-    release_layers(ledgers)
-    yield model
+    release_all(ledger for ledger in ledgers if not ledger.is_merged)

@@ -45,7 +45,7 @@ class AdaptedLayer(Protocol):
 
     def check_stamp(self, delta: ActiveDelta, stamp: Stamp) -> None: ...
 
-    def hold(self, delta: ActiveDelta | None, stamp: Stamp | None) -> None: ...
+    def hold(self, delta: ActiveDelta | None, stamp: Stamp | None) -> bool: ...
 
 
 def registered(ledger: Ledger, found: Iterator[Panel]) -> Iterator[Panel]:
@@ -87,6 +87,16 @@ class LayerSource(ABC):
     @abstractmethod
     def _panels(self, dtype: torch.dtype) -> Iterator[Panel]: ...
 
+    def _copies(self, dtype: torch.dtype) -> Iterator[Panel]:
+        """Copies of the base's rows with the entries set in them; the weight is the base's own."""
+        (support, values), weight = self._values(), self.layer.base_parameter.detach()
+        rows, cols = self.shape
+        for start, stop in panels(rows, cols * max(dtype.itemsize, weight.dtype.itemsize)):
+            panel = weight[start:stop].clone(memory_format=torch.contiguous_format)
+            within, first, last = support.of_rows(start, stop)
+            add_to_support_(panel, within, values[first:last])
+            yield start, stop, panel.to(dtype)
+
     def _values(self) -> tuple[Support, Tensor]:
         """The adapters' entries, unless they changed since the forward pass."""
         assert self.delta is not None and self.stamp is not None
@@ -103,7 +113,9 @@ class ResidentSource(LayerSource):
     """The base weight itself; asked again in backward, it is made to hold what it held in forward."""
 
     def _panels(self, dtype: torch.dtype) -> Iterator[Panel]:
-        self.layer.hold(self.delta, self.stamp)
+        if not self.layer.hold(self.delta, self.stamp):
+            yield from self._copies(dtype)
+            return
         weight = self.layer.base_parameter.detach()
         if weight.dtype == dtype:
             yield 0, self.shape[0], weight
@@ -117,13 +129,7 @@ class OverlaySource(LayerSource):
 
     def _panels(self, dtype: torch.dtype) -> Iterator[Panel]:
         self.layer.hold(None, None)
-        (support, values), weight = self._values(), self.layer.base_parameter.detach()
-        rows, cols = self.shape
-        for start, stop in panels(rows, cols * max(dtype.itemsize, weight.dtype.itemsize)):
-            panel = weight[start:stop].clone(memory_format=torch.contiguous_format)
-            within, first, last = support.of_rows(start, stop)
-            add_to_support_(panel, within, values[first:last])
-            yield start, stop, panel.to(dtype)
+        yield from self._copies(dtype)
 
 
 class DequantisedSource(LayerSource):
