@@ -177,7 +177,10 @@ class BaseSparseConfig(PeftConfig):
     )
 
     def __post_init__(self) -> None:
-        super().__post_init__()
+        try:
+            super().__post_init__()
+        except ValueError as error:  # PEFT's message does not name the field
+            raise ValueError(f"task_type={self.task_type!r}: {error}") from error
         self.peft_type = PeftType[self.method]
         self.sparse_peft_version = __version__
         self.fill_in()
