@@ -172,7 +172,8 @@ class Delta(TrainedState):
         self._support = self._support_of = None
 
     def __getstate__(self) -> dict[str, Any]:
-        # a copy finds its support in its own buffer; this one may be changing in another thread, as its parts are found
+        # a copy finds its support in its own buffer; this one may be changing in another thread, as its parts are
+        # found
         return {**self.__dict__, "_support": None, "_support_of": None}
 
     def extra_repr(self) -> str:
