@@ -21,6 +21,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from ..tuners.base_model import BaseSparseModel
+from ..tuners.files.adapter_file import AdapterFile
 from ..tuners.files.card import FRAMEWORK_HEADING, TAG
 from ..tuners.files.checks import DAMAGED, check_adapter_name, read_config_file, shapes_in_file
 from ..tuners.files.refused_loads import undone_if_refused
@@ -148,7 +149,7 @@ def load_adapter(
     check_adapter_name(adapter_name)
     config, tensors = read_adapter(folder)
     config.inference_mode = not is_trainable
-    with undone_if_refused(model, adapter_name):
+    with undone_if_refused(model, adapter_name, AdapterFile(os.fspath(folder), tensors=tensors)):
         _make_adapter(model, config, adapter_name)
         _fill_adapter(model, tensors, adapter_name, os.fspath(folder))
 

@@ -6,7 +6,7 @@ import copy
 import functools
 import os
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 from types import MappingProxyType
@@ -294,18 +294,21 @@ class BaseSparseConfig(PeftConfig):
             config.check_sizes(shapes, folder)
         return config
 
-    def check_sizes(self, shapes: Mapping[str, tuple[int, ...]], folder: Path) -> None:
+    def check_sizes(
+        self, shapes: Mapping[str, tuple[int, ...]], source: str | os.PathLike, layers: Iterable[str] = ()
+    ) -> None:
         """Refuse sizes that are larger than those of the adapter's tensors, before memory is taken for them.
 
         Args:
             shapes: ``{tensor name: shape}`` of the adapter's file.
-            folder: of the file, for the error.
+            source: its folder or Hub id, for the error.
+            layers: layers of the adapter, besides those of the file and of ``weight_shapes``.
 
         Raises:
             ValueError: names the field, the layer and both sizes.
         """
         sizes, largest = _sizes_by_layer(shapes, f".{self.prefix()}adapter.")
-        for layer in {**sizes, **(self.weight_shapes or {})}:
+        for layer in dict.fromkeys((*sizes, *(self.weight_shapes or {}), *layers)):
             for name, size, dimension in self.claimed_sizes(layer):
                 options = dimension.split(" or ")
                 found = next((sizes[layer][key] for key in options if key in sizes.get(layer, {})), None)
@@ -314,8 +317,8 @@ class BaseSparseConfig(PeftConfig):
                     names = " or ".join(key.partition(".")[0] for key in options)
                     in_file = f"no {names}" if found is None else found
                     raise ValueError(
-                        f"{folder}: {name}: {size} for layer {layer}, of which the adapter's file has {in_file}; "
-                        f"{DAMAGED}"
+                        f"{os.fspath(source)}: {name}: {size} for layer {layer}, of which the adapter's file has "
+                        f"{in_file}; {DAMAGED}"
                     )
 
     def claimed_sizes(self, layer: str) -> Iterator[tuple[str, int, str]]:

@@ -26,6 +26,7 @@ from .controller_warning import require_controller
 from .delta_layer import SparseTunerLayer
 from .experts import check_bare_weights
 from .files.accepted_tensors import accept_tensors
+from .files.adapter_file import check_claimed_sizes
 from .files.adapter_state import put_states, take_states
 from .files.card import TAG
 from .files.checks import check_adapter_name
@@ -207,8 +208,10 @@ class BaseSparseModel(BaseTuner, Generic[ConfigT, StateT]):
         self.check_targets(model, targets)
         prepare_four_bit(modules_beside_adapters(model))
         self.release()
+        check_claimed_sizes(peft_config, targets)
         if targets:
             self._plans = self.plan_layers(peft_config, targets, adapter_name, self.file_sizes(state_dict))
+            check_claimed_sizes(peft_config, targets)  # sizes that the config left open are resolved now
 
     @classmethod
     def checked_targets(cls, config: ConfigT, model: nn.Module) -> Targets:

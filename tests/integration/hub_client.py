@@ -1,5 +1,6 @@
 """What runs in processes of their own against the stand-in: huggingface_hub reads its endpoint at import."""
 
+import json
 import sys
 from pathlib import Path
 
@@ -40,6 +41,16 @@ def push_config(_):
     fresh.push_to_hub("tester/config-only")
 
 
+def push_hostile(folder):
+    """An adapter whose config claims a size that its layers allow, and its file does not have."""
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(BASE), config("snella", r=4))
+    model.save_pretrained(folder / "hostile")
+    path = folder / "hostile" / "adapter_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "r": 12}))
+    create_repo("tester/hostile")
+    upload_folder(repo_id="tester/hostile", folder_path=folder / "hostile")
+
+
 def push_trained(folder):
     """A trained adapter with metrics and plots: its folder, and after that the model again."""
     tokenizer = make_tokenizer()
@@ -71,6 +82,16 @@ def push_trained(folder):
     trainer.push_to_hub()
 
 
+def refuse_hostile():
+    for load in (PeftModel.from_pretrained, lambda model, name: model.load_adapter(name)):
+        try:
+            load(AutoModelForCausalLM.from_pretrained(BASE), "tester/hostile")
+        except ValueError as refusal:
+            assert "r / 2: 6 for layer" in str(refusal) and "the adapter's file has 2" in str(refusal), refusal
+            continue
+        raise AssertionError("the adapter was loaded")
+
+
 def load_all(folder):
     """Everything back, in a process that has nothing in its caches, and compared bit for bit."""
     for method, repo in METHOD_REPOS.items():
@@ -85,6 +106,7 @@ def load_all(folder):
         AutoModelForCausalLM.from_pretrained(BASE), METHOD_REPOS["sparse"], revision="other"
     )
     assert torch.equal(logits(other), torch.load(folder / "sparse.pt"))
+    refuse_hostile()
     again = PeftConfig.from_pretrained("tester/config-only")
     assert type(again) is sparse_peft.SparseConfig and again.base_model_name_or_path == BASE
     trained = torch.load(folder / "trained.pt")

@@ -33,7 +33,7 @@ def pushed(tmp_path_factory):
     """``(hub, folder)`` after everything was pushed."""
     folder = tmp_path_factory.mktemp("hub")
     with running_hub() as hub:
-        done = client(hub, folder, "pushing", "push_every_method", "push_config", "push_trained")
+        done = client(hub, folder, "pushing", "push_every_method", "push_config", "push_hostile", "push_trained")
         assert done.returncode == 0, done.stderr[-3000:]
         yield hub, folder
 

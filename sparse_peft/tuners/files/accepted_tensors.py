@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
-from contextvars import ContextVar
 from typing import NoReturn
 
 import torch
@@ -18,11 +16,11 @@ from transformers import PretrainedConfig
 from ..base_config import BaseSparseConfig
 from ..base_layer import TunerLayer
 from ..base_state import TrainedState
+from .adapter_file import is_reading
 from .checks import DAMAGED
 
 Entries = dict[str, Tensor]  # {name in the model's state dict: tensor}
 FSDP = "_fsdp_wrapped_module."  # before all module names of a wrapped model, and in no state dict
-_reads_file: ContextVar[bool] = ContextVar("_reads_file", default=False)
 PREFIX = "base_model.model."  # of all names in a file, and in the state dict of a PeftModel
 
 
@@ -79,20 +77,10 @@ def accept_tensors(
         if _is_the_same(base[name], entries[present[name]]):
             del entries[present[name]]
             others.remove(name)
-    if not _reads_file.get():
+    if not is_reading():
         others -= _biases(others, base)
     if others:
         _refuse([name for name in present if name in others], model, config, base)
-
-
-@contextmanager
-def reading_file() -> Iterator[None]:
-    """Inside, an adapter's tensors come from a file, not from a program that sets a state dict of its own."""
-    token = _reads_file.set(True)
-    try:
-        yield
-    finally:
-        _reads_file.reset(token)
 
 
 def _biases(names: set[str], base: Iterable[str]) -> set[str]:

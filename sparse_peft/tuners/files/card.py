@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-import functools
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
 
 from huggingface_hub import ModelCard, ModelCardData
 from peft import PeftModel
+
+from .wrapped import wrap_once
 
 TAG = "sparse-peft"
 CARD_HEADING = "## How to load this adapter"
@@ -105,26 +107,24 @@ def guard_model_cards() -> None:
     is transformers' too: it puts a card for transformers models in the place of the one that PEFT saved, so that the
     base model and the tags are missing on the Hub. PEFT offers no hook for either; other adapters are left alone.
     """
-    write = PeftModel.create_or_update_model_card
-    if getattr(write, "explains_sparse_adapters", False):
-        return
-    upload = PeftModel._upload_modified_files
+    wrap_once(PeftModel, "create_or_update_model_card", _write_card)
+    wrap_once(PeftModel, "_upload_modified_files", _upload_with_card)
 
-    @functools.wraps(write)
-    def create_or_update_model_card(self: PeftModel, output_dir: str) -> None:
-        tags = _data_of(read_card(Path(output_dir))).tags
-        write(self, output_dir)
-        if is_sparse(self):
-            # PEFT drops the tags that were there; those that name a base model may be of another one
-            kept = {tag for tag in tags or [] if not tag.startswith("base_model:")}
-            complete_card(output_dir, kept, None)
 
-    @functools.wraps(upload)
-    def _upload_modified_files(self: PeftModel, working_dir: str, *args: Any, **kwargs: Any) -> Any:
-        if is_sparse(self):
-            self.create_or_update_model_card(working_dir)
-        return upload(self, working_dir, *args, **kwargs)
+def _write_card(write: Callable[..., None], model: PeftModel, output_dir: str) -> None:
+    """Say in the card of a sparse adapter how to load it, and keep its tags."""
+    tags = _data_of(read_card(Path(output_dir))).tags
+    write(model, output_dir)
+    if is_sparse(model):
+        # PEFT drops the tags that were there; those that name a base model may be of another one
+        kept = {tag for tag in tags or [] if not tag.startswith("base_model:")}
+        complete_card(output_dir, kept, None)
 
-    create_or_update_model_card.explains_sparse_adapters = True  # type: ignore[attr-defined]
-    PeftModel.create_or_update_model_card = create_or_update_model_card  # type: ignore[method-assign]
-    PeftModel._upload_modified_files = _upload_modified_files  # type: ignore[assignment,method-assign]
+
+def _upload_with_card(
+    upload: Callable[..., Any], model: PeftModel, working_dir: str, *args: Any, **kwargs: Any
+) -> Any:
+    """Upload a sparse adapter with PEFT's card."""
+    if is_sparse(model):
+        model.create_or_update_model_card(working_dir)
+    return upload(model, working_dir, *args, **kwargs)

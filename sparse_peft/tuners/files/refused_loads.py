@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Iterable, Iterator
+import inspect
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -18,14 +19,16 @@ from transformers.integrations.peft import PeftAdapterMixin
 from ..base_config import BaseSparseConfig
 from ..base_layer import TunerLayer
 from ..traversal import configs_of, modules_beside_adapters
-from .accepted_tensors import Entries, named_states, reading_file
+from .accepted_tensors import Entries, named_states
+from .adapter_file import AdapterFile, reading
 from .checks import check_values
+from .wrapped import wrap_once
 
 Wrapper = TunerLayer | AuxiliaryTrainingWrapper
 
 
 @contextmanager
-def undone_if_refused(model: nn.Module, adapter_name: str) -> Iterator[None]:
+def undone_if_refused(model: nn.Module, adapter_name: str, file: AdapterFile) -> Iterator[None]:
     """Inside, an adapter is made and its file loaded; after an error the model is as it was before.
 
     Weights that the adapter's method dropped for good (``mode="replace"``, ``mode="pretrain"``) do not come back.
@@ -33,8 +36,9 @@ def undone_if_refused(model: nn.Module, adapter_name: str) -> Iterator[None]:
     Args:
         model: with or without PEFT's wrapper.
         adapter_name: the adapter's. One that the model has already, whose file is loaded again, stays.
+        file: where its tensors come from.
     """
-    with reading_file(), _undone_if_refused(model, adapter_name):
+    with reading(file), _undone_if_refused(model, adapter_name):
         yield
 
 
@@ -146,44 +150,59 @@ def guard_refused_loads() -> None:
 
     Both register the adapter before they read the file, and offer no hook around the load.
     """
-    if not getattr(PeftModel.load_adapter, "takes_back", False):
-        _guard_peft(PeftModel)
-        _guard_transformers(PeftAdapterMixin)
+    wrap_once(PeftModel, "from_pretrained", _load_first)
+    wrap_once(PeftModel, "load_adapter", _load_another)
+    wrap_once(PeftAdapterMixin, "load_adapter", _load_by_transformers)
 
 
-def _guard_peft(owner: Any) -> None:
-    create, load = owner.from_pretrained.__func__, owner.load_adapter
-
-    @functools.wraps(create)
-    def from_pretrained(
-        cls: type[PeftModel], model: nn.Module, model_id: Any, adapter_name: str = "default", *args: Any, **kwargs: Any
-    ) -> PeftModel:
-        with undone_if_refused(model, adapter_name):
-            return create(cls, model, model_id, adapter_name, *args, **kwargs)
-
-    @functools.wraps(load)
-    def load_adapter(self: PeftModel, model_id: Any, adapter_name: str, *args: Any, **kwargs: Any) -> Any:
-        with undone_if_refused(self, adapter_name):
-            return load(self, model_id, adapter_name, *args, **kwargs)
-
-    load_adapter.takes_back = True  # type: ignore[attr-defined]
-    owner.from_pretrained, owner.load_adapter = classmethod(from_pretrained), load_adapter
+def _load_first(
+    load: Callable[..., PeftModel],
+    cls: type[PeftModel],
+    model: nn.Module,
+    model_id: str | os.PathLike,
+    adapter_name: str = "default",
+    *args: Any,
+    **kwargs: Any,
+) -> PeftModel:
+    """Leave the base model as it was if a file is refused."""
+    with undone_if_refused(model, adapter_name, AdapterFile(os.fspath(model_id), kwargs)):
+        return load(cls, model, model_id, adapter_name, *args, **kwargs)
 
 
-def _guard_transformers(owner: Any) -> None:
-    load = owner.load_adapter
+def _load_another(
+    load: Callable[..., Any],
+    model: PeftModel,
+    model_id: str | os.PathLike,
+    adapter_name: str,
+    *args: Any,
+    **kwargs: Any,
+) -> Any:
+    """Leave a model with adapters as it was if a file is refused."""
+    with undone_if_refused(model, adapter_name, AdapterFile(os.fspath(model_id), kwargs)):
+        return load(model, model_id, adapter_name, *args, **kwargs)
 
-    @functools.wraps(load)
-    def load_adapter(
-        self: nn.Module, peft_model_id: Any = None, adapter_name: str | None = None, *args: Any, **kwargs: Any
-    ) -> Any:
-        name = adapter_name or "default"
-        with undone_if_refused(self, name):
-            with _base_kept(self, name) as replaced:
-                info = load(self, peft_model_id, adapter_name, *args, **kwargs)
-            if isinstance(configs_of(self).get(name), BaseSparseConfig):
-                unexpected, missing = getattr(info, "unexpected_keys", ()), getattr(info, "missing_keys", ())
-                _check_loaded(self, name, replaced, unexpected, missing)
-            return info
 
-    owner.load_adapter = load_adapter
+def _load_by_transformers(load: Callable[..., Any], model: Any, *args: Any, **kwargs: Any) -> Any:
+    """Leave a transformers model as it was if a file is refused."""
+    given = inspect.signature(load).bind(model, *args, **kwargs).arguments
+    name = given.get("adapter_name") or "default"
+    with undone_if_refused(model, name, _file_for_transformers(given)):
+        with _base_kept(model, name) as replaced:
+            info = load(model, *args, **kwargs)
+        if isinstance(configs_of(model).get(name), BaseSparseConfig):
+            unexpected, missing = getattr(info, "unexpected_keys", ()), getattr(info, "missing_keys", ())
+            _check_loaded(model, name, replaced, unexpected, missing)
+        return info
+
+
+def _file_for_transformers(given: Mapping[str, Any]) -> AdapterFile:
+    """The file that transformers' ``load_adapter`` reads, from the arguments of its call."""
+    config, further = given.get("load_config"), given.get("kwargs", {})
+    source = given.get("peft_model_id") or getattr(config, "pretrained_model_name_or_path", None)
+    options = {
+        **(getattr(config, "download_kwargs", None) or {}),
+        **(further.get("download_kwargs") or {}),
+        **(given.get("adapter_kwargs") or {}),
+        "local_files_only": given.get("local_files_only") or None,
+    }
+    return AdapterFile(os.fspath(source or "the state dict"), options, given.get("adapter_state_dict"))

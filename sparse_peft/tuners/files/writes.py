@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import functools
 import os
 import tempfile
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
 from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from peft import PeftModel
 from torch import Tensor
 
 from .card import is_sparse
+from .wrapped import wrap_once
 
 
 class _Waiting:
@@ -83,26 +83,23 @@ def guard_adapter_writes() -> None:
     would leave a mixture of the old adapter and the new one; it offers no hook around the writes. Its writer of
     weights is replaced for every adapter of the process: same bytes, other moment.
     """
-    write, save = peft.peft_model.safe_save_file, PeftModel.save_pretrained
-    if getattr(write, "replaces_whole_files", False):
-        return
+    wrap_once(peft.peft_model, "safe_save_file", _write_whole)
+    wrap_once(PeftModel, "save_pretrained", _save_together)
 
-    @functools.wraps(write)
-    def safe_save_file(
-        tensors: dict[str, Tensor], filename: str | os.PathLike, metadata: dict[str, str] | None = None
-    ) -> None:
-        path = Path(filename)
-        with staging_folder(path.parent) as staging:
-            write(tensors, staging / path.name, metadata=metadata)
 
-    @functools.wraps(save)
-    def save_pretrained(self: PeftModel, *args: Any, **kwargs: Any) -> None:
-        if not is_sparse(self):
-            save(self, *args, **kwargs)
-            return
-        with replaced_together():
-            save(self, *args, **kwargs)
+def _write_whole(
+    write: Callable[..., None],
+    tensors: dict[str, Tensor],
+    filename: str | os.PathLike,
+    metadata: dict[str, str] | None = None,
+) -> None:
+    """Replace a file of weights once the new one is complete."""
+    path = Path(filename)
+    with staging_folder(path.parent) as staging:
+        write(tensors, staging / path.name, metadata=metadata)
 
-    safe_save_file.replaces_whole_files = True  # type: ignore[attr-defined]
-    peft.peft_model.safe_save_file = safe_save_file
-    PeftModel.save_pretrained = save_pretrained  # type: ignore[method-assign]
+
+def _save_together(save: Callable[..., None], model: PeftModel, *args: Any, **kwargs: Any) -> None:
+    """Replace a sparse adapter's weights and config together."""
+    with replaced_together() if is_sparse(model) else nullcontext():
+        save(model, *args, **kwargs)
