@@ -162,7 +162,7 @@ def _check_linear(structure: nn.Module, states: dict[str, SparseDelta], to: str)
 
 def _padded(state: SparseDelta, entries: int) -> tuple[Tensor, Tensor]:
     """Flat positions and values, padded to ``entries`` with zeros at the first free positions."""
-    support, values = state.support, state.values.detach().float()
+    support, values = state.support, state().detach().float()
     first = torch.arange(entries)
     free = first[~support.contains(first)][: entries - support.nnz]
     return torch.cat([support.indices.long(), free]), torch.cat([values, values.new_zeros(free.numel())])

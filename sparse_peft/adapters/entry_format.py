@@ -36,7 +36,7 @@ def named_tensors(tuner: type[BaseSparseModel], tensors: Mapping[str, Mapping[st
 
 
 def sparse_state(support: Support, values: Tensor) -> SparseDelta:
-    """A sparse delta with these values, outside of any model."""
+    """A sparse delta with these values and a scale of 1, outside of any model."""
     recipe = SupportRecipe("random", support.nnz, 0, support.name)
     state = SparseDelta(support.shape, support.nnz, support.name, recipe, support)
     state.values.data = values
@@ -58,11 +58,12 @@ def sparse_adapter(
     """
     dtype = getattr(torch, save_dtype)
     tensors = {
-        name: {"values": values_on_disk(state.values.detach(), dtype, name), **state.file_tensors()}
+        name: {"values": values_on_disk(state().detach(), dtype, name), **state.file_tensors()}
         for name, state in states.items()
     }
     bias = getattr(like, "bias", "none")
     config = ENTRIES.config_class(
+        scale=1.0,
         weight_shapes={name: list(state.shape) for name, state in states.items()},
         base_model_name_or_path=like.base_model_name_or_path,
         revision=like.revision,

@@ -44,6 +44,7 @@ def explains_fields(cls: type[Config]) -> type[Config]:
 def _explaining(init: Callable[..., None]) -> Callable[..., None]:
     @functools.wraps(init)
     def __init__(self: Any, *args: Any, **values: Any) -> None:
+        values = {**self.fields_of_earlier_versions(values), **values}
         newer = newer_version(values.get(VERSION_FIELD))
         unknown = [name for name in values if name not in field_hints(type(self))]
         if unknown and newer is None:
@@ -218,6 +219,15 @@ class BaseSparseConfig(PeftConfig):
         """What None stands for: an empty dict where that is the default."""
         factory = self.__dataclass_fields__[name].default_factory
         return None if factory is MISSING else factory()
+
+    @classmethod
+    def fields_of_earlier_versions(cls, values: Mapping[str, Any]) -> dict[str, Any]:
+        """What adapters of earlier versions mean by fields that their configs lack, where it is no default.
+
+        Args:
+            values: the constructor's keyword arguments.
+        """
+        return {}
 
     @classmethod
     def prefix(cls) -> str:

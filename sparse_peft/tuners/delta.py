@@ -20,7 +20,10 @@ from .support_recipe import SupportRecipe
 
 
 class Delta(TrainedState):
-    """``values[e]`` is added to the stored weight at entry ``e`` of a support.
+    """``scale * values[e]`` is added to the stored weight at entry ``e`` of a support.
+
+    All that is computed from a delta uses these products: passes, merging, forms, combinations. Optimizers and files
+    have the values themselves. A scale that is a power of two rounds nothing.
 
     Subclasses name the buffers of their positions in ``position_names``, and convert between buffers and supports.
 
@@ -29,6 +32,10 @@ class Delta(TrainedState):
         entries: number of trained entries.
         name: the layer's name, for error messages.
         draw: ``draw(weight, shape)`` chooses the support if no file brings it; ``weight()`` gives the base's.
+        scale: factor between the values and the delta.
+
+    Attributes:
+        value_scale: this factor.
     """
 
     combinations: ClassVar[tuple[str, ...]] = ENTRY_COMBINATIONS
@@ -42,9 +49,11 @@ class Delta(TrainedState):
         entries: int,
         name: str,
         draw: Callable[[Callable[[], Tensor], tuple[int, int]], Support],
+        scale: float = 1.0,
     ):
         super().__init__(name)
         self.shape = shape
+        self.value_scale = scale
         self.draw = draw
         self.values = nn.Parameter(torch.zeros(entries))
         self._support: Support | None = None
@@ -52,28 +61,36 @@ class Delta(TrainedState):
         self.keep_dtype()
 
     def forward(self) -> Tensor:
-        """The values ``(entries,)``; called, not read, so that hooks of sharding wrappers run."""
-        return self.values
+        """The delta at the entries, ``(entries,)``; called, not read, so that hooks of sharding wrappers run."""
+        return self.scaled(self.values)
+
+    def scaled(self, values: Tensor) -> Tensor:
+        """The delta of these values: the values themselves where the scale is 1."""
+        return values if self.value_scale == 1 else values * self.value_scale
 
     @property
     def stamped(self) -> Iterable[str]:
         return (self.value_name,)
 
     def randomise(self) -> None:
-        nn.init.normal_(self.values)
+        nn.init.normal_(self.values, std=1 / self.value_scale)
 
     @classmethod
     def combine(cls, states: Sequence[Self], weights: Sequence[float], how: Combination) -> dict[str, Tensor]:
         first = states[0]
         support, values = combine_on_supports(
-            [state.support for state in states], [state.values for state in states], weights, how, first.name
+            [state.support for state in states],
+            [state.scaled(state.values) for state in states],
+            weights,
+            how,
+            first.name,
         )
         return {"values": values, **first.file_positions(support)}
 
     # ------------------------------------------------------------------ forms
 
     def sparse_part(self) -> Entries:
-        return Entries(self.support, self.values.detach())
+        return Entries(self.support, self.scaled(self.values.detach()))
 
     def sizes(self, save_dtype: torch.dtype) -> StateSizes:
         entries = self.values.numel()
@@ -179,14 +196,15 @@ class Delta(TrainedState):
     def extra_repr(self) -> str:
         rows, cols = self.shape
         entries = self.values.numel()
-        return f"entries={entries}, shape=({rows}, {cols}), density={entries / (rows * cols):.3g}"
+        scale = "" if self.value_scale == 1 else f", scale={self.value_scale:g}"
+        return f"entries={entries}, shape=({rows}, {cols}), density={entries / (rows * cols):.3g}{scale}"
 
 
 class SparseDelta(Delta):
     """The trained state of single entries: ``values[e]`` belongs to the flat position ``indices[e]``.
 
     Args:
-        shape, entries, name: as in ``Delta``.
+        shape, entries, name, scale: as in ``Delta``.
         recipe: how the positions are chosen if no file brings them.
         support: the positions, or None where they come later (from a file).
     """
@@ -198,9 +216,15 @@ class SparseDelta(Delta):
         return self.support
 
     def __init__(
-        self, shape: tuple[int, int], entries: int, name: str, recipe: SupportRecipe, support: Support | None = None
+        self,
+        shape: tuple[int, int],
+        entries: int,
+        name: str,
+        recipe: SupportRecipe,
+        support: Support | None = None,
+        scale: float = 1.0,
     ):
-        super().__init__(shape, entries, name, recipe.draw)
+        super().__init__(shape, entries, name, recipe.draw, scale)
         if support is None:
             self._await_file()
         else:

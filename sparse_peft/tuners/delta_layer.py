@@ -142,7 +142,7 @@ class SparseTunerLayer(TunerLayer[DeltaT]):
             self._join(names)
 
     def sum_values(self, delta: ActiveDelta) -> Tensor:
-        """The values of the joined adapters at their common support, ``(entries,)``, differentiable."""
+        """The joined adapters' delta at their common support, ``(entries,)``, differentiable."""
         return delta.sum_values([self.deltas[name]() for name in delta.names])
 
     def stamp(self, delta: ActiveDelta | None) -> Stamp | None:
@@ -410,7 +410,7 @@ class SparseTunerLayer(TunerLayer[DeltaT]):
         """The adapter's delta as a dense tensor of the stored weight's shape, in the values' dtype."""
         module = self.settled(adapter)
         dense = module.values.new_zeros(self.stored_shape)
-        add_to_support_(dense, module.support, module.values)
+        add_to_support_(dense, module.support, module())
         return dense.view(self.weight_shape)
 
     # ------------------------------------------------------------------ PEFT's and torch's bookkeeping

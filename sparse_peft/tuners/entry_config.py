@@ -9,7 +9,8 @@ from typing import Annotated, Any, ClassVar, Self
 
 from ..constraints import Count, OneOf, Pattern, Positive, Share
 from ..support import ALLOCATIONS, Block, Budget, Criterion
-from .base_config import BaseSparseConfig, allocation_note, explains_fields, selection_note
+from .base_config import allocation_note, explains_fields, selection_note
+from .delta_config import DeltaConfig
 
 # Without a budget: a density, and in layers so small that it would be next to nothing, this many entries.
 DEFAULT_AT_LEAST = 16
@@ -19,7 +20,7 @@ BUDGET_FIELDS = frozenset({"density", "num_params", "r", "density_pattern", "all
 
 @explains_fields
 @dataclass
-class EntryConfig(BaseSparseConfig):
+class EntryConfig(DeltaConfig):
     """Fields common to the methods that train single entries; the subclasses' docstrings explain them."""
 
     deciding_fields: ClassVar[frozenset[str]] = BUDGET_FIELDS

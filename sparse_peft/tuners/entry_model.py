@@ -27,9 +27,10 @@ class DeltaPlan:
     entries: int
     recipe: SupportRecipe
     support: Support | None
+    scale: float
 
     def make_delta(self, name: str) -> SparseDelta:
-        return SparseDelta(self.shape, self.entries, name, self.recipe, self.support)
+        return SparseDelta(self.shape, self.entries, name, self.recipe, self.support, self.scale)
 
 
 EntryConfigT = TypeVar("EntryConfigT", bound=EntryConfig)
@@ -65,8 +66,11 @@ class EntryModel(BaseSparseModel[EntryConfigT, SparseDeltaT]):
         self._check_counts(config, shapes, counts)
         config.num_entries = counts
         config.weight_shapes = {name: list(shape) for name, shape in shapes.items()}
+        config.resolve_scale()
         return {
-            name: DeltaPlan(shape, counts[name], self._recipe(config, name, counts[name]), supports.get(name))
+            name: DeltaPlan(
+                shape, counts[name], self._recipe(config, name, counts[name]), supports.get(name), config.value_scale
+            )
             for name, shape in shapes.items()
         }
 
@@ -141,4 +145,5 @@ class EntryModel(BaseSparseModel[EntryConfigT, SparseDeltaT]):
         counts = {name: found["values"].numel() for name, found in tensors.items()}
         budget: dict[str, Any] = dict.fromkeys(configs[0].budget_fields)
         budget |= {"num_params": sum(counts.values()), "density_pattern": {}, "allocation": "numel"}
+        configs[0].divide_by_scale_(tensors)
         return {**budget, "threshold": None, "num_entries": counts}

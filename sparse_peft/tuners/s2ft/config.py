@@ -8,7 +8,8 @@ from typing import Annotated, ClassVar, Self
 
 from ...calibrate import CHANNEL_CRITERIA
 from ...constraints import Count, OneOf, Pattern, Share
-from ..base_config import BaseSparseConfig, allocation_note, explains_fields, selection_note
+from ..base_config import allocation_note, explains_fields, selection_note
+from ..delta_config import DeltaConfig
 from .budget import UNIT_ALLOCATIONS, UnitBudget
 
 SIDES = ("auto", "in", "out")
@@ -24,12 +25,12 @@ SELECTION_FIELDS = frozenset(
 
 @explains_fields
 @dataclass
-class S2FTConfig(BaseSparseConfig):
+class S2FTConfig(DeltaConfig):
     """Structured sparse fine-tuning, S2FT (https://arxiv.org/abs/2412.06289): train some channels of each layer.
 
-    The effective weight is ``W`` ``(out, in)`` plus values ``(out, k)`` at ``k`` of its columns, or ``(k, in)`` at
-    ``k`` of its rows. Where ``o_proj`` and ``down_proj`` train input channels, as by default, a training step keeps
-    only those channels of their inputs.
+    The effective weight is ``W`` ``(out, in)`` plus ``scale`` times the values: ``(out, k)`` at ``k`` of its columns,
+    or ``(k, in)`` at ``k`` of its rows. Where ``o_proj`` and ``down_proj`` train input channels, as by default, a
+    training step keeps only those channels of their inputs.
 
     The budget is one of ``ratio``, ``k``, ``num_params`` and ``r``; without any, 3 % of the channels.
 
@@ -57,6 +58,7 @@ class S2FTConfig(BaseSparseConfig):
         seed: of the random channels; every block draws its own from (seed, block name).
         resident: let the base weight hold the adapter's channels between steps where that is possible, which makes the
             forward pass as fast as the base's. ``False`` never writes to the base; it changes speed, not results.
+        scale: factor between the trained values and the delta.
         num_channels: resolved number of channels per layer; filled in when the adapter is made, and used to rebuild a
             saved adapter. Not for setting by hand.
         sides: resolved side per layer; likewise.

@@ -41,6 +41,7 @@ class ChannelDelta(Delta):
         name: the layer's name.
         draw: see ``Delta``.
         support: the channels, or None where they come later (from a file).
+        scale: see ``Delta``.
     """
 
     position_names = BUFFERS
@@ -54,8 +55,9 @@ class ChannelDelta(Delta):
         name: str,
         draw: Callable[[Callable[[], Tensor], tuple[int, int]], Support],
         support: Support | None = None,
+        scale: float = 1.0,
     ):
-        super().__init__(shape, count * width * shape[1 - dim], name, draw)
+        super().__init__(shape, count * width * shape[1 - dim], name, draw, scale)
         self.dim, self.count, self.width = dim, count, width
         if support is None:
             self.keep_positions({BUFFERS[dim]: torch.full((count,), UNSET, dtype=torch.int32)})

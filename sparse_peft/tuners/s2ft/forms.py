@@ -35,7 +35,7 @@ def skeleton_of_channels(
 
 def channels_of_lora(factors: Mapping[str, LoraFactors], fan_in_fan_out: bool) -> tuple[dict[str, Any], Tensors]:
     """LoRA whose ``A`` or ``B`` selects channels, as S2FT; see ``BaseSparseModel.from_lora``."""
-    fields: dict[str, dict[str, Any]] = {"num_channels": {}, "sides": {}, "weight_shapes": {}}
+    fields: dict[str, Any] = {"scale": 1.0, "num_channels": {}, "sides": {}, "weight_shapes": {}}
     tensors: Tensors = {}
     for name, lora in factors.items():
         taps = lora.A[0, 0].numel()

@@ -36,11 +36,12 @@ class ChannelPlan:
     count: int
     support: Support | None
     selection: str
+    scale: float
 
     def make_delta(self, name: str) -> ChannelDelta:
         """The trained state of the layer of this name."""
         side, draw = self.side, partial(_not_chosen, name, self.selection)
-        return ChannelDelta(side.shape, side.dim, self.count, side.width, name, draw, self.support)
+        return ChannelDelta(side.shape, side.dim, self.count, side.width, name, draw, self.support, self.scale)
 
 
 def _not_chosen(name: str, selection: str, *_: Any) -> Support:
@@ -107,8 +108,10 @@ class S2FTModel(BaseSparseModel[S2FTConfig, ChannelDelta]):
         config.num_channels = counts
         config.sides = {name: "in" if side.is_input else "out" for name, side in sides.items()}
         config.weight_shapes = {name: list(side.shape) for name, side in sides.items()}
+        config.resolve_scale()
         return {
-            name: ChannelPlan(side, counts[name], supports.get(name), config.selection) for name, side in sides.items()
+            name: ChannelPlan(side, counts[name], supports.get(name), config.selection, config.value_scale)
+            for name, side in sides.items()
         }
 
     @classmethod
@@ -116,6 +119,7 @@ class S2FTModel(BaseSparseModel[S2FTConfig, ChannelDelta]):
         counts = {name: next(found[b].numel() for b in BUFFERS if b in found) for name, found in tensors.items()}
         sides = {name: side for config in configs for name, side in (config.sides or {}).items()}
         entries = sum(found["values"].numel() for found in tensors.values())
+        configs[0].divide_by_scale_(tensors)
         budget: dict[str, Any] = {"ratio": None, "k": None, "r": None, "num_params": entries, "ratio_pattern": {}}
         # further channels would not be chosen as these were
         choice = {"selection": "random", "largest": None, "avoid": None, "coupled": False, "granularity": "channel"}

@@ -36,9 +36,9 @@ def sara_learning_rate(threshold: float) -> float:
 class SaRAConfig(EntryConfig):
     """SaRA (https://arxiv.org/abs/2409.06633): train the smallest weights, which a model hardly uses.
 
-    The effective weight is ``W + scatter(values)``, with values ``(k,)`` at the ``k`` entries of ``W`` ``(out, in)``
-    that are smallest in absolute value. A ``threshold`` gives ``k``, or one of ``density``, ``num_params`` and ``r``;
-    without any, 5 % train.
+    The effective weight is ``W + scale * scatter(values)``, with values ``(k,)`` at the ``k`` entries of ``W`` ``(out,
+    in)`` that are smallest in absolute value. A ``threshold`` gives ``k``, or one of ``density``, ``num_params`` and
+    ``r``; without any, 5 % train.
 
     Training with ``progressive`` or ``nuclear_weight`` needs [`SparsityCallback`][sparse_peft.SparsityCallback] or a
     [`SparsityController`][sparse_peft.SparsityController].
@@ -62,6 +62,7 @@ class SaRAConfig(EntryConfig):
         seed: of the random layers of ``nuclear_matrices="one"``.
         resident: let the base weight hold the adapter's entries between steps where that is possible, which makes the
             forward pass as fast as the base's. ``False`` never writes to the base; it changes speed, not results.
+        scale: factor between the trained values and the delta.
         num_entries: resolved number of entries per layer; filled in when the adapter is made, and used to rebuild a
             saved adapter. Not for setting by hand.
         weight_shapes: resolved ``[rows, cols]`` of the layers' stored weights; likewise.

@@ -61,7 +61,7 @@ class _Part:
 
     def weights(self) -> Tensor:
         """``(entries,)`` float32: the effective entries."""
-        return self.originals() + full_tensor(self.delta.values).to(torch.float32)
+        return self.originals() + self.delta.scaled(full_tensor(self.delta.values).to(torch.float32))
 
     def freeze(self, mask: Tensor) -> None:
         self.frozen = _Frozen(mask, full_tensor(self.delta.values)[mask].clone()) if bool(mask.any()) else None
@@ -128,7 +128,7 @@ class SaRADynamics(Dynamics[SaRAConfig, SaRALinear]):
         if part.frozen is not None:
             weights = weights.masked_fill(part.frozen.mask, 0)
         _, gradient = nuclear_norm(weights, part.support)
-        gradient *= self.config.nuclear_weight * self.config.nuclear_every
+        gradient *= self.config.nuclear_weight * self.config.nuclear_every * part.delta.value_scale
         add_gradient_(self.optimizer, part.delta.values, gradient)
 
     # ------------------------------------------------------------------ freezing

@@ -20,8 +20,8 @@ DEFAULT_DENSITY = {"finetune": 0.01, "pretrain": 0.03}
 class SLTrainConfig(SparseConfig):
     """SLTrain (https://arxiv.org/abs/2406.02214): sparse plus low rank.
 
-    The delta is ``alpha / r * B A + scatter(values)``, with ``A`` ``(r, in)``, ``B`` ``(out, r)`` and values ``(k,)``
-    trained. With ``mode="finetune"`` it is added to the frozen weight and starts at zero: RoSA's form
+    The delta is ``alpha / r * B A + scale * scatter(values)``, with ``A`` ``(r, in)``, ``B`` ``(out, r)`` and values
+    ``(k,)`` trained. With ``mode="finetune"`` it is added to the frozen weight and starts at zero: RoSA's form
     (https://arxiv.org/abs/2401.04679) with positions from gradients, DSEE's with positions from a residual. With
     ``mode="pretrain"`` it takes the weight's place, and everything else of the model trains as well: see
     [`build_for_pretraining`][sparse_peft.build_for_pretraining].

@@ -19,12 +19,12 @@ from .config import SLTrainConfig
 
 
 class SLTrainDelta(LowRankState, SparseDelta):
-    """``scale * B @ A + scatter(values)``, as a map from inputs to outputs; see the two base classes.
+    """``scale * B @ A + value_scale * scatter(values)``, as a map from inputs to outputs; see the two base classes.
 
     Args:
         shape, entries, name, recipe, support: as in ``SparseDelta``.
         sizes: ``(inputs, outputs)`` of the layer.
-        config: the adapter's.
+        config: the adapter's, with the scales of both parts.
     """
 
     def __init__(
@@ -37,17 +37,17 @@ class SLTrainDelta(LowRankState, SparseDelta):
         sizes: tuple[int, int],
         config: SLTrainConfig,
     ):
-        SparseDelta.__init__(self, shape, entries, name, recipe, support)
+        SparseDelta.__init__(self, shape, entries, name, recipe, support, config.value_scale)
         self.add_factors(sizes, config.rank, config.alpha / config.rank, config.dropout)
         if config.trainable_scale:
             self.theta = nn.Parameter(torch.ones(1))
         if config.mode == "pretrain":
             # the sparse part is all of the weight at first: as nn.Linear's, at the entries
-            bound = config.init_scale / math.sqrt(sizes[0])
+            bound = config.init_scale / math.sqrt(sizes[0]) / config.value_scale
             nn.init.uniform_(self.values, -bound, bound)
 
     def randomise(self) -> None:
-        nn.init.normal_(self.values)
+        SparseDelta.randomise(self)
         nn.init.normal_(self.B)
 
     def factors(self) -> tuple[Tensor, Tensor]:

@@ -126,7 +126,7 @@ class SLTrainLinear(LowRankLayer[SLTrainDelta], SparseTunerLayer[SLTrainDelta]):
             return
         delta, support = self.deltas[self._only_name], self.settled(self._only_name).support
         down, up = (factor.detach() for factor in delta.factors())
-        weight = compose_weight(up, down, delta.values.detach(), support)
+        weight = compose_weight(up, down, delta().detach(), support)
         if safe_merge:
             self._check_merged(weight, names)
         self._merge_layer(base.with_weight(weight), names)

@@ -31,8 +31,8 @@ GRANULARITIES = ("entry", "block")
 class SparseConfig(EntryConfig):
     """Train a sparse delta: chosen entries of each weight; the others stay frozen.
 
-    The effective weight is ``W + scatter(values)``: of ``W`` ``(out, in)`` only the ``k`` values ``(k,)`` at the
-    chosen positions train. Positions are fixed, as in LT-SFT (https://arxiv.org/abs/2110.07560), or change during
+    The effective weight is ``W + scale * scatter(values)``: of ``W`` ``(out, in)`` only the ``k`` values ``(k,)`` at
+    the chosen positions train. Positions are fixed, as in LT-SFT (https://arxiv.org/abs/2110.07560), or change during
     training, as in SpIEL (https://arxiv.org/abs/2401.16405), SET and RigL.
 
     The budget is one of ``density``, ``num_params`` and ``r``; without any, 1 % of the target weights train, and at
@@ -78,6 +78,7 @@ class SparseConfig(EntryConfig):
             ``"zero"``: none.
         resident: let the base weight hold the adapter's entries between steps where that is possible, which makes the
             forward pass as fast as the base's. ``False`` never writes to the base; it changes speed, not results.
+        scale: factor between the trained values and the delta.
         num_entries: resolved number of entries per layer; filled in when the adapter is made, and used to rebuild a
             saved adapter. Not for setting by hand.
         weight_shapes: resolved ``[rows, cols]`` of the layers' stored weights; likewise.

@@ -107,7 +107,8 @@ class ReselectionDynamics(Dynamics[SparseConfig, Layer]):
     def _factor(self, watched: list[tuple[CandidateWindow, Tensor]]) -> float | None:
         """The common factor between gradients in backward and in the optimizer; None if any is not finite.
 
-        A loss scale and clipping multiply all gradients alike; those of the trained entries show by how much.
+        The delta's scale, a loss scale and clipping multiply all gradients alike; those of the trained entries show by
+        how much.
         """
         seen = []
         for window, gradient in watched:
@@ -116,7 +117,7 @@ class ReselectionDynamics(Dynamics[SparseConfig, Layer]):
             finite = window.is_finite() & used.isfinite().all()
             seen.append(torch.stack((torch.dot(own, used), torch.dot(own, own), (~finite).double())))
         along, total, broken = torch.stack([numbers.to(seen[0].device) for numbers in seen]).sum(0).tolist()
-        factor = along / total if total > 0 else 1.0
+        factor = along / total if total > 0 else self.config.value_scale
         return None if broken or not math.isfinite(factor) else factor
 
     def _accumulators(self, track: LayerTrack) -> tuple[Tensor, Tensor] | None:
@@ -144,10 +145,11 @@ class ReselectionDynamics(Dynamics[SparseConfig, Layer]):
     def _exchange(self, group: list[LayerTrack], rate: float, step: int) -> dict[str, LayerChange]:
         """Exchange entries within a group of layers."""
         values = [full_tensor(track.delta.values) for track in group]
+        deltas = [track.delta.scaled(own) for track, own in zip(group, values, strict=True)]
         counts = [int(track.support.nnz * rate) for track in group]
         candidates = [self._candidates(track, count, step) for track, count in zip(group, counts, strict=True)]
         supports = [track.support for track in group]
-        exchanges = exchange(supports, values, counts, candidates, together=self.config.redistribute)
+        exchanges = exchange(supports, deltas, counts, candidates, together=self.config.redistribute)
         changes = {}
         for track, old, result in zip(group, values, exchanges, strict=True):
             agreed = self._agreed(result)

@@ -26,7 +26,7 @@ class LayerChange:
         entries: trained entries afterwards.
         replaced: entries that are new.
         numel: size of the weight.
-        drop_threshold: largest absolute value among the dropped entries; None if none was dropped.
+        drop_threshold: largest absolute delta among the dropped entries; None if none was dropped.
         grow_threshold: smallest score among the new entries; None if none is new, or growth was random.
     """
 
