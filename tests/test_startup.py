@@ -1,0 +1,139 @@
+"""Adapters load without ``import sparse_peft``, in environments with an installed package and a fresh interpreter."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from peft import PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from sparse_peft import SparseConfig
+from tests.helpers.environments import ROOT, environment
+from tests.helpers.lm_eval_task import log_likelihood, sums_task
+
+WAYS = ROOT / "tests" / "helpers" / "ways_to_load.py"
+WAITS = "import sys; print(any(type(f).__module__ == '_sparse_peft_startup' for f in sys.meta_path))"
+MODULES = "import sys; print(*sorted(sys.modules))"
+BROKEN = """
+import sys
+import _sparse_peft_startup
+
+def fails(module):
+    raise OSError("broken")
+
+_sparse_peft_startup.CHANGES["peft.peft_model"] = fails
+sys.modules["sparse_peft.version"] = None
+from peft import get_peft_config
+try:
+    get_peft_config({"peft_type": "SPARSE_PEFT_DELTA"})
+except KeyError as error:
+    print(error)
+"""
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory):
+    """A wheel of this checkout."""
+    pytest.importorskip("hatchling")
+    folder = tmp_path_factory.mktemp("wheel")
+    command = [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", str(folder)]
+    subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
+    (built,) = folder.glob("*.whl")
+    return built
+
+
+@pytest.fixture(scope="module")
+def installed(wheel, tmp_path_factory):
+    """An environment with the wheel."""
+    made = environment(tmp_path_factory.mktemp("environment"))
+    made.install(wheel)
+    return made
+
+
+@pytest.fixture(scope="module")
+def adapters(stand_in, tmp_path_factory):
+    """Folders of a random adapter and of one whose file has a tensor of the base; the first one's logits."""
+    folder = tmp_path_factory.mktemp("adapters")
+    torch.manual_seed(0)
+    config = SparseConfig(density=0.2, target_modules="all-linear", init_weights=False, task_type="CAUSAL_LM")
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(stand_in), config).eval()
+    for name in ("good", "damaged"):
+        model.save_pretrained(folder / name)
+    path = folder / "damaged" / "adapter_model.safetensors"
+    head = {"base_model.model.lm_head.weight": torch.zeros_like(model.get_output_embeddings().weight)}
+    save_file(load_file(path) | head, path)
+    with torch.no_grad():
+        logits = model(input_ids=torch.arange(8)[None]).logits.flatten()[:50]
+    return folder / "good", folder / "damaged", logits.tolist()
+
+
+def test_adapters_load_in_every_way_without_an_import(installed, stand_in, adapters):
+    good, damaged, logits = adapters
+    found = json.loads(installed.run(WAYS, stand_in, good, damaged).stdout)
+    for way in ("PeftModel", "AutoPeftModel", "AutoModel", "load_adapter", "pipeline"):
+        assert found.pop(way) == pytest.approx(logits, abs=1e-6), way
+    for way in ("refused by PeftModel", "refused by transformers"):
+        left = found.pop(way)
+        assert "lm_head.weight" in left["error"] and left["same"] and not left["wrapped"], way
+    name = "SparseConfig"
+    assert found == {"PeftConfig": name, "get_peft_config": name, "PeftType": "SPARSE_PEFT_DELTA"}
+
+
+def test_the_start_of_an_interpreter_imports_one_module(installed):
+    plain = installed.run("-S", "-c", MODULES).stdout.split()
+    added = set(installed.run("-c", MODULES).stdout.split()) - set(plain)
+    assert {name for name in added if "sparse_peft" in name} == {"_sparse_peft_startup"}
+    without = installed.run("-c", MODULES, SPARSE_PEFT_AUTOLOAD="0").stdout.split()
+    assert added <= set(without), "the module imports no other"
+
+
+@pytest.mark.parametrize("value", ["0", "false"])
+def test_it_can_be_switched_off(installed, value):
+    assert installed.run("-c", WAITS).stdout == "True\n"
+    assert installed.run("-c", WAITS, SPARSE_PEFT_AUTOLOAD=value).stdout == "False\n"
+
+
+def test_errors_are_logged_and_leave_peft_as_it_is(installed):
+    done = installed.run("-c", BROKEN)
+    assert done.stdout == "'SPARSE_PEFT_DELTA'\n" and "OSError: broken" in done.stderr
+    assert "peft.peft_model stays as it is" in done.stderr and "SPARSE_PEFT_AUTOLOAD=0" in done.stderr
+    assert "sparse_peft cannot be imported" in done.stderr and "sparse_peft.version" in done.stderr
+
+
+def test_an_editable_install_does_the_same_and_uninstalling_ends_it(tmp_path):
+    made = environment(tmp_path / "environment")
+    made.install("--editable", ROOT)
+    assert made.run("-c", WAITS).stdout == "True\n"
+    made.pip("uninstall", "--yes", "sparse-peft")
+    assert made.run("-c", WAITS).stdout == "False\n"
+    assert sorted(path.name for path in made.site.iterdir()) == ["shared.pth"]
+
+
+@pytest.mark.slow
+def test_accelerate_launch_loads_adapters(installed, stand_in, adapters):
+    good, damaged, logits = adapters
+    launch = ("-m", "accelerate.commands.launch", "--cpu", "--num_processes=1", WAYS, stand_in, good, damaged)
+    found = json.loads(installed.run(*launch).stdout)
+    assert found["PeftModel"] == found["pipeline"] == pytest.approx(logits, abs=1e-6)
+
+
+@pytest.mark.slow
+def test_lm_eval_measures_an_adapter(installed, stand_in, adapters, tmp_path):
+    """Unmodified lm-eval on a task of the test's own: the log-likelihoods are those of the model here."""
+    pytest.importorskip("lm_eval")
+    questions = sums_task(tmp_path)
+    arguments = f"pretrained={stand_in},peft={adapters[0]},dtype=float32"
+    options = ["--include_path", tmp_path, "--device", "cpu", "--log_samples", "--output_path", tmp_path / "out"]
+    installed.run("-m", "lm_eval", "--model", "hf", "--model_args", arguments, "--tasks", "sums", *options)
+    (samples,) = (tmp_path / "out").rglob("samples_sums_*.jsonl")
+    found = [json.loads(line) for line in samples.read_text().splitlines()]
+    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(stand_in), adapters[0]).eval()
+    tokenizer = AutoTokenizer.from_pretrained(stand_in)
+    for sample in found:
+        measured = [float(answer[0][0]) for answer in sample["resps"]]
+        expected = [log_likelihood(model, tokenizer, sample["doc"]["q"], c) for c in sample["doc"]["c"]]
+        assert measured == pytest.approx(expected, abs=1e-4)
+    assert len(found) == questions
