@@ -27,6 +27,7 @@ LAYERS = (
     "structure",
     "training",
     "adapters",
+    "sync",
     "planning",
     "report",
     "doctor",

@@ -1,8 +1,10 @@
-"""Numerical helpers without layers: panels, products over tokens, top-k, order statistics, random numbers, k-means.
+"""Numerical helpers without layers: panels, products over tokens, top-k, order statistics, random numbers,
+k-means, checksums.
 
 Except for [`panel_limit`][sparse_peft.panel_limit], all exports are internal to sparse_peft.
 """
 
+from .checksums import checksum
 from .order_statistics import order_statistics
 from .panels import panel_bytes, panel_limit, panels
 from .rng import sample_without_replacement, uniform
@@ -12,6 +14,7 @@ from .topk import RunningTopK, topk_indices
 __all__ = [
     "RunningTopK",
     "accumulation_dtype",
+    "checksum",
     "flatten_tokens",
     "order_statistics",
     "panel_bytes",

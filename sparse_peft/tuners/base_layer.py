@@ -368,14 +368,19 @@ class TunerLayer(BaseTunerLayer, nn.Module, Generic[StateT]):
         if self.quantization_backend is not None:
             self._merge_packed(self.quantization_backend, names, safe_merge)
             return
-        weight = self.base_parameter
-        merged = weight.detach().to(torch.promote_types(weight.dtype, torch.float32), copy=True)
-        for name in names:
-            merged += self.get_delta_weight(name).to(merged)
+        weight, merged = self.base_parameter, self.merged_weight(names)
         if safe_merge:
             self._check_merged(merged, names)
         backup = WeightBackup(weight, weight.detach().clone())
         self.ledger.merge(backup, lambda: weight.detach().copy_(merged), names)
+
+    def merged_weight(self, names: tuple[str, ...]) -> Tensor:
+        """The base's own weight plus these adapters' deltas, as a new tensor in float32 or wider."""
+        weight = self.base_parameter.detach()
+        merged = weight.to(torch.promote_types(weight.dtype, torch.float32), copy=True)
+        for name in names:
+            merged += self.get_delta_weight(name).to(merged)
+        return merged
 
     def _merge_layer(self, merged: nn.Module, names: tuple[str, ...]) -> None:
         """Put a layer with a merged weight in the place of a base layer that has no weight."""
