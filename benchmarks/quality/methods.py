@@ -1,0 +1,213 @@
+"""The rows: how each method becomes a model, and the learning rates among which it finds its own."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from peft import LoraConfig, PeftConfig, ShiraConfig, SupertuningConfig, get_peft_model
+from torch import nn
+
+from sparse_peft import S2FTConfig, SaRAConfig, SLTrainConfig, SnellaConfig, SoRAConfig, SparseConfig, select_support
+
+from .models import Base
+from .tasks import Batch
+
+FULL, LORA, RANDOM = "full", "lora", "random"
+# About half a power of ten apart; each search starts where the method's best was in earlier ones.
+RATES = (1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2)
+CALIBRATION_BATCHES = 8
+
+
+@dataclass(frozen=True)
+class Budget:
+    """Trained parameters beside the head: ``r``, those of LoRA of this rank, or a ``density`` of the target weights."""
+
+    field: str
+    value: float
+
+    @classmethod
+    def parse(cls, text: str) -> Budget:
+        """``"r=16"`` or ``"density=0.01"``.
+
+        Raises:
+            ValueError: it is neither.
+        """
+        match = re.fullmatch(r"(r)=([1-9]\d*)|(density)=(0\.\d*[1-9])", text)
+        if match is None:
+            raise ValueError(f"budget={text!r} is none: write r=16 or density=0.01")
+        field, value = (found for found in match.groups() if found)
+        return cls(field, int(value) if field == "r" else float(value))
+
+    @property
+    def rank(self) -> int:
+        """Raises ValueError where the budget is a density, which low-rank methods cannot have."""
+        if self.field != "r":
+            raise ValueError(f"budget {self} is no rank: low-rank methods need r=...")
+        return int(self.value)
+
+    @property
+    def fields(self) -> dict[str, float]:
+        return {self.field: self.value}
+
+    def __str__(self) -> str:
+        return f"{self.field}={self.value:g}"
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What a method is made for."""
+
+    base: Base
+    model: nn.Module
+    budget: Budget
+    seed: int
+    steps: int
+
+    @property
+    def shared(self) -> dict:
+        """Fields of every config."""
+        head = list(self.base.head) or None
+        return {"target_modules": self.base.targets, "task_type": self.base.task_type, "modules_to_save": head}
+
+    def layers(self, targets: str) -> list[nn.Linear]:
+        return [
+            module
+            for name, module in self.model.named_modules()
+            if isinstance(module, nn.Linear) and re.fullmatch(targets, name)
+        ]
+
+    def lora_size(self, rank: int, targets: str) -> int:
+        return rank * sum(layer.in_features + layer.out_features for layer in self.layers(targets))
+
+    @property
+    def weights(self) -> int:
+        return sum(layer.weight.numel() for layer in self.layers(self.base.targets))
+
+
+@dataclass(frozen=True)
+class Method:
+    """One row.
+
+    Attributes:
+        make: the config of a setting; None to train all weights of the base.
+        start: learning rate at which the search for the best begins, one of ``RATES``.
+    """
+
+    make: Callable[[Setting], PeftConfig] | None
+    start: float
+
+
+def _paper_scale(config: type[PeftConfig]) -> dict[str, float]:
+    """``scale=1`` where configs have one: the trained numbers are the delta, and rates compare with the papers'."""
+    return {"scale": 1.0} if any(field.name == "scale" for field in dataclasses.fields(config)) else {}
+
+
+def _ours(config: type[PeftConfig], **fields: object) -> Callable[[Setting], PeftConfig]:
+    return lambda at: config(**{**at.budget.fields, **_paper_scale(config), "seed": at.seed, **fields}, **at.shared)
+
+
+def _sparse(selection: str, **fields: object) -> Callable[[Setting], PeftConfig]:
+    return _ours(SparseConfig, selection=selection, **fields)
+
+
+def _dynamic(selection: str, accumulate: int) -> Callable[[Setting], PeftConfig]:
+    def make(at: Setting) -> PeftConfig:
+        every = max(accumulate, at.steps // 8, 1)
+        return _sparse(selection, reselect_every=every, accumulate=accumulate)(at)
+
+    return make
+
+
+def _lora(**fields: object) -> Callable[[Setting], PeftConfig]:
+    return lambda at: LoraConfig(r=at.budget.rank, lora_alpha=2 * at.budget.rank, **fields, **at.shared)
+
+
+def _lora_on_mlp(at: Setting) -> PeftConfig:
+    """LoRA on the feed-forward layers, of the rank that is nearest in parameters."""
+    rank = round(at.lora_size(at.budget.rank, at.base.targets) / at.lora_size(1, at.base.mlp))
+    return LoraConfig(r=rank, lora_alpha=2 * rank, **{**at.shared, "target_modules": at.base.mlp})
+
+
+def _shira(at: Setting) -> PeftConfig:
+    return ShiraConfig(r=at.budget.rank, random_seed=at.seed, **at.shared)
+
+
+def _super_tuning(at: Setting) -> PeftConfig:
+    density = at.budget.value
+    if at.budget.field == "r":
+        density = at.lora_size(at.budget.rank, at.base.targets) / at.weights
+    return SupertuningConfig(sparsity=1 - density, **at.shared)
+
+
+def _sora(at: Setting) -> PeftConfig:
+    rank = at.budget.rank
+    return SoRAConfig(r=rank, alpha=2 * rank, target_rank=0.5, **_paper_scale(SoRAConfig), **at.shared)
+
+
+def _sltrain(at: Setting) -> PeftConfig:
+    """Half of the parameters in the low-rank part, half in entries."""
+    rank = at.budget.rank // 2
+    entries = at.lora_size(at.budget.rank, at.base.targets) - at.lora_size(rank, at.base.targets)
+    scale = _paper_scale(SLTrainConfig)
+    return SLTrainConfig(r=rank, alpha=2 * rank, num_params=entries, seed=at.seed, **scale, **at.shared)
+
+
+def _snell(**fields: object) -> Callable[[Setting], PeftConfig]:
+    def make(at: Setting) -> PeftConfig:
+        return SnellaConfig(r=at.budget.rank, seed=at.seed, **_paper_scale(SnellaConfig), **fields, **at.shared)
+
+    return make
+
+
+METHODS: dict[str, Method] = {
+    LORA: Method(_lora(), 3e-4),
+    FULL: Method(None, 1e-4),
+    RANDOM: Method(_sparse("random"), 1e-3),
+    "magnitude_smallest": Method(_sparse("magnitude_smallest"), 1e-3),
+    "fisher": Method(_sparse("fisher"), 3e-4),
+    "s2ft": Method(_ours(S2FTConfig), 1e-3),
+    "lora-mlp": Method(_lora_on_mlp, 3e-4),
+    "magnitude": Method(_sparse("magnitude"), 1e-3),
+    "principal": Method(_sparse("principal"), 1e-3),
+    "shira": Method(_shira, 1e-3),
+    "super-tuning": Method(_super_tuning, 1e-3),
+    "residual": Method(_sparse("residual"), 1e-3),
+    "accumulated_gradient": Method(_dynamic("accumulated_gradient", 3), 3e-4),
+    "blocks": Method(_sparse("random", granularity="block"), 1e-3),
+    "blocks-fisher": Method(_sparse("fisher", granularity="block"), 3e-4),
+    "sara": Method(_ours(SaRAConfig), 1e-3),
+    "gradient": Method(_sparse("gradient"), 3e-4),
+    "sltrain": Method(_sltrain, 3e-4),
+    "sora": Method(_sora, 3e-4),
+    "snella": Method(_snell(kernel="mixed", target_sparsity=0.9), 3e-3),
+    "snell": Method(_snell(sparsity=0.9), 3e-3),
+    "rslora": Method(_lora(use_rslora=True), 3e-4),
+    "dora": Method(_lora(use_dora=True), 3e-4),
+    "momentum": Method(_dynamic("momentum", 3), 3e-4),
+    "rigl": Method(_dynamic("rigl", 1), 3e-4),
+    "set": Method(_dynamic("set", 0), 1e-3),
+    "movement": Method(_sparse("movement"), 3e-4),
+    "wanda": Method(_sparse("wanda"), 1e-3),
+    "s2ft-product": Method(_ours(S2FTConfig, selection="product"), 1e-3),
+    "s2ft-uncoupled": Method(_ours(S2FTConfig, coupled=False), 1e-3),
+}
+
+
+def adapted(name: str, at: Setting, batches: list[Batch]) -> nn.Module:
+    """The setting's model, changed in place: with an adapter, or all its weights trained.
+
+    Args:
+        name: a key of ``METHODS``.
+        at: the setting.
+        batches: training data for criteria that need it.
+    """
+    make = METHODS[name].make
+    if make is None:
+        return at.model.requires_grad_(True)
+    config = make(at)
+    if getattr(config, "selection_needs", "none") in ("gradient", "activation"):
+        config = select_support(at.model, config, batches)
+    return get_peft_model(at.model, config)
