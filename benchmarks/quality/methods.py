@@ -23,7 +23,7 @@ CALIBRATION_BATCHES = 8
 
 @dataclass(frozen=True)
 class Budget:
-    """Trained parameters beside the head: ``r``, those of LoRA of this rank, or a ``density`` of the target weights."""
+    """Trained parameters beside the head: those of LoRA of rank ``r``, or a ``density`` of the target weights."""
 
     field: str
     value: float

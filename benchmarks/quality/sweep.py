@@ -59,9 +59,12 @@ class Sweep:
 
     def tuned(self, methods: Iterable[str], seeds: int) -> None:
         """Each method at its best rate, with so many seeds."""
-        best = {method: self.best_rate(method) for method in methods}
+        self.at([(method, self.best_rate(method)) for method in methods], seeds)
+
+    def at(self, rows: Sequence[tuple[str, float]], seeds: int) -> None:
+        """Methods at given rates, with so many seeds each."""
         for seed in range(seeds):
-            for method, rate in best.items():
+            for method, rate in rows:
                 self.run(method, rate, seed)
 
 
@@ -73,7 +76,7 @@ def downhill(rates: Sequence[float], start: float, loss: Callable[[float], float
     at = rates.index(start)
     for step in (1, -1):
         came_from = at
-        while 0 <= at + step < len(rates) and loss(rates[at + step]) < loss(rates[at]):
+        while 0 <= at + step < len(rates) and loss(rates[at]) > loss(rates[at + step]):
             at += step
         if at != came_from:
             break

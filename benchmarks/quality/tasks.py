@@ -8,6 +8,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -123,7 +124,7 @@ class AnswerTask(Task):
     """
 
     judged_by, untrained = "accuracy", ("kjv", "topics")
-    seeds = {"train": 0, "validation": 1_000_000, "test": 2_000_000}
+    seeds: ClassVar[dict[str, int]] = {"train": 0, "validation": 1_000_000, "test": 2_000_000}
 
     def __init__(self, name: str, sizes: Sizes, tokenizer: PreTrainedTokenizerBase, options: dict):
         super().__init__(name, sizes, tokenizer)

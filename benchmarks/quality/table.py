@@ -1,0 +1,189 @@
+"""What runs say: mean and spread over seeds at each method's best rate, and each method's worst task."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from statistics import mean, stdev
+from typing import Any, NamedTuple
+
+from .methods import LORA, METHODS
+from .records import Run
+from .sweep import TUNING_SEED
+
+
+@dataclass(frozen=True)
+class Stat:
+    """Mean and sample standard deviation over seeds; the latter is None for a single one."""
+
+    mean: float
+    spread: float | None
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> Stat:
+        return cls(mean(values), stdev(values) if len(values) > 1 else None)
+
+    def text(self, digits: int = 3, sign: str = "") -> str:
+        spread = "" if self.spread is None else f" ± {self.spread:.{digits}f}"
+        return f"{self.mean:{sign}.{digits}f}{spread}"
+
+
+class Comparison(NamedTuple):
+    """Runs that may be compared: of one task, one budget, and equal sizes."""
+
+    task: str
+    judged_by: str
+    budget: str
+    steps: int
+    batch: int
+    length: int
+    pool: int
+    held_out: int
+
+    @classmethod
+    def of(cls, run: Run) -> Comparison:
+        return cls(*(getattr(run, name) for name in cls._fields))
+
+    @property
+    def title(self) -> str:
+        return f"{self.task}, {self.budget}, {self.steps} steps of {self.batch} rows out of {self.pool:,}"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One method in a comparison.
+
+    Attributes:
+        rate: the one with the lowest validation loss at the tuning seed.
+        tried: all rates of the tuning seed.
+        share_of_lora: its mean gain ÷ LoRA's; None where LoRA did not run or did not gain.
+    """
+
+    method: str
+    rate: float
+    tried: tuple[float, ...]
+    seeds: tuple[int, ...]
+    trained: int
+    gained: Stat
+    forgotten: Stat | None
+    seconds: float
+    share_of_lora: float | None = None
+
+
+@dataclass(frozen=True)
+class Overall:
+    """One method over tasks, by its gain ÷ LoRA's."""
+
+    method: str
+    mean_share: float
+    worst_share: float
+    worst_task: str
+
+
+def comparisons(runs: Iterable[Run]) -> dict[Comparison, list[Run]]:
+    found: dict[Comparison, list[Run]] = {}
+    for run in runs:
+        found.setdefault(Comparison.of(run), []).append(run)
+    return dict(sorted(found.items()))
+
+
+def rows(runs: Sequence[Run], rate: float | None = None) -> list[Row]:
+    """A row for each method of one comparison, in the order of ``METHODS``.
+
+    Args:
+        runs: of one comparison.
+        rate: only runs with this rate, in place of each method's best.
+    """
+    found = []
+    for method in METHODS:
+        mine = [run for run in runs if run.method == method and rate in (None, run.rate)]
+        tuning = [run for run in mine if run.seed == TUNING_SEED]
+        if tuning:
+            best = min(tuning, key=lambda run: _or_infinite(run.end["validation_loss"])).rate
+            found.append(_row(method, best, tuning, [run for run in mine if run.rate == best]))
+    return _with_shares(found)
+
+
+def _or_infinite(loss: float) -> float:
+    return math.inf if math.isnan(loss) else loss
+
+
+def _row(method: str, rate: float, tuning: Sequence[Run], runs: Sequence[Run]) -> Row:
+    forgotten = [run.forgotten for run in runs if run.forgotten is not None]
+    return Row(
+        method=method,
+        rate=rate,
+        tried=tuple(sorted(run.rate for run in tuning)),
+        seeds=tuple(sorted(run.seed for run in runs)),
+        trained=runs[0].trained,
+        gained=Stat.of([run.gained for run in runs]),
+        forgotten=Stat.of(forgotten) if forgotten else None,
+        seconds=mean(run.seconds for run in runs),
+    )
+
+
+def _with_shares(found: Sequence[Row]) -> list[Row]:
+    lora = next((row.gained.mean for row in found if row.method == LORA), None)
+    if lora is None or lora <= 0:
+        return list(found)
+    return [Row(**{**vars(row), "share_of_lora": row.gained.mean / lora}) for row in found]
+
+
+def overall(tables: dict[Comparison, list[Row]]) -> list[Overall]:
+    """Each method that ran in all comparisons with LoRA, best worst task first."""
+    compared = {key: rows for key, rows in tables.items() if any(row.share_of_lora is not None for row in rows)}
+    found = []
+    for method in METHODS:
+        shares = {
+            key.task: row.share_of_lora
+            for key, rows in compared.items()
+            for row in rows
+            if row.method == method and row.share_of_lora is not None
+        }
+        if len(shares) == len(compared) > 0:
+            worst = min(shares, key=lambda task: shares[task])
+            found.append(Overall(method, mean(shares.values()), shares[worst], worst))
+    return sorted(found, key=lambda row: -row.worst_share)
+
+
+def markdown(key: Comparison, found: Sequence[Row]) -> str:
+    """A table of one comparison, largest gain first."""
+    unit = "loss gained" if key.judged_by == "loss" else "accuracy gained"
+    lines = [
+        f"| {key.title} | rate | {unit} | ÷ LoRA's | loss risen elsewhere | trained | seeds |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for row in sorted(found, key=lambda row: -row.gained.mean):
+        share = "-" if row.share_of_lora is None else f"{row.share_of_lora:.2f}"
+        forgotten = "-" if row.forgotten is None else row.forgotten.text(sign="+")
+        lines.append(
+            f"| {row.method} | {row.rate:g} | {row.gained.text()} | {share} | {forgotten} | {row.trained:,} "
+            f"| {len(row.seeds)} |"
+        )
+    return "\n".join(lines)
+
+
+def overall_markdown(found: Sequence[Overall]) -> str:
+    lines = ["| over tasks | mean gain ÷ LoRA's | worst | its task |", "|---|---|---|---|"]
+    lines += [f"| {row.method} | {row.mean_share:.2f} | {row.worst_share:.2f} | {row.worst_task} |" for row in found]
+    return "\n".join(lines)
+
+
+def content(tables: dict[Comparison, list[Row]], runs: Sequence[Run]) -> dict[str, Any]:
+    """Everything as plain data, for a JSON file."""
+    environments = {str(run.environment): run.environment for run in runs}
+    return {
+        "format": 1,
+        "environments": list(environments.values()),
+        "comparisons": [{**key._asdict(), "rows": [asdict(row) for row in found]} for key, found in tables.items()],
+        "overall": [asdict(row) for row in overall(standard(tables))],
+    }
+
+
+def standard(tables: dict[Comparison, list[Row]]) -> dict[Comparison, list[Row]]:
+    """Of each task the comparison with most methods: those that ``overall`` goes by."""
+    found: dict[str, Comparison] = {}
+    for key in sorted(tables, key=lambda key: len(tables[key])):
+        found[key.task] = key
+    return {key: tables[key] for key in found.values()}
