@@ -25,7 +25,8 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 # Neighbours in a file share its fixtures, so each worker begins with a half and takes from the other at the end.
 PARALLEL := -n $(WORKERS) --dist worksteal
 
-.PHONY: help venv quickstart test suite distributed compile slow gpu test-python coverage lint types docs bench clean
+.PHONY: help venv quickstart test suite distributed compile slow gpu test-python coverage lint types docs bench quality \
+	quality-table clean
 .DEFAULT_GOAL := help
 
 help:
@@ -42,6 +43,8 @@ help:
 	@echo "make types        mypy"
 	@echo "make docs         the documents as a site, in site/"
 	@echo "make bench        the benchmarks"
+	@echo "make quality      what methods gain and forget: goes on where it was interrupted, hours"
+	@echo "make quality-table  its tables and picture"
 	@echo "make clean        remove the virtual environments and the caches"
 
 venv: $(STAMP)
@@ -93,6 +96,14 @@ docs: $(STAMP)
 
 bench: $(STAMP)
 	$(BIN)/python -m benchmarks.step
+
+quality: $(STAMP)
+	$(BIN)/python -m pip install --quiet --no-deps -r benchmarks/quality/requirements.txt
+	$(BIN)/python -m benchmarks.quality run $(ARGS)
+
+quality-table: $(STAMP)
+	$(BIN)/python -m benchmarks.quality table
+	$(BIN)/python -m benchmarks.quality picture
 
 clean:
 	rm -rf $(VENV) .venv-* site htmlcov .coverage* .pytest_cache .ruff_cache .mypy_cache .hypothesis

@@ -25,7 +25,7 @@ from .tasks import TASKS
 from .training import Bench
 
 FOLDER = Path(__file__).parents[1] / "results"
-RESULTS = FOLDER / "quality-runs.jsonl"
+RESULTS = FOLDER / "quality-cpu.jsonl"
 IMAGE = Path(__file__).parents[2] / "docs" / "images" / "quality.png"
 app = typer.Typer(add_completion=False, no_args_is_help=True)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -100,13 +99,9 @@ class Method:
     start: float
 
 
-def _paper_scale(config: type[PeftConfig]) -> dict[str, float]:
-    """``scale=1`` where configs have one: the trained numbers are the delta, and rates compare with the papers'."""
-    return {"scale": 1.0} if any(field.name == "scale" for field in dataclasses.fields(config)) else {}
-
-
 def _ours(config: type[PeftConfig], **fields: object) -> Callable[[Setting], PeftConfig]:
-    return lambda at: config(**{**at.budget.fields, **_paper_scale(config), "seed": at.seed, **fields}, **at.shared)
+    """Rows of this package's deltas; with ``scale=1`` the trained numbers are the delta, and rates are the papers'."""
+    return lambda at: config(**{**at.budget.fields, "scale": 1.0, "seed": at.seed, **fields}, **at.shared)
 
 
 def _sparse(selection: str, **fields: object) -> Callable[[Setting], PeftConfig]:
@@ -144,20 +139,19 @@ def _super_tuning(at: Setting) -> PeftConfig:
 
 def _sora(at: Setting) -> PeftConfig:
     rank = at.budget.rank
-    return SoRAConfig(r=rank, alpha=2 * rank, target_rank=0.5, **_paper_scale(SoRAConfig), **at.shared)
+    return SoRAConfig(r=rank, alpha=2 * rank, target_rank=0.5, **at.shared)
 
 
 def _sltrain(at: Setting) -> PeftConfig:
     """Half of the parameters in the low-rank part, half in entries."""
     rank = at.budget.rank // 2
     entries = at.lora_size(at.budget.rank, at.base.targets) - at.lora_size(rank, at.base.targets)
-    scale = _paper_scale(SLTrainConfig)
-    return SLTrainConfig(r=rank, alpha=2 * rank, num_params=entries, seed=at.seed, **scale, **at.shared)
+    return SLTrainConfig(r=rank, alpha=2 * rank, num_params=entries, seed=at.seed, scale=1.0, **at.shared)
 
 
 def _snell(**fields: object) -> Callable[[Setting], PeftConfig]:
     def make(at: Setting) -> PeftConfig:
-        return SnellaConfig(r=at.budget.rank, seed=at.seed, **_paper_scale(SnellaConfig), **fields, **at.shared)
+        return SnellaConfig(r=at.budget.rank, seed=at.seed, **fields, **at.shared)
 
     return make
 

@@ -102,8 +102,11 @@ def test_a_run_learns_and_tells_what_it_did(task):
     assert json.loads(json.dumps(vars(run)))["steps"] == 40
 
 
-@pytest.mark.parametrize("base", ["smollm2", "minilm"])
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize(
+    "name, base",
+    [(name, "smollm2") for name in METHODS]
+    + [(name, "minilm") for name in ("lora-mlp", "full", "fisher", "s2ft", "snella", "super-tuning")],
+)
 def test_every_method_trains_as_many_parameters_as_lora(name, base):
     bench = Bench({"smollm2": "kjv", "minilm": "sentiment"}[base], SMALL, CPU)
     run = bench.run(name, Budget("r", 4), 1e-3, 0)
@@ -114,8 +117,8 @@ def test_every_method_trains_as_many_parameters_as_lora(name, base):
     if name == "full":
         assert run.trained == sum(parameter.numel() for parameter in bench.model.parameters())
     else:
-        # whole channels, whole blocks, ranks and magnitudes of DoRA come in larger pieces than entries
-        assert abs(run.trained - head - lora) <= (0.02 if name in ("lora", "random", "fisher") else 0.35) * lora
+        # ranks, blocks and gates come in larger pieces than entries, and DoRA adds magnitudes
+        assert abs(run.trained - head - lora) <= (0.15 if name == "dora" else 0.04) * lora
 
 
 def test_equal_runs_are_equal_and_leave_the_base_as_it_was():
