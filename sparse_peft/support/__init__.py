@@ -6,12 +6,31 @@ sparse_peft and may change in any release.
 """
 
 from ..numerics.low_rank import principal_factors
-from .blocks import Block, as_block, best_blocks, block_scores, expand_blocks, random_blocks, resolve_block_counts
-from .budget import ALLOCATIONS, Budget, allocate, apportion, divide, matches_layer, resolve_counts
+from .blocks import (
+    Block,
+    as_block,
+    best_blocks,
+    block_scores,
+    expand_blocks,
+    random_blocks,
+    resolve_block_counts,
+    whole_blocks,
+)
+from .budget import ALLOCATIONS, Budget, Caps, allocate, apportion, divide, matches_layer, resolve_counts
 from .channels import ChannelSupport
 from .criteria import CRITERIA, Criterion, Statistics, get_criterion, select
 from .layout import Layout, RowGroup, layout_of
-from .regrowth import RANDOM_SCORE, REGROWTHS, Candidates, Exchange, Regrowth, exchange, random_inactive
+from .regrowth import (
+    RANDOM_SCORE,
+    REFRESH,
+    REGROWTHS,
+    Candidates,
+    Exchange,
+    Regrowth,
+    exchange,
+    exchange_for,
+    random_inactive,
+)
 from .schedules import DECAYS, BudgetSchedule, ReselectionSchedule, steps_of
 from .support import Support, check_indices, index_dtype
 from .topk_outer import topk_outer
@@ -21,11 +40,13 @@ __all__ = [
     "CRITERIA",
     "DECAYS",
     "RANDOM_SCORE",
+    "REFRESH",
     "REGROWTHS",
     "Block",
     "Budget",
     "BudgetSchedule",
     "Candidates",
+    "Caps",
     "ChannelSupport",
     "Criterion",
     "Exchange",
@@ -43,6 +64,7 @@ __all__ = [
     "check_indices",
     "divide",
     "exchange",
+    "exchange_for",
     "expand_blocks",
     "get_criterion",
     "index_dtype",
@@ -56,4 +78,5 @@ __all__ = [
     "select",
     "steps_of",
     "topk_outer",
+    "whole_blocks",
 ]

@@ -12,7 +12,7 @@ from functools import partial
 from torch import Tensor
 
 from ..constraints import Count, validated
-from .budget import Budget, Division, allocate, divide
+from .budget import Budget, Caps, Division, allocate, check_caps, divide
 from .support import Support
 
 Block = tuple[int, int]
@@ -47,8 +47,16 @@ def grid_of(shape: tuple[int, int], block: Block, name: str) -> tuple[int, int]:
     return grid
 
 
-def divide_in_blocks(shapes: dict[str, tuple[int, int]], budget: Budget, block: Block) -> Division:
+def divide_in_blocks(
+    shapes: dict[str, tuple[int, int]], budget: Budget, block: Block, caps: Caps | None = None
+) -> Division:
     """[`divide`][sparse_peft.support.divide] in blocks: every layer gets at least one.
+
+    Args:
+        shapes: ``{layer name: (rows, cols)}`` of the stored weights.
+        budget: the number of entries, and how the layers share it.
+        block: ``(rows, cols)`` of a block.
+        caps: ``{layer name: blocks}`` that a layer may train at most; None for all.
 
     Raises:
         ValueError: a layer smaller than a block, or what ``divide`` raises.
@@ -63,7 +71,9 @@ def divide_in_blocks(shapes: dict[str, tuple[int, int]], budget: Budget, block: 
 
     own = {name: blocks(count, [name]) for name, count in entries.own.items()}
     rest = [name for name in shapes if name not in own]
-    return Division(grids, own, blocks(entries.total, rest) if rest else 0, 1)
+    division = Division(grids, own, blocks(entries.total, rest) if rest else 0, 1, caps)
+    check_caps(division, f"blocks of {block[0]} x {block[1]} without a zero")
+    return division
 
 
 def resolve_block_counts(
@@ -72,6 +82,7 @@ def resolve_block_counts(
     block: Block,
     scores: Callable[[str], Tensor] | None = None,
     largest: bool = True,
+    caps: Caps | None = None,
 ) -> dict[str, int]:
     """Number of trained entries of each layer, in whole blocks: the budget to the nearest block.
 
@@ -81,11 +92,12 @@ def resolve_block_counts(
         block: ``(rows, cols)`` of a block.
         scores: for ``allocation="global"``: ``scores(name)`` returns ``(rows, cols)`` scores of the layer's entries.
         largest: whether the largest scores train.
+        caps: ``{layer name: blocks}`` that a layer may train at most; None for all.
 
     Raises:
         ValueError: as ``divide_in_blocks``, or ``"global"`` without scores.
     """
-    division = divide_in_blocks(shapes, budget, block)
+    division = divide_in_blocks(shapes, budget, block, caps)
     sums = None if scores is None else partial(_block_scores_of, scores, block)
     counts = allocate(division, budget.allocation, sums, largest)
     return {name: count * block[0] * block[1] for name, count in counts.items()}
@@ -102,10 +114,29 @@ def block_scores(scores: Tensor, block: Block) -> Tensor:
     return scores[: down * height, : across * width].reshape(down, height, across, width).sum((1, 3))
 
 
-def random_blocks(shape: tuple[int, int], block: Block, count: int, *, seed: int, name: str) -> Support:
-    """``count`` blocks that depend on ``seed``, ``name`` and the shape alone."""
+def whole_blocks(eligible: Tensor, block: Block) -> Tensor:
+    """Which blocks of the grid have eligible entries only: ``(down, across)`` bool, of ``(rows, cols)`` bool."""
+    height, width = block
+    down, across = eligible.shape[0] // height, eligible.shape[1] // width
+    return eligible[: down * height, : across * width].reshape(down, height, across, width).all(3).all(1)
+
+
+def random_blocks(
+    shape: tuple[int, int], block: Block, count: int, *, seed: int, name: str, among: Tensor | None = None
+) -> Support:
+    """``count`` blocks that depend on ``seed``, ``name``, the shape and ``among`` alone.
+
+    Args:
+        shape: ``(rows, cols)`` of the stored weight.
+        block: ``(rows, cols)`` of a block.
+        count: number of blocks.
+        seed: any int.
+        name: the layer's name.
+        among: ``(rows, cols)`` bool: a block needs all of its entries in it; None for all.
+    """
     grid = grid_of(shape, block, name)
-    return expand_blocks(Support.random(grid, count, seed=seed, name=name), shape, block)
+    pool = None if among is None else whole_blocks(among, block)
+    return expand_blocks(Support.random(grid, count, seed=seed, name=name, among=pool), shape, block)
 
 
 def best_blocks(scores: Tensor, count: int, block: Block, largest: bool, name: str) -> Support:

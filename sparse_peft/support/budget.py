@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
 from typing import Annotated
@@ -16,6 +16,9 @@ from torch import Tensor
 from ..constraints import Count, CountOrZero, OneOf, Pattern, Share, validate_fields
 from ..numerics.topk import RunningTopK, topk_indices
 from .criteria import CRITERIA
+
+Caps = Mapping[str, int]
+"""``{layer name: entries}`` that a layer may train at most."""
 
 ALLOCATIONS = ("numel", "uniform", "erk", "global")
 """Ways to share a budget between layers; see [`Budget`][sparse_peft.support.Budget]."""
@@ -145,13 +148,14 @@ def _match_patterns(names: Sequence[str], pattern: dict[str, float]) -> dict[str
     return own
 
 
-def _total(budget: Budget, shapes: dict[str, tuple[int, int]], taken: int) -> int:
+def _total(budget: Budget, shapes: dict[str, tuple[int, int]], taken: int, caps: Caps | None) -> int:
     """Number of entries that layers share.
 
     Args:
         budget: of all layers.
         shapes: of the sharing layers.
         taken: entries of the other layers.
+        caps: entries that a layer may train at most; None for all.
     """
     numel = sum(rows * cols for rows, cols in shapes.values())
     if budget.density is not None:
@@ -179,7 +183,8 @@ def _total(budget: Budget, shapes: dict[str, tuple[int, int]], taken: int) -> in
                 f"num_params={budget.num_params}{own}: none are left for the other {len(shapes)} layers; "
                 f"at least num_params={taken + len(shapes)} is needed, or lower densities in density_pattern"
             )
-    return max(total, sum(min(budget.at_least, rows * cols) for rows, cols in shapes.values()))
+    sizes = {name: rows * cols for name, (rows, cols) in shapes.items()} if caps is None else caps
+    return max(total, sum(min(budget.at_least, sizes[name]) for name in shapes))
 
 
 def _global_counts(
@@ -224,21 +229,59 @@ class Division:
         own: ``{layer name: entries}`` of the layers in ``density_pattern``.
         total: entries that the other layers share.
         at_least: minimum entries of each of these layers, or all of its entries.
+        caps: maximum of each layer, where it may not train all of its entries.
     """
 
     shapes: dict[str, tuple[int, int]]
     own: dict[str, int]
     total: int
     at_least: int
+    caps: Caps | None = None
 
     @property
     def sharing(self) -> dict[str, tuple[int, int]]:
         """The layers that share ``total``."""
         return {name: shape for name, shape in self.shapes.items() if name not in self.own}
 
+    def most(self, name: str) -> int:
+        """How much a layer may train."""
+        rows, cols = self.shapes[name]
+        return rows * cols if self.caps is None else self.caps[name]
 
-def divide(shapes: dict[str, tuple[int, int]], budget: Budget) -> Division:
+
+def check_caps(division: Division, units: str = "entries that are not zero") -> None:
+    """Refuse a division of more than the layers may train.
+
+    Args:
+        division: of a budget.
+        units: what may train, in words.
+
+    Raises:
+        ValueError: names the layer, or the total, and what is possible.
+    """
+    if division.caps is None:
+        return
+    for name in division.shapes:
+        least, most = division.own.get(name, 1), division.most(name)
+        if least > most:
+            cure = "lower its density in density_pattern" if most else "leave it out with exclude_modules"
+            raise ValueError(f"layer {name}: a budget of {least} is more than its {most} {units}; {cure}")
+    most = sum(division.most(name) for name in division.sharing)
+    if division.total > most:
+        entries = sum(rows * cols for rows, cols in division.sharing.values())
+        raise ValueError(
+            f"a budget of {division.total} is more than the {most} {units} in {len(division.sharing)} layers, "
+            f"{most / entries:.4g} of all; lower density, num_params or r"
+        )
+
+
+def divide(shapes: dict[str, tuple[int, int]], budget: Budget, caps: Caps | None = None) -> Division:
     """Apply a budget to layers, as far as their shapes and names determine it.
+
+    Args:
+        shapes: ``{layer name: (rows, cols)}`` of the stored weights.
+        budget: the number of entries, and how the layers share it.
+        caps: entries that a layer may train at most; None for all.
 
     Raises:
         ValueError: no layers, or a budget that does not fit them.
@@ -257,7 +300,9 @@ def divide(shapes: dict[str, tuple[int, int]], budget: Budget) -> Division:
             f"num_params={budget.num_params}: density_pattern sets every layer, {taken} entries in all; "
             "leave one layer to num_params, or give density instead"
         )
-    return Division(dict(shapes), own, _total(budget, rest, taken), budget.at_least)
+    division = Division(dict(shapes), own, _total(budget, rest, taken, caps), budget.at_least, caps)
+    check_caps(division)
+    return division
 
 
 def allocate(
@@ -273,12 +318,16 @@ def allocate(
         shared = {}
     elif allocation == "global":
         if scores is None:
-            scored = [c.name for c in CRITERIA.values() if c.needs != "none" and not c.decides_count]
+            scored = [c.name for c in CRITERIA.values() if not (c.draws or c.decides_count)]
             raise ValueError(f"allocation='global' needs scores to compare; use a selection of {', '.join(scored)}")
         shared = _global_counts(rest, total, scores, largest)
     else:
-        caps = [rows * cols for rows, cols in rest.values()]
-        weights = {"numel": caps, "uniform": [1] * len(caps), "erk": [rows + cols for rows, cols in rest.values()]}
+        caps = [division.most(name) for name in rest]
+        weights = {
+            "numel": [rows * cols for rows, cols in rest.values()],
+            "uniform": [1] * len(rest),
+            "erk": [rows + cols for rows, cols in rest.values()],
+        }
         parts = apportion(weights[allocation], caps, total, division.at_least)
         shared = dict(zip(rest, parts, strict=True))
     if sum(shared.values()) != total:
@@ -292,6 +341,7 @@ def resolve_counts(
     budget: Budget,
     scores: Callable[[str], Tensor] | None = None,
     largest: bool = True,
+    caps: Caps | None = None,
 ) -> dict[str, int]:
     """Number of trained entries of each layer: at least 1, at most all, in sum exactly the budget.
 
@@ -303,8 +353,9 @@ def resolve_counts(
         scores: for ``allocation="global"``: ``scores(name)`` returns the layer's scores, of any shape. It is called
             once for each sharing layer, one at a time. Scores of enough candidates suffice.
         largest: whether the largest scores are the best.
+        caps: entries that a layer may train at most; None for all.
 
     Raises:
         ValueError: no layers, a budget larger than the layers, or ``"global"`` without scores.
     """
-    return allocate(divide(shapes, budget), budget.allocation, scores, largest)
+    return allocate(divide(shapes, budget, caps), budget.allocation, scores, largest)

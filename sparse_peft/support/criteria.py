@@ -45,6 +45,8 @@ class Criterion(ABC):
         needs: what the score is computed from: ``"none"``, ``"weight"``, ``"gradient"`` or ``"activation"``.
         largest: whether the largest scores train.
         decides_count: whether the criterion decides the number of entries, instead of a budget.
+        draws: whether positions are drawn at random, without scores.
+        restricts: whether some entries may not train; see ``eligible``.
         squared_gradient: whether ``Statistics.gradient`` sums squares.
         uses_weight: whether the score reads the weight; if not, the weight may be None.
     """
@@ -53,6 +55,8 @@ class Criterion(ABC):
     needs: ClassVar[str]
     largest: ClassVar[bool] = True
     decides_count: ClassVar[bool] = False
+    draws: ClassVar[bool] = False
+    restricts: ClassVar[bool] = False
     squared_gradient: ClassVar[bool] = False
     uses_weight: ClassVar[bool] = True
 
@@ -84,6 +88,10 @@ class Criterion(ABC):
         """
         raise ValueError(f"selection={self.name!r} finds no number of entries by itself; give a budget")
 
+    def eligible(self, weight: Tensor) -> Tensor | None:
+        """Which entries may train, as a bool tensor of the weight's shape; None for all."""
+        return None
+
 
 def _floats(weight: Tensor | None, criterion: Criterion) -> Tensor:
     """The weight without its history, checked."""
@@ -103,10 +111,23 @@ class Random(Criterion):
 
     name = "random"
     needs = "none"
+    draws = True
     uses_weight = False
 
     def score(self, weight: Tensor | None, stats: Statistics | None = None, **options: Any) -> Tensor:
-        raise ValueError("selection='random' draws positions and has no scores")
+        raise ValueError(f"selection={self.name!r} draws positions and has no scores")
+
+
+class Nonzero(Random):
+    """Positions drawn at random among the entries that are not zero, so that a pruned weight keeps its zeros."""
+
+    name = "nonzero"
+    needs = "weight"
+    restricts = True
+    uses_weight = True
+
+    def eligible(self, weight: Tensor) -> Tensor:
+        return _floats(weight, self) != 0
 
 
 # ------------------------------------------------------------------------------------------------------------- weights
@@ -230,6 +251,16 @@ class Fisher(GradientCriterion):
         return gradient / batches
 
 
+class Gallop(GradientCriterion):
+    """Large mean gradients on small weights: ``|g| / (|w| + 1e-8)`` (GaLLoP, https://arxiv.org/abs/2510.19778)."""
+
+    name = "gallop"
+    epsilon: ClassVar[float] = 1e-8  # the paper's, which keeps the quotient of a zero weight finite
+
+    def score_gradient(self, weight: Tensor | None, gradient: Tensor, batches: int) -> Tensor:
+        return (gradient.abs() / batches).div_(_magnitude(_floats(weight, self)).add_(self.epsilon))
+
+
 class Movement(GradientCriterion):
     """Entries that gradient descent makes larger (movement pruning, section 3, https://arxiv.org/abs/2005.07683)."""
 
@@ -275,8 +306,10 @@ CRITERIA: dict[str, Criterion] = {
         Threshold(),
         Principal(),
         Residual(),
+        Nonzero(),
         Gradient(),
         Fisher(),
+        Gallop(),
         Movement(),
         Wanda(),
     )
@@ -326,7 +359,7 @@ def select(
         criterion: a criterion or its name.
         weight: ``(rows, cols)`` floats, as stored.
         k: number of positions. For criteria that decide it themselves, None or the number they find.
-        seed: of the random criterion, together with ``name``.
+        seed: of the criteria that draw, together with ``name``.
         name: the layer's name.
         stats: of the layer, for criteria that need data.
         options: of the criterion's score.
@@ -344,9 +377,9 @@ def select(
     options = dict(options or {})
     where = f"layer {name}: " if name else ""
     k = _entries(criterion, weight, k, options, where)
-    if criterion.needs == "none":
+    if criterion.draws:
         rows, cols = weight.shape
-        return Support.random((rows, cols), k, seed=seed, name=name)
+        return Support.random((rows, cols), k, seed=seed, name=name, among=criterion.eligible(weight))
     if criterion.needs != "weight" and stats is None:
         raise ValueError(f"{where}selection={criterion.name!r} needs statistics of the data: pass stats=")
     return Support.from_scores(criterion.score(weight, stats, **options), k, criterion.largest, name)

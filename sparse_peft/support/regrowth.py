@@ -24,7 +24,8 @@ class Regrowth:
     Attributes:
         name: as in ``selection=``.
         observes: the data collected during training: ``"gradients"`` of candidates in a window of steps, ``"covers"``
-            (one number per row and column, from every step), or ``"nothing"``.
+            (one number per row and column, from every step), or ``"nothing"``; ``"weights"`` if an event looks at the
+            present weight alone and chooses all positions anew.
         accumulate: default length of the window before an event, in optimizer steps.
         leads: whether the first event follows a first window instead of a whole period.
         replaces_first: share of the random first positions that the first event replaces; None for the schedule's.
@@ -56,6 +57,9 @@ REGROWTHS: dict[str, Regrowth] = {
 }
 """Ways to choose new positions during training, by name."""
 
+
+REFRESH = Regrowth("principal", "weights", 0)
+"""LIFT's refresh: the criterion on the trained weight (section 3, https://arxiv.org/abs/2506.00772)."""
 
 RANDOM_SCORE = torch.finfo(torch.float32).tiny
 """Score of a random position: below all observed scores, above that of an entry without a gradient."""
@@ -110,6 +114,20 @@ def random_inactive(support: Support, k: int, *, seed: int, name: str) -> Tensor
     # rank -> position: the rank plus the number of occupied positions with at most as many free ones before them
     free_before = support.indices.long() - torch.arange(support.nnz, device=support.device)
     return ranks + torch.searchsorted(free_before, ranks, right=True)
+
+
+def exchange_for(support: Support, chosen: Support, deltas: Tensor) -> Exchange:
+    """The exchange that leads from one support to another of the same size.
+
+    Args:
+        support: the present positions.
+        chosen: the new ones.
+        deltas: ``(entries,)`` deltas at the present positions.
+    """
+    stays = support.contains(chosen.indices)
+    source = torch.where(stays, support.slots(chosen.indices).clamp(max=support.nnz - 1), -1)
+    dropped = deltas.detach()[~chosen.contains(support.indices)].abs()
+    return Exchange(chosen, source, float(dropped.amax()) if dropped.numel() else None, None)
 
 
 def exchange(

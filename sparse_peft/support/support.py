@@ -301,15 +301,30 @@ class Support:
         return cls(shape, (row * cols + col)[inside].sort().values, validate=False, name=name)
 
     @classmethod
-    def random(cls, shape: tuple[int, int], k: int, *, seed: int, name: str) -> Support:
-        """``k`` positions that depend on ``seed``, ``name`` and the shape alone, on the CPU.
+    def random(cls, shape: tuple[int, int], k: int, *, seed: int, name: str, among: Tensor | None = None) -> Support:
+        """``k`` positions that depend on ``seed``, ``name``, the shape and ``among`` alone, on the CPU.
+
+        Args:
+            shape: ``(rows, cols)`` of the stored weight.
+            k: number of positions.
+            seed: any int.
+            name: the layer's name.
+            among: ``(rows, cols)`` bool, the entries to draw from; None for all.
 
         Raises:
             TypeError, ValueError: ``k`` or ``seed`` is no int, or ``k`` is out of range.
         """
         rows, cols = _check_shape(shape, name)
-        drawn = sample_without_replacement(rows * cols, k, seed=seed, name=name)
-        return cls((rows, cols), drawn, validate=False, name=name)
+        if among is None:
+            drawn = sample_without_replacement(rows * cols, k, seed=seed, name=name)
+            return cls((rows, cols), drawn, validate=False, name=name)
+        pool = cls.from_mask(among.cpu(), name).indices
+        if k > pool.numel():
+            raise ValueError(
+                f"{layer_prefix(name)}k={k}: {pool.numel()} of the {rows * cols} entries are eligible, the others "
+                "are zero; the weight is not the one they were counted in, or the budget is too large"
+            )
+        return cls((rows, cols), pool[sample_without_replacement(pool.numel(), k, seed=seed, name=name)], name=name)
 
     @classmethod
     def from_scores(cls, scores: Tensor, k: int, largest: bool = True, name: str = "") -> Support:

@@ -183,12 +183,15 @@ class BaseSparseConfig(PeftConfig):
         except ValueError as error:  # PEFT's message does not name the field
             raise ValueError(f"task_type={self.task_type!r}: {error}") from error
         self.peft_type = PeftType[self.method]
-        self.sparse_peft_version = __version__
         self.fill_in()
         self.check()
+        self.sparse_peft_version = __version__
 
     def fill_in(self) -> None:
-        """Set defaults that depend on other fields; called before the fields are compared with each other."""
+        """Set defaults that depend on other fields; called before the fields are compared with each other.
+
+        ``sparse_peft_version`` is that of the file that the config is read from; None for a new one.
+        """
 
     def check(self) -> None:
         """Compare the fields with each other; ``__setattr__`` has compared each with its annotation.

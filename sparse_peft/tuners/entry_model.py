@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from ..support import Support, resolve_block_counts, resolve_counts
+from ..support import Caps, Support, resolve_block_counts, resolve_counts, whole_blocks
 from .base_model import BaseSparseModel, StatePlan
 from .combination import Tensors
 from .delta import SparseDelta
@@ -99,15 +99,34 @@ class EntryModel(BaseSparseModel[EntryConfigT, SparseDeltaT]):
                 name: criterion.count(dense_weight(module), **recipes[name].options)
                 for name, module in targets.items()
             }
-        scores = None
-        if criterion.needs == "weight":
+        scores, caps = None, cls._caps(config, targets)
+        if criterion.needs == "weight" and not criterion.draws:
 
             def scores(name: str) -> Tensor:
                 return criterion.score(dense_weight(targets[name]), None, **recipes[name].options)
 
         if config.block is None:
-            return resolve_counts(shapes, config.budget(), scores, criterion.largest)
-        return resolve_block_counts(shapes, config.budget(), config.block, scores, criterion.largest)
+            return resolve_counts(shapes, config.budget(), scores, criterion.largest, caps)
+        return resolve_block_counts(shapes, config.budget(), config.block, scores, criterion.largest, caps)
+
+    @classmethod
+    def _caps(cls, config: EntryConfigT, targets: Targets) -> Caps | None:
+        """How many entries, or blocks, of each layer may train; None for all."""
+        if not config.criterion.restricts:
+            return None
+        return {name: cls._cap(config, name, dense_weight(module)) for name, module in targets.items()}
+
+    @classmethod
+    def _cap(cls, config: EntryConfigT, name: str, weight: Tensor) -> int:
+        if weight.device.type == "meta":
+            raise ValueError(
+                f"layer {name}: selection={config.criterion.name!r} counts the entries that may train, and the weight "
+                "is on the meta device; load the model's weights first"
+            )
+        eligible = config.criterion.eligible(weight)
+        if eligible is None:
+            return weight.numel()
+        return int((eligible if config.block is None else whole_blocks(eligible, config.block)).sum())
 
     @classmethod
     def _resolve(

@@ -44,6 +44,8 @@ class SupportRecipe:
         criterion = get_criterion(self.selection)
         if criterion.needs == "none":
             return self._random(shape)
+        if criterion.draws:
+            return self._random(shape, criterion.eligible(weight()))
         if criterion.needs == "weight":
             return self._best(criterion, weight())
         raise ValueError(
@@ -51,10 +53,11 @@ class SupportRecipe:
             "`config = sparse_peft.select_support(model, config, dataloader)` before `get_peft_model(model, config)`"
         )
 
-    def _random(self, shape: tuple[int, int]) -> Support:
+    def _random(self, shape: tuple[int, int], among: Tensor | None = None) -> Support:
         if self.block is None:
-            return Support.random(shape, self.entries, seed=self.seed, name=self.name)
-        return random_blocks(shape, self.block, self._blocks(self.block), seed=self.seed, name=self.name)
+            return Support.random(shape, self.entries, seed=self.seed, name=self.name, among=among)
+        count = self._blocks(self.block)
+        return random_blocks(shape, self.block, count, seed=self.seed, name=self.name, among=among)
 
     def _best(self, criterion: Criterion, weight: Tensor) -> Support:
         if self.block is None:

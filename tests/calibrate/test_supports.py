@@ -28,7 +28,7 @@ from sparse_peft.numerics import panel_limit
 from sparse_peft.support import Budget, Support, get_criterion, resolve_counts
 
 INF = float("inf")
-GRADIENT_CRITERIA = ["gradient", "fisher", "movement"]
+GRADIENT_CRITERIA = ["gradient", "fisher", "movement", "gallop"]
 
 
 class Net(nn.Module):
@@ -107,6 +107,7 @@ def dense_scores(model, batches, criterion, names=NAMES):
             "gradient": lambda g, w: (sum(g) / len(g)).abs(),
             "fisher": lambda g, w: sum(x**2 for x in g) / len(g),
             "movement": lambda g, w: -w.detach() * sum(g),
+            "gallop": lambda g, w: (sum(g) / len(g)).abs() / (w.detach().abs() + 1e-8),
         }[criterion]([batch[name] for batch in grads], weight)
         for name, weight in weights.items()
     }

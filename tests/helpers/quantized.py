@@ -8,9 +8,11 @@ bnb = pytest.importorskip("bitsandbytes")
 
 
 class Quantised(nn.Module):
-    def __init__(self, kind, compute_dtype=torch.float32):
+    def __init__(self, kind, compute_dtype=torch.float32, zeros=0.0):
         super().__init__()
         dense = nn.Linear(128, 64), nn.Linear(64, 32, bias=False)
+        for m in dense if zeros else ():
+            m.weight.data[torch.rand(m.weight.shape) < zeros] = 0
         if kind == "4bit":
             self.first, self.second = (
                 bnb.nn.Linear4bit(

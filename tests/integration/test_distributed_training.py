@@ -52,7 +52,7 @@ OTHERS = {
     "sketch in place": partial(SketchConfig, mode="replace"),
 }
 # nothing of them changes in training but the values
-STATIC = ("s2ft", "sltrain", "sketch", "sketch in place")
+STATIC = ("nonzero", "s2ft", "sltrain", "sketch", "sketch in place")
 
 
 class Block(nn.Module):
@@ -82,7 +82,7 @@ def adapted(selection, seed=0, **fields):
     if selection in OTHERS:
         own = {"seed": seed} if selection in ("s2ft", "sara", "sltrain") else {}
         return get_peft_model(Net(), OTHERS[selection](target_modules=["up", "down"], **own, **fields))
-    window = {"set": 0, "rigl": 1}.get(selection, 3)
+    window = {"set": 0, "principal": 0, "rigl": 1}.get(selection, 3)
     # every position is a candidate
     fields = {"density": 0.1, "reselect_every": 4, "accumulate": window, "candidates": 1 / 0.1, **fields}
     config = SparseConfig(selection=selection, target_modules=["up", "down"], seed=seed, **fields)
@@ -268,6 +268,9 @@ CASES = [
     ("momentum", "adamw", {}),
     ("rigl", "by age", {}),
     ("set", "by age", {}),
+    # chosen anew from the whole weight, which FSDP2 shards
+    ("principal", "adamw", {"principal_rank": 6, "reselect_every": 3}),
+    ("nonzero", "adamw", {}),
     ("s2ft", "adamw", {"k": 4}),
     ("sara", "adamw", {"density": 0.2, "progressive": 3, "nuclear_weight": 0.01, "nuclear_min_size": 4}),
     (

@@ -61,6 +61,7 @@ CASES = {
     "spiel-ma, sm3": ("momentum", {}, (SM3, {"lr": 0.02})),
     "rigl, 8 bit": ("rigl", {"optim": "adamw_bnb_8bit"}, None),
     "set, adafactor": ("set", {"optim": "adafactor"}, None),
+    "lift": ("principal", {}, None),
 }
 
 

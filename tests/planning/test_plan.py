@@ -123,5 +123,8 @@ def test_checkpointing_and_optimizers_and_formats(world):
 def test_what_is_decided_by_weights_or_data_is_said():
     config, notes = SparseConfig(selection="fisher", allocation="global", density=0.01).countable()
     assert config.selection == "random" and len(notes) == 2 and "from data" in notes[1]
+    for selection, source in {"gallop": "data", "nonzero": "the weights", "principal": "the weights"}.items():
+        config, notes = SparseConfig(selection=selection, density=0.01).countable()
+        assert config.selection == "random" and f"selection={selection!r} chooses positions from {source}" in notes[0]
     with pytest.raises(ValueError, match=r"threshold=0\.002: how many entries"):
         SaRAConfig(threshold=2e-3).countable()

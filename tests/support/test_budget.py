@@ -27,6 +27,36 @@ def random_scores(shapes, seed=0, ties=False):
     return {name: torch.tensor(draw(shape)) for name, shape in shapes.items()}
 
 
+# ---------------------------------------------------------------------- caps
+
+
+@settings(max_examples=100, deadline=None)
+@given(shapes, st.sampled_from(["numel", "uniform", "erk"]), st.data())
+def test_no_layer_gets_more_than_its_cap(shapes, allocation, data):
+    caps = {name: data.draw(st.integers(1, rows * cols)) for name, (rows, cols) in shapes.items()}
+    total = data.draw(st.integers(len(shapes), sum(caps.values())))
+    budget = Budget(num_params=total, allocation=allocation)
+    counts = resolve_counts(shapes, budget, caps=caps)
+    assert sum(counts.values()) == total
+    assert all(1 <= counts[name] <= caps[name] for name in shapes)
+    free = resolve_counts(shapes, budget)
+    if all(free[name] <= caps[name] for name in shapes):
+        assert counts == free
+
+
+def test_budgets_above_the_caps_are_refused():
+    caps = {"a": 10, "b": 3}
+    layers = {"a": (10, 10), "b": (2, 5)}
+    with pytest.raises(ValueError, match=r"a budget of 22 is more than the 13 entries that are not zero in 2 layers"):
+        resolve_counts(layers, Budget(density=0.2), caps=caps)
+    with pytest.raises(ValueError, match=r"layer b: a budget of 5 is more than its 3 entries.*density_pattern"):
+        resolve_counts(layers, Budget(density=0.05, density_pattern={"b": 0.5}), caps=caps)
+    with pytest.raises(ValueError, match=r"layer b: a budget of 1 is more than its 0 entries.*exclude_modules"):
+        resolve_counts(layers, Budget(density=0.05), caps={"a": 10, "b": 0})
+    # a minimum that a layer has not is lowered to what it has
+    assert resolve_counts(layers, Budget(density=0.01, at_least=16), caps=caps) == {"a": 10, "b": 3}
+
+
 # ---------------------------------------------------------------------- apportion
 
 

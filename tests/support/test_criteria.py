@@ -26,11 +26,12 @@ def test_scores_match_their_formulas(dtype):
         "magnitude_smallest": (None, {}, w.abs()),
         "gradient": (Statistics(gradient=gradient, batches=4), {}, (gradient.double() / 4).abs()),
         "fisher": (Statistics(gradient=gradient.square(), batches=4), {}, gradient.double() ** 2 / 4),
+        "gallop": (Statistics(gradient=gradient, batches=4), {}, (gradient.double() / 4).abs() / (w.abs() + 1e-8)),
         "movement": (Statistics(gradient=gradient, batches=4), {}, -w * gradient.double()),
         "wanda": (Statistics(input_norms=norms), {}, w.abs() * norms.double()),
         "threshold": (None, {"threshold": 0.5}, w.abs().masked_fill(w.abs() >= 0.5, torch.inf)),
     }
-    assert set(expected) | {"random", "principal", "residual"} == set(CRITERIA)
+    assert set(expected) | {"random", "nonzero", "principal", "residual"} == set(CRITERIA)
     for name, (stats, options, scores) in expected.items():
         found = CRITERIA[name].score(weight, stats, **options)
         assert found.dtype == torch.float32 and not found.requires_grad, name
@@ -98,14 +99,16 @@ def test_registry():
         assert criterion.name == name and criterion.needs in ("none", "weight", "gradient", "activation")
     with pytest.raises(ValueError, match="selection='magic' is not known; one of random, magnitude,"):
         get_criterion("magic")
-    with pytest.raises(ValueError, match="selection='random' draws positions and has no scores"):
-        get_criterion("random").score(weight_like())
+    for name in ("random", "nonzero"):
+        with pytest.raises(ValueError, match=f"selection='{name}' draws positions and has no scores"):
+            get_criterion(name).score(weight_like())
     with pytest.raises(ValueError, match="selection='fisher' is computed from gradients"):
         get_criterion("fisher").score(weight_like(), Statistics(input_norms=torch.ones(5)))
     with pytest.raises(ValueError, match="selection='wanda' is computed from activations"):
         get_criterion("wanda").score(weight_like())
-    with pytest.raises(ValueError, match="selection='movement' is computed from the weight"):
-        get_criterion("movement").score(None, Statistics(gradient=torch.ones(5)))
+    for name in ("movement", "gallop"):
+        with pytest.raises(ValueError, match=f"selection='{name}' is computed from the weight"):
+            get_criterion(name).score(None, Statistics(gradient=torch.ones(5)))
     with pytest.raises(ValueError, match="selection='magnitude' finds no number of entries"):
         get_criterion("magnitude").count(weight_like())
 
@@ -127,6 +130,38 @@ def test_select_takes_the_best():
 def test_select_random_is_by_seed_and_name():
     weight = weight_like((9, 4))
     assert select("random", weight, 5, seed=3, name="q") == Support.random((9, 4), 5, seed=3, name="q")
+
+
+def test_gallop_ranks_zero_weights_by_their_gradients_and_ties_by_position():
+    weight = torch.tensor([[0.0, 0.0, 1.0], [-0.5, 0.5, 0.0]])
+    gradient = torch.tensor([[1.0, -2.0, 9.0], [1.0, -1.0, 0.0]])
+    score = get_criterion("gallop").score(weight, Statistics(gradient=gradient))
+    assert bool(score.isfinite().all()) and score[1, 2] == 0
+    order = [select("gallop", weight, k, stats=Statistics(gradient=gradient)).indices.tolist() for k in (1, 2, 4)]
+    assert order == [[1], [0, 1], [0, 1, 2, 3]]  # the quotients of the second row are equal: the lower position
+
+
+@pytest.mark.parametrize("shape", [(1, 9), (9, 4), (31, 17)])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_nonzero_is_a_uniform_draw_among_the_nonzero_entries(shape, dtype):
+    weight = weight_like(shape, dtype)
+    weight[weight_like(shape, seed=1) > 0] = 0
+    pool = weight.reshape(-1).nonzero().squeeze(1)
+    drawn = [select("nonzero", weight, len(pool) // 2, seed=seed, name="q").indices for seed in range(200)]
+    assert all(bool(torch.isin(positions, pool).all()) and positions.unique().numel() == len(pool) // 2
+               for positions in drawn)  # fmt: skip
+    share = torch.cat(drawn).bincount(minlength=weight.numel())[pool] / 200
+    # five standard deviations of a share of 200 draws
+    assert bool(((share - len(pool) // 2 / len(pool)).abs() < 5 * (0.25 / 200) ** 0.5).all())
+    assert select("nonzero", weight, len(pool)).indices.tolist() == pool.tolist()
+    assert select("nonzero", weight, 1, seed=1, name="a") == select("nonzero", weight, 1, seed=1, name="a")
+    with pytest.raises(ValueError, match=rf"layer q: k={len(pool) + 1}: {len(pool)} of the {weight.numel()} entries"):
+        select("nonzero", weight, len(pool) + 1, name="q")
+
+
+def test_nonzero_without_zeros_is_the_random_draw():
+    weight = weight_like((9, 4))
+    assert select("nonzero", weight, 7, seed=3, name="q") == Support.random((9, 4), 7, seed=3, name="q")
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

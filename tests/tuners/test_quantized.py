@@ -122,7 +122,7 @@ def test_values_rounded_behind_our_back_are_restored_before_the_first_step():
     assert all(s["exp_avg"].dtype == torch.float32 for s in optimizer.state.values())
 
 
-@pytest.mark.parametrize("selection", ["magnitude", "principal", "random"])
+@pytest.mark.parametrize("selection", ["magnitude", "principal", "random", "nonzero"])
 def test_criteria_look_at_the_dequantised_weight(selection):
     model = adapted("4bit", selection=selection, density=0.05)
     layer = model.base_model.model.first

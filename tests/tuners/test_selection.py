@@ -26,12 +26,15 @@ def dense_scores(model, batches, selection):
         for name in NAMES:
             grad = getattr(model, name).weight.grad
             sums[name] = sums[name] + (grad.square() if selection == "fisher" else grad)
+    weights = {name: getattr(model, name).weight.detach() for name in NAMES}
     if selection == "movement":
-        return {name: -getattr(model, name).weight.detach() * sums[name] for name in NAMES}
+        return {name: -weights[name] * sums[name] for name in NAMES}
+    if selection == "gallop":
+        return {name: sums[name].abs() / len(batches) / (weights[name].abs() + 1e-8) for name in NAMES}
     return {name: value.abs() for name, value in sums.items()}
 
 
-@pytest.mark.parametrize("selection", ["gradient", "fisher", "movement"])
+@pytest.mark.parametrize("selection", ["gradient", "fisher", "movement", "gallop"])
 @pytest.mark.parametrize("conv1d", [False, True])
 @pytest.mark.parametrize("allocation", ["numel", "global"])
 def test_the_best_entries_train(selection, conv1d, allocation):

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Annotated, ClassVar
 
 from ...constraints import Count, OneOf, Positive, Probability
+from ...support import REFRESH
 from ..base_config import explains_fields, required
 from ..sparse.config import SparseConfig
 
@@ -87,6 +88,16 @@ class SLTrainConfig(SparseConfig):
         super().check()
         if self.mode == "pretrain":
             self._check_pretraining()
+        if self.criterion.restricts:
+            raise ValueError(
+                f"selection={self.selection!r}: the low-rank part changes every entry, zeros too; use SparseConfig "
+                "for a pruned base"
+            )
+        if self.regrowth is REFRESH:
+            raise ValueError(
+                f"reselect_every={self.reselect_every} with selection={self.selection!r}: positions are not chosen "
+                "anew beside a low-rank part; leave it out, or use SparseConfig"
+            )
 
     def claimed_sizes(self, layer: str) -> Iterator[tuple[str, int, str]]:
         yield from super().claimed_sizes(layer)

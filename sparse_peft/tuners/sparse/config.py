@@ -10,6 +10,7 @@ from ...constraints import Count, CountOrZero, OneOf, Positive, Share, Steps
 from ...support import (
     CRITERIA,
     DECAYS,
+    REFRESH,
     REGROWTHS,
     Block,
     Criterion,
@@ -24,6 +25,8 @@ from ..entry_config import EntryConfig
 
 SEED_MOMENTS = ("gradient", "zero")
 GRANULARITIES = ("entry", "block")
+# Of dynamic selections, in optimizer steps.
+RESELECT_EVERY = 20
 
 
 @explains_fields
@@ -47,11 +50,11 @@ class SparseConfig(EntryConfig):
             (Erdos-Renyi kernel: density in proportion to (out + in) / (out * in)), ``"global"`` (by the highest scores
             of all layers together; needs a criterion with scores).
         selection: which entries train: ``"random"``, ``"magnitude"`` (largest), ``"magnitude_smallest"``,
-            ``"threshold"``, ``"principal"``, ``"residual"``, or, chosen from data by
-            [`select_support`][sparse_peft.select_support] beforehand, ``"gradient"``, ``"fisher"``, ``"wanda"``,
-            ``"movement"``. With ``"accumulated_gradient"`` (SpIEL-AG), ``"momentum"`` (SpIEL-MA), ``"set"`` or
-            ``"rigl"`` they start at random and change during training: add
-            [`SparsityCallback`][sparse_peft.SparsityCallback] to the trainer, or drive a
+            ``"threshold"``, ``"principal"``, ``"residual"``, ``"nonzero"`` (random among the entries that are not
+            zero), or, chosen from data by [`select_support`][sparse_peft.select_support] beforehand,
+            ``"gradient"``, ``"fisher"``, ``"gallop"``, ``"wanda"``, ``"movement"``. With ``"accumulated_gradient"``
+            (SpIEL-AG), ``"momentum"`` (SpIEL-MA), ``"set"`` or ``"rigl"`` they start at random and change during
+            training: add [`SparsityCallback`][sparse_peft.SparsityCallback] to the trainer, or drive a
             [`SparsityController`][sparse_peft.SparsityController] in a loop of your own.
         granularity: ``"entry"``: single entries train, or ``"block"``: whole blocks of the stored weight, chosen by
             the sums of their entries' scores. At densities of tens of percent the gradient of blocks is much cheaper.
@@ -60,7 +63,9 @@ class SparseConfig(EntryConfig):
         principal_rank: with ``selection="principal"``: rank of the approximation whose largest entries train (LIFT);
             with ``"residual"``: of the one whose error selects (as in DSEE, whose decomposition is another).
         seed: of the random positions; every layer draws its own from (seed, layer name).
-        reselect_every: optimizer steps from one reselection to the next (the paper's S).
+        reselect_every: optimizer steps from one reselection to the next (SpIEL's S); by default 20 for dynamic
+            selections. Given with ``"principal"``, positions are chosen anew from the trained weight (LIFT's refresh),
+            and the callback is needed; by default they stay.
         accumulate: optimizer steps before a reselection whose gradients count for it (the paper's gamma); by default 5
             for SpIEL, 1 for RigL. With ``"momentum"`` and ``"accumulated_gradient"`` the first reselection comes after
             this many steps.
@@ -116,8 +121,12 @@ class SparseConfig(EntryConfig):
     principal_rank: Count = field(
         default=32, metadata={"help": "With selection='principal' or 'residual': rank of the approximation."}
     )
-    reselect_every: Count = field(
-        default=20, metadata={"help": "Optimizer steps from one reselection to the next; dynamic selections only."}
+    reselect_every: Count | None = field(
+        default=None,
+        metadata={
+            "help": "Optimizer steps from one reselection to the next: 20 for dynamic selections; "
+            "'principal' is chosen anew if it is given."
+        },
     )
     accumulate: CountOrZero | None = field(
         default=None,
@@ -151,6 +160,11 @@ class SparseConfig(EntryConfig):
 
     def fill_in(self) -> None:
         super().fill_in()
+        if self.selection in REGROWTHS and self.reselect_every is None:
+            self.reselect_every = RESELECT_EVERY
+        if self.sparse_peft_version is not None and self.selection == REFRESH.name and self.accumulate is None:
+            # a file without a refresh: 0.1.0 wrote the default of dynamic selections here
+            self.reselect_every = None
         if self.regrowth is not None and self.accumulate is None:
             self.accumulate = self.regrowth.accumulate
 
@@ -170,6 +184,8 @@ class SparseConfig(EntryConfig):
     @property
     def regrowth(self) -> Regrowth | None:
         """How the positions change during training; None if they do not."""
+        if self.selection == REFRESH.name:
+            return None if self.reselect_every is None else REFRESH
         return REGROWTHS.get(self.selection)
 
     @property
@@ -184,7 +200,7 @@ class SparseConfig(EntryConfig):
     @property
     def criterion(self) -> Criterion:
         """What chooses the first positions."""
-        return get_criterion("random" if self.regrowth else self.selection)
+        return get_criterion("random" if self.selection in REGROWTHS else self.selection)
 
     @property
     def criterion_options(self) -> dict[str, Any]:
@@ -208,7 +224,10 @@ class SparseConfig(EntryConfig):
         """
         regrowth = self.regrowth
         if regrowth is None:
-            raise ValueError(f"selection={self.selection!r}: only {', '.join(REGROWTHS)} change positions in training")
+            raise ValueError(
+                f"selection={self.selection!r}: only {', '.join(REGROWTHS)}, and principal with reselect_every, "
+                "change positions in training"
+            )
         start = steps_of(self.reselect_start, total_steps, "reselect_start")
         stop = steps_of(self.reselect_stop, total_steps, "reselect_stop")
         if start > stop:
@@ -216,16 +235,11 @@ class SparseConfig(EntryConfig):
                 f"reselect_start={self.reselect_start!r} is step {start}, after reselect_stop={self.reselect_stop!r}, "
                 f"step {stop}"
             )
-        return ReselectionSchedule(
-            every=self.reselect_every,
-            window=required(self.accumulate, "accumulate"),
-            leads=regrowth.leads,
-            rate=self.replace_rate,
-            first_rate=regrowth.replaces_first if self.first_replace_rate is None else self.first_replace_rate,
-            decay=self.schedule,
-            start=start,
-            stop=stop,
-        )
+        every, window = required(self.reselect_every, "reselect_every"), required(self.accumulate, "accumulate")
+        if regrowth is REFRESH:
+            return ReselectionSchedule(every, window, regrowth.leads, 1.0, None, "constant", start, stop)
+        first = regrowth.replaces_first if self.first_replace_rate is None else self.first_replace_rate
+        return ReselectionSchedule(every, window, regrowth.leads, self.replace_rate, first, self.schedule, start, stop)
 
     def unreached_events(self, total_steps: int | None) -> Iterator[str]:
         if self.regrowth is None:
@@ -241,7 +255,7 @@ class SparseConfig(EntryConfig):
             )
 
     def _check_blocks(self) -> None:
-        if self.regrowth is not None:
+        if self.selection in REGROWTHS:
             raise ValueError(
                 f"granularity='block' with selection={self.selection!r}: positions that change are single entries; "
                 "use a fixed selection for blocks, or granularity='entry'"
@@ -254,18 +268,18 @@ class SparseConfig(EntryConfig):
 
     def _check_reselection(self, regrowth: Regrowth) -> None:
         accumulate = required(self.accumulate, "accumulate")
-        if accumulate == 0 and regrowth.observes != "nothing":
+        if accumulate == 0 and regrowth.observes in ("gradients", "covers"):
             raise ValueError(
                 f"accumulate=0: at least 1 observed step is expected with selection={self.selection!r}, which chooses "
                 "new positions from observed steps"
             )
-        if accumulate > self.reselect_every:
+        if accumulate > required(self.reselect_every, "reselect_every"):
             raise ValueError(
                 f"accumulate={accumulate} and reselect_every={self.reselect_every}: the steps that are observed "
                 "before a reselection must fit between two of them"
             )
-        if self.redistribute and regrowth.observes == "nothing":
+        if self.redistribute and regrowth.observes in ("nothing", "weights"):
             raise ValueError(
-                f"redistribute=True with selection={self.selection!r}: positions that grow at random have no scores "
-                "to compare layers by; use accumulated_gradient, momentum or rigl"
+                f"redistribute=True with selection={self.selection!r}: layers are compared by observed gradients, and "
+                "it observes none; use accumulated_gradient, momentum or rigl"
             )

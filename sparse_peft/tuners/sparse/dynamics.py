@@ -1,4 +1,4 @@
-"""Prune and regrow of a sparse delta: SpIEL-AG, SpIEL-MA, SET and RigL."""
+"""Prune and regrow of a sparse delta: SpIEL-AG, SpIEL-MA, SET and RigL; LIFT's refresh."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ from ...dynamics.full_tensor import full_tensor
 from ...dynamics.optimizer_state import ObservedMoments
 from ...dynamics.protocol import Dynamics, TrainingContext
 from ...dynamics.sm3_accumulators import KeepsAccumulators
-from ...support import RANDOM_SCORE, REGROWTHS, Candidates, Exchange, Support, exchange, random_inactive, topk_outer
+from ...support import RANDOM_SCORE, Candidates, Exchange, Support, exchange, exchange_for, random_inactive, topk_outer
+from ..base_config import required
 from ..delta import SparseDelta
 from ..delta_layer import SparseTunerLayer
 from .candidates import CandidateWindow
@@ -36,7 +37,7 @@ class ReselectionDynamics(Dynamics[SparseConfig, Layer]):
 
     def __init__(self, context: TrainingContext[SparseConfig, Layer]):
         super().__init__(context)
-        self.regrowth = REGROWTHS[self.config.selection]
+        self.regrowth = required(self.config.regrowth, "regrowth")
         self.schedule = self.config.reselection_schedule(context.total_steps)
         if self.config.redistribute and not self.collectives.alone:
             raise NotImplementedError(
@@ -146,10 +147,8 @@ class ReselectionDynamics(Dynamics[SparseConfig, Layer]):
         """Exchange entries within a group of layers."""
         values = [full_tensor(track.delta.values) for track in group]
         deltas = [track.delta.scaled(own) for track, own in zip(group, values, strict=True)]
-        counts = [int(track.support.nnz * rate) for track in group]
-        candidates = [self._candidates(track, count, step) for track, count in zip(group, counts, strict=True)]
-        supports = [track.support for track in group]
-        exchanges = exchange(supports, deltas, counts, candidates, together=self.config.redistribute)
+        refreshes = self.regrowth.observes == "weights"
+        exchanges = self._refresh(group, deltas) if refreshes else self._regrow(group, deltas, rate, step)
         changes = {}
         for track, old, result in zip(group, values, exchanges, strict=True):
             agreed = self._agreed(result)
@@ -164,6 +163,19 @@ class ReselectionDynamics(Dynamics[SparseConfig, Layer]):
                 grow_threshold=result.grow_threshold,
             )
         return changes
+
+    def _refresh(self, group: list[LayerTrack], deltas: list[Tensor]) -> list[Exchange]:
+        """Choose all positions anew, from the weights as trained so far."""
+        chosen = [track.delta.draw(track.weight, track.support.shape).to(track.support.device) for track in group]
+        parts = zip(group, chosen, deltas, strict=True)
+        return [exchange_for(track.support, new, delta) for track, new, delta in parts]
+
+    def _regrow(self, group: list[LayerTrack], deltas: list[Tensor], rate: float, step: int) -> list[Exchange]:
+        """Drop entries of least use, and grow as many."""
+        counts = [int(track.support.nnz * rate) for track in group]
+        candidates = [self._candidates(track, count, step) for track, count in zip(group, counts, strict=True)]
+        supports = [track.support for track in group]
+        return exchange(supports, deltas, counts, candidates, together=self.config.redistribute)
 
     def _candidates(self, track: LayerTrack, count: int, step: int) -> Candidates:
         support, window = track.support, track.window

@@ -10,7 +10,7 @@ from torch import Tensor
 from ...dynamics.full_tensor import full_tensor, write_full_tensor_
 from ...dynamics.optimizer_state import ObservedMoments, remap_, replace_parameter
 from ...dynamics.sm3_accumulators import accumulate_
-from ...ops import observe
+from ...ops import add_to_support_, observe
 from ...support import Exchange
 from ..delta import SparseDelta
 from ..delta_layer import SparseTunerLayer
@@ -71,6 +71,13 @@ class LayerTrack:
         gradient = self.delta.values.grad
         if gradient is not None:
             accumulate_(*self.accumulators, self.support, full_tensor(gradient).to(torch.float32))
+
+    def weight(self) -> Tensor:
+        """A copy of the weight as trained so far, ``(rows, cols)`` in the base's floats; whole if it is sharded."""
+        self.layer.release()
+        weight = full_tensor(self.layer.dense_base_weight()).clone()
+        add_to_support_(weight, self.support, self.delta.scaled(full_tensor(self.delta.values)))
+        return weight
 
     # ------------------------------------------------------------------ changes
 

@@ -383,6 +383,10 @@ def test_what_cannot_be_done_says_why():
         model.add_adapter("other", pretrain_config())
     with pytest.raises(ValueError, match="r=None with mode='pretrain'"):
         SLTrainConfig(mode="pretrain")
+    with pytest.raises(ValueError, match="selection='nonzero': the low-rank part changes every entry, zeros too"):
+        SLTrainConfig(selection="nonzero")
+    with pytest.raises(ValueError, match="reselect_every=5 with selection='principal': positions are not chosen anew"):
+        SLTrainConfig(selection="principal", reselect_every=5)
     with pytest.raises(ValueError, match="selection='magnitude' with mode='pretrain'"):
         pretrain_config(selection="magnitude")
     with pytest.raises(TypeError, match=r"first of type Conv1D.*plain"):

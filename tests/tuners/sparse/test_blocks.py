@@ -72,7 +72,7 @@ def test_criteria_score_blocks_by_their_sums():
         assert torch.equal(blocks_of(support), expected)
 
 
-@pytest.mark.parametrize("selection", ["gradient", "fisher", "wanda", "movement"])
+@pytest.mark.parametrize("selection", ["gradient", "fisher", "wanda", "movement", "gallop"])
 def test_blocks_chosen_from_data(selection):
     base, data = net(), [torch.randn(8, 64), torch.randn(6, 64)]
     config = SparseConfig(
@@ -81,13 +81,16 @@ def test_blocks_chosen_from_data(selection):
     chosen = select_support(base, config, data, loss_fn=lambda model, x: model(x).square().mean())
     for support in chosen.supports.values():
         assert len(blocks_of(support)) * 32 == support.nnz
-    if selection == "gradient":
+    if selection in ("gradient", "gallop"):
         gradients = []
         for x in data:
             base.zero_grad()
             base(x).square().mean().backward()
             gradients.append(base[0].weight.grad.clone())
-        sums = block_scores(sum(gradients).abs(), BLOCK).reshape(-1)
+        scores = sum(gradients).double().abs()
+        if selection == "gallop":
+            scores /= base[0].weight.detach().double().abs() + 1e-8
+        sums = block_scores(scores, BLOCK).reshape(-1)
         best = sums.topk(chosen.supports["0"].nnz // 32).indices.sort().values
         assert torch.equal(blocks_of(chosen.supports["0"]), best)
         known = select_support(base, config, gradients={"0": sum(gradients), "2": base[2].weight.grad})
