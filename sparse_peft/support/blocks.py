@@ -71,7 +71,7 @@ def divide_in_blocks(
 
     own = {name: blocks(count, [name]) for name, count in entries.own.items()}
     rest = [name for name in shapes if name not in own]
-    division = Division(grids, own, blocks(entries.total, rest) if rest else 0, 1, caps)
+    division = Division(grids, own, blocks(entries.total, rest) if rest else 0, 1, caps, budget.matrices)
     check_caps(division, f"blocks of {block[0]} x {block[1]} without a zero")
     return division
 

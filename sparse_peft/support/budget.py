@@ -39,6 +39,8 @@ class Budget:
         allocation: how the other layers share the rest. ``"numel"``: in proportion to their sizes; ``"uniform"``:
             equally; ``"erk"``: in proportion to ``rows + cols`` (RigL, section 3, https://arxiv.org/abs/1911.11134);
             ``"global"``: by the best scores of all layers.
+        matrices: ``{layer name: n}`` of layers whose weight is ``n`` matrices one above the other, as of fused
+            experts: each counts as a layer of its own, and may get none of its weight's entries.
         at_least: minimum number of entries of a sharing layer, or all of its entries; 1 for ``"global"``. A smaller
             total is raised to the sum of the minima.
 
@@ -61,6 +63,7 @@ class Budget:
     density_pattern: dict[Pattern, Share] = field(default_factory=dict)
     allocation: Annotated[str, OneOf(ALLOCATIONS)] = "numel"
     at_least: CountOrZero = 1
+    matrices: dict[str, Count] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         validate_fields(self)
@@ -161,7 +164,7 @@ def _total(budget: Budget, shapes: dict[str, tuple[int, int]], taken: int, caps:
     if budget.density is not None:
         total = round(budget.density * numel)
     elif budget.r is not None:
-        per_rank = sum(rows + cols for rows, cols in shapes.values())
+        per_rank = sum(rows + budget.matrices.get(name, 1) * cols for name, (rows, cols) in shapes.items())
         total = budget.r * per_rank
         if total > numel:
             most = numel // per_rank
@@ -230,6 +233,7 @@ class Division:
         total: entries that the other layers share.
         at_least: minimum entries of each of these layers, or all of its entries.
         caps: maximum of each layer, where it may not train all of its entries.
+        matrices: ``{layer name: n}`` of layers whose weight is ``n`` matrices.
     """
 
     shapes: dict[str, tuple[int, int]]
@@ -237,6 +241,7 @@ class Division:
     total: int
     at_least: int
     caps: Caps | None = None
+    matrices: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def sharing(self) -> dict[str, tuple[int, int]]:
@@ -300,7 +305,7 @@ def divide(shapes: dict[str, tuple[int, int]], budget: Budget, caps: Caps | None
             f"num_params={budget.num_params}: density_pattern sets every layer, {taken} entries in all; "
             "leave one layer to num_params, or give density instead"
         )
-    division = Division(dict(shapes), own, _total(budget, rest, taken, caps), budget.at_least, caps)
+    division = Division(dict(shapes), own, _total(budget, rest, taken, caps), budget.at_least, caps, budget.matrices)
     check_caps(division)
     return division
 
@@ -325,8 +330,8 @@ def allocate(
         caps = [division.most(name) for name in rest]
         weights = {
             "numel": [rows * cols for rows, cols in rest.values()],
-            "uniform": [1] * len(rest),
-            "erk": [rows + cols for rows, cols in rest.values()],
+            "uniform": [division.matrices.get(name, 1) for name in rest],
+            "erk": [rows + division.matrices.get(name, 1) * cols for name, (rows, cols) in rest.items()],
         }
         parts = apportion(weights[allocation], caps, total, division.at_least)
         shared = dict(zip(rest, parts, strict=True))

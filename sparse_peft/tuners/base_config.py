@@ -19,7 +19,7 @@ from peft.utils import PeftType
 from ..constraints import Names, OneOf, Pattern, field_hints, validated
 from ..support import Support
 from ..version import __version__
-from .experts import BARE_WEIGHTS
+from .experts import CURE
 from .files.card import complete_card, update_model_card
 from .files.checks import DAMAGED, read_config_file, shapes_in_file
 from .files.writes import staging_folder
@@ -118,7 +118,9 @@ class BaseSparseConfig(PeftConfig):
         layers_pattern: name of the layer list where it is not a common one.
         modules_to_save: further modules trained whole and saved with the adapter.
         trainable_token_indices: token indices of the embedding to train, as in ``LoraConfig``.
-        target_parameters: not supported; named so that it can be refused with a reason.
+        target_parameters: names or suffixes of fused experts' parameters, such as ``"experts.gate_up_proj"``, as in
+            ``LoraConfig``.
+        target_experts: train the parameters of all fused experts, as if each was named in ``target_parameters``.
         bias: ``"none"``, ``"all"``, or ``"<type>_only"`` with the method's PEFT type in lower case: the biases of the
             adapted layers.
         fan_in_fan_out: accepted for parity with ``LoraConfig``; the layout is read from the layer's type.
@@ -132,6 +134,8 @@ class BaseSparseConfig(PeftConfig):
     # Fields that decide what each layer trains: once one is set again, what was resolved from it is void.
     deciding_fields: ClassVar[frozenset[str]] = frozenset()
     resolved_fields: ClassVar[tuple[str, ...]] = ("weight_shapes",)
+    # Why the method trains no fused experts; None if it does.
+    why_no_experts: ClassVar[str | None] = "the method has factors of one matrix, and fused experts are many matrices"
     # Positions chosen beforehand, {layer name: support}; no field, because a file has them with the values.
     supports = cast("Mapping[str, Support]", MappingProxyType({}))
 
@@ -157,7 +161,10 @@ class BaseSparseConfig(PeftConfig):
         default=None, metadata={"help": "Indices of the token embeddings to train, as in LoraConfig."}
     )
     target_parameters: list[str] | None = field(
-        default=None, metadata={"help": "Not supported yet: bare parameters, as of fused mixture-of-experts layers."}
+        default=None, metadata={"help": "Parameters of fused experts, such as 'experts.gate_up_proj'."}
+    )
+    target_experts: bool = field(
+        default=False, metadata={"help": "Whether the parameters of all fused experts train."}
     )
     bias: str = field(default="none", metadata={"help": "Which biases train: 'none', 'all' or '<type>_only'."})
     fan_in_fan_out: bool = field(
@@ -205,9 +212,17 @@ class BaseSparseConfig(PeftConfig):
             raise ValueError("`layers_pattern` cannot be used when `target_modules` is a str.")
         if self.layers_pattern and self.layers_to_transform is None:
             raise ValueError("When `layers_pattern` is specified, `layers_to_transform` must also be specified.")
-        if self.target_parameters:
-            raise ValueError(f"target_parameters={self.target_parameters!r}: {BARE_WEIGHTS}")
+        if self.names_experts and self.why_no_experts is not None:
+            given = (
+                f"target_parameters={self.target_parameters!r}" if self.target_parameters else "target_experts=True"
+            )
+            raise ValueError(f"{given}: {self.why_no_experts}; {CURE}")
         validated("bias", self.bias, Annotated[str, OneOf(("none", "all", f"{self.method.lower()}_only"))])
+
+    @property
+    def names_experts(self) -> bool:
+        """Whether parameters of fused experts are to train."""
+        return bool(self.target_parameters) or self.target_experts
 
     def __setattr__(self, name: str, value: Any) -> None:
         hint = field_hints(type(self)).get(name)

@@ -22,6 +22,7 @@ from .active_delta import ActiveDelta
 from .backups import SET_ASIDE, LayerBackup, PackedBackup, WeightBackup
 from .base_config import BaseSparseConfig
 from .base_state import TrainedState
+from .expert_weights import ExpertWeight
 from .files.checks import BASE_ADAPTER
 from .four_bit import base_weight
 from .layer_parts import bias_of, weight_of
@@ -80,10 +81,14 @@ class TunerLayer(BaseTunerLayer, nn.Module, Generic[StateT]):
         self.quantization_backend = resolve_quantization_backend(
             base, get_apply_tensor_subclass=kwargs.get("get_apply_tensor_subclass")
         )
-        inputs, outputs = _get_in_out_features(base)
+        inputs, outputs = base.features if isinstance(base, ExpertWeight) else _get_in_out_features(base)
         assert inputs is not None and outputs is not None  # unknown only of layers that no method accepts
         self.in_features, self.out_features = inputs, outputs
-        if is_convolution(base):
+        if isinstance(base, ExpertWeight):
+            self.product = LinearProduct(base.in_dim)
+            self.weight_shape = tuple(base.weight.shape)
+            self.stored_shape = base.stored_shape
+        elif is_convolution(base):
             self.product = ConvProduct.of(base)
             self.weight_shape = tuple(base.weight.shape)
             self.stored_shape = (self.weight_shape[0], base.weight[0].numel())
@@ -108,9 +113,21 @@ class TunerLayer(BaseTunerLayer, nn.Module, Generic[StateT]):
         return weight_of(base if "base_layer" not in base._modules else self.get_base_layer())
 
     @property
+    def matrices(self) -> int:
+        """The number of matrices that the weight consists of: its experts, one above the other; else 1."""
+        base = self.base_layer
+        return base.experts if isinstance(base, ExpertWeight) else 1
+
+    @property
     def base_bias(self) -> Tensor | None:
         """The base layer's bias."""
         return bias_of(self.base_layer)
+
+    @property
+    def base_parameters(self) -> Mapping[str, Tensor | None]:
+        """The parameters of the module that has the base weight, which is called ``"weight"`` here."""
+        base = self.base_layer
+        return base.by_name if isinstance(base, ExpertWeight) else base._parameters
 
     @transition
     def add_delta(self, adapter_name: str, delta: StateT, *, init_weights: bool, inference_mode: bool) -> None:

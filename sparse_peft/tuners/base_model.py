@@ -11,7 +11,7 @@ from operator import attrgetter
 from typing import Any, ClassVar, Generic, Protocol, TypeVar, cast
 
 import torch
-from peft.tuners.tuners_utils import BaseTuner
+from peft.tuners.tuners_utils import BaseTuner, _ExcludedModule
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING, get_quantization_kwargs
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
@@ -24,7 +24,7 @@ from .base_state import TrainedState
 from .combination import Tensors, add_weighted_adapter
 from .controller_warning import require_controller
 from .delta_layer import SparseTunerLayer
-from .experts import check_bare_weights
+from .experts import check_bare_weights, is_named
 from .files.accepted_tensors import accept_tensors
 from .files.adapter_file import check_claimed_sizes
 from .files.adapter_state import put_states, take_states
@@ -34,7 +34,16 @@ from .forms import LoraFactors, weightless_layer
 from .four_bit import prepare_four_bit
 from .mixed_batches import mixed_batch
 from .residency import hold_layers, release_layers
-from .targets import Targets, check_names, check_target, check_weights_of_their_own, find_targets, layer_of
+from .targets import (
+    Targets,
+    check_names,
+    check_target,
+    check_weights_of_their_own,
+    find_targets,
+    hold_experts,
+    layer_of,
+    release_empty_experts,
+)
 from .traversal import modules_beside_adapters, tuner_layers
 
 
@@ -188,6 +197,8 @@ class BaseSparseModel(BaseTuner, Generic[ConfigT, StateT]):
     def _prepare_adapter_config(self, peft_config: Any, model_config: dict[str, Any]) -> Any:
         # diffusers' models have no model_type; their class does as well
         kind = model_config.get("model_type", type(self.model).__name__)
+        if peft_config.names_experts and peft_config.target_modules is None and kind not in self.target_module_mapping:
+            peft_config.target_modules = []
         return super()._prepare_adapter_config(peft_config, {"model_type": kind})
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
@@ -198,13 +209,14 @@ class BaseSparseModel(BaseTuner, Generic[ConfigT, StateT]):
             super().inject_adapter(model, adapter_name, *args, **kwargs)
         finally:
             del self._injection, self._plans
+            release_empty_experts(model)
 
     def _prepare_model(self, peft_config: Any, model: nn.Module) -> None:
         # budgets are shared between layers, so all of them are planned before PEFT creates the first
         self.check_configs()
         adapter_name, state_dict = self._injection
         targets = self.find_targets(peft_config, model, state_dict)
-        check_bare_weights(peft_config, model, bool(targets))
+        check_bare_weights(peft_config, model, targets)
         self.check_targets(model, targets)
         prepare_four_bit(modules_beside_adapters(model))
         self.release()
@@ -212,6 +224,17 @@ class BaseSparseModel(BaseTuner, Generic[ConfigT, StateT]):
         if targets:
             self._plans = self.plan_layers(peft_config, targets, adapter_name, self.file_sizes(state_dict))
             check_claimed_sizes(peft_config, targets)  # sizes that the config left open are resolved now
+            hold_experts(model, targets)
+
+    def _check_target_module_exists(self, peft_config: Any, key: str) -> Any:  # type: ignore[override]  # static there
+        found = super()._check_target_module_exists(peft_config, key)
+        return found if isinstance(found, _ExcludedModule) else key in self._plans
+
+    def _inject_parameters(
+        self, peft_config: Any, model: nn.Module, adapter_name: str, low_cpu_mem_usage: bool
+    ) -> list[str]:
+        # experts' parameters were injected as layers
+        return [name for name in self._plans if is_named(peft_config.target_parameters, name)]
 
     @classmethod
     def checked_targets(cls, config: ConfigT, model: nn.Module) -> Targets:
@@ -222,7 +245,8 @@ class BaseSparseModel(BaseTuner, Generic[ConfigT, StateT]):
         """
         if config.target_modules is None:
             model_type = BaseTuner.get_model_config(model).get("model_type")
-            config.target_modules = cls.target_module_mapping.get(str(model_type))
+            none: list[str] | None = [] if config.names_experts else None
+            config.target_modules = cls.target_module_mapping.get(str(model_type), none)
             if config.target_modules is None:
                 raise ValueError(f"target_modules: none given, and none is known for model type {model_type!r}")
         targets = cls.find_targets(config, model)

@@ -182,7 +182,7 @@ class SparseTunerLayer(TunerLayer[DeltaT]):
     def _write_of(self, delta: ActiveDelta, stamp: Stamp | None) -> Write:
         """What makes the base weight hold adapters' entries."""
         assert stamp is not None
-        weight, parameters = self.base_parameter, self.base_layer._parameters
+        weight, parameters = self.base_parameter, self.base_parameters
         held = Held(delta, stamp, parameters, weight, self.adds_entries_only)
         return Write(self.ledger, weight, delta.support, self.sum_values(delta), lambda _: held)
 

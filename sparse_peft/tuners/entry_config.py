@@ -25,6 +25,7 @@ class EntryConfig(DeltaConfig):
 
     deciding_fields: ClassVar[frozenset[str]] = BUDGET_FIELDS
     resolved_fields: ClassVar[tuple[str, ...]] = ("num_entries", "weight_shapes")
+    why_no_experts: ClassVar[str | None] = None
     budget_fields: ClassVar[tuple[str, ...]] = ("density", "num_params", "r")
 
     density: Share | None = field(

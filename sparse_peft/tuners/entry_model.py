@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from ..support import Caps, Support, resolve_block_counts, resolve_counts, whole_blocks
+from ..support import Budget, Caps, Support, resolve_block_counts, resolve_counts, whole_blocks
 from .base_model import BaseSparseModel, StatePlan
 from .combination import Tensors
 from .delta import SparseDelta
 from .entry_config import EntryConfig
 from .support_recipe import SupportRecipe
-from .targets import Targets, base_of, check_shapes, dense_weight, stored_shape
+from .targets import Targets, base_of, check_shapes, dense_weight, experts_of, stored_shape
 
 
 @dataclass(frozen=True)
@@ -31,6 +31,12 @@ class DeltaPlan:
 
     def make_delta(self, name: str) -> SparseDelta:
         return SparseDelta(self.shape, self.entries, name, self.recipe, self.support, self.scale)
+
+
+def budget_of(config: EntryConfig, targets: Targets) -> Budget:
+    """The budget of a config, in which each expert counts as a layer."""
+    experts = {name: count for name, module in targets.items() if (count := experts_of(module)) > 1}
+    return replace(config.budget(), matrices=experts)
 
 
 EntryConfigT = TypeVar("EntryConfigT", bound=EntryConfig)
@@ -105,9 +111,10 @@ class EntryModel(BaseSparseModel[EntryConfigT, SparseDeltaT]):
             def scores(name: str) -> Tensor:
                 return criterion.score(dense_weight(targets[name]), None, **recipes[name].options)
 
+        budget = budget_of(config, targets)
         if config.block is None:
-            return resolve_counts(shapes, config.budget(), scores, criterion.largest, caps)
-        return resolve_block_counts(shapes, config.budget(), config.block, scores, criterion.largest, caps)
+            return resolve_counts(shapes, budget, scores, criterion.largest, caps)
+        return resolve_block_counts(shapes, budget, config.block, scores, criterion.largest, caps)
 
     @classmethod
     def _caps(cls, config: EntryConfigT, targets: Targets) -> Caps | None:

@@ -1,14 +1,14 @@
 """Fused experts: weights of mixture-of-experts layers that are bare parameters of their block, and no layers.
 
-transformers keeps them as one parameter ``(experts, rows, cols)`` each. No method trains such a parameter yet, and
-PEFT finds none of them by ``target_modules``: a name that means a linear layer in other models would be passed over.
+transformers keeps them as one parameter ``(experts, rows, cols)`` each. PEFT finds none of them by
+``target_modules``: a name that means a linear layer in other models would be passed over.
 """
 
 from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from typing import TYPE_CHECKING
 
 from torch import nn
@@ -16,33 +16,36 @@ from torch import nn
 if TYPE_CHECKING:
     from .base_config import BaseSparseConfig
 
+CURE = "name linear layers in target_modules, or take all there are with target_modules='all-linear'"
 BARE_WEIGHTS = (
-    "bare parameters, such as fused experts, cannot be trained sparsely yet; name linear layers in target_modules, or "
-    "take all there are with target_modules='all-linear'"
+    "bare parameters, such as fused experts, are no modules; name them in target_parameters or take all experts with "
+    f"target_experts=True, where the method trains experts; else {CURE}"
 )
 
 
 def bare_weights(model: nn.Module) -> dict[str, tuple[int, ...]]:
     """``{name: shape}`` of the parameters of three dimensions that no layer has as its ``weight``."""
     return {
-        name: tuple(parameter.shape)
+        name.replace(".base_layer.", "."): tuple(parameter.shape)
         for name, parameter in model.named_parameters()
         if parameter.ndim == 3 and name.rpartition(".")[2] not in ("weight", "bias")
     }
 
 
-def check_bare_weights(config: BaseSparseConfig, model: nn.Module, found: bool) -> None:
-    """Say that a target is a bare parameter, where it is one.
+def check_bare_weights(config: BaseSparseConfig, model: nn.Module, targets: Collection[str]) -> None:
+    """Say that a name in ``target_modules`` is a bare parameter, where it is one that does not train.
 
     Args:
         config: the new adapter's.
         model: the base.
-        found: whether its targets match any layer.
+        targets: names of its target layers.
 
     Raises:
         ValueError: the targets match bare parameters and nothing else.
     """
-    named = {name: shape for name, shape in bare_weights(model).items() if _is_named(config.target_modules, name)}
+    found = bare_weights(model)
+    named = {name: shape for name, shape in found.items() if is_named(config.target_modules, name)}
+    named = {name: shape for name, shape in named.items() if name not in targets}
     if not named:
         return
     first, shape = next(iter(named.items()))
@@ -51,12 +54,48 @@ def check_bare_weights(config: BaseSparseConfig, model: nn.Module, found: bool) 
         f"target_modules={config.target_modules!r}: {first} is a parameter of shape {shape} in "
         f"{type(model.get_submodule(block)).__name__} and no layer, like {len(named) - 1} others; {BARE_WEIGHTS}"
     )
-    if not found:
+    if not targets:
         raise ValueError(message)
     warnings.warn(f"{message}. The adapter leaves them out.", UserWarning, stacklevel=2)
 
 
-def _is_named(targets: Iterable[str] | None, name: str) -> bool:
+def check_target_parameters(config: BaseSparseConfig, model: nn.Module) -> None:
+    """Refuse names in ``target_parameters`` that are no experts' parameters.
+
+    Raises:
+        ValueError: names the field, the name and the parameter.
+    """
+    shapes = {
+        name.replace(".base_layer.", "."): tuple(parameter.shape)
+        for name, parameter in model.named_parameters(remove_duplicate=False)
+    }
+    for target in config.target_parameters or ():
+        named = [name for name in shapes if is_named([target], name)]
+        if not named:
+            raise ValueError(_matches_nothing(target, bare_weights(model), model))
+        for name in named:
+            if len(shapes[name]) != 3 or name.rpartition(".")[2] in ("weight", "bias"):
+                owner = type(model.get_submodule(name.rpartition(".")[0])).__name__
+                raise ValueError(
+                    f"target_parameters: {target!r} names {name} of shape {shapes[name]} in {owner}, and experts' "
+                    "parameters are bare ones of shape (experts, rows, cols); name layers in target_modules, and what "
+                    "is to train whole in modules_to_save"
+                )
+            if "." not in name:
+                raise ValueError(
+                    f"target_parameters: {name} is a parameter of the model itself, which cannot be replaced by a "
+                    "layer; wrap the model in a module of its own"
+                )
+
+
+def _matches_nothing(target: str, bare: dict[str, tuple[int, ...]], model: nn.Module) -> str:
+    known = sorted({".".join(name.split(".")[-2:]) for name in bare})
+    there = f"its experts' parameters end in {', '.join(known)}" if known else f"it has no fused experts; {CURE}"
+    return f"target_parameters: {target!r} matches no parameter of {type(model).__name__}; {there}"
+
+
+def is_named(targets: Iterable[str] | None, name: str) -> bool:
+    """Whether a full name is among names, suffixes of names or a regular expression."""
     if targets is None or targets == "all-linear":
         return False
     if isinstance(targets, str):

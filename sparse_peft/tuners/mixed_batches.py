@@ -10,6 +10,7 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
 from .base_layer import TunerLayer
+from .expert_layer import ExpertsLayer
 from .files.checks import BASE_ADAPTER
 from .traversal import tuner_layers
 
@@ -32,7 +33,7 @@ def mixed_batch(tuner: BaseTuner, names: list[str], beams: int) -> Iterator[None
     repeated = [name for name in names for _ in range(beams)]
     with ExitStack() as stack:
         for module in tuner.modules():
-            if isinstance(module, (TunerLayer, AuxiliaryTrainingWrapper)):
+            if isinstance(module, (TunerLayer, ExpertsLayer, AuxiliaryTrainingWrapper)):
                 given = list(names) if module in in_encoder else repeated
                 handle = module.register_forward_pre_hook(
                     lambda _, args, kwargs, given=given: (args, {**kwargs, "adapter_names": given}),

@@ -14,6 +14,7 @@ from ..ops import is_convolution
 from .base_config import BaseSparseConfig
 from .base_model import BaseSparseModel
 from .base_state import TrainedState
+from .expert_weights import ExpertWeight
 from .four_bit import prepare_four_bit
 from .targets import Targets, base_of
 from .traversal import modules_beside_adapters
@@ -78,6 +79,11 @@ def select_support(
 def _check_linear(config: Config, targets: Targets) -> None:
     """Refuse convolutions, whose data no criterion looks at."""
     for name, module in targets.items():
+        if isinstance(base_of(module), ExpertWeight):
+            raise NotImplementedError(
+                f"layer {name}: selection={getattr(config, 'selection', 'none')!r} looks at data for linear layers "
+                "only, and not for fused experts; leave experts out, or choose a selection that needs no data"
+            )
         if is_convolution(base_of(module)):
             selection = getattr(config, "selection", "none")
             raise TypeError(

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import copy
+from collections.abc import Iterable, Iterator
 from functools import partial
 from typing import Any
 
 from peft.tuners.tuners_utils import BaseTunerLayer, _maybe_include_all_linear_layers, check_target_module_exists
-from peft.utils import get_quantization_kwargs, resolve_quantization_backend
+from peft.utils import _get_submodules, get_quantization_kwargs, resolve_quantization_backend
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
@@ -15,7 +16,9 @@ from ..calibrate import LayerView
 from ..ops import is_convolution
 from .base_config import BaseSparseConfig
 from .base_layer import TunerLayer
-from .experts import BARE_WEIGHTS, bare_weights
+from .expert_layer import ExpertsLayer
+from .expert_weights import ExpertWeight, expert_parameters, holds_experts
+from .experts import BARE_WEIGHTS, bare_weights, check_target_parameters, is_named
 from .four_bit import base_weight
 
 Targets = dict[str, nn.Module]  # {layer name: module}
@@ -29,11 +32,14 @@ def base_of(module: nn.Module) -> Any:
 def stored_shape(module: nn.Module) -> tuple[int, int]:
     """``(rows, cols)`` of a target's weight as stored.
 
-    Quantised layers count unpacked, ``(out, in)``; a convolution's weight as ``(out, in / groups * taps)``.
+    Quantised layers count unpacked, ``(out, in)``; a convolution's weight as ``(out, in / groups * taps)``, that of
+    fused experts as ``(experts * rows, cols)``.
     """
     base = base_of(module)
     if is_convolution(base):
         return base.weight.shape[0], base.weight[0].numel()
+    if isinstance(base, ExpertWeight):
+        return base.stored_shape
     if isinstance(base, Conv1D) or not hasattr(base, "out_features"):
         return tuple(base.weight.shape)
     return base.out_features, base.in_features
@@ -41,7 +47,14 @@ def stored_shape(module: nn.Module) -> tuple[int, int]:
 
 def in_dim_of(module: nn.Module) -> int:
     """The dimension of a target's stored weight that is the input's."""
-    return 0 if isinstance(base_of(module), Conv1D) else 1
+    base = base_of(module)
+    return base.in_dim if isinstance(base, ExpertWeight) else int(not isinstance(base, Conv1D))
+
+
+def experts_of(module: nn.Module) -> int:
+    """The number of matrices that a target's stored weight consists of: its experts, one above the other."""
+    base = base_of(module)
+    return base.experts if isinstance(base, ExpertWeight) else 1
 
 
 def dense_weight(module: nn.Module) -> Tensor:
@@ -75,13 +88,69 @@ def find_targets(
         prefix: what the names of the method's parameters start with.
         state_dict: tensors of an adapter file, whose layers are then the targets.
     """
-    resolved = _maybe_include_all_linear_layers(config, model)
+    if state_dict is None:
+        check_target_parameters(config, model)
+    resolved = _with_all_linear(config, model)
     in_file = None if state_dict is None else {layer_of(key, prefix) for key in state_dict}
-    return {
-        name: module
-        for name, module in _outermost_layers(model)
-        if (name in in_file if in_file is not None else check_target_module_exists(resolved, name))
-    }
+    found: Targets = {}
+    for name, module in _outermost_layers(model):
+        if name in in_file if in_file is not None else check_target_module_exists(resolved, name):
+            found[name] = module
+        for parameter in _experts_in(module):
+            full = f"{name}.{parameter}"
+            if full in in_file if in_file is not None else _trains_experts(config, full, module):
+                found[full] = _expert_target(module, parameter)
+    return found
+
+
+def _with_all_linear(config: BaseSparseConfig, model: nn.Module) -> BaseSparseConfig:
+    """The config with the names that ``"all-linear"`` stands for; PEFT counts adapted experts among them."""
+    asked = config.target_modules
+    _maybe_include_all_linear_layers(config, model)
+    if config.target_modules is not asked and config.target_modules is not None:
+        experts = {name for name, module in model.named_modules() if isinstance(base_of(module), ExpertWeight)}
+        config.target_modules = [name for name in config.target_modules if name not in experts]
+    return config
+
+
+def _experts_in(module: nn.Module) -> Iterable[str]:
+    return expert_parameters(module.base_layer if isinstance(module, ExpertsLayer) else module)
+
+
+def _trains_experts(config: BaseSparseConfig, name: str, holder: nn.Module) -> bool:
+    """Whether a config names an expert parameter, and leaves it not out by other fields."""
+    base = holder.base_layer if isinstance(holder, ExpertsLayer) else holder
+    if not (is_named(config.target_parameters or (), name) or (config.target_experts and holds_experts(base))):
+        return False
+    named = copy.copy(config)
+    named.target_modules = [name.partition(".")[2]]  # a suffix: PEFT asks no other field for a full name
+    return bool(check_target_module_exists(named, name))
+
+
+def _expert_target(module: nn.Module, parameter: str) -> nn.Module:
+    known = module._modules.get(parameter) if isinstance(module, ExpertsLayer) else None
+    base = module.base_layer if isinstance(module, ExpertsLayer) else module
+    return known or ExpertWeight(base, parameter)
+
+
+def hold_experts(model: nn.Module, targets: Targets) -> None:
+    """Put the modules of experts, whose parameters are targets, into modules that can hold adapters."""
+    for name, target in targets.items():
+        if isinstance(target, ExpertWeight):
+            holder_name, _, parameter = name.rpartition(".")
+            parent, holder, attribute = _get_submodules(model, holder_name)
+            if not isinstance(holder, ExpertsLayer):
+                holder = ExpertsLayer(holder, holder_name)
+                setattr(parent, attribute, holder)
+            holder.weight_named(parameter)
+
+
+def release_empty_experts(model: nn.Module) -> None:
+    """Put modules of experts without any adapter back into their place."""
+    for name, module in list(model.named_modules()):
+        if isinstance(module, ExpertsLayer) and not module.layers:
+            parent, _, attribute = _get_submodules(model, name)
+            setattr(parent, attribute, module.base_layer)
 
 
 def _outermost_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
@@ -90,7 +159,7 @@ def _outermost_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     for name, module in model.named_modules():
         if not name or (inside and name.startswith(inside)):
             continue
-        if isinstance(module, BaseTunerLayer):
+        if isinstance(module, (BaseTunerLayer, ExpertsLayer)):
             inside = (*inside, f"{name}.")
         yield name, module
 
@@ -120,7 +189,9 @@ def check_target(name: str, module: nn.Module, model: nn.Module, method: str, ta
     weight = getattr(base, "weight", None)
     if resolve_quantization_backend(base, **get_quantization_kwargs(model)) is not None:
         return
-    if not isinstance(base, (nn.Linear, Conv1D)) and not is_convolution(base):
+    if isinstance(base, ExpertWeight):
+        _check_experts(name, base)
+    elif not isinstance(base, (nn.Linear, Conv1D)) and not is_convolution(base):
         fused = f"Its weights are {BARE_WEIGHTS}. " if bare_weights(base) else ""
         raise TypeError(
             f"Target module {name} of type {type(base).__name__} is not supported. {fused}{method} "
@@ -141,6 +212,15 @@ def check_target(name: str, module: nn.Module, model: nn.Module, method: str, ta
         )
 
 
+def _check_experts(name: str, base: ExpertWeight) -> None:
+    weight = base.weight
+    if not weight.is_meta and not weight.is_contiguous():
+        raise ValueError(
+            f"target_parameters: {name} has memory of strides {weight.stride()}, and experts' weights are expected "
+            "one after the other; make it contiguous (parameter.data = parameter.data.contiguous())"
+        )
+
+
 def check_weights_of_their_own(model: nn.Module, targets: Targets) -> None:
     """Refuse targets whose weight something else uses too.
 
@@ -153,7 +233,7 @@ def check_weights_of_their_own(model: nn.Module, targets: Targets) -> None:
     for name, module in targets.items():
         names = owners.get(id(getattr(base_of(module), "weight", None)), [])
         if len(names) > 1:
-            others = ", ".join(other for other in names if other != f"{name}.weight")
+            others = ", ".join(other for other in names if other not in (name, f"{name}.weight"))
             raise ValueError(
                 f"Target module {name} shares its weight with {others} (tied weights): training one would change "
                 "the other. Leave it out with exclude_modules, or untie the weights first (load the model with "

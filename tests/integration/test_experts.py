@@ -19,6 +19,7 @@ MODELS = {
     "qwen3-moe": Qwen3MoeConfig(**SMALL, num_experts=3, moe_intermediate_size=24, head_dim=8),
     "gpt-oss": GptOssConfig(**SMALL, num_local_experts=3, head_dim=8),
 }
+TRAIN_EXPERTS = ("sparse", "sara")
 IDS = torch.arange(3, 13).view(2, 5)
 
 
@@ -65,8 +66,10 @@ def test_experts_by_name_are_refused_with_what_to_do(name, method):
         TypeError, match=r"mlp\.experts of type .*Experts is not supported\. Its weights are bare param"
     ):
         get_peft_model(model, config(method, target_modules=["experts"]))
-    with pytest.raises(ValueError, match=r"target_parameters=.*name linear layers in target_modules.*'all-linear'"):
-        config(method, target_parameters=["mlp.experts.gate_up_proj"])
+    if method not in TRAIN_EXPERTS:
+        for fields in ({"target_parameters": ["mlp.experts.gate_up_proj"]}, {"target_experts": True}):
+            with pytest.raises(ValueError, match=rf"{next(iter(fields))}=.*fused experts.*name linear layers"):
+                config(method, **fields)
     assert not any(isinstance(module, TunerLayer) for module in model.modules()), "nothing was replaced"
 
 

@@ -350,3 +350,13 @@ def test_at_least_so_many_entries_in_every_layer_that_has_them():
         assert counts["tiny"] == 6 and counts["small"] >= 16
         assert sum(counts.values()) == round(0.01 * 20046)
     assert resolve_counts({"small": (20, 2)}, Budget(density=0.01, at_least=16)) == {"small": 16}
+
+
+def test_each_matrix_of_a_layer_counts_as_a_layer():
+    shapes = {"experts": (4 * 10, 20), "linear": (10, 20)}
+    apart = {f"expert {i}": (10, 20) for i in range(4)} | {"linear": (10, 20)}
+    for options in ({"r": 2}, {"num_params": 100, "allocation": "uniform"}, {"density": 0.1, "allocation": "erk"}):
+        together = resolve_counts(shapes, Budget(**options, matrices={"experts": 4}))
+        counts = resolve_counts(apart, Budget(**options))
+        assert together == {"experts": sum(counts[f"expert {i}"] for i in range(4)), "linear": counts["linear"]}
+    assert resolve_counts(shapes, Budget(num_params=2, matrices={"experts": 4})) == {"experts": 1, "linear": 1}

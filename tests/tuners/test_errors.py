@@ -31,7 +31,6 @@ from tests.helpers.two_layers import TwoLayers
         ({"principal_rank": 0}, "principal_rank=0"),
         ({"seed": "a"}, "seed='a'"),
         ({"bias": "lora_only"}, "bias='lora_only'.*'sparse_peft_delta_only'"),
-        ({"target_parameters": ["experts.gate_up_proj"]}, "target_parameters=.*name linear layers in target_modules"),
         ({"save_dtype": "int8"}, "save_dtype='int8'.*'bfloat16'"),
         ({"layers_pattern": "h", "target_modules": ["q"]}, "`layers_to_transform` must also be specified"),
     ],

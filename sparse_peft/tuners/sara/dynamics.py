@@ -12,7 +12,7 @@ from ...dynamics.full_tensor import full_tensor, write_full_tensor_
 from ...dynamics.optimizer_state import add_gradient_
 from ...dynamics.protocol import Dynamics, TrainingContext
 from ...numerics import sample_without_replacement
-from ...ops import nuclear_norm, read_support
+from ...ops import expert_parts, nuclear_norm, read_support
 from ...support import Support
 from ..delta import SparseDelta
 from .config import SaRAConfig
@@ -62,6 +62,19 @@ class _Part:
     def weights(self) -> Tensor:
         """``(entries,)`` float32: the effective entries."""
         return self.originals() + self.delta.scaled(full_tensor(self.delta.values).to(torch.float32))
+
+    @property
+    def smaller_side(self) -> int:
+        """Rows or columns of the weight, or of one expert's, whichever are fewer."""
+        rows, cols = self.support.shape
+        return min(rows // self.layer.matrices, cols)
+
+    def nuclear_gradient(self, weights: Tensor) -> Tensor:
+        """``(entries,)``: the gradient of the nuclear norm of the trained entries, of each expert's by itself."""
+        if self.layer.matrices == 1:
+            return nuclear_norm(weights, self.support)[1]
+        parts = expert_parts(self.support, self.layer.matrices)
+        return torch.cat([nuclear_norm(weights[first:last], part)[1] for part, first, last in parts if last > first])
 
     def freeze(self, mask: Tensor) -> None:
         self.frozen = _Frozen(mask, full_tensor(self.delta.values)[mask].clone()) if bool(mask.any()) else None
@@ -116,7 +129,7 @@ class SaRADynamics(Dynamics[SaRAConfig, SaRALinear]):
         """The layers with a nuclear norm in this step; the same on every process, and after resuming."""
         if self.config.nuclear_weight == 0 or step % self.config.nuclear_every:
             return []
-        eligible = [part for part in self.parts.values() if min(part.support.shape) > self.config.nuclear_min_size]
+        eligible = [part for part in self.parts.values() if part.smaller_side > self.config.nuclear_min_size]
         if self.config.nuclear_matrices == "all" or not eligible:
             return eligible
         name = f"nuclear norm of {self.adapter}, step {step}"
@@ -127,7 +140,7 @@ class SaRADynamics(Dynamics[SaRAConfig, SaRALinear]):
         weights = part.weights()
         if part.frozen is not None:
             weights = weights.masked_fill(part.frozen.mask, 0)
-        _, gradient = nuclear_norm(weights, part.support)
+        gradient = part.nuclear_gradient(weights)
         gradient *= self.config.nuclear_weight * self.config.nuclear_every * part.delta.value_scale
         add_gradient_(self.optimizer, part.delta.values, gradient)
 

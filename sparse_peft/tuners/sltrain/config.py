@@ -57,6 +57,9 @@ class SLTrainConfig(SparseConfig):
     """
 
     method: ClassVar[str] = "SPARSE_PEFT_SLTRAIN"
+    why_no_experts: ClassVar[str | None] = (
+        "its low-rank part has factors of one matrix, and fused experts are many matrices"
+    )
     budget_fields: ClassVar[tuple[str, ...]] = ("density", "num_params")
 
     r: Count | None = field(default=None, metadata={"help": "Rank of the low-rank part; 8 for fine-tuning."})

@@ -45,7 +45,16 @@ class ReselectionDynamics(Dynamics[SparseConfig, Layer]):
                 "would get other numbers of entries, and DDP and FSDP fix the parameters' sizes when they wrap the "
                 "model; use redistribute=False, or train in one process"
             )
+        self._check_experts()
         self.tracks = {name: LayerTrack(layer, self.adapter) for name, layer in self.layers.items()}
+
+    def _check_experts(self) -> None:
+        experts = [name for name, layer in self.layers.items() if layer.matrices > 1]
+        if experts and self.regrowth.observes == "gradients":
+            raise NotImplementedError(
+                f"selection={self.config.selection!r} with fused experts, as in layer {experts[0]}: gradients at "
+                "new positions are not observed; use selection='momentum' or 'set', or leave experts out"
+            )
 
     # ------------------------------------------------------------------ the course of a step
 

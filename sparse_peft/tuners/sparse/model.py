@@ -12,7 +12,7 @@ from ...support import Support
 from ..base_layer import TunerLayer
 from ..combination import Tensors
 from ..delta import SparseDelta
-from ..entry_model import EntryModel
+from ..entry_model import EntryModel, budget_of
 from ..targets import Targets, layer_views
 from .config import SparseConfig
 from .layer import SparseLinear
@@ -71,7 +71,7 @@ class SparseModel(EntryModel[SparseConfigT, SparseDeltaT]):
         loss_fn: Callable[[nn.Module, Any], Tensor] | None,
         oversample: float,
     ) -> dict[str, Support]:
-        layers, criterion, budget = layer_views(targets), config.criterion, config.budget()
+        layers, criterion, budget = layer_views(targets), config.criterion, budget_of(config, targets)
         if gradients is not None:
             return supports_from_gradients(layers, criterion, budget, gradients, block=config.block)
         batches = ModelPass(model, data or (), loss_fn)

@@ -1,0 +1,323 @@
+"""Products of routed tokens with the weights of fused experts, trained at a support.
+
+The experts' weights are one stored matrix ``(experts * rows, cols)``: expert ``e`` has the rows ``e * rows`` to
+``(e + 1) * rows``. Each expert multiplies the tokens routed to it. The values' gradient is formed from these tokens,
+one expert at a time, so that no gradient or copy of all experts exists.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from ..numerics.tokens import accumulation_dtype
+from ..support import Support
+from .products import LinearProduct, WeightPanels
+
+
+class Segment(NamedTuple):
+    """The rows ``start`` to ``stop`` of an activation are the tokens of one expert."""
+
+    expert: int
+    start: int
+    stop: int
+
+
+class Routing(ABC):
+    """Which expert multiplies which rows of an activation."""
+
+    @abstractmethod
+    def segments(self) -> Iterator[Segment]:
+        """The experts with tokens, in the order of their rows."""
+
+    def sort(self, x: Tensor) -> Tensor:
+        """The rows in the order of the segments."""
+        return x
+
+    def restore(self, x: Tensor) -> Tensor:
+        """The inverse of ``sort``."""
+        return x
+
+
+@dataclass(frozen=True)
+class OneExpert(Routing):
+    """All rows belong to one expert."""
+
+    expert: int
+    tokens: int
+
+    def segments(self) -> Iterator[Segment]:
+        if self.tokens:
+            yield Segment(self.expert, 0, self.tokens)
+
+
+@dataclass(frozen=True)
+class EveryExpert(Routing):
+    """Each expert has the same number of rows, one after the other."""
+
+    experts: int
+    tokens: int
+
+    def segments(self) -> Iterator[Segment]:
+        for expert in range(self.experts if self.tokens else 0):
+            yield Segment(expert, expert * self.tokens, (expert + 1) * self.tokens)
+
+
+@dataclass(frozen=True)
+class SortedTokens(Routing):
+    """Rows sorted by expert.
+
+    Attributes:
+        ends: ``(experts,)`` row after each expert's last one.
+    """
+
+    ends: Tensor
+
+    def segments(self) -> Iterator[Segment]:
+        start = 0
+        for expert, stop in enumerate(self.ends.tolist()):
+            if stop > start:
+                yield Segment(expert, start, stop)
+            start = stop
+
+
+@dataclass(frozen=True)
+class TokenwiseExperts(Routing):
+    """Each row has an expert of its own.
+
+    Attributes:
+        ids: ``(rows,)`` its number.
+    """
+
+    ids: Tensor
+
+    def segments(self) -> Iterator[Segment]:
+        experts, counts = torch.unique(self.ids, return_counts=True)
+        start = 0
+        for expert, tokens in zip(experts.tolist(), counts.tolist(), strict=True):
+            yield Segment(expert, start, start + tokens)
+            start += tokens
+
+    def sort(self, x: Tensor) -> Tensor:
+        return x.index_select(0, self.ids.argsort(stable=True))
+
+    def restore(self, x: Tensor) -> Tensor:
+        return torch.empty_like(x).index_copy_(0, self.ids.argsort(stable=True), x)
+
+
+class ExpertSource(Protocol):
+    """The effective weights of the experts, in forward and again in backward."""
+
+    @property
+    def experts(self) -> int:
+        """Number of experts."""
+        ...
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the stored weights."""
+        ...
+
+    @property
+    def key(self) -> int:
+        """The weight's key, for observers."""
+        ...
+
+    def expert(self, number: int) -> WeightPanels:
+        """The weight of one expert."""
+        ...
+
+    def after_backward(self) -> None:
+        """Called after the values' gradient was formed."""
+        ...
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How an activation is made again in backward from tensors that are kept anyway.
+
+    Attributes:
+        make: returns the activation, given the tensors.
+        tensors: what it is made from.
+    """
+
+    make: Callable[..., Tensor]
+    tensors: tuple[Tensor, ...]
+
+
+@dataclass(frozen=True)
+class ExpertProduct:
+    """One product of an activation with experts' weights.
+
+    Attributes:
+        source: of the weights.
+        support: of all experts' entries; None for the base weights alone.
+        routing: of the activation's rows.
+        in_dim: the dimension of input features of an expert's stored weight: 1 for ``(out, in)``.
+        first: number of the entry that the values begin with.
+    """
+
+    source: ExpertSource
+    support: Support | None
+    routing: Routing
+    in_dim: int
+    first: int = 0
+
+    @property
+    def outputs(self) -> int:
+        """Output features of an expert."""
+        return self.source.expert(0).shape[1 - self.in_dim]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``(rows, out)`` of ``(rows, in)``."""
+        return self._each(x, LinearProduct(self.in_dim))
+
+    def input_grad(self, grad: Tensor) -> Tensor:
+        """``(rows, in)`` of ``(rows, out)``."""
+        # the gradient of x @ W.T is grad @ W: the product with the other dimension as input
+        return self._each(grad, LinearProduct(1 - self.in_dim))
+
+    def _each(self, x: Tensor, product: LinearProduct) -> Tensor:
+        x = self.routing.sort(x)
+        result = x.new_zeros(len(x), self.source.expert(0).shape[1 - product.in_dim])
+        for expert, start, stop in self.routing.segments():
+            result[start:stop] = product.forward(x[start:stop], self.source.expert(expert), None)
+        return self.routing.restore(result)
+
+    def support_grad(self, grad: Tensor, x: Tensor, entries: int) -> Tensor:
+        """The values' gradient ``(entries,)``, each expert's from its own tokens.
+
+        Experts without tokens get zeros.
+        """
+        assert self.support is not None
+        values = torch.zeros(entries, dtype=accumulation_dtype(x.dtype), device=x.device)
+        grad, x = self.routing.sort(grad), self.routing.sort(x)
+        parts, product = expert_parts(self.support, self.source.experts), LinearProduct(self.in_dim)
+        for expert, start, stop in self.routing.segments():
+            part, first, last = parts[expert]
+            if last > first:
+                place = slice(first - self.first, last - self.first)
+                values[place] = product.support_grad(grad[start:stop], x[start:stop], part, self.source.key)
+        return values
+
+
+def expert_parts(support: Support, experts: int) -> list[tuple[Support, int, int]]:
+    """The part of each expert as a support of its ``(rows, cols)``, and the range of its entries; cached."""
+    key = f"{experts} experts"
+    if key not in support.derived:
+        support.derived[key] = _divide(support, experts)
+    return support.derived[key]
+
+
+def _divide(support: Support, experts: int) -> list[tuple[Support, int, int]]:
+    rows, cols = support.shape[0] // experts, support.shape[1]
+    ranges = support.entry_ranges([(number * rows, (number + 1) * rows) for number in range(experts)])
+    found = []
+    for number, (first, last) in enumerate(ranges):
+        flat = support.indices[first:last] - number * rows * cols
+        found.append((Support((rows, cols), flat, validate=False, name=support.name), first, last))
+    return found
+
+
+class _ExpertFunction(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        values: Tensor | None,
+        product: ExpertProduct,
+        run: Callable[[], Tensor],
+        recipe: Recipe,
+    ) -> Tensor:
+        ctx.product, ctx.make, ctx.x_dtype, ctx.shape = product, recipe.make, x.dtype, x.shape
+        ctx.values = None if values is None else (values.dtype, values.numel())
+        ctx.save_for_backward(*(recipe.tensors if ctx.needs_input_grad[1] else ()))
+        return run()
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        product: ExpertProduct = ctx.product
+        grad, grad_x, grad_values = grad.reshape(ctx.shape[0], product.outputs), None, None
+        if ctx.needs_input_grad[0]:
+            grad_x = product.input_grad(grad).to(ctx.x_dtype)
+        if ctx.needs_input_grad[1]:
+            dtype, entries = ctx.values
+            x = ctx.make(*ctx.saved_tensors).reshape(ctx.shape).to(grad.dtype)
+            grad_values = product.support_grad(grad, x, entries).to(dtype)
+            product.source.after_backward()
+        return grad_x, grad_values, None, None, None
+
+
+def expert_product(
+    x: Tensor,
+    values: Tensor | None,
+    product: ExpertProduct,
+    run: Callable[[], Tensor] | None = None,
+    recipe: Recipe | None = None,
+) -> Tensor:
+    """The product of routed tokens with experts' effective weights, with gradients for ``x`` and ``values``.
+
+    Args:
+        x: ``(rows, in)``, the routed tokens.
+        values: ``(entries,)`` trained delta that the source adds to the weights; None for the base weights alone.
+        product: the product.
+        run: computes the result where the base's own function can, of any shape that is ``(rows, out)`` without its
+            ones; by default experts multiply their tokens one after the other.
+        recipe: of ``x`` in backward; by default ``x`` itself is kept.
+
+    Returns:
+        The result of ``run``, or ``(rows, out)``.
+    """
+    run = run or (lambda: product.forward(x))
+    if not torch.is_grad_enabled():
+        return run()
+    return _ExpertFunction.apply(x, values, product, run, recipe or Recipe(_same, (x,)))
+
+
+def _same(x: Tensor) -> Tensor:
+    return x
+
+
+class _DenseExpert(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, values: Tensor, weight: Tensor, source: ExpertSource, places: Sequence[Tensor]) -> Tensor:
+        ctx.source, ctx.dtype = source, values.dtype
+        ctx.save_for_backward(*places)
+        return weight
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        (places,) = ctx.saved_tensors
+        values = grad.reshape(-1).index_select(0, places).to(ctx.dtype)
+        ctx.source.after_backward()
+        return values, None, None, None
+
+
+def dense_experts(
+    values: Tensor | None, source: ExpertSource, support: Support | None, numbers: Sequence[int]
+) -> Tensor:
+    """Experts' effective weights as a tensor ``(len(numbers), rows, cols)`` of its own, differentiable.
+
+    For functions of the base that are no products; their gradient of these weights is dense.
+
+    Args:
+        values: ``(entries,)`` of the experts ``numbers``, which are one or all.
+        source: of the weights.
+        support: of all experts' entries.
+        numbers: of the experts.
+    """
+    with torch.no_grad():
+        panels = [panel for number in numbers for _, _, panel in source.expert(number).panels(source.dtype)]
+        rows, cols = source.expert(0).shape
+        weight = torch.cat(panels).view(len(numbers), rows, cols)
+    if values is None or support is None or not torch.is_grad_enabled():
+        return weight
+    places = support.indices if len(numbers) > 1 else expert_parts(support, source.experts)[numbers[0]][0].indices
+    return _DenseExpert.apply(values, weight, source, (places,))

@@ -1,0 +1,287 @@
+"""Modules of fused experts with adapters."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from threading import get_ident
+from typing import Any, NamedTuple, Self, cast
+
+import torch
+from torch import Tensor, nn
+
+from .active_delta import ActiveDelta
+from .delta_layer import SparseTunerLayer
+from .expert_mode import ExpertsMode, WeightPass
+from .expert_sources import ExpertsSource
+from .expert_weights import ExpertWeight
+from .files.checks import BASE_ADAPTER
+from .ledger import Ledger, Weight, closed, write_all
+from .residency import note_holding
+from .transitions import exclusive, exclusively
+
+Layer = SparseTunerLayer[Any]
+
+# The implementations of transformers' experts that have a backward pass in ordinary functions of torch.
+IMPLEMENTATIONS = (None, "eager", "grouped_mm", "batched_mm")
+
+
+class _Plan(NamedTuple):
+    """What one expert parameter is in a pass.
+
+    Attributes:
+        layer: of the parameter.
+        delta: the adapters that act; None for the base weight alone, and for merged adapters.
+        resident: whether the parameter holds their entries.
+        wanted: what it must hold.
+    """
+
+    layer: Layer
+    delta: ActiveDelta | None
+    resident: bool
+    wanted: ActiveDelta | Weight
+
+
+class ExpertsLayer(nn.Module):
+    """A module of fused experts, whose parameters have adapters.
+
+    Each adapted parameter is a layer of its own, a child under the parameter's name, with its states and its ledger.
+    This module runs the base's forward with all of them.
+
+    Args:
+        base_layer: the module that has the parameters.
+        name: its full name in the model.
+    """
+
+    def __init__(self, base_layer: nn.Module, name: str):
+        super().__init__()
+        self.base_layer = base_layer
+        self.name = name
+
+    def weight_named(self, parameter: str) -> nn.Module:
+        """The child of a parameter: its layer, or before it has one the bare weight."""
+        if parameter not in self._modules:
+            self._modules[parameter] = ExpertWeight(self.base_layer, parameter)
+        return cast("nn.Module", self._modules[parameter])
+
+    @property
+    def layers(self) -> list[Layer]:
+        """The adapted parameters."""
+        return [child for child in self._modules.values() if isinstance(child, SparseTunerLayer)]
+
+    @property
+    def _ledgers(self) -> list[Ledger]:
+        return [layer.ledger for layer in self.layers]
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if "base_layer" not in self._modules:
+                raise
+            return getattr(self._modules["base_layer"], name)  # the model reads its module's settings
+
+    # ------------------------------------------------------------------ forward
+
+    def forward(self, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any) -> Any:
+        """The base's output with the active adapters, or in a mixed batch with each input's own."""
+        if adapter_names is not None:
+            return self._mixed(adapter_names, args, kwargs)
+        return self._run(None, args, kwargs)
+
+    def _run(self, names: tuple[str, ...] | None, args: Any, kwargs: Any) -> Any:
+        """The base's output with the named adapters, or with the active ones."""
+        with self._reading():
+            return self._compute(self._settled(names) or exclusively(self._prepared, names), args, kwargs)
+
+    @contextmanager
+    def _reading(self) -> Iterator[None]:
+        """Inside the block no other thread changes a parameter."""
+        me = get_ident()
+        entered = [ledger for ledger in self._ledgers if not ledger.readers.get(me)]
+        try:
+            for ledger in entered:
+                ledger.readers[me] = True
+            yield
+        finally:
+            for ledger in entered:
+                ledger.readers[me] = False
+
+    def _settled(self, names: tuple[str, ...] | None) -> list[_Plan] | None:
+        """The plans, where all parameters are as they want them and no transition is under way."""
+        if any(ledger.is_closed for ledger in self._ledgers):
+            return None
+        plans = self._plans(names)
+        return plans if all(plan.layer.ledger.holds(plan.wanted) for plan in plans) else None
+
+    def _plans(self, names: tuple[str, ...] | None) -> list[_Plan]:
+        return [self._plan(layer, names) for layer in self.layers]
+
+    @staticmethod
+    def _plan(layer: Layer, names: tuple[str, ...] | None) -> _Plan:
+        if names is None and layer.disable_adapters:
+            return _Plan(layer, None, False, Weight.OWN)
+        if names is None and layer.merged:
+            return _Plan(layer, None, False, Weight.MERGED)
+        chosen = layer._active_names() if names is None else tuple(name for name in names if name in layer.deltas)
+        if not chosen:
+            return _Plan(layer, None, False, Weight.OWN)
+        delta = layer._join(chosen)
+        # a mixed batch would write a weight once for each adapter in each pass
+        resident = names is None and layer._may_be_resident() and not torch.compiler.is_compiling()
+        return _Plan(layer, delta, resident, delta if resident else Weight.OWN)
+
+    def _prepared(self, names: tuple[str, ...] | None) -> list[_Plan]:
+        plans = self._plans(names)
+        writes = []
+        for layer, delta, _, wanted in plans:
+            if layer.ledger.holds(wanted):
+                continue
+            if isinstance(wanted, Weight):
+                layer.ledger.release()
+            else:
+                writes.append(layer._write_of(cast("ActiveDelta", delta), layer.stamp(delta)))
+        if writes:
+            with torch.no_grad():
+                write_all(writes)
+            for write in writes:
+                note_holding(write.ledger)
+        return plans
+
+    def _compute(self, plans: list[_Plan], args: Any, kwargs: Any) -> Any:
+        watched = [plan for plan in plans if self._needs_watching(plan)]
+        if not watched:
+            return self.base_layer(*args, **kwargs)
+        self._check_implementation()
+        with ExpertsMode([self._pass(plan) for plan in watched]) as mode:
+            result = self.base_layer(*args, **kwargs)
+        self._check_used(watched, mode)
+        return result
+
+    @staticmethod
+    def _needs_watching(plan: _Plan) -> bool:
+        """Whether the base's own products would be wrong, or would form the gradient of all experts."""
+        if plan.wanted is Weight.MERGED:
+            return False
+        return torch.is_grad_enabled() or (plan.delta is not None and not plan.resident)
+
+    @staticmethod
+    def _pass(plan: _Plan) -> WeightPass:
+        layer, delta = plan.layer, plan.delta
+        base = cast("ExpertWeight", layer.get_base_layer())
+        resident = plan.resident or (delta is None and layer._may_be_resident())
+        source = ExpertsSource(layer, delta, resident, base.experts)
+        values = None if delta is None else layer.sum_values(delta)
+        return WeightPass(layer.base_parameter, source, values, None if delta is None else delta.support, layer.name)
+
+    def _check_implementation(self) -> None:
+        chosen = getattr(getattr(self.base_layer, "config", None), "_experts_implementation", None)
+        if chosen not in IMPLEMENTATIONS:
+            known = ", ".join(repr(name) for name in IMPLEMENTATIONS if name)
+            raise ValueError(
+                f"layer {self.name}: experts_implementation={chosen!r} computes with kernels that have no sparse "
+                f"gradient; use model.set_experts_implementation() with one of {known}"
+            )
+        if getattr(self.base_layer, "_is_expert_parallel", False):
+            raise NotImplementedError(
+                f"layer {self.name}: experts are distributed over processes (expert parallelism), which adapters do "
+                "not support; load the model without a distributed_config"
+            )
+
+    def _check_used(self, plans: list[_Plan], mode: ExpertsMode) -> None:
+        missed = [plan.layer.name for plan in plans if plan.delta is not None and plan.layer.name not in mode.used]
+        if missed:
+            raise RuntimeError(
+                f"{', '.join(missed)}: {type(self.base_layer).__name__} computed without reading the parameter in a "
+                "function of torch, so that it cannot be trained; leave it out of target_parameters"
+            )
+
+    # ------------------------------------------------------------------ mixed batches
+
+    def _mixed(self, adapter_names: list[str], args: Any, kwargs: Any) -> Any:
+        """Each adapter's inputs by themselves; all tensors have the same inputs in their first dimension."""
+        self._check_mixed_batch(adapter_names, args)
+        repeats = len(args[0]) // len(adapter_names)
+        result: Tensor | None = None
+        for name in dict.fromkeys(adapter_names):
+            rows = [i for i, other in enumerate(adapter_names) if other == name]
+            index = (torch.tensor(rows, device=args[0].device)[:, None] * repeats).add(
+                torch.arange(repeats, device=args[0].device)
+            )
+            parts = [part.index_select(0, index.reshape(-1)) for part in args]
+            out = self._run(() if name == BASE_ADAPTER else (name,), parts, kwargs)
+            result = out.new_empty(len(args[0]), *out.shape[1:]) if result is None else result
+            result.index_copy_(0, index.reshape(-1), out)
+        return result
+
+    def _check_mixed_batch(self, adapter_names: list[str], args: Any) -> None:
+        if any(layer.merged for layer in self.layers):
+            raise ValueError(
+                "Cannot pass `adapter_names` when there are merged adapters, please call `unmerge_adapter` first."
+            )
+        same = all(isinstance(part, Tensor) and part.ndim and len(part) == len(args[0]) for part in args)
+        if not args or not same or len(args[0]) % len(adapter_names):
+            raise ValueError(
+                f"layer {self.name}: experts called with tensors of shapes "
+                f"{[tuple(getattr(part, 'shape', ())) for part in args]} cannot tell the {len(adapter_names)} inputs "
+                "of `adapter_names` apart; infer with one adapter at a time"
+            )
+
+    # ------------------------------------------------------------------ PEFT's and torch's bookkeeping
+
+    @exclusive
+    def release(self) -> None:
+        """Give all parameters their own entries back; merged adapters stay merged."""
+        for layer in self.layers:
+            layer.release()
+
+    def unload_and_optionally_merge_module(
+        self, merge: bool, safe_merge: bool = False, adapter_names: list[str] | None = None
+    ) -> nn.Module:
+        """The base module, with the adapters merged into its parameters or as it was."""
+        for layer in self.layers:
+            if merge:
+                layer.merge(safe_merge=safe_merge, adapter_names=adapter_names)
+            else:
+                layer.release()
+        return self.base_layer
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Self:
+        return exclusively(closed, self._ledgers, lambda: self._apply_alone(fn, recurse))
+
+    def _apply_alone(self, fn: Any, recurse: bool) -> Self:
+        self.release()
+        unchanged = [layer.ledger.merge_is_unchanged() for layer in self.layers]
+        super()._apply(fn, recurse)
+        for layer, was_unchanged in zip(self.layers, unchanged, strict=True):
+            layer.ledger.moved(was_unchanged)
+        return self
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self.release()
+        super()._load_from_state_dict(*args, **kwargs)
+
+    @exclusive
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """As torch's, of the base's own weights, which no entries are written into while the result refers to them."""
+        self.release()
+        state = super().state_dict(*args, **kwargs)
+        prefix = args[1] if len(args) > 1 else kwargs.get("prefix", "")
+        for layer in self.layers:
+            name = cast("ExpertWeight", layer.get_base_layer()).parameter
+            weight = state.get(f"{prefix}base_layer.{name}")
+            if isinstance(weight, Tensor) and weight is not layer.base_parameter:
+                layer.ledger.keep_own_while(weight)
+        return state
+
+    @exclusive
+    def __getstate__(self) -> dict[str, Any]:
+        self.release()
+        return self.__dict__.copy()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        for child in self._modules.values():
+            base = child.get_base_layer() if isinstance(child, SparseTunerLayer) else child
+            if isinstance(base, ExpertWeight):
+                base.refer_to(self.base_layer)

@@ -1,0 +1,84 @@
+"""The effective weights of fused experts, one expert at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+
+from ..numerics import panels
+from ..ops import add_to_support_
+from .active_delta import ActiveDelta
+from .sources import AdaptedLayer, LayerSource, Panel, registered
+
+
+class ExpertsSource(LayerSource):
+    """The weights of all experts in one parameter.
+
+    Args:
+        layer: whose parameter it is.
+        delta: the adapters that act; None for the base weight alone.
+        resident: whether the parameter itself may hold the adapters' entries.
+        experts: number of experts.
+    """
+
+    def __init__(self, layer: AdaptedLayer, delta: ActiveDelta | None, resident: bool, experts: int):
+        super().__init__(layer, delta)
+        self.resident, self.experts = resident, experts
+        self.dtype = layer.base_parameter.dtype
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether the parameter, as it is in a forward pass, holds the effective weights."""
+        return self.resident or self.delta is None
+
+    def expert(self, number: int) -> ExpertPanels:
+        """The weight of one expert."""
+        return ExpertPanels(self, number)
+
+    def _panels(self, dtype: torch.dtype) -> Iterator[Panel]:
+        yield from self.rows(0, self.shape[0], dtype)
+
+    def rows(self, first: int, last: int, dtype: torch.dtype) -> Iterator[Panel]:
+        """The rows ``first`` to ``last`` of the stored matrix, numbered from ``first``."""
+        holds = self.layer.hold(self.delta if self.resident else None, self.stamp if self.resident else None)
+        copies = self.delta is not None and not (self.resident and holds)
+        weight = self.layer.base_parameter.detach().view(self.shape)
+        if not copies and weight.dtype == dtype:
+            yield 0, last - first, weight[first:last]
+            return
+        for start, stop in panels(last - first, self.shape[1] * max(dtype.itemsize, weight.dtype.itemsize)):
+            panel = weight[first + start : first + stop]
+            yield start, stop, (self._copy(first + start, first + stop) if copies else panel).to(dtype)
+
+    def _copy(self, start: int, stop: int) -> torch.Tensor:
+        support, values = self._values()
+        panel = self.layer.base_parameter.detach().view(self.shape)[start:stop].clone()
+        within, first, last = support.of_rows(start, stop)
+        add_to_support_(panel, within, values[first:last])
+        return panel
+
+
+@dataclass(frozen=True)
+class ExpertPanels:
+    """One expert's weight in panels of rows.
+
+    Attributes:
+        source: of all experts.
+        number: the expert's.
+    """
+
+    source: ExpertsSource
+    number: int
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        rows, cols = self.source.shape
+        return rows // self.source.experts, cols
+
+    def panels(self, dtype: torch.dtype) -> Iterator[Panel]:
+        """``(start, stop, weight[start:stop])`` of the expert in ``dtype``."""
+        rows = self.shape[0]
+        found = self.source.rows(self.number * rows, (self.number + 1) * rows, dtype)
+        return registered(self.source.layer.ledger, found)

@@ -1,0 +1,82 @@
+"""Small random mixture-of-experts models, and their dense reference."""
+
+import torch
+from peft import get_peft_model
+from transformers import (
+    AutoModelForCausalLM,
+    DeepseekV3Config,
+    Glm4MoeConfig,
+    GptOssConfig,
+    Llama4TextConfig,
+    MixtralConfig,
+    OlmoeConfig,
+    Qwen3MoeConfig,
+)
+
+from sparse_peft import SparseConfig
+from sparse_peft.tuners.base_layer import TunerLayer
+
+SMALL = {
+    "vocab_size": 32, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2,
+    "num_key_value_heads": 2, "pad_token_id": 0, "num_experts_per_tok": 2,
+}  # fmt: skip
+DEEPSEEK = {
+    "q_lora_rank": None, "kv_lora_rank": 8, "qk_rope_head_dim": 4, "qk_nope_head_dim": 4, "v_head_dim": 8,
+    "first_k_dense_replace": 0, "n_group": 1, "topk_group": 1, "n_routed_experts": 5, "moe_intermediate_size": 12,
+}  # fmt: skip
+CONFIGS = {
+    "qwen3_moe": (Qwen3MoeConfig, {"num_experts": 5, "moe_intermediate_size": 12, "head_dim": 8}),
+    "mixtral": (MixtralConfig, {"num_local_experts": 5}),
+    "gpt_oss": (GptOssConfig, {"num_local_experts": 5, "head_dim": 8}),
+    "olmoe": (OlmoeConfig, {"num_experts": 5}),
+    "deepseek_v3": (DeepseekV3Config, DEEPSEEK),
+    "glm4_moe": (
+        Glm4MoeConfig,
+        {"n_routed_experts": 5, "moe_intermediate_size": 12, "head_dim": 8, "first_k_dense_replace": 0, "n_group": 1},
+    ),
+    "llama4_text": (Llama4TextConfig, {"num_local_experts": 5, "head_dim": 8, "intermediate_size_mlp": 24}),
+}
+IDS = torch.arange(3, 19).view(2, 8)
+
+
+def mixture(name="qwen3_moe", implementation="eager", **changes):
+    """A random model, the same at each call."""
+    kind, settings = CONFIGS[name]
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(kind(**{**SMALL, **settings, **changes}))
+    if name != "llama4_text":
+        model.set_experts_implementation(implementation)
+    for parameter in model.parameters():  # biases and zeros of gpt-oss and Llama 4
+        torch.nn.init.normal_(parameter, std=0.2)
+    return model.eval()
+
+
+def config(**settings):
+    """Trained entries in all experts, with random values."""
+    return SparseConfig(
+        **{
+            "density": 0.1, "target_modules": [], "target_experts": True, "init_weights": False,
+            "task_type": "CAUSAL_LM", **settings,
+        }
+    )  # fmt: skip
+
+
+def adapted(name="qwen3_moe", implementation="eager", dtype=torch.float32, **settings):
+    torch.manual_seed(1)
+    return get_peft_model(mixture(name, implementation).to(dtype), config(**settings))
+
+
+def layers(model):
+    """``{name: layer}`` of the adapted parameters."""
+    return {module.name: module for module in model.modules() if isinstance(module, TunerLayer)}
+
+
+def reference(name, model, adapter="default"):
+    """The float64 model with dense weights, whose experts are computed in a loop."""
+    dense = mixture(name).double()
+    parameters = dict(dense.named_parameters())
+    with torch.no_grad():
+        for path, layer in layers(model).items():
+            target = parameters.get(path, parameters.get(f"{path}.weight"))
+            target += layer.get_delta_weight(adapter).to(target)
+    return dense

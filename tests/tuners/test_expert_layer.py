@@ -1,0 +1,449 @@
+"""Fused experts with trained entries: products, gradients, memory and the contract of adapters."""
+
+import copy
+import io
+
+import pytest
+import torch
+from peft import PeftModel, get_peft_model
+from torch import nn
+
+from benchmarks.measure import LargestTensor
+from sparse_peft import SparseConfig, panel_limit
+from sparse_peft.tuners.expert_layer import ExpertsLayer
+from tests.helpers.expert_models import CONFIGS, IDS, adapted, config, layers, mixture, reference
+from tests.helpers.memory import saved_bytes
+
+IMPLEMENTATIONS = ["eager", "batched_mm", "grouped_mm"]
+
+
+def gradients(model):
+    return {name: layer.deltas["default"].values.grad for name, layer in layers(model).items()}
+
+
+def relative_error(found, wanted):
+    return float((found.double() - wanted).abs().max() / wanted.abs().max())
+
+
+def check_against_dense(name, model, tolerance):
+    dense = reference(name, model)
+    loss, wanted = model(IDS, labels=IDS).loss, dense(IDS, labels=IDS).loss
+    loss.backward()
+    wanted.backward()
+    assert loss.item() == pytest.approx(wanted.item(), rel=tolerance)
+    parameters = dict(dense.named_parameters())
+    assert layers(model)
+    for path, layer in layers(model).items():
+        gradient = parameters[path].grad.reshape(-1)[layer.support("default").indices.long()]
+        assert relative_error(layer.deltas["default"].values.grad, gradient) < tolerance, path
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("implementation", ["eager", "batched_mm"])
+@pytest.mark.parametrize("resident", [True, False])
+def test_gradients_are_those_of_the_dense_loop(name, implementation, resident):
+    model = adapted(name, implementation, torch.float64, resident=resident)
+    check_against_dense(name, model, 1e-9)
+
+
+@pytest.mark.parametrize("name", [name for name in CONFIGS if name != "llama4_text"])  # which has one implementation
+@pytest.mark.parametrize("resident", [True, False])
+def test_gradients_of_grouped_products(name, resident):
+    check_against_dense(name, adapted(name, "grouped_mm", resident=resident), 2e-5)
+
+
+@pytest.mark.parametrize("name", ["qwen3_moe", "gpt_oss", "llama4_text"])
+def test_the_gradient_of_the_input_passes_through_the_experts(name):
+    model, inputs = adapted(name, dtype=torch.float64), torch.randn(2, 5, 16, dtype=torch.float64)
+    found, wanted = inputs.clone().requires_grad_(), inputs.clone().requires_grad_()
+    model(inputs_embeds=found).logits.square().sum().backward()
+    reference(name, model)(inputs_embeds=wanted).logits.square().sum().backward()
+    assert relative_error(found.grad, wanted.grad) < 1e-9
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_experts_without_tokens_get_zeros(implementation):
+    model = adapted(implementation=implementation)
+    with torch.no_grad():
+        for module in model.modules():
+            if type(module).__name__ == "Qwen3MoeTopKRouter":
+                module.weight.zero_()
+                module.weight[1] = module.weight[3] = torch.randn(16)
+    tokens = model(IDS, labels=IDS, output_router_logits=True).router_logits
+    chosen = torch.cat(tokens).topk(2).indices.unique().tolist()
+    model(IDS, labels=IDS).loss.backward()
+    assert len(chosen) < 5
+    for layer in layers(model).values():
+        rows = layer.stored_shape[0] // 5
+        expert = layer.support("default").rows // rows
+        gradient = layer.deltas["default"].values.grad
+        assert gradient.isfinite().all()
+        idle = ~torch.isin(expert, torch.tensor(chosen))
+        assert idle.any()
+        assert not gradient[idle].any()
+
+
+def test_a_frozen_module_computes_by_itself_without_gradients():
+    model = adapted()
+    experts = next(module for module in model.modules() if isinstance(module, ExpertsLayer))
+    seen = []
+    experts.base_layer.register_forward_hook(lambda module, args, output: seen.append(module))
+    with torch.no_grad():
+        assert torch.equal(model(IDS).logits, model(IDS).logits)
+    assert seen == [experts.base_layer] * 2
+
+
+class Einsum(nn.Module):
+    """Experts that multiply by functions which are not taken over, and by a list of weights."""
+
+    def __init__(self):
+        super().__init__()
+        self.num_experts = 3
+        self.up = nn.Parameter(torch.randn(3, 5, 4))
+        self.down = nn.Parameter(torch.randn(3, 4, 5))
+
+    def forward(self, x, weights):
+        hidden = torch.einsum("ti,eoi->teo", x, self.up).relu()
+        both = torch.stack([self.down[0], self.down[1], self.down.chunk(3)[2][0]])
+        return torch.einsum("teo,eio,te->ti", hidden, both, weights)
+
+
+class Holder(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.experts = Einsum()
+
+    def forward(self, x, weights):
+        return self.experts(x, weights)
+
+
+@pytest.mark.parametrize("resident", [True, False])
+def test_unknown_functions_get_dense_weights_and_right_gradients(resident):
+    torch.manual_seed(0)
+    base = Holder().double()
+    dense = copy.deepcopy(base)
+    model = get_peft_model(base, config(task_type=None, density=0.3, resident=resident))
+    x, weights = torch.randn(6, 4, dtype=torch.float64), torch.rand(6, 3, dtype=torch.float64)
+    with torch.no_grad():
+        for path, layer in layers(model).items():
+            dict(dense.named_parameters())[path].add_(layer.get_delta_weight("default"))
+    assert torch.allclose(model(x, weights), dense(x, weights))
+    model(x, weights).square().sum().backward()
+    dense(x, weights).square().sum().backward()
+    for path, layer in layers(model).items():
+        wanted = dict(dense.named_parameters())[path].grad.reshape(-1)[layer.support("default").indices.long()]
+        assert torch.allclose(layer.deltas["default"].values.grad, wanted)
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("resident", [True, False])
+def test_autocast(implementation, resident):
+    model = adapted(implementation=implementation, resident=resident)
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = model(IDS, labels=IDS).loss
+    loss.backward()
+    dense = reference("qwen3_moe", model)
+    dense(IDS, labels=IDS).loss.backward()
+    for path, layer in layers(model).items():
+        wanted = dict(dense.named_parameters())[path].grad.reshape(-1)[layer.support("default").indices.long()]
+        assert torch.cosine_similarity(layer.deltas["default"].values.grad.double(), wanted, 0) > 0.99
+
+
+# ---------------------------------------------------------------------- memory
+
+
+def wide(implementation, **settings):
+    """A layer whose experts are much larger than its activations, and its module of experts."""
+    sizes = {"hidden_size": 64, "moe_intermediate_size": 96, "num_experts": 16, "num_hidden_layers": 1}
+    torch.manual_seed(1)
+    return get_peft_model(mixture("qwen3_moe", implementation, **sizes), config(density=0.01, **settings))
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("resident", [True, False])
+def test_no_temporary_of_a_training_step_is_as_large_as_all_experts(implementation, resident):
+    model = wide(implementation, resident=resident)
+    experts = 16 * 64 * 96 * 4
+    limit = experts // 8
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
+    with panel_limit(limit), LargestTensor() as largest:
+        for _ in range(2):
+            model(IDS, labels=IDS).loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    assert 0 < largest.nbytes <= limit
+
+
+@pytest.mark.parametrize("implementation", ["eager", "grouped_mm"])
+def test_nothing_is_saved_that_a_frozen_model_does_not_save(implementation):
+    model = wide(implementation)
+    frozen = mixture("qwen3_moe", implementation, hidden_size=64, moe_intermediate_size=96, num_experts=16)
+    experts = next(m for m in model.modules() if isinstance(m, ExpertsLayer))
+    base = frozen.model.layers[0].mlp.experts.requires_grad_(False)
+    x, index = torch.randn(16, 64, requires_grad=True), torch.arange(32).view(16, 2) % 16
+    weights = torch.rand(16, 2)
+
+    def run(module):
+        return lambda x: module(x, index, weights)
+
+    run(experts)(x)  # positions in the layouts of products are made once
+    ours = saved_bytes(_Of(experts, run(experts)), x)[0]
+    assert ours <= saved_bytes(_Of(base, run(base)), x)[0] + 4096
+
+
+class _Of(nn.Module):
+    def __init__(self, module, run):
+        super().__init__()
+        self.module, self.run = module, run
+
+    def forward(self, x):
+        return self.run(x)
+
+
+# ---------------------------------------------------------------------- the contract of adapters
+
+
+def logits(model):
+    with torch.no_grad():
+        return model(IDS).logits
+
+
+@pytest.mark.parametrize("name", ["qwen3_moe", "gpt_oss", "llama4_text"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_base_returns_bit_for_bit(name, dtype):
+    base = mixture(name).to(dtype)
+    before = {key: tensor.clone() for key, tensor in base.state_dict().items()}
+    wanted = logits(base)
+    model = get_peft_model(base, config())
+    own = logits(model)
+    assert not torch.equal(own, wanted)
+    with model.disable_adapter():
+        assert torch.equal(logits(model), wanted)
+    model.merge_adapter()
+    assert torch.equal(logits(model), own)
+    model.unmerge_adapter()
+    assert torch.equal(logits(model), own)
+    model(IDS, labels=IDS).loss.backward()
+    unloaded = model.unload()
+    assert all(torch.equal(tensor, before[key]) for key, tensor in unloaded.state_dict().items())
+    assert unloaded.state_dict().keys() == before.keys()
+
+
+def test_merge_and_unload_keeps_the_adapter():
+    model = adapted()
+    own = logits(model)
+    merged = model.merge_and_unload()
+    assert not any(isinstance(module, ExpertsLayer) for module in merged.modules())
+    assert torch.equal(logits(merged), own)
+
+
+def test_two_adapters_switch_and_add_up():
+    model = adapted(dtype=torch.float64)
+    first = logits(model)
+    model.add_adapter("other", config(seed=7, target_experts=False, target_parameters=["experts.down_proj"]))
+    assert torch.equal(logits(model), first)
+    model.set_adapter("other")
+    second = logits(model)
+    assert not torch.equal(second, first)
+    model.base_model.set_adapter(["default", "other"])
+    dense = reference("qwen3_moe", model)
+    with torch.no_grad():
+        for path, layer in layers(model).items():
+            if "other" in layer.deltas:
+                dict(dense.named_parameters())[path].add_(layer.get_delta_weight("other"))
+    assert torch.allclose(logits(model), logits(dense), rtol=1e-9, atol=1e-12)
+    model.set_adapter("default")
+    assert torch.equal(logits(model), first)
+    model.delete_adapter("other")
+    assert torch.equal(logits(model), first)
+
+
+@pytest.mark.parametrize("low_cpu_mem_usage", [False, True])
+def test_a_file_restores_the_adapter(tmp_path, low_cpu_mem_usage):
+    model = adapted(save_dtype="bfloat16")
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(mixture(), tmp_path, low_cpu_mem_usage=low_cpu_mem_usage)
+    for path, layer in layers(model).items():
+        twin = layers(loaded)[path].settled("default")
+        assert torch.equal(twin.support.indices, layer.support("default").indices)
+        assert torch.equal(twin.values, layer.deltas["default"].values.bfloat16().float())
+    assert torch.allclose(logits(loaded), logits(model), atol=0.05)
+    loaded.save_pretrained(tmp_path / "again")
+    weights = "adapter_model.safetensors"
+    assert (tmp_path / "again" / weights).read_bytes() == (tmp_path / weights).read_bytes()
+
+
+def test_bytes_of_an_entry_in_a_file(tmp_path):
+    sizes = {"hidden_size": 256, "moe_intermediate_size": 256, "num_experts": 8, "num_hidden_layers": 1}
+    model = get_peft_model(mixture(**sizes), config(density=0.02))
+    model.save_pretrained(tmp_path)
+    entries = sum(layer.deltas["default"].values.numel() for layer in layers(model).values())
+    assert (tmp_path / "adapter_model.safetensors").stat().st_size <= 6.5 * entries
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_checkpointing_gives_the_same_gradients(reentrant, implementation):
+    model = adapted(implementation=implementation)
+    model(IDS, labels=IDS).loss.backward()
+    wanted = gradients(model)
+    again = adapted(implementation=implementation)
+    again.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    again.enable_input_require_grads()
+    again.train()
+    again(IDS, labels=IDS).loss.backward()
+    assert all(torch.equal(gradient, wanted[path]) for path, gradient in gradients(again).items())
+
+
+def test_a_mixed_batch_gives_each_input_its_adapter():
+    model = adapted().eval()
+    model.add_adapter("other", config(seed=7))
+    alone = {}
+    for name in ("default", "other"):
+        model.set_adapter(name)
+        alone[name] = logits(model)
+    with model.disable_adapter():
+        alone["__base__"] = logits(model)
+    for names in (["other", "default"], ["__base__", "other"], ["default", "default"]):
+        with torch.no_grad():
+            mixed = model(IDS, adapter_names=names).logits
+        for row, name in enumerate(names):
+            assert torch.allclose(mixed[row], alone[name][row], atol=1e-5), (names, row)
+
+
+def test_copies_compute_the_same_and_apart():
+    model = adapted()
+    own = logits(model)
+    buffer = io.BytesIO()
+    torch.save(model, buffer)
+    buffer.seek(0)
+    for twin in (copy.deepcopy(model), torch.load(buffer, weights_only=False)):
+        assert torch.equal(logits(twin), own)
+        with torch.no_grad():
+            for layer in layers(twin).values():
+                layer.deltas["default"].values.zero_()
+        assert not torch.equal(logits(twin), own)
+        assert torch.equal(logits(model), own)
+
+
+def test_a_merged_copy_unmerges():
+    model = adapted(dtype=torch.bfloat16)
+    with model.disable_adapter():
+        wanted = logits(model)
+    model.merge_adapter()
+    twin = copy.deepcopy(model)
+    twin.unmerge_adapter()
+    with twin.disable_adapter():
+        assert torch.equal(logits(twin), wanted)
+
+
+def test_a_merged_model_may_be_moved_and_cast():
+    model = adapted()
+    model.merge_adapter()
+    model.to(torch.bfloat16)
+    merged = logits(model)
+    model.unmerge_adapter()
+    with model.disable_adapter():
+        assert torch.equal(logits(model), logits(mixture().to(torch.bfloat16)))
+    assert torch.allclose(logits(model), merged, atol=0.1)
+
+
+def test_a_state_dict_has_the_base_and_stays_so():
+    model = adapted()
+    wanted = {key: value.clone() for key, value in mixture().state_dict().items()}
+    logits(model)
+    state = model.state_dict()
+    logits(model)
+    for key, value in state.items():
+        name = key.removeprefix("base_model.model.").replace("base_layer.", "")
+        if name in wanted:
+            assert torch.equal(value, wanted[name]), key
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_training_lowers_the_loss(implementation):
+    model = adapted(implementation=implementation, init_weights=True, target_modules="all-linear")
+    assert {path.rpartition(".")[2] for path in layers(model)} >= {"q_proj", "gate_up_proj", "down_proj"}
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.05)
+    losses = []
+    for _ in range(5):
+        loss = model(IDS, labels=IDS).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0] - 0.03
+
+
+def test_a_router_trains_by_modules_to_save(tmp_path):
+    model = adapted(modules_to_save=["gate"])
+    model(IDS, labels=IDS).loss.backward()
+    routers = [p for name, p in model.named_parameters() if ".gate.modules_to_save." in name]
+    assert len(routers) == 2
+    assert all(router.grad.abs().sum() > 0 for router in routers)
+    with torch.no_grad():
+        for router in routers:
+            router.add_(1.0)
+    model.save_pretrained(tmp_path)
+    assert torch.equal(logits(PeftModel.from_pretrained(mixture(), tmp_path)), logits(model))
+
+
+# ---------------------------------------------------------------------- targets and refusals
+
+
+def test_target_parameters_are_found_as_peft_finds_them():
+    model = adapted(target_experts=False, target_parameters=["experts.gate_up_proj", "layers.1.mlp.experts.down_proj"])
+    assert list(layers(model)) == [
+        "model.layers.0.mlp.experts.gate_up_proj",
+        "model.layers.1.mlp.experts.gate_up_proj",
+        "model.layers.1.mlp.experts.down_proj",
+    ]
+    assert set(model.base_model.targeted_parameter_names) == set(layers(model))
+
+
+def test_layers_to_transform_and_exclude_modules_choose_experts():
+    assert list(layers(adapted(layers_to_transform=[1]))) == [
+        "model.layers.1.mlp.experts.gate_up_proj",
+        "model.layers.1.mlp.experts.down_proj",
+    ]
+    names = layers(adapted(exclude_modules=["down_proj"]))
+    assert {name.rpartition(".")[2] for name in names} == {"gate_up_proj"}
+
+
+def test_a_second_adapter_on_linear_layers_leaves_experts_alone():
+    model = adapted()
+    model.add_adapter("other", SparseConfig(density=0.1, target_modules="all-linear"))
+    having = {path.rpartition(".")[2] for path, layer in layers(model).items() if "other" in layer.deltas}
+    assert having == {"q_proj", "k_proj", "v_proj", "o_proj"}
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        (["experts.gate_proj"], "'experts.gate_proj' matches no parameter.*experts.down_proj, experts.gate_up_proj"),
+        (["input_layernorm.weight"], r"names model.layers.0.input_layernorm.weight of shape \(16,\) in Qwen3MoeRMSN"),
+        (["q_proj.weight"], r"q_proj.weight of shape \(16, 16\) in Linear.*target_modules"),
+        (["mlp.gate.weight"], r"gate.weight of shape \(5, 16\) in Qwen3MoeTopKRouter.*modules_to_save"),
+    ],
+)
+def test_parameters_that_are_no_experts_are_refused(names, message):
+    base = mixture()
+    before = set(dict(base.named_modules()))
+    with pytest.raises(ValueError, match=f"target_parameters: .*{message}"):
+        get_peft_model(base, config(target_experts=False, target_parameters=names))
+    assert set(dict(base.named_modules())) == before
+
+
+def test_an_adapter_of_another_number_of_experts_is_refused(tmp_path):
+    adapted().save_pretrained(tmp_path)
+    base = mixture(num_experts=4)
+    with pytest.raises(ValueError, match=r"weight_shapes: .*\(120, 16\).*experts.gate_up_proj.*\(96, 16\)"):
+        PeftModel.from_pretrained(base, tmp_path)
+    assert not any(isinstance(module, ExpertsLayer) for module in base.modules())
+
+
+def test_kernels_without_a_sparse_gradient_are_refused():
+    model = adapted()
+    model.base_model.model.config._experts_implementation = "sonicmoe"
+    with pytest.raises(ValueError, match=r"experts_implementation='sonicmoe'.*'eager', 'grouped_mm', 'batched_mm'"):
+        model(IDS)
