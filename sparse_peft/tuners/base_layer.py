@@ -281,6 +281,18 @@ class TunerLayer(BaseTunerLayer, nn.Module, Generic[StateT]):
         """What a pass of active adapters computes."""
         return Step(partial(self._added_forward, names), Weight.OWN)
 
+    def _refuse_transforms(self) -> None:
+        """Refuse ``torch.func``'s transforms, where a layer computes with operations that have none.
+
+        Raises:
+            RuntimeError: one is active.
+        """
+        if torch._C._are_functorch_transforms_active():
+            raise RuntimeError(
+                f"layer {self.name}: {type(self).__name__} has no torch.func.grad, vmap or other transform here; use "
+                "autograd (loss.backward()) and batches, or merge_and_unload() the adapter"
+            )
+
     def _base_forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """The base layer without any adapter."""
         return self.base_layer(x, *args, **kwargs)

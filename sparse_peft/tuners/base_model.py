@@ -34,14 +34,15 @@ from .forms import LoraFactors, weightless_layer
 from .four_bit import prepare_four_bit
 from .mixed_batches import mixed_batch
 from .residency import hold_layers, release_layers
+from .shared_memory import check_no_other_model, check_no_shared_weights, note_adapted, note_unloaded
 from .targets import (
     Targets,
     check_names,
     check_target,
-    check_weights_of_their_own,
     find_targets,
     hold_experts,
     layer_of,
+    own_weights,
     release_empty_experts,
 )
 from .traversal import modules_beside_adapters, tuner_layers
@@ -218,6 +219,8 @@ class BaseSparseModel(BaseTuner, Generic[ConfigT, StateT]):
         targets = self.find_targets(peft_config, model, state_dict)
         check_bare_weights(peft_config, model, targets)
         self.check_targets(model, targets)
+        new = {name: module for name, module in targets.items() if not isinstance(module, TunerLayer)}
+        check_no_other_model(model, own_weights(new), bool(self.layer_options(peft_config).get("resident")))
         prepare_four_bit(modules_beside_adapters(model))
         self.release()
         check_claimed_sizes(peft_config, targets)
@@ -271,8 +274,8 @@ class BaseSparseModel(BaseTuner, Generic[ConfigT, StateT]):
             ValueError: a target's weight is shared.
         """
         for name, module in targets.items():
-            check_target(name, module, model, cls.__name__, cls.takes_groups)
-        check_weights_of_their_own(model, targets)
+            check_target(name, module, model, cls.layer_cls, cls.__name__, cls.takes_groups)
+        check_no_shared_weights(model, own_weights(targets))
 
     @classmethod
     def file_sizes(cls, state_dict: dict[str, Tensor] | None) -> dict[str, int] | None:
@@ -308,6 +311,7 @@ class BaseSparseModel(BaseTuner, Generic[ConfigT, StateT]):
                 target, current_key, **self.layer_options(peft_config), **get_quantization_kwargs(self.model)
             )
             layer._active_adapter = adapter_name
+            note_adapted(layer)
         layer.add_delta(
             adapter_name,
             plan.make_delta(current_key),
@@ -324,6 +328,8 @@ class BaseSparseModel(BaseTuner, Generic[ConfigT, StateT]):
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
         # PEFT's version also assigns the child's weight to whatever replaces it, which fails for a child whose weight
         # is computed (a trained token embedding being merged); a replacement here is a layer or a base, with its own
+        if isinstance(child, TunerLayer):
+            note_unloaded(child)
         setattr(parent, child_name, new_module)
 
     def _post_injection_hook(self, model: nn.Module, config: Any, adapter_name: str) -> None:

@@ -261,17 +261,24 @@ class SparseTunerLayer(TunerLayer[DeltaT]):
         delta = self._join(names)
         if self.quantization_backend is not None:
             self._restore_dtypes(delta.names)
-        path = "additive" if has_more else self.path(x)
-        if torch.compiler.is_compiling() and path == "resident":
-            path = "traced"
+        path = self._path_now(x, has_more)
         handlers: dict[str, Callable[..., Tensor]] = {
             "resident": self._resident_forward,
             "overlay": self._overlay_forward,
             "dequantised": self._dequantised_forward,
             "additive": self._additive_forward,
             "traced": self._traced_forward,
+            "transformed": self._transformed_forward,
         }
         return Step(partial(handlers[path], delta), delta if path == "resident" else Weight.OWN)
+
+    def _path_now(self, x: Tensor, has_more: bool) -> str:
+        """``path``, where graphs and transforms that record the pass have one of their own."""
+        path = "additive" if has_more else self.path(x)
+        if path in ("resident", "overlay") and torch._C._are_functorch_transforms_active():
+            return "transformed"
+        self._refuse_transforms()
+        return "traced" if path == "resident" and torch.compiler.is_compiling() else path
 
     def path(self, x: Tensor | None = None) -> str:
         """How the forward pass of one adapter, or of several that act together, is computed.
@@ -334,6 +341,16 @@ class SparseTunerLayer(TunerLayer[DeltaT]):
             self.product,
             self.observer_key,
         )
+
+    def _transformed_forward(self, delta: ActiveDelta, x: Tensor) -> Tensor:
+        """In ordinary operations on a copy of the weight, for ``torch.func.grad``, ``vmap`` and their like."""
+        dtype, bias = self._compute_dtype(x), self.base_bias
+        weight, support = self.base_parameter.reshape(-1), delta.support
+        entries = effective_entries(weight.index_select(0, support.indices), self.sum_values(delta))
+        matrix = weight.scatter(0, support.indices.long(), entries).view(self.stored_shape).to(dtype)
+        matrix = matrix if self.product.in_dim == 1 else matrix.t()
+        bias = None if bias is None else bias.to(dtype)
+        return self.product.leave(self.product.multiply(self.product.enter(x.to(dtype)), matrix, bias), x)
 
     def _dequantised_forward(self, delta: ActiveDelta, x: Tensor) -> Tensor:
         dtype = getattr(self.base_layer, "compute_dtype", None) or x.dtype

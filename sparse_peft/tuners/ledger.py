@@ -15,7 +15,8 @@ import functools
 import sys
 import time
 import weakref
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import Enum
 from threading import get_ident
@@ -290,6 +291,13 @@ def transition(method: Callable[Concatenate[Owner, P], T]) -> Callable[Concatena
     return exclusive_method
 
 
+@contextmanager
+def outside_modes() -> Iterator[None]:
+    """Writes to weights are no part of what a pass records, transforms or infers."""
+    with torch.no_grad(), torch.inference_mode(False), torch._C._DisableFuncTorch():
+        yield
+
+
 @dataclass(frozen=True, eq=False)
 class Write:
     """One weight that is to hold entries.
@@ -313,7 +321,6 @@ class Write:
         return isinstance(backup, EntriesBackup) and backup.support is self.support and backup.weight is self.weight
 
 
-@torch.no_grad()
 def write_all(writes: Sequence[Write]) -> None:
     """Make weights hold ``round(original + value)`` at the supports, and their own entries elsewhere.
 
@@ -329,7 +336,7 @@ def write_all(writes: Sequence[Write]) -> None:
             write.ledger.begin(backup)
         _resync(writes)
 
-    with torch.inference_mode(False):
+    with outside_modes():
         closed([write.ledger for write in writes], change)
 
 
@@ -352,7 +359,6 @@ def _resync(writes: Sequence[Write]) -> None:
         write.ledger.commit(write.content(backup))
 
 
-@torch.no_grad()
 def release_all(ledgers: Iterable[Ledger]) -> None:
     """``Ledger.release`` for many weights, on a GPU in one launch. Called with the transitions' lock."""
     ledgers = [ledger for ledger in ledgers if ledger.backup is not None]
@@ -363,7 +369,7 @@ def release_all(ledgers: Iterable[Ledger]) -> None:
         _refuse_changed(ledgers)
         _restore(ledgers)
 
-    with torch.inference_mode(False):
+    with outside_modes():
         closed(ledgers, change)
 
 

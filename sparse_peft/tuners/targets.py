@@ -172,21 +172,30 @@ def layer_of(key: str, prefix: str) -> str:
 # ---------------------------------------------------------------------- checking
 
 
-def check_target(name: str, module: nn.Module, model: nn.Module, method: str, takes_groups: bool) -> None:
+def check_target(
+    name: str, module: nn.Module, model: nn.Module, layer_cls: type[TunerLayer[Any]], method: str, takes_groups: bool
+) -> None:
     """Refuse a layer of a kind that the method cannot train.
 
     Args:
         name: of the layer.
         module: the layer, which may have adapters.
         model: that has it.
+        layer_cls: the method's layers.
         method: for messages.
         takes_groups: whether the method trains convolutions of several groups.
 
     Raises:
-        TypeError: it is no linear layer or convolution, or quantised in a way that PEFT has no backend for.
+        TypeError: it has another method's adapters, is no linear layer or convolution, or is quantised in a way that
+            PEFT has no backend for.
     """
     base = base_of(module)
     weight = getattr(base, "weight", None)
+    if isinstance(module, TunerLayer) and not isinstance(module, layer_cls):
+        raise TypeError(
+            f"Target module {name} has adapters of another method already (it is a {type(module).__name__}), and a "
+            f"layer takes those of one method only; unload() or merge_and_unload() them before {method} adapts it"
+        )
     if resolve_quantization_backend(base, **get_quantization_kwargs(model)) is not None:
         return
     if isinstance(base, ExpertWeight):
@@ -221,24 +230,10 @@ def _check_experts(name: str, base: ExpertWeight) -> None:
         )
 
 
-def check_weights_of_their_own(model: nn.Module, targets: Targets) -> None:
-    """Refuse targets whose weight something else uses too.
-
-    Raises:
-        ValueError: names the target and who else has its weight.
-    """
-    owners: dict[int, list[str]] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        owners.setdefault(id(parameter), []).append(name)
-    for name, module in targets.items():
-        names = owners.get(id(getattr(base_of(module), "weight", None)), [])
-        if len(names) > 1:
-            others = ", ".join(other for other in names if other not in (name, f"{name}.weight"))
-            raise ValueError(
-                f"Target module {name} shares its weight with {others} (tied weights): training one would change "
-                "the other. Leave it out with exclude_modules, or untie the weights first (load the model with "
-                "tie_word_embeddings=False and copy the weight)."
-            )
+def own_weights(targets: Targets) -> dict[str, Tensor]:
+    """``{layer name: weight}`` of the targets that have one as a tensor."""
+    found = {name: getattr(base_of(module), "weight", None) for name, module in targets.items()}
+    return {name: weight for name, weight in found.items() if isinstance(weight, Tensor)}
 
 
 # ---------------------------------------------------------------------- comparing with what is recorded

@@ -188,6 +188,7 @@ class SketchLinear(TunerLayer[SketchState]):
         return "decoded" if names and all(not self.deltas[name].has_tables for name in names) else "additive"
 
     def _adapters_step(self, x: Tensor, names: tuple[str, ...], has_more: bool) -> Step:
+        self._refuse_transforms()
         if has_more or self.path(x) == "additive":
             return super()._adapters_step(x, names, has_more)
         return Step(partial(self._decoded_forward, names), Weight.OWN)

@@ -23,6 +23,7 @@ class SnellaLinear(TunerLayer[KernelState]):
     config_cls = SnellaConfig
 
     def _adapters_step(self, x: Tensor, names: tuple[str, ...], has_more: bool) -> Step:
+        self._refuse_transforms()
         if not has_more and self.path(x) == "fused":
             return Step(partial(self._fused_forward, names[0]), Weight.OWN)
         return super()._adapters_step(x, names, has_more)

@@ -1,0 +1,66 @@
+"""Exceptions at chosen lines of the package, as a signal's handler raises them."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import sparse_peft
+
+TUNERS = str(Path(sparse_peft.__file__).parent / "tuners")
+
+Line = tuple[str, int]
+
+
+class Interrupt(KeyboardInterrupt):
+    """Raised in place of a signal's."""
+
+
+def lines_of(act: Callable[[], Any]) -> list[Line]:
+    """The lines of ``sparse_peft/tuners`` that an action runs, in order."""
+    lines: list[Line] = []
+    _traced(act, lambda frame: lines.append((frame.f_code.co_filename, frame.f_lineno)))
+    return lines
+
+
+def first_and_last(lines: list[Line]) -> list[int]:
+    """Numbers of steps, counted from 0, at which each line is run for the first and for the last time."""
+    first = {line: number for number, line in reversed(list(enumerate(lines)))}
+    last = {line: number for number, line in enumerate(lines)}
+    return sorted({*first.values(), *last.values()})
+
+
+def interrupted(act: Callable[[], Any], number: int) -> None:
+    """Run an action, and raise in the place of its line of this number."""
+    seen = -1
+
+    def count(_: FrameType) -> None:
+        nonlocal seen
+        seen += 1
+        if seen == number:
+            raise Interrupt
+
+    try:
+        _traced(act, count)
+    except Interrupt:
+        pass
+
+
+def _traced(act: Callable[[], Any], at_line: Callable[[FrameType], None]) -> None:
+    def local(frame: FrameType, event: str, _: Any) -> Any:
+        if event == "line":
+            at_line(frame)
+        return local
+
+    def trace(frame: FrameType, _event: str, _: Any) -> Any:
+        return local if frame.f_code.co_filename.startswith(TUNERS) else None
+
+    before = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        act()
+    finally:
+        sys.settrace(before)

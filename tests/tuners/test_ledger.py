@@ -1,0 +1,419 @@
+"""The base weight through threads and interruptions: never half written, and its own again whenever it has to be."""
+
+import copy
+import io
+import signal
+import threading
+import time
+
+import pytest
+import torch
+from peft import get_peft_model
+from torch import nn
+
+import sparse_peft
+from sparse_peft import S2FTConfig, SketchConfig, SLTrainConfig, SnellaConfig, SoRAConfig, SparseConfig
+from sparse_peft.tuners.base_layer import TunerLayer
+from tests.helpers.interrupts import first_and_last, interrupted, lines_of
+from tests.helpers.threads import together
+from tests.helpers.two_layers import TwoLayers
+
+CONFIGS = {
+    "sparse": lambda: SparseConfig(density=0.3),
+    "s2ft": lambda: S2FTConfig(ratio=0.4),
+    "sltrain": lambda: SLTrainConfig(r=2, density=0.2),
+    "sora": lambda: SoRAConfig(r=2),
+    "snella": lambda: SnellaConfig(r=4),
+    "sketch": lambda: SketchConfig(bits=2),
+}
+
+
+def adapted(method="sparse", base=None):
+    torch.manual_seed(0)
+    base = TwoLayers(7, 9, 4) if base is None else base
+    reference = copy.deepcopy(base)
+
+    def config():
+        made = CONFIGS[method]()
+        made.target_modules, made.init_weights = "all-linear", False
+        return made
+
+    model = get_peft_model(base, config())
+    model.add_adapter("other", config())
+    return model.eval(), reference
+
+
+def layers_of(model):
+    return [module for module in model.modules() if isinstance(module, TunerLayer)]
+
+
+def is_base(model, reference):
+    bases = [module.weight for module in reference.modules() if isinstance(module, nn.Linear)]
+    with sparse_peft.base_weights(model):
+        return all(torch.equal(la.base_parameter, b) for la, b in zip(layers_of(model), bases, strict=True))
+
+
+@torch.no_grad()
+def output(model, x):
+    return model.base_model.model(x)
+
+
+def passes(model, x, count):
+    return lambda: [output(model, x) for _ in range(count)]
+
+
+def are(outputs, *expected):
+    return all(any(torch.equal(y, e) for e in expected) for y in outputs)
+
+
+# ---------------------------------------------------------------------------------------------------------- threads
+
+
+class Wide(nn.Module):
+    """Layers whose products take long enough that threads meet in them."""
+
+    def __init__(self, layers=4, width=256):
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(width, width) for _ in range(layers))
+
+    def forward(self, x):
+        for layer in self.layers:
+            x = torch.tanh(layer(x))
+        return x
+
+
+def served(layers=4, width=256, method="sparse"):
+    torch.manual_seed(1)
+    model, reference = adapted(method, Wide(layers, width))
+    return model, reference, torch.randn(16, width)
+
+
+def test_the_first_passes_of_several_threads():
+    for _ in range(8):
+        model, reference, x = served()
+        expected = output(copy.deepcopy(model), x)
+        found = together(*[passes(model, x, 3)] * 3)
+        assert are(sum(found, []), expected)
+        assert is_base(model, reference)
+
+
+def test_another_models_optimizer_beside_inference():
+    model, reference, x = served()
+    expected, done = output(copy.deepcopy(model), x), threading.Event()
+
+    def infer():
+        try:
+            return passes(model, x, 25)()
+        finally:
+            done.set()
+
+    def step():
+        other = nn.Linear(2, 2)
+        optimizer = torch.optim.SGD(other.parameters(), lr=0.1)
+        while not done.is_set():
+            other(torch.ones(1, 2)).sum().backward()
+            optimizer.step()
+
+    found, _ = together(infer, step)
+    assert are(found, expected) and is_base(model, reference)
+
+
+@pytest.mark.parametrize("method", ["sparse", "s2ft", "snella"])
+def test_two_models_trained_at_once_train_as_if_alone(method):
+    def train(model):
+        generator = torch.Generator().manual_seed(3)
+        values = [p for p in model.parameters() if p.requires_grad]
+        optimizer = torch.optim.AdamW(values, lr=1e-2)
+        for _ in range(5):
+            model(torch.randn(4, 96, generator=generator)).pow(2).mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        return [value.detach().clone() for value in values]
+
+    models = [served(2, 96, method)[:2] for _ in range(2)]
+    alone = train(copy.deepcopy(models[0][0]))
+    for found in together(*[lambda model=model: train(model) for model, _ in models]):
+        assert all(torch.equal(a, b) for a, b in zip(found, alone, strict=True))
+    assert all(is_base(*pair) for pair in models)
+
+
+def read_state(model):
+    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+
+def read_state_later(model):
+    state = model.state_dict()
+    time.sleep(0.01)
+    return state
+
+
+def read_copy(model):
+    return copy.deepcopy(model).state_dict()
+
+
+def read_pickle(model):
+    buffer = io.BytesIO()
+    torch.save(model, buffer)
+    buffer.seek(0)
+    return torch.load(buffer, weights_only=False).state_dict()
+
+
+def read_in_block(model):
+    with sparse_peft.base_weights(model):
+        time.sleep(0.01)
+        return {name: parameter.clone() for name, parameter in model.named_parameters()}
+
+
+@pytest.mark.parametrize("read", [read_state, read_state_later, read_copy, read_pickle, read_in_block])
+def test_what_is_read_beside_inference_is_the_base_and_inference_goes_on(read):
+    model, reference, x = served(3)
+    expected, done = output(copy.deepcopy(model), x), threading.Event()
+    weights = dict(reference.named_parameters())
+
+    def infer():
+        found = []
+        while not done.is_set():
+            found.append(output(model, x))
+        return found
+
+    def look():
+        try:
+            return [read(model) for _ in range(4)]
+        finally:
+            done.set()
+
+    found, states = together(infer, look)
+    assert are(found, expected)
+    for state in states:
+        for name, tensor in state.items():
+            if name.endswith("base_layer.weight"):
+                own = name.removeprefix("base_model.model.").replace(".base_layer", "")
+                assert torch.equal(tensor, weights[own])
+    assert is_base(model, reference)
+
+
+def test_saving_beside_inference_gives_the_files_and_tokens_of_each_alone(tmp_path):
+    model, _, x = served(3)
+    alone = copy.deepcopy(model)
+    alone.save_pretrained(tmp_path / "alone")
+    expected = output(alone, x)
+    found, _ = together(passes(model, x, 25), lambda: [model.save_pretrained(tmp_path / "beside") for _ in range(3)])
+    assert are(found, expected)
+    name = "adapter_model.safetensors"
+    assert (tmp_path / "beside" / name).read_bytes() == (tmp_path / "alone" / name).read_bytes()
+
+
+@pytest.mark.parametrize("method", ["sparse", "sora"])
+def test_no_pass_sees_half_a_weight(method):
+    """One layer, whose output is that of one of its states: the base, an adapter, a merged adapter."""
+    model, reference, x = served(1, 384, method)
+    states, done = copy.deepcopy(model), threading.Event()
+    expected = [reference(x), output(states, x)]
+    states.merge_adapter()
+    expected.append(output(states, x))
+    states.unmerge_adapter()
+    states.set_adapter("other")
+    expected.append(output(states, x))
+
+    def infer():
+        try:
+            return passes(model, x, 60)()
+        finally:
+            done.set()
+
+    def change():
+        while not done.is_set():
+            with model.disable_adapter():
+                time.sleep(1e-4)
+            model.merge_adapter()
+            model.unmerge_adapter()
+            model.set_adapter("other")
+            model.set_adapter("default")
+
+    first, second, _ = together(infer, infer, change)
+    assert are([*first, *second], *expected) and is_base(model, reference)
+
+
+# ----------------------------------------------------------------------------------------------------- interruptions
+
+
+def train_once(model):
+    model.train()
+    model.base_model.model(torch.ones(2, 7)).sum().backward()
+
+
+def step_once(model):
+    values = [p for p in model.parameters() if p.grad is not None]
+    torch.optim.SGD(values, lr=0.1).step()
+
+
+def enter_disabled(model):
+    with model.disable_adapter():
+        pass
+
+
+X = torch.linspace(-1, 1, 21).view(3, 7)
+# {action: (what is done before, the action that is interrupted)}
+ACTIONS = {
+    "write": (lambda model: None, lambda model: output(model, X)),
+    "train": (lambda model: None, train_once),
+    "step": (train_once, step_once),
+    "switch": (lambda model: output(model, X), lambda model: (model.set_adapter("other"), output(model, X))),
+    "several": (
+        lambda model: output(model, X),
+        lambda model: (model.base_model.set_adapter(["default", "other"]), output(model, X)),
+    ),
+    "hold": (lambda model: None, lambda model: model.base_model.make_resident()),
+    "release": (lambda model: output(model, X), lambda model: model.base_model.release()),
+    "merge": (lambda model: output(model, X), lambda model: model.merge_adapter()),
+    "merge another": (lambda model: model.merge_adapter(["default"]), lambda model: model.merge_adapter(["other"])),
+    "unmerge": (lambda model: model.merge_adapter(), lambda model: model.unmerge_adapter()),
+    "disable": (lambda model: output(model, X), enter_disabled),
+    "state_dict": (lambda model: output(model, X), lambda model: model.state_dict()),
+    "copy": (lambda model: output(model, X), lambda model: copy.deepcopy(model)),
+    "move": (lambda model: output(model, X), lambda model: model.to(torch.float32)),
+    "base_weights": (lambda model: output(model, X), lambda model: is_base(model, TwoLayers(7, 9, 4))),
+}
+
+
+def check_mended(template, reference, before, act, number):
+    model = copy.deepcopy(template)
+    before(model)
+    interrupted(lambda: act(model), number)
+    model.eval()
+    # another thread is neither kept out nor given something else
+    there, here = together(lambda: output(model, X), lambda: output(model, X), seconds=20)
+    assert torch.equal(there, here)
+    if any(layer.merged for layer in layers_of(model)):
+        model.unmerge_adapter()
+    assert is_base(model, reference)
+    again = copy.deepcopy(template)
+    again.load_state_dict(model.state_dict())
+    for layer, other in zip(layers_of(model), layers_of(again), strict=True):
+        other.set_adapter(layer.active_adapters)
+        other._disable_adapters = layer.disable_adapters
+    assert torch.equal(output(again, X), output(model, X))
+    base = model.base_model.unload()
+    for a, b in zip(base.parameters(), reference.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+def steps_of(template, before, act):
+    model = copy.deepcopy(template)
+    before(model)
+    return lines_of(lambda: act(model))
+
+
+@pytest.mark.parametrize("action", ACTIONS)
+def test_an_interruption_at_any_line_is_mended(action):
+    template, reference = adapted()
+    lines = steps_of(template, *ACTIONS[action])
+    for number in first_and_last(lines):
+        check_mended(template, reference, *ACTIONS[action], number)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", CONFIGS)
+@pytest.mark.parametrize("action", ACTIONS)
+def test_an_interruption_at_any_step_is_mended(method, action):
+    template, reference = adapted(method)
+    for number in range(len(steps_of(template, *ACTIONS[action]))):
+        check_mended(template, reference, *ACTIONS[action], number)
+
+
+@pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="needs POSIX timers")
+def test_signals_at_random_moments_of_training():
+    class Alarm(Exception):
+        pass
+
+    def ring(*_):
+        raise Alarm
+
+    model, reference = adapted()
+    values = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.SGD(values, lr=1e-3)
+    delays = torch.rand(150, generator=torch.Generator().manual_seed(0)) * 3e-3 + 1e-5
+    before, rang = signal.signal(signal.SIGALRM, ring), 0
+    try:
+        for delay in delays.tolist():
+            try:
+                signal.setitimer(signal.ITIMER_REAL, delay)
+                while True:
+                    model(X).sum().backward()
+                    optimizer.step()
+                    optimizer.zero_grad()
+                    with model.disable_adapter():
+                        output(model, X)
+                    model.merge_adapter()
+                    model.unmerge_adapter()
+                    model.state_dict()
+            except Alarm:
+                rang += 1
+            finally:
+                signal.setitimer(signal.ITIMER_REAL, 0)
+            if any(layer.merged for layer in layers_of(model)):
+                model.unmerge_adapter()
+            model.base_model.enable_adapter_layers()
+            assert is_base(model, reference)
+    finally:
+        signal.signal(signal.SIGALRM, before)
+    assert rang == len(delays)
+
+
+# ------------------------------------------------------------------------------------------------- merged, and changed
+
+
+def change_entries(layer):
+    layer.base_parameter.data.mul_(2)
+
+
+@pytest.mark.parametrize("method", CONFIGS)
+def test_a_base_changed_while_merged_is_not_undone(method):
+    model, reference = adapted(method)
+    model.merge_adapter()
+    changed = layers_of(model)[1]
+    with torch.no_grad():
+        changed.base_parameter.data.mul_(2)  # which torch does not count
+    merged = changed.base_parameter.clone()
+    for undo in (model.unmerge_adapter, lambda: model.set_adapter("other"), lambda: model.merge_adapter(["other"])):
+        with pytest.raises(RuntimeError, match=r"layer second was changed while adapters 'default' were merged"):
+            undo()
+        assert torch.equal(changed.base_parameter, merged)
+    assert torch.equal(model.merge_and_unload().second.weight, merged)
+
+
+@pytest.mark.parametrize("copier", ["deepcopy", "torch.save"])
+@pytest.mark.parametrize("method", CONFIGS)
+def test_a_copy_of_a_merged_model_can_be_unmerged(method, copier):
+    model, reference = adapted(method)
+    output(model, X)
+    model.merge_adapter()
+    merged = output(model, X)
+    if copier == "deepcopy":
+        twin = copy.deepcopy(model)
+    else:
+        buffer = io.BytesIO()
+        torch.save(model, buffer)
+        buffer.seek(0)
+        twin = torch.load(buffer, weights_only=False)
+    assert torch.equal(output(twin, X), merged) and twin.base_model.model.first.merged
+    for each in (twin, model):
+        each.unmerge_adapter()
+        assert is_base(each, reference)
+        torch.testing.assert_close(output(each, X), merged)
+
+
+@pytest.mark.parametrize("method", CONFIGS)
+def test_an_error_while_merging_a_second_adapter_keeps_the_first_merged(method):
+    model, reference = adapted(method)
+    model.merge_adapter(["default"])
+    merged = output(model, X)
+    layer = layers_of(model)[0]
+    with torch.no_grad():
+        for parameter in layer.deltas["other"].parameters():
+            parameter.fill_(float("nan"))
+    with pytest.raises(ValueError, match="NaNs detected"):
+        layer.merge(safe_merge=True, adapter_names=["other"])
+    assert layer.merged_adapters == ["default"] and torch.equal(output(model, X), merged)
+    model.unmerge_adapter()
+    assert is_base(model, reference)
