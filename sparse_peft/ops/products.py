@@ -45,6 +45,10 @@ class WeightSource(WeightPanels, Protocol):
         """The layer's key, for observers."""
         ...
 
+    def input_grad(self, grad: Tensor, shape: torch.Size) -> Tensor:
+        """``product.input_grad`` of this weight, which stays what it is meanwhile."""
+        ...
+
     def after_backward(self) -> None:
         """Called after the values' gradient was formed."""
         ...

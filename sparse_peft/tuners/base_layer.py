@@ -26,7 +26,7 @@ from .expert_weights import ExpertWeight
 from .files.checks import BASE_ADAPTER
 from .four_bit import base_weight
 from .layer_parts import bias_of, weight_of
-from .ledger import Ledger, Merged, Weight, transition
+from .ledger import READERS, Ledger, Merged, Weight, transition
 from .transitions import exclusive, exclusively
 
 STOCK_FORWARDS = {nn.Linear.forward, Conv1D.forward, *(kind.forward for kind in CONVOLUTIONS)}
@@ -524,3 +524,6 @@ class TunerLayer(BaseTunerLayer, nn.Module, Generic[StateT]):
 
     def __repr__(self) -> str:
         return f"sparse_peft.{super().__repr__()}"
+
+
+READERS.add(TunerLayer.forward.__code__)

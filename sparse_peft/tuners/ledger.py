@@ -20,6 +20,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import Enum
 from threading import get_ident
+from types import CodeType
 from typing import Any, Concatenate, ParamSpec, Protocol, TypeVar
 
 import torch
@@ -30,7 +31,7 @@ from ..support import Support
 from .active_delta import ActiveDelta
 from .backups import Backup, EntriesBackup, restore_all
 from .changes import Stamp
-from .transitions import exclusive, exclusively, waiting
+from .transitions import exclusive, exclusively, is_within
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -132,22 +133,40 @@ class Ledger:
 
     # ------------------------------------------------------------------ readers
 
-    def reads_elsewhere(self) -> bool:
-        """Whether another thread computes with the weight."""
+    def read(self, act: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        """Run ``act`` while no other thread changes the weight or the adapters' flags."""
+        readers, me = self.readers, get_ident()
+        if readers.get(me):
+            return act(*args, **kwargs)
+        try:
+            readers[me] = True
+            result = act(*args, **kwargs)
+            readers[me] = False
+            return result
+        except BaseException:
+            readers[me] = False
+            raise
+
+    def is_read_elsewhere(self) -> bool:
+        """Whether another thread computes with the weight.
+
+        Interrupts may leave a thread noted as a reader, so its calls are asked as well. That is enough because a pass
+        which begins from now on, in a closed ledger, waits for the lock before it looks at the weight.
+        """
         me = get_ident()
-        return any(reads and thread != me and thread not in waiting for thread, reads in tuple(self.readers.items()))
+        noted = [thread for thread, reads in self.readers.copy().items() if reads and thread != me]
+        return any(is_within(thread, READERS) for thread in noted)
 
     def is_shared(self) -> bool:
         """Whether another thread, which is still there, ever computed with the weight."""
-        others = self.readers.keys() - {get_ident()}
+        others = self.readers.copy().keys() - {get_ident()}
         return bool(others) and not others.isdisjoint(sys._current_frames())
 
     def _wait_for_readers(self) -> None:
-        while self.reads_elsewhere():
-            gone = self.readers.keys() - sys._current_frames().keys()
-            for thread in gone:
-                self.readers.pop(thread, None)
+        while self.is_read_elsewhere():
             time.sleep(POLL_SECONDS)
+        for thread in self.readers.copy().keys() - sys._current_frames().keys():
+            self.readers.pop(thread, None)
 
     # ------------------------------------------------------------------ who needs the base's own weight
 
@@ -251,6 +270,10 @@ class Ledger:
         if self.is_merged:
             copied.update(backup=self.backup, content=self.content)
         return copied
+
+
+# The functions in which threads are among the readers: of the ledger itself and of layers.
+READERS: set[CodeType] = {Ledger.read.__code__}
 
 
 def closed(ledgers: Sequence[Ledger], act: Callable[[], T]) -> T:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
-from threading import get_ident
 from typing import Protocol
 
 import torch
@@ -48,22 +47,6 @@ class AdaptedLayer(Protocol):
     def hold(self, delta: ActiveDelta | None, stamp: Stamp | None) -> bool: ...
 
 
-def registered(ledger: Ledger, found: Iterator[Panel]) -> Iterator[Panel]:
-    """The panels of a weight, which no other thread changes as long as they are iterated over."""
-    me = get_ident()
-    enters = not ledger.readers.get(me)
-    try:
-        if enters:
-            ledger.readers[me] = True
-        yield from found
-        if enters:
-            ledger.readers[me] = False
-    except BaseException:  # GeneratorExit, too: products of one panel stop there
-        if enters:
-            ledger.readers[me] = False
-        raise
-
-
 class LayerSource(ABC):
     """The effective weight of a layer, in forward and again in backward.
 
@@ -76,16 +59,17 @@ class LayerSource(ABC):
         self.layer, self.delta, self.stamp = layer, delta, layer.stamp(delta)
         self.shape, self.product, self.key = layer.stored_shape, layer.product, layer.observer_key
 
+    @abstractmethod
     def panels(self, dtype: torch.dtype) -> Iterator[Panel]:
-        """``(start, stop, weight[start:stop])`` in ``dtype``.
+        """``(start, stop, weight[start:stop])`` in ``dtype``; called by a thread that is among the ledger's readers.
 
         Raises:
             RuntimeError: the values changed since the forward pass, or adapters were merged.
         """
-        return registered(self.layer.ledger, self._panels(dtype))
 
-    @abstractmethod
-    def _panels(self, dtype: torch.dtype) -> Iterator[Panel]: ...
+    def input_grad(self, grad: Tensor, shape: torch.Size) -> Tensor:
+        """The product's, while no other thread changes the weight."""
+        return self.layer.ledger.read(self.product.input_grad, grad, self, shape)
 
     def _copies(self, dtype: torch.dtype) -> Iterator[Panel]:
         """Copies of the base's rows with the entries set in them; the weight is the base's own."""
@@ -112,7 +96,7 @@ class LayerSource(ABC):
 class ResidentSource(LayerSource):
     """The base weight itself; asked again in backward, it is made to hold what it held in forward."""
 
-    def _panels(self, dtype: torch.dtype) -> Iterator[Panel]:
+    def panels(self, dtype: torch.dtype) -> Iterator[Panel]:
         if not self.layer.hold(self.delta, self.stamp):
             yield from self._copies(dtype)
             return
@@ -127,7 +111,7 @@ class ResidentSource(LayerSource):
 class OverlaySource(LayerSource):
     """Copies of the base's rows with the entries set in them, for bases that must not be written."""
 
-    def _panels(self, dtype: torch.dtype) -> Iterator[Panel]:
+    def panels(self, dtype: torch.dtype) -> Iterator[Panel]:
         self.layer.hold(None, None)
         yield from self._copies(dtype)
 
@@ -135,7 +119,7 @@ class OverlaySource(LayerSource):
 class DequantisedSource(LayerSource):
     """The backend's dequantised buffer with the entries set in it; the packed weight is only read."""
 
-    def _panels(self, dtype: torch.dtype) -> Iterator[Panel]:
+    def panels(self, dtype: torch.dtype) -> Iterator[Panel]:
         self.layer.hold(None, None)
         (support, values), buffer = self._values(), self.layer.dequantised()
         add_to_support_(buffer, support, values)
@@ -157,6 +141,10 @@ class DeltaSource:
             within, first, last = self.support.of_rows(start, stop)
             add_to_support_(panel, within, self.values[first:last])
             yield start, stop, panel
+
+    def input_grad(self, grad: Tensor, shape: torch.Size) -> Tensor:
+        """The product's."""
+        return self.product.input_grad(grad, self, shape)
 
     def after_backward(self) -> None:
         """Nothing is kept."""

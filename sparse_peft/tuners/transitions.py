@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import functools
 import os
+import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Set
 from contextlib import suppress
 from threading import get_ident
+from types import CodeType, FrameType
 from typing import Concatenate, ParamSpec, TypeVar
 
 P = ParamSpec("P")
@@ -19,8 +21,9 @@ T = TypeVar("T")
 Self = TypeVar("Self")
 
 _lock = threading.RLock()
-# Threads that wait for the lock. Nobody waits for these to leave a layer: two threads would wait for each other.
-waiting: set[int] = set()
+# {thread: its call} of those that wait for the lock. Nobody waits for these to leave a layer: two threads would wait for
+# each other.
+_waiting: dict[int, FrameType] = {}
 
 
 class _Thread(threading.local):
@@ -40,19 +43,33 @@ def exclusively(act: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
         return act(*args, **kwargs)
     me = get_ident()
     try:
-        waiting.add(me)
+        _waiting[me] = sys._getframe()
         with _lock:
-            waiting.discard(me)
+            _waiting.pop(me, None)
             _thread.is_inside = True
             result = act(*args, **kwargs)
             _thread.is_inside = False
         return result
     except BaseException:
-        waiting.discard(me)
+        _waiting.pop(me, None)
         _thread.is_inside = False
         with suppress(RuntimeError):  # it was released, which is the rule
             _lock.release()
         raise
+
+
+def calls_of(thread: int) -> Iterator[FrameType]:
+    """The Python calls that a thread is in, the innermost first."""
+    frame = sys._current_frames().get(thread)
+    while frame is not None:
+        yield frame
+        frame = frame.f_back
+
+
+def is_within(thread: int, codes: Set[CodeType]) -> bool:
+    """Whether a thread runs one of these functions, and does not wait for the lock in it."""
+    calls, waits = list(calls_of(thread)), _waiting.get(thread)
+    return waits not in calls and any(call.f_code in codes for call in calls)
 
 
 def exclusive(method: Callable[Concatenate[Self, P], T]) -> Callable[Concatenate[Self, P], T]:
@@ -70,7 +87,7 @@ def _forget_other_threads() -> None:
     global _lock
     _lock = threading.RLock()
     _thread.is_inside = False
-    waiting.clear()
+    _waiting.clear()
 
 
 if hasattr(os, "register_at_fork"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -43,10 +44,8 @@ def interrupted(act: Callable[[], Any], number: int) -> None:
         if seen == number:
             raise Interrupt
 
-    try:
+    with suppress(Interrupt):
         _traced(act, count)
-    except Interrupt:
-        pass
 
 
 def _traced(act: Callable[[], Any], at_line: Callable[[FrameType], None]) -> None:
