@@ -70,16 +70,23 @@ class Stamp:
         for state, changes, backwards in self.counts:
             if state.changes != changes or (backwards is not None and state.backwards != backwards):
                 return False
-        return self.is_unwritten()
-
-    def is_unwritten(self) -> bool:
-        """Whether no write is seen: what autograd checks of tensors that it saved."""
-        for parameters, name, tensor, version, address in self.marks:
+        for parameters, name, tensor, version, address in self.marks:  # the two below in one
             if parameters.get(name) is not tensor or (version is not None and tensor._version != version):
                 return False
             if address is not None and tensor.data_ptr() != address:
                 return False
         return True
+
+    def is_in_place(self) -> bool:
+        """Whether the states have the same parameters: ``torch.func.functional_call`` lends them others."""
+        return all(mark.parameters.get(mark.name) is mark.tensor for mark in self.marks)
+
+    def is_unwritten(self) -> bool:
+        """Whether no write to the parameters is seen: what autograd checks of tensors that it saved."""
+        return all(
+            mark.version in (None, version(mark.tensor)) and mark.address in (None, mark.tensor.data_ptr())
+            for mark in self.marks
+        )
 
     def is_same(self, other: Stamp) -> bool:
         """Whether both are of the same states at the same time."""

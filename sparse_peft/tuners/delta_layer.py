@@ -141,9 +141,17 @@ class SparseTunerLayer(TunerLayer[DeltaT]):
         if names and not self.merged and all(self.deltas[name].is_set for name in names):
             self._join(names)
 
-    def sum_values(self, delta: ActiveDelta) -> Tensor:
-        """The joined adapters' delta at their common support, ``(entries,)``, differentiable."""
-        return delta.sum_values([self.deltas[name]() for name in delta.names])
+    def sum_values(self, delta: ActiveDelta, stamp: Stamp | None = None) -> Tensor:
+        """The joined adapters' delta at their common support, ``(entries,)``, differentiable.
+
+        Args:
+            delta: the adapters.
+            stamp: of a pass whose parameters are meant, where they were replaced since.
+        """
+        if stamp is None or stamp.is_in_place():
+            return delta.sum_values([self.deltas[name]() for name in delta.names])
+        marks = zip(delta.names, stamp.marks, strict=True)
+        return delta.sum_values([self.deltas[name].scaled(mark.tensor) for name, mark in marks])
 
     def stamp(self, delta: ActiveDelta | None) -> Stamp | None:
         """What the values of the joined adapters are now."""
@@ -184,7 +192,7 @@ class SparseTunerLayer(TunerLayer[DeltaT]):
         assert stamp is not None
         weight, parameters = self.base_parameter, self.base_parameters
         held = Held(delta, stamp, parameters, weight, self.adds_entries_only)
-        return Write(self.ledger, weight, delta.support, self.sum_values(delta), lambda _: held)
+        return Write(self.ledger, weight, delta.support, self.sum_values(delta, stamp), lambda _: held)
 
     def pending_write(self) -> Write | None:
         """What makes the base weight hold the active adapters' entries; None if it does, or may not."""

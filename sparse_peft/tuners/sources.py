@@ -38,7 +38,7 @@ class AdaptedLayer(Protocol):
 
     def dequantised(self) -> Tensor: ...
 
-    def sum_values(self, delta: ActiveDelta) -> Tensor: ...
+    def sum_values(self, delta: ActiveDelta, stamp: Stamp | None = None) -> Tensor: ...
 
     def stamp(self, delta: ActiveDelta | None) -> Stamp | None: ...
 
@@ -85,7 +85,7 @@ class LayerSource(ABC):
         """The adapters' entries, unless they changed since the forward pass."""
         assert self.delta is not None and self.stamp is not None
         self.layer.check_stamp(self.delta, self.stamp)
-        return self.delta.support, self.layer.sum_values(self.delta).detach()
+        return self.delta.support, self.layer.sum_values(self.delta, self.stamp).detach()
 
     def after_backward(self) -> None:
         """From now on values may be stepped in ways that leave no trace, as writes through ``.data`` do."""

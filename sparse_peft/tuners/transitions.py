@@ -21,8 +21,8 @@ T = TypeVar("T")
 Self = TypeVar("Self")
 
 _lock = threading.RLock()
-# {thread: its call} of those that wait for the lock. Nobody waits for these to leave a layer: two threads would wait for
-# each other.
+# {thread: its call} of those that wait for the lock. Nobody waits for these to leave a layer: two threads would wait
+# for each other.
 _waiting: dict[int, FrameType] = {}
 
 

@@ -27,11 +27,9 @@ def lines_of(act: Callable[[], Any]) -> list[Line]:
     return lines
 
 
-def first_and_last(lines: list[Line]) -> list[int]:
-    """Numbers of steps, counted from 0, at which each line is run for the first and for the last time."""
-    first = {line: number for number, line in reversed(list(enumerate(lines)))}
-    last = {line: number for number, line in enumerate(lines)}
-    return sorted({*first.values(), *last.values()})
+def first_of_each(lines: list[Line]) -> list[int]:
+    """Numbers of steps, counted from 0, at which each line is run for the first time."""
+    return sorted({line: number for number, line in reversed(list(enumerate(lines)))}.values())
 
 
 def interrupted(act: Callable[[], Any], number: int) -> None:

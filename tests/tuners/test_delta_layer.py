@@ -1,14 +1,24 @@
 """Forward and backward of the layer against a dense float64 reference."""
 
+import copy
+
 import pytest
 import torch
-from peft import LoraConfig, inject_adapter_in_model
+from peft import LoraConfig, get_peft_model, inject_adapter_in_model
+from torch import func
 from torch.utils.checkpoint import checkpoint
 
-from sparse_peft import SparseConfig, panel_limit, use_backend
+from sparse_peft import SketchConfig, SnellaConfig, SparseConfig, base_weights, panel_limit, use_backend
 from sparse_peft.ops import backends
 from sparse_peft.tuners.sources import OverlaySource, ResidentSource
-from tests.helpers.two_layers import TwoLayers, adapted, effective_weights, layers_of, oracle_output
+from tests.helpers.two_layers import (
+    TwoLayers,
+    adapted,
+    assert_base_untouched,
+    effective_weights,
+    layers_of,
+    oracle_output,
+)
 
 TOLERANCE = {
     torch.float64: {"rtol": 1e-10, "atol": 1e-10},
@@ -259,3 +269,94 @@ def test_log_of_a_slower_path_is_written_once(caplog):
         for _ in range(3):
             model(torch.randn(2, 17))
     assert len([r for r in caplog.records if "layer first" in r.message]) == 1
+
+
+# ---------------------------------------------------------------------------------------------------------- torch.func
+
+
+def other_values(model):
+    torch.manual_seed(5)
+    return {name: torch.randn_like(p).requires_grad_() for name, p in model.named_parameters() if p.requires_grad}
+
+
+def layer_of(name):
+    return "first" if ".first." in name else "second"
+
+
+def dense_weights(model, reference, values):
+    """``effective_weights`` with other values, differentiable in these."""
+    weights = {}
+    for name, tensor in values.items():
+        layer, base = layer_of(name), getattr(reference, layer_of(name)).weight.detach().double()
+        delta = layers_of(model)[layer].deltas["default"]
+        entries = tensor.double() * delta.value_scale
+        weights[layer] = base.reshape(-1).index_add(0, delta.support.indices.long(), entries).view(base.shape)
+    return weights
+
+
+@pytest.mark.parametrize("conv1d", [False, True], ids=["linear", "conv1d"])
+@pytest.mark.parametrize("resident", [True, False], ids=["resident", "overlay"])
+def test_functional_call_computes_with_the_parameters_it_is_given(resident, conv1d):
+    model, reference = adapted(TwoLayers(conv1d=conv1d), resident=resident, scale=0.5)
+    x, values = torch.randn(4, 17), other_values(model)
+    before = model(x)
+    y = func.functional_call(model, values, x)
+    expected = oracle_output(reference, dense_weights(model, reference, values), x.double())
+    torch.testing.assert_close(y.double(), expected, rtol=1e-4, atol=1e-4)
+    assert torch.equal(model(x), before)  # the backward pass is that of the values that were given
+    y.pow(2).sum().backward()
+    grads = torch.autograd.grad(expected.pow(2).sum(), list(values.values()))
+    for tensor, grad in zip(values.values(), grads, strict=True):
+        torch.testing.assert_close(tensor.grad, grad, rtol=1e-3, atol=1e-3)
+    assert torch.equal(model(x), before)
+    with base_weights(model):
+        assert_base_untouched(model, reference)
+
+
+def test_functional_call_with_another_base_weight_leaves_the_own_one():
+    model, reference = adapted()
+    x, name = torch.randn(4, 17), "base_model.model.first.base_layer.weight"
+    before = model(x)
+    other = torch.randn_like(reference.first.weight)
+    with torch.no_grad():
+        y = func.functional_call(model, {name: other}, x)
+    weights = effective_weights(model, reference)
+    weights["first"] = other.double() + layers_of(model)["first"].get_delta_weight("default").double()
+    expected = oracle_output(reference, weights, x.double())
+    torch.testing.assert_close(y.double(), expected, rtol=1e-4, atol=1e-4)
+    assert torch.equal(model(x), before)
+    with base_weights(model):
+        assert_base_untouched(model, reference)
+
+
+@pytest.mark.parametrize("ready", [True, False], ids=["after a pass", "first"])
+def test_transforms_of_torch_func(ready):
+    model, reference = adapted()
+    x, values = torch.randn(4, 17), other_values(model)
+    if ready:
+        model(x)  # the weight holds entries
+
+    def loss(values, x):
+        return func.functional_call(model, values, x).pow(2).mean()
+
+    found = func.grad(loss)(values, x)
+    dense = oracle_output(reference, dense_weights(model, reference, values), x.double()).pow(2).mean()
+    for a, b in zip(found.values(), torch.autograd.grad(dense, list(values.values())), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
+    stacked = {name: torch.stack([tensor, -tensor]).detach() for name, tensor in values.items()}
+    each = [loss({name: tensor[i] for name, tensor in stacked.items()}, x) for i in range(2)]
+    torch.testing.assert_close(func.vmap(loss, (0, None))(stacked, x), torch.stack(each), rtol=1e-4, atol=1e-5)
+    with base_weights(model):
+        assert_base_untouched(model, reference)
+
+
+@pytest.mark.parametrize("config", [SnellaConfig(r=4), SketchConfig(bits=2)], ids=["snella", "sketch"])
+def test_methods_without_transforms_say_so_and_take_functional_call(config):
+    config.target_modules = "all-linear"
+    model, x = get_peft_model(TwoLayers(), config), torch.randn(2, 17)
+    values = {name: p.detach() * 1.5 for name, p in model.named_parameters() if p.requires_grad}
+    twin = copy.deepcopy(model)
+    twin.load_state_dict(values, strict=False)
+    torch.testing.assert_close(func.functional_call(model, values, x), twin(x))
+    with pytest.raises(RuntimeError, match=r"layer first: .* has no torch\.func\.grad"):
+        func.grad(lambda values: func.functional_call(model, values, x).sum())(values)
