@@ -10,7 +10,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, ParamSpec, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -18,6 +18,9 @@ from torch import Tensor
 from ..numerics.tokens import accumulation_dtype
 from ..support import Support
 from .products import LinearProduct, WeightPanels
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 
 class Segment(NamedTuple):
@@ -132,6 +135,10 @@ class ExpertSource(Protocol):
         """The weight of one expert."""
         ...
 
+    def read(self, act: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        """The result of ``act``, which reads weights in backward; nothing else changes them meanwhile."""
+        ...
+
     def after_backward(self) -> None:
         """Called after the values' gradient was formed."""
         ...
@@ -180,7 +187,7 @@ class ExpertProduct:
     def input_grad(self, grad: Tensor) -> Tensor:
         """``(rows, in)`` of ``(rows, out)``."""
         # the gradient of x @ W.T is grad @ W: the product with the other dimension as input
-        return self._each(grad, LinearProduct(1 - self.in_dim))
+        return self.source.read(self._each, grad, LinearProduct(1 - self.in_dim))
 
     def _each(self, x: Tensor, product: LinearProduct) -> Tensor:
         x = self.routing.sort(x)

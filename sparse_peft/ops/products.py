@@ -6,9 +6,9 @@ knows neither the values of a delta nor the origin of the weight.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import ClassVar, Protocol, TypeGuard
+from typing import ClassVar, ParamSpec, Protocol, TypeGuard, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +17,9 @@ from torch import Tensor
 from ..numerics.tokens import flatten_tokens, transposed_product
 from ..support import ChannelSupport, Support
 from .support_grad import observed_support_grad
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 
 class WeightPanels(Protocol):
@@ -45,8 +48,8 @@ class WeightSource(WeightPanels, Protocol):
         """The layer's key, for observers."""
         ...
 
-    def input_grad(self, grad: Tensor, shape: torch.Size) -> Tensor:
-        """``product.input_grad`` of this weight, which stays what it is meanwhile."""
+    def read(self, act: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        """The result of ``act``, which reads panels in backward; nothing else changes the weight meanwhile."""
         ...
 
     def after_backward(self) -> None:

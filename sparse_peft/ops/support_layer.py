@@ -35,7 +35,7 @@ class _SupportLayer(torch.autograd.Function):
         source = ctx.source
         grad_x = grad_values = grad_bias = None
         if ctx.needs_input_grad[0]:
-            grad_x = source.input_grad(grad, ctx.shape)
+            grad_x = source.read(source.product.input_grad, grad, source, ctx.shape)
         if ctx.needs_input_grad[1]:
             grad_values = source.product.support_grad(grad, kept, ctx.support, source.key).to(ctx.values_dtype)
             source.after_backward()

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from threading import get_ident
 from typing import Any, NamedTuple, Self, cast
 
 import torch
@@ -16,7 +13,7 @@ from .expert_mode import ExpertsMode, WeightPass
 from .expert_sources import ExpertsSource
 from .expert_weights import ExpertWeight
 from .files.checks import BASE_ADAPTER
-from .ledger import Ledger, Weight, closed, write_all
+from .ledger import Ledger, Weight, closed, read_all, write_all
 from .residency import note_holding
 from .transitions import exclusive, exclusively
 
@@ -91,21 +88,10 @@ class ExpertsLayer(nn.Module):
 
     def _run(self, names: tuple[str, ...] | None, args: Any, kwargs: Any) -> Any:
         """The base's output with the named adapters, or with the active ones."""
-        with self._reading():
-            return self._compute(self._settled(names) or exclusively(self._prepared, names), args, kwargs)
+        return read_all(self._ledgers, self._compute_settled, names, args, kwargs)
 
-    @contextmanager
-    def _reading(self) -> Iterator[None]:
-        """Inside the block no other thread changes a parameter."""
-        me = get_ident()
-        entered = [ledger for ledger in self._ledgers if not ledger.readers.get(me)]
-        try:
-            for ledger in entered:
-                ledger.readers[me] = True
-            yield
-        finally:
-            for ledger in entered:
-                ledger.readers[me] = False
+    def _compute_settled(self, names: tuple[str, ...] | None, args: Any, kwargs: Any) -> Any:
+        return self._compute(self._settled(names) or exclusively(self._prepared, names), args, kwargs)
 
     def _settled(self, names: tuple[str, ...] | None) -> list[_Plan] | None:
         """The plans, where all parameters are as they want them and no transition is under way."""

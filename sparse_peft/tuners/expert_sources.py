@@ -10,7 +10,7 @@ import torch
 from ..numerics import panels
 from ..ops import add_to_support_
 from .active_delta import ActiveDelta
-from .sources import AdaptedLayer, LayerSource, Panel, registered
+from .sources import AdaptedLayer, LayerSource, Panel
 
 
 class ExpertsSource(LayerSource):
@@ -37,7 +37,7 @@ class ExpertsSource(LayerSource):
         """The weight of one expert."""
         return ExpertPanels(self, number)
 
-    def _panels(self, dtype: torch.dtype) -> Iterator[Panel]:
+    def panels(self, dtype: torch.dtype) -> Iterator[Panel]:
         yield from self.rows(0, self.shape[0], dtype)
 
     def rows(self, first: int, last: int, dtype: torch.dtype) -> Iterator[Panel]:
@@ -80,5 +80,4 @@ class ExpertPanels:
     def panels(self, dtype: torch.dtype) -> Iterator[Panel]:
         """``(start, stop, weight[start:stop])`` of the expert in ``dtype``."""
         rows = self.shape[0]
-        found = self.source.rows(self.number * rows, (self.number + 1) * rows, dtype)
-        return registered(self.source.layer.ledger, found)
+        return self.source.rows(self.number * rows, (self.number + 1) * rows, dtype)

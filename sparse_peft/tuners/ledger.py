@@ -272,8 +272,25 @@ class Ledger:
         return copied
 
 
-# The functions in which threads are among the readers: of the ledger itself and of layers.
-READERS: set[CodeType] = {Ledger.read.__code__}
+def read_all(ledgers: Iterable[Ledger], act: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+    """``Ledger.read`` of several weights."""
+    me = get_ident()
+    entered = [ledger.readers for ledger in ledgers if not ledger.readers.get(me)]
+    try:
+        for readers in entered:
+            readers[me] = True
+        result = act(*args, **kwargs)
+        for readers in entered:
+            readers[me] = False
+        return result
+    except BaseException:
+        for readers in entered:
+            readers[me] = False
+        raise
+
+
+# The functions in which threads are among the readers: these and those of layers.
+READERS: set[CodeType] = {Ledger.read.__code__, read_all.__code__}
 
 
 def closed(ledgers: Sequence[Ledger], act: Callable[[], T]) -> T:

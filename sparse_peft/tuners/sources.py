@@ -9,8 +9,8 @@ pass is the base layer's own product.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
-from typing import Protocol
+from collections.abc import Callable, Iterator
+from typing import ParamSpec, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -22,6 +22,8 @@ from .active_delta import ActiveDelta
 from .changes import Stamp
 from .ledger import Ledger
 
+P = ParamSpec("P")
+T = TypeVar("T")
 Panel = tuple[int, int, Tensor]  # first row, row after the last, these rows
 
 
@@ -67,9 +69,9 @@ class LayerSource(ABC):
             RuntimeError: the values changed since the forward pass, or adapters were merged.
         """
 
-    def input_grad(self, grad: Tensor, shape: torch.Size) -> Tensor:
-        """The product's, while no other thread changes the weight."""
-        return self.layer.ledger.read(self.product.input_grad, grad, self, shape)
+    def read(self, act: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        """The result of ``act``, which reads panels in backward, while no other thread changes the weight."""
+        return self.layer.ledger.read(act, *args, **kwargs)
 
     def _copies(self, dtype: torch.dtype) -> Iterator[Panel]:
         """Copies of the base's rows with the entries set in them; the weight is the base's own."""
@@ -142,9 +144,9 @@ class DeltaSource:
             add_to_support_(panel, within, self.values[first:last])
             yield start, stop, panel
 
-    def input_grad(self, grad: Tensor, shape: torch.Size) -> Tensor:
-        """The product's."""
-        return self.product.input_grad(grad, self, shape)
+    def read(self, act: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        """The result of ``act``; values and positions are the pass's own."""
+        return act(*args, **kwargs)
 
     def after_backward(self) -> None:
         """Nothing is kept."""
