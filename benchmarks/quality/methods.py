@@ -116,6 +116,11 @@ def _dynamic(selection: str, accumulate: int) -> Callable[[Setting], PeftConfig]
     return make
 
 
+def _lift(at: Setting) -> PeftConfig:
+    """Principal weights, chosen anew as often as dynamic selections reselect."""
+    return _sparse("principal", reselect_every=max(at.steps // 8, 1))(at)
+
+
 def _lora(**fields: object) -> Callable[[Setting], PeftConfig]:
     return lambda at: LoraConfig(r=at.budget.rank, lora_alpha=2 * at.budget.rank, **fields, **at.shared)
 
@@ -184,6 +189,8 @@ METHODS: dict[str, Method] = {
     "rigl": Method(_dynamic("rigl", 1), 3e-4),
     "set": Method(_dynamic("set", 0), 1e-3),
     "movement": Method(_sparse("movement"), 3e-4),
+    "gallop": Method(_sparse("gallop"), 3e-4),
+    "lift": Method(_lift, 1e-3),
     "wanda": Method(_sparse("wanda"), 1e-3),
     "s2ft-product": Method(_ours(S2FTConfig, selection="product"), 1e-3),
     "s2ft-uncoupled": Method(_ours(S2FTConfig, coupled=False), 1e-3),

@@ -1,0 +1,1 @@
+"""This package's methods in PEFT's own comparison: experiments in its layout, and a driver of its scripts."""
