@@ -150,11 +150,17 @@ class TunerLayer(BaseTunerLayer, nn.Module, Generic[StateT]):
         A state without memory stays on the meta device.
         """
         state = self.deltas[adapter_name]
-        own_device, own_dtype = self._get_base_layer_device_and_dtype(self.get_base_layer())
+        own_device, own_dtype = self.placement()
         if dtype is None and own_dtype is not None and own_dtype.is_floating_point:
             dtype = own_dtype
         waits = any(parameter.is_meta for parameter in state.parameters())
         state.to(device=None if waits else device or own_device, dtype=dtype)
+
+    def placement(self) -> tuple[torch.device | None, torch.dtype | None]:
+        """Device and dtype of the base layer, for adapters' states; None leaves them as they are."""
+        placement: tuple[torch.device | None, torch.dtype | None]
+        placement = self._get_base_layer_device_and_dtype(self.get_base_layer())
+        return placement
 
     def settled(self, adapter_name: str) -> StateT:
         """An adapter's trained state, of which nothing is left to be chosen."""
@@ -221,7 +227,7 @@ class TunerLayer(BaseTunerLayer, nn.Module, Generic[StateT]):
     def forward(self, x: Tensor, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any) -> Tensor:
         """The layer's output; by the base layer alone where its weight holds all that the active adapters add."""
         if torch.compiler.is_compiling():
-            return self._step(x, adapter_names, bool(args or kwargs)).run(x, *args, **kwargs)
+            return self.forward_step(x, adapter_names, bool(args or kwargs)).run(x, *args, **kwargs)
         ledger, me = self.ledger, get_ident()
         try:
             ledger.readers[me] = True  # from here on no other thread changes the weight or the adapters' flags
@@ -244,13 +250,13 @@ class TunerLayer(BaseTunerLayer, nn.Module, Generic[StateT]):
     def _next_step(self, x: Tensor, adapter_names: list[str] | None, has_more: bool) -> Step:
         """The step of a pass, with the weight as it wants it."""
         if not self.ledger.is_closed:
-            step = self._step(x, adapter_names, has_more)
+            step = self.forward_step(x, adapter_names, has_more)
             if self.ledger.holds(step.wanted):
                 return step
         return exclusively(self._prepared_step, x, adapter_names, has_more)
 
     def _prepared_step(self, x: Tensor, adapter_names: list[str] | None, has_more: bool) -> Step:
-        step = self._step(x, adapter_names, has_more)
+        step = self.forward_step(x, adapter_names, has_more)
         if not self.ledger.holds(step.wanted):
             self._prepare(step.wanted)
         return step
@@ -259,7 +265,7 @@ class TunerLayer(BaseTunerLayer, nn.Module, Generic[StateT]):
         """Make the weight hold what a step wants; called with the transitions' lock."""
         self.ledger.release()
 
-    def _step(self, x: Tensor, adapter_names: list[str] | None, has_more: bool) -> Step:
+    def forward_step(self, x: Tensor, adapter_names: list[str] | None, has_more: bool) -> Step:
         """What a pass computes now.
 
         Args:
@@ -275,9 +281,9 @@ class TunerLayer(BaseTunerLayer, nn.Module, Generic[StateT]):
         if self.ledger.is_merged:
             return Step(self.base_layer, Weight.MERGED)
         names = self._active_names()
-        return self._adapters_step(x, names, has_more) if names else Step(self._base_forward, Weight.OWN)
+        return self.adapters_step(x, names, has_more) if names else Step(self._base_forward, Weight.OWN)
 
-    def _adapters_step(self, x: Tensor, names: tuple[str, ...], has_more: bool) -> Step:
+    def adapters_step(self, x: Tensor, names: tuple[str, ...], has_more: bool) -> Step:
         """What a pass of active adapters computes."""
         return Step(partial(self._added_forward, names), Weight.OWN)
 
@@ -397,6 +403,10 @@ class TunerLayer(BaseTunerLayer, nn.Module, Generic[StateT]):
         if self.quantization_backend is not None:
             self._merge_packed(self.quantization_backend, names, safe_merge)
             return
+        layer = self.merged_layer(names)
+        if layer is not None:
+            self._merge_layer(layer, names, safe_merge)
+            return
         weight, merged = self.base_parameter, self.merged_weight(names)
         if safe_merge:
             self._check_merged(merged, names)
@@ -411,9 +421,14 @@ class TunerLayer(BaseTunerLayer, nn.Module, Generic[StateT]):
             merged += self.get_delta_weight(name).to(merged)
         return merged
 
-    def _merge_layer(self, merged: nn.Module, names: tuple[str, ...]) -> None:
-        """Put a layer with a merged weight in the place of a base layer that has no weight."""
+    def merged_layer(self, names: tuple[str, ...]) -> nn.Module | None:
+        """The ordinary layer that merging puts in place of a base layer without a weight; None if it has a weight."""
+        return None
+
+    def _merge_layer(self, merged: nn.Module, names: tuple[str, ...], safe_merge: bool) -> None:
         base = self.base_layer
+        if safe_merge:
+            self._check_merged(weight_of(merged).detach(), names)
 
         def replace() -> None:
             self._modules[SET_ASIDE] = base

@@ -265,7 +265,7 @@ class SparseTunerLayer(TunerLayer[DeltaT]):
 
     # ------------------------------------------------------------------ forward
 
-    def _adapters_step(self, x: Tensor, names: tuple[str, ...], has_more: bool) -> Step:
+    def adapters_step(self, x: Tensor, names: tuple[str, ...], has_more: bool) -> Step:
         delta = self._join(names)
         if self.quantization_backend is not None:
             self._restore_dtypes(delta.names)
@@ -414,8 +414,8 @@ class SparseTunerLayer(TunerLayer[DeltaT]):
     # ------------------------------------------------------------------ merging
 
     def _merge(self, names: tuple[str, ...], safe_merge: bool) -> None:
-        if self.quantization_backend is not None:
-            self._merge_packed(self.quantization_backend, names, safe_merge)
+        if self.quantization_backend is not None or not self.adds_entries_only:
+            super()._merge(names, safe_merge)
             return
         delta, weight = self._join(names), self.base_parameter
         values = self.sum_values(delta)
@@ -428,6 +428,9 @@ class SparseTunerLayer(TunerLayer[DeltaT]):
         write_all([Write(self.ledger, weight, delta.support, values, content)])
 
     def _add_deltas_(self, weight: Tensor, names: tuple[str, ...]) -> None:
+        if not self.adds_entries_only:
+            super()._add_deltas_(weight, names)
+            return
         delta = self._join(names)
         add_to_support_(weight, delta.support, self.sum_values(delta))
 

@@ -63,7 +63,7 @@ def disable_ignored() -> None:
     """The forward pass of a disabled adapter is that of an enabled one."""
     from sparse_peft.tuners.delta_layer import SparseTunerLayer
 
-    original = SparseTunerLayer._step
+    original = SparseTunerLayer.forward_step
 
     def step(self: SparseTunerLayer, *args: Any) -> Any:
         disabled, self._disable_adapters = self._disable_adapters, False
@@ -72,7 +72,7 @@ def disable_ignored() -> None:
         finally:
             self._disable_adapters = disabled
 
-    _replace(SparseTunerLayer, "_step", step)
+    _replace(SparseTunerLayer, "forward_step", step)
 
 
 def first_adapter_only() -> None:

@@ -187,10 +187,10 @@ class SketchLinear(TunerLayer[SketchState]):
         names = self._active_names()
         return "decoded" if names and all(not self.deltas[name].has_tables for name in names) else "additive"
 
-    def _adapters_step(self, x: Tensor, names: tuple[str, ...], has_more: bool) -> Step:
+    def adapters_step(self, x: Tensor, names: tuple[str, ...], has_more: bool) -> Step:
         self._refuse_transforms()
         if has_more or self.path(x) == "additive":
-            return super()._adapters_step(x, names, has_more)
+            return super().adapters_step(x, names, has_more)
         return Step(partial(self._decoded_forward, names), Weight.OWN)
 
     @torch.compiler.disable  # panels are no business of a graph, which would keep the weight whole
@@ -212,15 +212,12 @@ class SketchLinear(TunerLayer[SketchState]):
 
     # ------------------------------------------------------------------ merging
 
-    def _merge(self, names: tuple[str, ...], safe_merge: bool) -> None:
+    def merged_layer(self, names: tuple[str, ...]) -> nn.Module | None:
         replaced = self.replaced
         if replaced is None:
-            super()._merge(names, safe_merge)
-            return
+            return None
         (table,), _ = self._coded(names, with_base=True)
-        if safe_merge:
-            self._check_merged(table, names)
-        self._merge_layer(replaced.with_weight(replaced.decode(table, replaced.dtype)), names)
+        return replaced.with_weight(replaced.decode(table, replaced.dtype))
 
     def unload_and_optionally_merge_module(
         self, merge: bool, safe_merge: bool = False, adapter_names: list[str] | None = None

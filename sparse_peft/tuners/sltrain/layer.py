@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ...ops import cheaper_way, compose_weight, sparse_low_rank_linear
 from ..backups import SET_ASIDE
-from ..base_layer import Step, TunerLayer
+from ..base_layer import Step
 from ..delta_layer import SparseTunerLayer
 from ..ledger import Weight
 from ..low_rank import LowRankLayer
@@ -46,10 +46,10 @@ class SLTrainLinear(LowRankLayer[SLTrainDelta], SparseTunerLayer[SLTrainDelta]):
     ) -> None:
         super().__init__(base_layer, name, resident, **kwargs)
         self.backend = backend
-        self._home: torch.device | None = None
+        self._device: torch.device | None = None
         if weightless:
             assert isinstance(base_layer, nn.Linear)  # the tuner refuses other targets
-            self._home = base_layer.weight.device
+            self._device = base_layer.weight.device
             self.base_layer = WeightlessLinear(base_layer)
 
     @property
@@ -61,13 +61,12 @@ class SLTrainLinear(LowRankLayer[SLTrainDelta], SparseTunerLayer[SLTrainDelta]):
         (name,) = self.deltas
         return name
 
-    def _place(self, adapter_name: str, device: torch.device | None = None, dtype: torch.dtype | None = None) -> None:
-        base, home = self.base_layer, device or self._home
+    def placement(self) -> tuple[torch.device | None, torch.dtype | None]:
+        base, device = self.base_layer, self._device
         if not isinstance(base, WeightlessLinear):
-            super()._place(adapter_name, device, dtype)
-        elif home is not None and home.type != "meta":
-            # of a model that was built without memory, the adapter is the first thing that has any
-            self.deltas[adapter_name].to(home, dtype or base.dtype)
+            return super().placement()
+        # in a model that was built on the meta device, the adapter's tensors are the first with memory
+        return (None, None) if device is None or device.type == "meta" else (device, base.dtype)
 
     # ------------------------------------------------------------------ forward
 
@@ -75,13 +74,13 @@ class SLTrainLinear(LowRankLayer[SLTrainDelta], SparseTunerLayer[SLTrainDelta]):
         sparse = super().adapter_output(x, adapter_name)
         return sparse + self.low_rank_output(x, adapter_name).to(sparse.dtype)
 
-    def _step(self, x: Tensor, adapter_names: list[str] | None, has_more: bool) -> Step:
+    def forward_step(self, x: Tensor, adapter_names: list[str] | None, has_more: bool) -> Step:
         if self.is_weightless:
             return Step(self._weightless_forward, Weight.OWN)
-        return super()._step(x, adapter_names, has_more)
+        return super().forward_step(x, adapter_names, has_more)
 
-    def _adapters_step(self, x: Tensor, names: tuple[str, ...], has_more: bool) -> Step:
-        step = super()._adapters_step(x, names, has_more)
+    def adapters_step(self, x: Tensor, names: tuple[str, ...], has_more: bool) -> Step:
+        step = super().adapters_step(x, names, has_more)
         return Step(partial(self._low_rank_added, step.run, names), step.wanted)
 
     def _low_rank_added(
@@ -118,21 +117,13 @@ class SLTrainLinear(LowRankLayer[SLTrainDelta], SparseTunerLayer[SLTrainDelta]):
     def get_delta_weight(self, adapter: str) -> Tensor:
         return super().get_delta_weight(adapter) + self.low_rank_weight(adapter)
 
-    def _merge(self, names: tuple[str, ...], safe_merge: bool) -> None:
+    def merged_layer(self, names: tuple[str, ...]) -> nn.Module | None:
         base = self.base_layer
         if not isinstance(base, WeightlessLinear):
-            # the low rank reaches every entry: single ones are not enough to restore the weight
-            TunerLayer._merge(self, names, safe_merge)
-            return
-        delta, support = self.deltas[self._only_name], self.settled(self._only_name).support
+            return None
+        delta = self.settled(self._only_name)
         down, up = (factor.detach() for factor in delta.factors())
-        weight = compose_weight(up, down, delta().detach(), support)
-        if safe_merge:
-            self._check_merged(weight, names)
-        self._merge_layer(base.with_weight(weight), names)
-
-    def _add_deltas_(self, weight: Tensor, names: tuple[str, ...]) -> None:
-        TunerLayer._add_deltas_(self, weight, names)
+        return base.with_weight(compose_weight(up, down, delta().detach(), delta.support))
 
     def enable_adapters(self, enabled: bool) -> None:
         if not enabled and (self.is_weightless or SET_ASIDE in self._modules):

@@ -22,11 +22,11 @@ class SnellaLinear(TunerLayer[KernelState]):
 
     config_cls = SnellaConfig
 
-    def _adapters_step(self, x: Tensor, names: tuple[str, ...], has_more: bool) -> Step:
+    def adapters_step(self, x: Tensor, names: tuple[str, ...], has_more: bool) -> Step:
         self._refuse_transforms()
         if not has_more and self.path(x) == "fused":
             return Step(partial(self._fused_forward, names[0]), Weight.OWN)
-        return super()._adapters_step(x, names, has_more)
+        return super().adapters_step(x, names, has_more)
 
     def path(self, x: Tensor | None = None) -> str:
         """How the forward pass of the active adapters is computed.
