@@ -14,7 +14,7 @@ from typing import Annotated, Any, ClassVar, Self, TypeVar, cast
 
 from packaging.version import InvalidVersion, Version
 from peft.config import PeftConfig
-from peft.utils import PeftType
+from peft.utils import PeftType, TaskType
 
 from ..constraints import Names, OneOf, Pattern, field_hints, validated
 from ..support import Support
@@ -25,6 +25,7 @@ from .files.checks import DAMAGED, read_config_file, shapes_in_file
 from .files.writes import staging_folder
 from .unknown_fields import VERSION_FIELD, settable_fields, unknown_fields_error
 
+TASK_TYPES = tuple(task.value for task in TaskType)
 FLOAT_DTYPES = ("float32", "bfloat16", "float16")
 
 Config = TypeVar("Config")
@@ -112,6 +113,7 @@ class BaseSparseConfig(PeftConfig):
     Every field is compared with its annotation whenever it is set.
 
     Args:
+        task_type: the task, such as ``"CAUSAL_LM"``; it decides the class of PEFT's wrapper.
         target_modules: names, a regular expression, or ``"all-linear"``, as in ``LoraConfig``.
         exclude_modules: names or a regular expression of modules to leave out.
         layers_to_transform: index or indices of the layers to adapt.
@@ -139,6 +141,9 @@ class BaseSparseConfig(PeftConfig):
     # Positions chosen beforehand, {layer name: support}; no field, because a file has them with the values.
     supports = cast("Mapping[str, Support]", MappingProxyType({}))
 
+    task_type: Annotated[str, OneOf(TASK_TYPES)] | None = field(
+        default=None, metadata={"help": "The task, which decides the class of PEFT's wrapper."}
+    )
     target_modules: Names | Pattern | None = field(
         default=None,
         metadata={
@@ -185,10 +190,7 @@ class BaseSparseConfig(PeftConfig):
     )
 
     def __post_init__(self) -> None:
-        try:
-            super().__post_init__()
-        except ValueError as error:  # PEFT's message does not name the field
-            raise ValueError(f"task_type={self.task_type!r}: {error}") from error
+        super().__post_init__()
         self.peft_type = PeftType[self.method]
         self.fill_in()
         self.check()

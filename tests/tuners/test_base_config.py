@@ -11,7 +11,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
-from peft import LoraConfig, PeftConfig
+from peft import LoraConfig, PeftConfig, TaskType
 
 import sparse_peft
 from sparse_peft import S2FTConfig, SketchConfig, SLTrainConfig, SnellaConfig, SoRAConfig, SparseConfig
@@ -54,6 +54,18 @@ def choices_of(config_class, name):
     return [text.strip("'") for text in hint.removeprefix("one of ").split(", ")] if "one of" in hint else []
 
 
+def assert_not_loaded(config_class, fields, folder):
+    """A file with fields that the constructor refuses is refused; other values than a file's are left out."""
+    try:
+        text = json.dumps({**config_class().to_dict(), **fields})
+    except (TypeError, ValueError):
+        return
+    if all(json.loads(text)[name] == value for name, value in fields.items()):
+        (folder / "adapter_config.json").write_text(text)
+        with pytest.raises((TypeError, ValueError)):
+            config_class.from_pretrained(folder)
+
+
 @every_config
 def test_what_the_constructor_accepts_is_saved_and_loaded_equal(config_class, tmp_path):
     names = [field.name for field in dataclasses.fields(config_class) if field.name != "sparse_peft_version"]
@@ -71,6 +83,8 @@ def test_what_the_constructor_accepts_is_saved_and_loaded_equal(config_class, tm
     @example({"modules_to_save": "lm_head"})
     @example({"num_params": np.int64(50)})
     @example({"density": np.float32(0.1)})
+    @example({"task_type": TaskType.CAUSAL_LM})
+    @example({"task_type": "CLM"})
     @example({"target_modules": ("b", "a"), "layers_to_transform": np.arange(3)})
     def run(fields):
         fields = {name: value for name, value in fields.items() if name in names}
@@ -78,6 +92,7 @@ def test_what_the_constructor_accepts_is_saved_and_loaded_equal(config_class, tm
             config = config_class(**fields)
         except (TypeError, ValueError) as error:
             assert any(name in str(error) for name in fields), error
+            assert_not_loaded(config_class, fields, tmp_path)
             return
         config.save_pretrained(tmp_path)
         for again in (config_class.from_pretrained(tmp_path), PeftConfig.from_pretrained(tmp_path)):
@@ -102,6 +117,7 @@ def test_attributes_are_checked_when_they_are_set(config_class):
     ("config_class", "fields", "message"),
     [
         (SparseConfig, {"density_pattern": 3}, "density_pattern=3: a dict"),
+        (SparseConfig, {"task_type": "CLM"}, "task_type='CLM': one of 'SEQ_CLS', .* or None is expected"),
         (SparseConfig, {"selection": {}}, "selection={}: one of 'random'"),
         (SparseConfig, {"target_modules": "("}, r"target_modules='\(': .*unterminated"),
         (SparseConfig, {"exclude_modules": "["}, r"exclude_modules='\['"),
