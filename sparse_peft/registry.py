@@ -66,6 +66,12 @@ def register_method(method: Method) -> None:
 
     Raises:
         RuntimeError: another method of PEFT's or of a plugin's has its type, its name or its prefix.
+
+    Example:
+        >>> from sparse_peft import Method, register_method
+        >>> from sparse_peft.tuners.sora import SoRAModel
+        >>> from sparse_peft.tuners.sora.dynamics import SoRADynamics
+        >>> register_method(Method("sora", SoRAModel, SoRADynamics))  # the package's own: nothing changes
     """
     peft_type = extend_peft_type(method.peft_type)
     registered = PEFT_TYPE_TO_CONFIG_MAPPING.get(peft_type)

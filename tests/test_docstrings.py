@@ -1,15 +1,25 @@
-"""The examples in docstrings run."""
+"""The examples in docstrings run, and every top-level object has one."""
 
 import doctest
 import importlib
+import inspect
 import pkgutil
 
 import pytest
+import torch
 
 import sparse_peft
+from sparse_peft import adapters, planning
 
-# The other packages' examples load models.
 PACKAGES = ("calibrate", "numerics", "ops", "support")
+# Those of methods: tests/tuners/test_docstrings.py.
+METHODS_CLASSES = ("Config", "Model", "Linear")
+PUBLIC = {
+    name: getattr(package, name)
+    for package in (sparse_peft, adapters, planning)
+    for name in package.__all__
+    if callable(getattr(package, name)) and not name.endswith(METHODS_CLASSES)
+}
 
 
 def modules():
@@ -23,11 +33,27 @@ def examples_of(name):
     return [test for test in finder.find(importlib.import_module(name)) if test.examples]
 
 
+def run(test):
+    failed, _ = doctest.DocTestRunner(optionflags=doctest.NORMALIZE_WHITESPACE).run(test)
+    assert failed == 0, test.name
+
+
 @pytest.mark.parametrize("name", list(modules()))
 def test_examples_run(name):
     for test in examples_of(name):
-        failed, _ = doctest.DocTestRunner(optionflags=doctest.NORMALIZE_WHITESPACE).run(test)
-        assert failed == 0, test.name
+        run(test)
+
+
+@pytest.mark.parametrize("name", PUBLIC)
+def test_examples_of_public_objects_run(name):
+    torch.manual_seed(0)
+    for test in doctest.DocTestFinder(recurse=False).find(PUBLIC[name], name):
+        run(test)
+
+
+@pytest.mark.parametrize("name", [name for name in sparse_peft.__all__ if name in PUBLIC])
+def test_top_level_objects_have_an_example(name):
+    assert ">>>" in inspect.getdoc(PUBLIC[name])
 
 
 def test_there_are_examples():

@@ -15,7 +15,9 @@ from .entrywise_optimizer import EntrywiseOptimizer
 
 
 class SparseAdamW(EntrywiseOptimizer):
-    """AdamW (Loshchilov and Hutter 2019) with a bias correction by the age of each entry (SpIEL, section 3).
+    """AdamW with a bias correction by the age of each entry.
+
+    Papers: AdamW, https://arxiv.org/abs/1711.05101, and SpIEL, section 3, https://arxiv.org/abs/2401.16405.
 
     Until positions change it equals torch's AdamW. The first step of a later entry is one learning rate long, as that
     of any other. Gradients that were observed before give it the moments of an entry that has trained for as many
@@ -30,6 +32,18 @@ class SparseAdamW(EntrywiseOptimizer):
 
     Raises:
         ValueError: a hyper-parameter out of range.
+
+    Example:
+        >>> import torch
+        >>> from peft import get_peft_model
+
+        >>> from sparse_peft import SparseAdamW, SparseConfig
+        >>> base = torch.nn.Sequential(torch.nn.Linear(64, 32))
+        >>> model = get_peft_model(base, SparseConfig(density=0.05, target_modules=["0"]))
+        >>> trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        >>> optimizer = SparseAdamW(trained, lr=1e-3)
+        >>> model(torch.ones(8, 64)).square().mean().backward()
+        >>> optimizer.step()
     """
 
     def __init__(

@@ -32,6 +32,12 @@ class SparsityCallback(TrainerCallback):
     Attributes:
         controller: the [`SparsityController`][sparse_peft.SparsityController] of the last or current training; None
             before.
+
+    Example:
+        >>> from sparse_peft import SparsityCallback
+        >>> callback = SparsityCallback()  # an item of the Trainer's ``callbacks``
+        >>> callback.history
+        []
     """
 
     def __init__(self, trainer: Trainer | None = None):

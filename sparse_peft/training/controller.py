@@ -30,17 +30,9 @@ MAX_SKIPPED = 64
 class SparsityController:
     """Changes a model's adapters during training, as their configs say: positions, ranks, budgets.
 
-    Make it after the optimizer, and call ``step`` after each ``optimizer.step()``::
-
-        controller = SparsityController(model, optimizer, total_steps=1000)
-        for batch in batches:
-            model(**batch).loss.backward()
-            optimizer.step()
-            controller.step()
-            optimizer.zero_grad()
-
-    Its state is saved and restored with the optimizer's: ``optimizer.state_dict()`` holds it, and a controller made
-    for an optimizer whose state was loaded goes on from there. Load the adapter before.
+    Make it after the optimizer, and call ``step`` after each ``optimizer.step()``. Its state is saved and restored
+    with the optimizer's: ``optimizer.state_dict()`` holds it. A controller made for an optimizer whose state was
+    loaded continues from there. Load the adapter before.
 
     Args:
         model: the PEFT model, wrapped or not (DDP, accelerate, ``fully_shard``).
@@ -59,6 +51,24 @@ class SparsityController:
         TypeError: the optimizer is none of torch's.
         ValueError: the optimizer does not train an adapter that it should, or ``total_steps`` is missing.
         NotImplementedError: the model is wrapped in FSDP1.
+
+    Example:
+        >>> import torch
+        >>> from peft import get_peft_model
+
+        >>> from sparse_peft import SparseConfig, SparsityController
+        >>> base = torch.nn.Sequential(torch.nn.Linear(64, 32))
+        >>> config = SparseConfig(selection="rigl", density=0.05, reselect_every=2, target_modules=["0"])
+        >>> model = get_peft_model(base, config)
+        >>> optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+        >>> controller = SparsityController(model, optimizer, total_steps=4)
+        >>> for _ in range(4):
+        ...     model(torch.ones(8, 64)).square().mean().backward()
+        ...     optimizer.step()
+        ...     _ = controller.step()
+        ...     optimizer.zero_grad()
+        >>> [record.step for record in controller.history]
+        [2, 4]
     """
 
     def __init__(

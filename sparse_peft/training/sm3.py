@@ -17,7 +17,9 @@ from .entrywise_optimizer import EntrywiseOptimizer
 
 
 class SM3(EntrywiseOptimizer):
-    """SM3-II (Anil et al. 2019) with a sparse delta's values as entries of their matrix (SpIEL, section 3).
+    """SM3-II with a sparse delta's values as entries of their matrix, as in SpIEL-MA.
+
+    Papers: SM3, https://arxiv.org/abs/1901.11150, and SpIEL, section 3, https://arxiv.org/abs/2401.16405.
 
     A matrix has one accumulator for each row and column instead of one for each trained entry, so ``k`` values of a
     ``(rows, cols)`` weight cost ``4 * (rows + cols)`` bytes of state. With ``selection="momentum"`` their products
@@ -36,6 +38,18 @@ class SM3(EntrywiseOptimizer):
 
     Raises:
         ValueError: a hyper-parameter out of range.
+
+    Example:
+        >>> import torch
+        >>> from peft import get_peft_model
+
+        >>> from sparse_peft import SM3, SparseConfig
+        >>> base = torch.nn.Sequential(torch.nn.Linear(64, 32))
+        >>> model = get_peft_model(base, SparseConfig(density=0.05, target_modules=["0"]))
+        >>> trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        >>> optimizer = SM3(trained, lr=1e-2, peft_model=model)
+        >>> model(torch.ones(8, 64)).square().mean().backward()
+        >>> optimizer.step()
     """
 
     def __init__(

@@ -18,6 +18,11 @@ class Method:
         name: its name on a command line and in reports, which is that of its folder.
         model_class: PEFT's tuner, which knows its layer and config classes.
         dynamics_class: what changes during training besides the values.
+
+    Example:
+        >>> from sparse_peft.tuners import sora
+        >>> sora.METHOD.name, sora.METHOD.config_class.__name__, sora.METHOD.peft_type
+        ('sora', 'SoRAConfig', 'SPARSE_PEFT_SORA')
     """
 
     name: str

@@ -101,6 +101,19 @@ def base_weights(model: nn.Module) -> Iterator[nn.Module]:
 
     Adapters that were merged by ``merge_adapter`` stay merged. Passes of active adapters, also those of other threads,
     compute with copies of the weights meanwhile.
+
+    Example:
+        >>> import torch
+        >>> from peft import get_peft_model
+
+        >>> from sparse_peft import SparseConfig, base_weights
+        >>> base = torch.nn.Sequential(torch.nn.Linear(64, 32))
+        >>> before = base[0].weight.detach().clone()
+        >>> model = get_peft_model(base, SparseConfig(density=0.05, init_weights=False, target_modules=["0"]))
+        >>> _ = model.eval()(torch.ones(1, 64))
+        >>> with base_weights(model):
+        ...     print(torch.equal(model.base_model.model[0].base_layer.weight, before))
+        True
     """
     block = _Block()
     exclusively(_keep_own, [layer.ledger for layer in tuner_layers(model)], block)

@@ -53,6 +53,17 @@ def select_support(
 
     Raises:
         ValueError: neither or both of ``data`` and ``gradients`` given, a layer no batch reached, or a bad budget.
+
+    Example:
+        >>> import torch
+        >>> from peft import get_peft_model
+        >>> from sparse_peft import SparseConfig, select_support
+        >>> base = torch.nn.Sequential(torch.nn.Linear(64, 32))
+        >>> config = SparseConfig(selection="fisher", num_params=100, target_modules=["0"])
+        >>> batches = [torch.randn(8, 64) for _ in range(2)]
+        >>> chosen = select_support(base, config, batches, loss_fn=lambda model, x: model(x).square().mean())
+        >>> get_peft_model(base, chosen).base_model.model[0].support("default").nnz
+        100
     """
     if config.selection_needs not in ("gradient", "activation"):
         raise ValueError(

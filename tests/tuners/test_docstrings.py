@@ -13,12 +13,12 @@ CLASSES = [
     kind
     for method in methods()
     if method.model_class.__module__.startswith("sparse_peft.")
-    for kind in (method.config_class, method.model_class)
+    for kind in (method.config_class, method.model_class, method.model_class.layer_cls)
 ]
 
 
 @pytest.mark.parametrize("kind", CLASSES, ids=lambda kind: kind.__name__)
-def test_config_and_model_link_their_paper_and_show_how_they_are_used(kind):
+def test_classes_link_their_paper_and_show_how_they_are_used(kind):
     text = inspect.getdoc(kind)
     assert re.search(r"https://arxiv\.org/abs/\d{4}\.\d{5}", text)
     torch.manual_seed(0)

@@ -20,13 +20,20 @@ FreezingStep = (
 
 
 def sara_learning_rate(threshold: float) -> float:
-    """The learning rate that SaRA's authors use with a threshold: ``1e-3 * exp(-350 * threshold)``.
+    """The learning rate of SaRA's authors for a threshold: ``1e-3 * exp(-350 * threshold)``.
+
+    Paper: https://arxiv.org/abs/2409.06633.
 
     Args:
         threshold: absolute value below which entries train; a density's is the largest absolute value that trains.
 
     Raises:
         ValueError: it is not positive.
+
+    Example:
+        >>> from sparse_peft import sara_learning_rate
+        >>> round(sara_learning_rate(2e-3), 6)
+        0.000497
     """
     return 1e-3 * math.exp(-350 * validated("threshold", threshold, Positive))
 

@@ -10,7 +10,20 @@ from .targets import DEFAULT_TARGETS
 
 
 class SaRALinear(SparseTunerLayer[SparseDelta]):
-    """A layer whose smallest weights train; see ``SparseTunerLayer``."""
+    """A layer whose smallest weights train: ``W + scale * scatter(values)``, with values ``(k,)``.
+
+    SaRA, https://arxiv.org/abs/2409.06633. Arguments and paths are those of ``SparseTunerLayer``.
+
+    Example:
+        >>> import torch
+        >>> from peft import get_peft_model
+        >>> from sparse_peft import SaRAConfig
+        >>> base = torch.nn.Sequential(torch.nn.Linear(64, 32))
+        >>> model = get_peft_model(base, SaRAConfig(density=0.1, target_modules=["0"]))
+        >>> layer = model.base_model.model[0]
+        >>> type(layer).__name__, layer.path(), tuple(layer.get_delta_weight("default").shape)
+        ('SaRALinear', 'resident', (32, 64))
+    """
 
     config_cls = SaRAConfig
 

@@ -127,6 +127,17 @@ def sketch_model(
         TypeError: batches that are no mappings, without ``loss_fn``.
         ValueError: no usable batch, a layer that no token reached, weights that are not finite, blocks that cannot
             be run one by one though ``sequential=True``, or steps none of which looks at the data.
+
+    Example:
+        >>> import torch
+        >>> from peft import get_peft_model
+        >>> from sparse_peft import SketchConfig, sketch_model
+        >>> base = torch.nn.Sequential(torch.nn.Linear(64, 32))
+        >>> config = SketchConfig(bits=3, target_modules=["0"])
+        >>> batches = [torch.randn(32, 64) for _ in range(4)]
+        >>> config = sketch_model(base, config, batches, loss_fn=lambda model, x: model(x), progress=False)
+        >>> get_peft_model(base, config).base_model.model[0].path()
+        'decoded'
     """
     if importance is None:
         importance = 0.5 if compensate else 1.0

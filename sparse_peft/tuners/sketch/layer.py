@@ -22,7 +22,10 @@ from .state import SketchState
 
 
 class SketchLinear(TunerLayer[SketchState]):
-    """A layer with trained tables beside its weight, or codes and trained tables in the place of it.
+    """A layer with trained tables beside its weight, or with codes and trained tables in place of it.
+
+    SketchTune, https://arxiv.org/abs/2410.06364. Shapes: tables ``(out, groups, 2**bits)``, packed codes of ``(out,
+    in)``.
 
     Rows are always outputs and columns inputs, also of GPT-2's ``Conv1D``, which stores its weight as ``(in, out)``.
 
@@ -30,6 +33,16 @@ class SketchLinear(TunerLayer[SketchState]):
         base_layer: the layer that is adapted, or whose weight is replaced.
         name: its full name in the model.
         keep_base: of a weight that is replaced, ``"drop"`` it or keep it on the ``"cpu"``.
+
+    Example:
+        >>> import torch
+        >>> from peft import get_peft_model
+        >>> from sparse_peft import SketchConfig
+        >>> base = torch.nn.Sequential(torch.nn.Linear(64, 32))
+        >>> model = get_peft_model(base, SketchConfig(bits=3, target_modules=["0"]))
+        >>> layer = model.base_model.model[0]
+        >>> type(layer).__name__, layer.path(), tuple(layer.get_delta_weight("default").shape)
+        ('SketchLinear', 'decoded', (32, 64))
     """
 
     config_cls = SketchConfig

@@ -21,7 +21,9 @@ from .weightless import WeightlessLinear
 
 
 class SLTrainLinear(LowRankLayer[SLTrainDelta], SparseTunerLayer[SLTrainDelta]):
-    """A layer with trained entries and low rank, beside its weight or, ``weightless``, in the place of it.
+    """A layer with trained entries and low rank, beside its weight or, if ``weightless``, in place of it.
+
+    SLTrain, https://arxiv.org/abs/2406.02214. Shapes: ``A`` ``(r, in)``, ``B`` ``(out, r)``, values ``(k,)``.
 
     Args:
         base_layer: the layer that is adapted, or whose place is taken.
@@ -29,6 +31,16 @@ class SLTrainLinear(LowRankLayer[SLTrainDelta], SparseTunerLayer[SLTrainDelta]):
         resident: whether its weight may hold the active adapter's entries between forward passes.
         weightless: drop the base weight.
         backend: without a base weight: ``"composed"``, ``"factored"`` or ``"auto"``.
+
+    Example:
+        >>> import torch
+        >>> from peft import get_peft_model
+        >>> from sparse_peft import SLTrainConfig
+        >>> base = torch.nn.Sequential(torch.nn.Linear(64, 32))
+        >>> model = get_peft_model(base, SLTrainConfig(r=4, target_modules=["0"]))
+        >>> layer = model.base_model.model[0]
+        >>> type(layer).__name__, layer.path(), tuple(layer.get_delta_weight("default").shape)
+        ('SLTrainLinear', 'resident', (32, 64))
     """
 
     config_cls = SLTrainConfig

@@ -23,8 +23,8 @@ def build_for_pretraining(
 ) -> PeftModel:
     """A transformers model with new weights, of which the target layers' are sparse plus low rank.
 
-    It is built on the meta device, where the target layers lose their weights before anything has memory; what else
-    the model has is then initialised as transformers does it.
+    It is built on the meta device, where the target layers lose their weights before anything has memory. The other
+    parameters are then initialised as transformers does it. Paper: SLTrain, https://arxiv.org/abs/2406.02214.
 
     Args:
         model_config: the model's, such as a ``LlamaConfig``.
@@ -36,6 +36,15 @@ def build_for_pretraining(
     Raises:
         ValueError: ``mode="finetune"``, or a target layer shares its weight.
         TypeError: a target is no plain linear layer.
+
+    Example:
+        >>> from transformers import LlamaConfig
+        >>> from sparse_peft import SLTrainConfig, build_for_pretraining
+        >>> sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4}
+        >>> config = SLTrainConfig(mode="pretrain", r=8, target_modules="all-linear")
+        >>> model = build_for_pretraining(LlamaConfig(vocab_size=64, **sizes), config)
+        >>> model.base_model.model.model.layers[0].mlp.up_proj.base_layer.weight.device
+        device(type='meta')
     """
     if config.mode != "pretrain":
         raise ValueError(f"mode={config.mode!r}: build_for_pretraining makes models of mode='pretrain'")

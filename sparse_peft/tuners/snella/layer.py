@@ -18,7 +18,21 @@ ADDED_TO = (torch.float32, torch.float64)
 
 
 class SnellaLinear(TunerLayer[KernelState]):
-    """A layer with a kernelised delta; see ``TunerLayer``."""
+    """A layer with a sparse delta from the distances of two sets of vectors.
+
+    SNELL, https://arxiv.org/abs/2411.01800. Shapes: ``A`` ``(2, in, r / 2)``, ``B`` ``(2, out, r / 2)``. Arguments are
+    those of ``TunerLayer``.
+
+    Example:
+        >>> import torch
+        >>> from peft import get_peft_model
+        >>> from sparse_peft import SnellaConfig
+        >>> base = torch.nn.Sequential(torch.nn.Linear(64, 32))
+        >>> model = get_peft_model(base, SnellaConfig(r=8, target_modules=["0"]))
+        >>> layer = model.base_model.model[0]
+        >>> type(layer).__name__, layer.path(), tuple(layer.get_delta_weight("default").shape)
+        ('SnellaLinear', 'fused', (32, 64))
+    """
 
     config_cls = SnellaConfig
 

@@ -59,6 +59,7 @@ def rewarmed_schedule(optimizer: Optimizer, total_steps: int, stages: int, warmu
     """A learning rate that rises anew at the start of every stage and falls linearly to zero at its end.
 
     For [`SoRAConfig`][sparse_peft.SoRAConfig] with ``stages``: each stage learns again after its penalty has begun.
+    Paper: https://arxiv.org/abs/2311.11696, section 3.3.
 
     Args:
         optimizer: whose learning rate it is.
@@ -68,6 +69,19 @@ def rewarmed_schedule(optimizer: Optimizer, total_steps: int, stages: int, warmu
 
     Raises:
         ValueError: fewer steps than stages, or a warmup that is no share.
+
+    Example:
+        >>> import torch
+        >>> from sparse_peft import rewarmed_schedule
+        >>> optimizer = torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+        >>> schedule = rewarmed_schedule(optimizer, total_steps=8, stages=2, warmup=0.25)
+        >>> rates = []
+        >>> for _ in range(8):
+        ...     rates.append(round(schedule.get_last_lr()[0], 2))
+        ...     optimizer.step()
+        ...     schedule.step()
+        >>> rates
+        [0.0, 1.0, 0.67, 0.33, 0.0, 1.0, 0.67, 0.33]
     """
     if not 1 <= stages <= total_steps:
         raise ValueError(f"stages={stages}: between 1 and total_steps={total_steps} are possible")

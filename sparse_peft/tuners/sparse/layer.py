@@ -8,6 +8,19 @@ from .config import SparseConfig
 
 
 class SparseLinear(SparseTunerLayer[SparseDelta]):
-    """A linear layer with trained entries; see ``SparseTunerLayer``."""
+    """A layer with trained entries: ``W + scale * scatter(values)``, with ``W`` ``(out, in)`` and values ``(k,)``.
+
+    SpIEL, https://arxiv.org/abs/2401.16405. Arguments and paths are those of ``SparseTunerLayer``.
+
+    Example:
+        >>> import torch
+        >>> from peft import get_peft_model
+        >>> from sparse_peft import SparseConfig
+        >>> base = torch.nn.Sequential(torch.nn.Linear(64, 32))
+        >>> model = get_peft_model(base, SparseConfig(num_params=10, target_modules=["0"]))
+        >>> layer = model.base_model.model[0]
+        >>> type(layer).__name__, layer.path(), tuple(layer.get_delta_weight("default").shape)
+        ('SparseLinear', 'resident', (32, 64))
+    """
 
     config_cls = SparseConfig
