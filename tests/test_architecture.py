@@ -36,9 +36,8 @@ LAYERS = (
 )
 # A method, and the one it inherits from.
 INHERITANCE = {"sltrain": "sparse"}
-# Packages that not every installation has, a private module that not every version of torch has, and the one that
-# needs typer.
-OPTIONAL = {"bitsandbytes", "matplotlib", "triton", "torch.cuda._utils", "sparse_peft.cli.app"}
+# Packages that not every installation has, and a private module that not every version of torch has.
+OPTIONAL = {"bitsandbytes", "lm_eval", "matplotlib", "triton", "torch.cuda._utils"}
 
 
 class Import(NamedTuple):

@@ -1,28 +1,5 @@
-"""The command ``sparse-peft``. Each command is a thin layer over functions of the library."""
+"""The commands of ``sparse-peft``. Each is a thin layer over functions of the library."""
 
-from __future__ import annotations
+from _sparse_peft_startup.command import main
 
-import signal
-import sys
-from importlib.util import find_spec
-
-# Exit codes of signals are 128 and their number, as shells have it.
-INTERRUPTED, TERMINATED = 130, 143
-
-
-def main() -> None:
-    """Entry point of ``sparse-peft``, and of ``python -m sparse_peft.cli``."""
-    missing = [name for name in ("typer", "rich") if find_spec(name) is None]
-    if missing:
-        sys.stderr.write(
-            f'sparse-peft needs {" and ".join(missing)} on the command line: pip install "sparse-peft[cli]"\n'
-        )
-        raise SystemExit(2)
-    # as exceptions, so that folders which are being written are removed
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(TERMINATED))
-    try:
-        from .app import app  # noqa: PLC0415  (it needs typer)
-
-        app(prog_name="sparse-peft")
-    except KeyboardInterrupt:
-        raise SystemExit(INTERRUPTED) from None
+__all__ = ["main"]

@@ -9,7 +9,7 @@ import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, NoReturn, TypeVar
 
 import typer
 from rich.console import Console
@@ -40,6 +40,17 @@ def asked() -> Iterator[None]:
         yield
     except (ValueError, TypeError, OSError) as error:
         raise UsageError(str(error)) from error
+
+
+def refuse(command: str, error: Exception) -> NoReturn:
+    """End a command whose request was invalid.
+
+    Raises:
+        typer.Exit: with 2.
+    """
+    with answering(command, as_json=False):
+        raise UsageError(str(error)) from error
+    raise AssertionError
 
 
 _options: dict[str, frozenset[str]] = {}  # {command: names of its options as its function has them}

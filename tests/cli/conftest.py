@@ -6,7 +6,7 @@ import pytest
 pytest.importorskip("typer")
 from typer.testing import CliRunner
 
-from sparse_peft.cli.app import app
+from _sparse_peft_startup.commands import app
 
 
 @pytest.fixture

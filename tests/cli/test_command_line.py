@@ -9,11 +9,14 @@ from inspect import signature
 
 import pytest
 
-from sparse_peft.cli.app import app
+from _sparse_peft_startup.commands import COMMANDS, package_folder, summary
 from sparse_peft.cli.compose import compose
 from sparse_peft.cli.output import in_words_of
 from sparse_peft.registry import methods
 from sparse_peft.tuners.unknown_fields import settable_fields
+from tests.helpers.processes import run_module
+
+PASS_ON = {"train", "run"}  # their options are those of other programs
 
 SLOW_MERGE = """
 import sys, time
@@ -111,5 +114,43 @@ def test_signals_leave_no_traceback_and_no_folder(world, tmp_path, number, code)
 
 
 def test_every_command_has_a_help(run):
-    for command in app.registered_commands:
-        assert "Usage" in run(command.callback.__name__, "--help").out
+    listed = run("--help").out
+    for command in COMMANDS:
+        first = summary(command).split()[:3]
+        assert f"{command.ljust(7)}  {' '.join(first)}" in listed
+        if command not in PASS_ON:
+            assert f" {command} [OPTIONS]" in run(command, "--help").out
+
+
+def test_every_command_is_a_module_and_every_module_with_one_a_command():
+    modules = {path.stem: path.read_text() for path in (package_folder() / "cli").glob("*.py")}
+    assert {name for name, source in modules.items() if f"\ndef {name}(" in source} == set(COMMANDS)
+
+
+def test_the_list_of_commands_needs_no_torch():
+    code = "import sys\nfrom _sparse_peft_startup.command import main\nsys.argv[1:] = ['--help']\n"
+    code += "try: main()\nfinally: print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    modules = done.stdout.splitlines()[-1].split()
+    assert done.returncode == 0 and "doctor" in done.stdout and "typer" in modules
+    assert not {"torch", "transformers", "peft", "sparse_peft"} & set(modules)
+
+
+def test_run_gives_a_module_its_arguments(tmp_path):
+    file = tmp_path / "script.py"
+    file.write_text("import sys\nfrom peft import PeftType\nprint(PeftType('SPARSE_PEFT_DELTA').name, sys.argv[1:])\n")
+    done = run_module("sparse_peft.cli", "run", file, "--help", "-x")
+    assert done.returncode == 0 and done.stdout == "SPARSE_PEFT_DELTA ['--help', '-x']\n", done.stderr
+    done = run_module("sparse_peft.cli", "run", "json.tool", "--help")
+    assert done.returncode == 0 and "usage: " in done.stdout
+    assert "no such module" in run_module("sparse_peft.cli", "run", "no.module").stderr
+
+
+def test_no_command_shows_warnings_of_bitsandbytes():
+    """It warns on some processors only, so the test sends the warning itself."""
+    code = (
+        "import logging, sys\nfrom _sparse_peft_startup import command\nsys.argv[1:] = ['--version']\n"
+        "try: command.main()\nfinally: logging.getLogger('bitsandbytes.backends.cpu.ops').warning('Failed to load')"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0 and done.stderr == ""

@@ -13,11 +13,11 @@ import sparse_peft.cli as cli
 import sparse_peft.cli.compose
 import sparse_peft.cli.merge
 import sparse_peft.ops.products as products
+from _sparse_peft_startup.commands import app
 from sparse_peft import SparseConfig, doctor
 from sparse_peft.adapters import compare, summarise
 from sparse_peft.adapters.delta_matrix import DeltaMatrix
 from sparse_peft.adapters.offline_adapter import read_stored
-from sparse_peft.cli.app import app
 from sparse_peft.tuners.delta_layer import TunerLayer
 from tests.helpers.processes import run_module
 

@@ -1,0 +1,256 @@
+"""``sparse-peft train``: TRL's training scripts with a sparse adapter."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import MISSING, fields
+from importlib import import_module
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Annotated, Any
+
+import transformers.trainer
+import typer
+from rich.console import Console
+from rich.markup import escape
+from transformers import AutoConfig, TrainerControl, TrainerState, TrainingArguments
+
+from ..adapters import add_results
+from ..constraints import describe, field_hints
+from ..planning import PlanOptions, TrainingPlan, plan_training
+from ..registry import method_named, methods
+from ..report import plot_report
+from ..training.callback import SparsityCallback
+from ..tuners.base_config import BaseSparseConfig
+from ..tuners.delta import Delta
+from ..tuners.unknown_fields import settable_fields
+from .fields import METHOD_HELP, parse_value
+from .output import bytes_text, console_for_people, count_text, fields_text, refuse, share_text
+
+# {trainer: the task type of its model}
+TRAINERS = {"sft": "CAUSAL_LM", "dpo": "CAUSAL_LM", "grpo": "CAUSAL_LM", "kto": "CAUSAL_LM", "reward": "SEQ_CLS"}
+PREFIX = "adapter_"  # of a field whose name is an option of TRL's, too
+BYTES_OF = {"bfloat16": "bfloat16", "float16": "float16", "float32": "float32"}
+
+
+def train(
+    context: typer.Context,
+    trainer: Annotated[str, typer.Argument(help=f"One of {', '.join(TRAINERS)}.", metavar="TRAINER")],
+) -> None:
+    """Train an adapter with a script of TRL: its options and YAML files, and --method and the fields of its config."""
+    try:
+        script = script_of(trainer)
+        arguments, config = parse(script, context.args, TRAINERS[trainer])
+    except (ValueError, TypeError, OSError) as error:
+        refuse("train", error)
+    folder = run_script(script, arguments, config)
+    console_for_people().print(f"[bold]{escape(str(folder))}[/]: the adapter", soft_wrap=True)
+
+
+# the options are TRL's parser's
+train.context_settings = {  # type: ignore[attr-defined]
+    "allow_extra_args": True,
+    "ignore_unknown_options": True,
+    "allow_interspersed_args": False,
+    "help_option_names": [],
+}
+
+
+# ------------------------------------------------------------------ options
+
+
+def script_of(trainer: str) -> Any:
+    """A module of TRL's scripts.
+
+    Raises:
+        ValueError: TRL is missing, or there is no such trainer.
+    """
+    if trainer not in TRAINERS:
+        raise ValueError(f"{trainer!r}: one of {', '.join(TRAINERS)} is expected")
+    if find_spec("trl") is None:
+        raise ValueError('training needs TRL: pip install "sparse-peft[trl]"')
+    return import_module(f"trl.scripts.{trainer}")
+
+
+def parse(script: Any, given: Sequence[str], task_type: str) -> tuple[list[Any], BaseSparseConfig]:
+    """The arguments of the script's ``main``, and the adapter's config.
+
+    Raises:
+        ValueError: an unknown option, a value of another type, options of LoRA, or no model.
+    """
+    name = script.__name__.rpartition(".")[2]
+    parser = script.make_parser(prog=f"sparse-peft train {name}")
+    parser.usage = f"sparse-peft train {name} [--config FILE.yaml] [options]"
+    config_class = method_named(chosen_method(given)).config_class
+    names = add_options(parser, config_class)
+    *arguments, ours = parser.parse_args_and_config(list(given))
+    model = next(part for part in arguments if hasattr(part, "model_name_or_path"))
+    refuse_lora(model)
+    if model.model_name_or_path is None:
+        raise ValueError("--model_name_or_path: a model's folder, or its name on the Hub, is expected")
+    hints = field_hints(config_class)
+    values = {name: getattr(ours, option) for option, name in names.items()}
+    chosen = {
+        name: parse_value(name, value, hints[name]) if isinstance(value, str) else value
+        for name, value in values.items()
+        if value is not None
+    }
+    return arguments, config_class(**{"task_type": task_type, **chosen})
+
+
+def chosen_method(given: Sequence[str]) -> str:
+    """The method of the command line or of its YAML file; its fields are options."""
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first.add_argument("--method")
+    first.add_argument("--config")
+    found, _ = first.parse_known_args(given)
+    if found.method is not None or found.config is None:
+        return found.method or "sparse"
+    file = Path(found.config)
+    if not file.is_file():
+        raise ValueError(f"--config {file}: no such file")
+    content = import_module("yaml").safe_load(file.read_text(encoding="utf-8"))
+    return str(content.get("method", "sparse")) if isinstance(content, dict) else "sparse"
+
+
+def add_options(parser: argparse.ArgumentParser, config_class: type[BaseSparseConfig]) -> dict[str, str]:
+    """Add ``--method`` and the fields of a config; returns ``{option: field}``."""
+    taken = {action.dest for action in parser._actions}
+    group = parser.add_argument_group(f"the adapter, a {config_class.__name__}")
+    group.add_argument("--method", default="sparse", choices=[method.name for method in methods()], help=METHOD_HELP)
+    names = {f"{PREFIX}{name}" if name in taken else name: name for name in settable_fields(config_class)}
+    for option, name in names.items():
+        group.add_argument(*spellings(option), dest=option, metavar="VALUE", help=option_text(config_class, name))
+    return names
+
+
+def spellings(option: str) -> list[str]:
+    return list(dict.fromkeys([f"--{option}", f"--{option.replace('_', '-')}"]))
+
+
+def option_text(config_class: type[BaseSparseConfig], name: str) -> str:
+    """What a field means and may hold, for argparse, to which % is special."""
+    text = config_class.__dataclass_fields__[name].metadata["help"]
+    return f"{text} ({describe(field_hints(config_class)[name])})".replace("%", "%%")
+
+
+def refuse_lora(model: Any) -> None:
+    """Refuse the options that describe a LoRA adapter, which would change nothing.
+
+    Raises:
+        ValueError: names them.
+    """
+    defaults = {field.name: field.default for field in fields(model) if field.default is not MISSING}
+    lora = [name for name in defaults if name.startswith(("lora_", "use_peft", "use_rslora", "use_dora"))]
+    given = [f"--{name}" for name in lora if getattr(model, name) != defaults[name]]
+    if given:
+        raise ValueError(f"{', '.join(given)}: options of LoRA; this command trains what --method names")
+
+
+# ------------------------------------------------------------------ running
+
+
+class Report(SparsityCallback):
+    """Drives the adapter, prints what trains at the start, and keeps the model and its loss for the card."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.model: Any = None
+        self.loss: float | None = None
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        super().on_train_begin(args, state, control, **kwargs)
+        self.model = kwargs["model"]
+        if state.is_world_process_zero:
+            show_start(console_for_people(), self.model, args)
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        super().on_train_end(args, state, control, **kwargs)
+        self.loss = next((entry["train_loss"] for entry in reversed(state.log_history) if "train_loss" in entry), None)
+
+
+def show_start(console: Console, model: Any, args: TrainingArguments) -> None:
+    """What trains, with which rate and scale."""
+    trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    total = sum(parameter.numel() for parameter in model.parameters())
+    console.print(f"[bold]trains[/] {count_text(trained)} parameters, {share_text(trained / total)} of the model")
+    console.print(f"[bold]learning rate[/] {args.learning_rate:g}")
+    scales = sorted({float(scale) for scale in scales_of(model)})
+    if scales:
+        span = f"{scales[0]:.4g}" + (f" to {scales[-1]:.4g}" if len(scales) > 1 else "")
+        console.print(f"[bold]scale[/] {span}")
+
+
+def scales_of(model: Any) -> Iterator[float]:
+    """The factors between trained values and sparse deltas."""
+    for module in model.modules():
+        if isinstance(module, Delta):
+            yield module.value_scale
+
+
+def show_plan(console: Console, plan: TrainingPlan) -> None:
+    """A plan in three lines."""
+    console.print(f"[bold]{plan.architecture}[/], {count_text(plan.parameters)} parameters, {plan.base} weights")
+    console.print(f"[bold]{plan.method}[/]: {escape(fields_text(plan.config))}")
+    needs = ", ".join(f"{need.name} {bytes_text(need.peak_bytes)}" for need in plan.needs)
+    console.print(f"[bold]peak memory[/] of a step (estimate): {needs}")
+
+
+def plan_of(config: BaseSparseConfig, model: Any, training: Any) -> TrainingPlan:
+    """What the first step takes; the longest row counts where the trainer limits it."""
+    model_config = AutoConfig.from_pretrained(model.model_name_or_path, revision=model.model_revision)
+    options = PlanOptions(
+        base=BYTES_OF.get(str(model.dtype)),
+        batch=training.per_device_train_batch_size,
+        length=getattr(training, "max_length", None) or 1024,
+        checkpointing=bool(training.gradient_checkpointing),
+        flops=1.0,  # no time is shown, so nothing is measured
+    )
+    return plan_training(model_config, config, options)
+
+
+def run_script(script: Any, arguments: list[Any], config: BaseSparseConfig) -> Path:
+    """Train, save and draw; returns the adapter's folder."""
+    scripted, training, model, _ = arguments
+    if training.process_index == 0:
+        show_plan(console_for_people(), plan_of(config, model, training))
+    report = Report()
+    with adapted(config, report):
+        script.main(*arguments)
+    folder = Path(training.output_dir)
+    if training.process_index == 0:
+        complete(folder, report, scripted)
+    return folder
+
+
+@contextmanager
+def adapted(config: BaseSparseConfig, callback: SparsityCallback) -> Iterator[None]:
+    """Inside, TRL's scripts train this adapter, and every trainer has the callback; they offer no argument for it."""
+    callbacks = [*transformers.trainer.DEFAULT_CALLBACKS, callback]
+    with ExitStack() as stack:
+        stack.enter_context(replaced(import_module("trl"), "get_peft_config", lambda _: config))
+        stack.enter_context(replaced(transformers.trainer, "DEFAULT_CALLBACKS", callbacks))
+        yield
+
+
+@contextmanager
+def replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
+    before = getattr(owner, name)
+    setattr(owner, name, value)
+    try:
+        yield
+    finally:
+        setattr(owner, name, before)
+
+
+def complete(folder: Path, report: Report, scripted: Any) -> None:
+    """Put plots and the last losses into the adapter's folder and card."""
+    drawn = plot_report(report.model, report.history, folder) if find_spec("matplotlib") is not None else []
+    metrics = {} if report.loss is None else {"train_loss": report.loss}
+    add_results(folder, metrics, dataset=scripted.dataset_name or "a mixture", plots=drawn)

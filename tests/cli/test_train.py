@@ -1,0 +1,105 @@
+"""The command train: TRL's scripts with a sparse adapter."""
+
+import json
+
+import pytest
+import torch
+import yaml
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+pytest.importorskip("trl")
+
+from sparse_peft.cli.train import TRAINERS, parse, script_of
+from sparse_peft.tuners.unknown_fields import settable_fields
+from tests.helpers.methods import METHODS
+
+ROWS = {
+    "sft": {"text": "to be or not to be"},
+    "dpo": {"prompt": "2 + 2 =", "chosen": " 4", "rejected": " 5"},
+    "grpo": {"prompt": "Count: 1, 2, 3,"},
+    "kto": {"prompt": "2 + 2 =", "completion": " 4", "label": True},
+    "reward": {"prompt": "2 + 2 =", "chosen": " 4", "rejected": " 5"},
+}
+EXTRA = {
+    "grpo": ["--reward_funcs", "think_format_reward", "--num_generations", "2", "--max_completion_length", "4"],
+    "kto": ["--per_device_train_batch_size", "2"],
+}
+ON_CPU = ["--use_cpu", "--bf16", "false"]
+MODEL = ["--model_name_or_path", "m", *ON_CPU]
+SHORT = ["--max_steps", "2", "--report_to", "none", "--save_strategy", "no", *ON_CPU]
+
+
+@pytest.fixture
+def data(tmp_path):
+    """``folder(trainer)`` of a few rows as the trainer wants them."""
+
+    def write(trainer):
+        folder = tmp_path / "data"
+        folder.mkdir()
+        rows = [ROWS[trainer] | ({"label": i % 2 == 0} if trainer == "kto" else {}) for i in range(8)]
+        (folder / "train.jsonl").write_text("\n".join(map(json.dumps, rows)))
+        return folder
+
+    return write
+
+
+SLOW = [pytest.param(trainer, marks=() if trainer == "sft" else pytest.mark.slow) for trainer in TRAINERS]
+
+
+@pytest.mark.parametrize("trainer", SLOW)
+def test_every_trainer_trains_and_saves_an_adapter(run, stand_in, data, tmp_path, trainer):
+    out = tmp_path / "out"
+    moving = ["--selection", "rigl", "--reselect-every", "1", "--accumulate", "1", "--density", "0.05"]
+    where = ["--model_name_or_path", stand_in, "--dataset_name", data(trainer), "--output_dir", out]
+    done = run("train", trainer, *where, *moving, *SHORT, *EXTRA.get(trainer, []), "--target_modules", "q_proj,v_proj")
+    said = done.out + done.err
+    assert "peak memory" in said and "learning rate" in said and "trains" in said and "scale" in said
+    config = json.loads((out / "adapter_config.json").read_text())
+    assert config["density"] == 0.05 and config["selection"] == "rigl"
+    assert config["task_type"] == TRAINERS[trainer]
+    assert (out / "supports.png").stat().st_size > 1000 and (out / "turnover.png").exists(), "positions changed"
+    assert "train_loss" in (out / "README.md").read_text()
+    if trainer != "reward":
+        base = AutoModelForCausalLM.from_pretrained(stand_in)
+        before = base(torch.arange(6)[None]).logits.detach()
+        model = PeftModel.from_pretrained(base, out)
+        assert not torch.equal(model(torch.arange(6)[None]).logits, before)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_options_are_the_fields_of_the_method(method, tmp_path):
+    config_class = METHODS[method][0]
+    given = ["--model_name_or_path", "m", "--output_dir", str(tmp_path), *ON_CPU, "--target_modules", "q_proj"]
+    seeded = "seed" in settable_fields(config_class)
+    given += ["--seed", "5", *(["--adapter_seed", "7"] if seeded else [])]  # the first is TRL's
+    (_, training, *_), config = parse(script_of("sft"), [*given, "--method", method], "CAUSAL_LM")
+    assert type(config) is config_class and config.task_type == "CAUSAL_LM" and config.target_modules == {"q_proj"}
+    assert training.seed == 5 and getattr(config, "seed", 7) == 7
+
+
+def test_a_yaml_file_has_options_of_both(tmp_path):
+    content = {"model_name_or_path": "m", "output_dir": str(tmp_path), "learning_rate": 0.003, "method": "s2ft"}
+    content |= {"use_cpu": True, "bf16": False}
+    file = tmp_path / "train.yaml"
+    file.write_text(yaml.safe_dump({**content, "ratio": 0.1, "target_modules": ["v_proj", "o_proj"], "seed": 3}))
+    arguments, config = parse(script_of("dpo"), ["--config", str(file), "--ratio", "0.2"], "CAUSAL_LM")
+    assert (type(config).__name__, config.ratio) == ("S2FTConfig", 0.2)
+    assert config.target_modules == {"v_proj", "o_proj"}
+    assert arguments[1].learning_rate == 0.003 and arguments[1].seed == 3
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["ppo"], "'ppo': one of sft, dpo, grpo, kto, reward"),
+        (["sft", "--method", "spars"], "did you mean 'sparse'?"),
+        (["sft", "--densty", "0.1", *MODEL], "--densty"),
+        (["sft", "--density", "3", *MODEL], "density=3.0: a share in (0, 1]"),
+        (["sft", "--lora_r", "8", *MODEL], "--lora_r: options of LoRA"),
+        (["sft", *ON_CPU], "--model_name_or_path: a model's folder"),
+        (["sft", "--config", "no.yaml"], "no.yaml: no such file"),
+    ],
+)
+def test_invalid_requests(run, arguments, words):
+    assert words in run("train", *arguments, expect=2).err.replace("\n", " ")
