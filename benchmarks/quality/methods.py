@@ -14,7 +14,7 @@ from sparse_peft import S2FTConfig, SaRAConfig, SLTrainConfig, SnellaConfig, SoR
 from .models import Base
 from .tasks import Batch
 
-FULL, LORA, RANDOM = "full", "lora", "random"
+FULL, LORA, RANDOM, DEFAULT = "full", "lora", "random", "default"
 # About half a power of ten apart; each search starts where the method's best was in earlier ones.
 RATES = (1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2)
 CALIBRATION_BATCHES = 8
@@ -121,6 +121,11 @@ def _lift(at: Setting) -> PeftConfig:
     return _sparse("principal", reselect_every=max(at.steps // 8, 1))(at)
 
 
+def _default(at: Setting) -> PeftConfig:
+    """The config as a user gets it who changes nothing but LoRA's class."""
+    return SparseConfig(**at.budget.fields, seed=at.seed, **at.shared)
+
+
 def _lora(**fields: object) -> Callable[[Setting], PeftConfig]:
     return lambda at: LoraConfig(r=at.budget.rank, lora_alpha=2 * at.budget.rank, **fields, **at.shared)
 
@@ -164,6 +169,7 @@ def _snell(**fields: object) -> Callable[[Setting], PeftConfig]:
 METHODS: dict[str, Method] = {
     LORA: Method(_lora(), 3e-4),
     FULL: Method(None, 1e-4),
+    DEFAULT: Method(_default, 3e-4),
     RANDOM: Method(_sparse("random"), 1e-3),
     "magnitude_smallest": Method(_sparse("magnitude_smallest"), 1e-3),
     "fisher": Method(_sparse("fisher"), 3e-4),

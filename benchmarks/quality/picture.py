@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from .methods import FULL, LORA, RANDOM
+from .methods import DEFAULT, FULL, LORA, RANDOM
 from .table import Comparison, Row
 
-OTHERS = {LORA: "C3", FULL: "black", RANDOM: "0.5"}
+OTHERS = {LORA: "C3", FULL: "black", RANDOM: "0.5", DEFAULT: "C2"}
 THEIRS = ("lora-mlp", "rslora", "dora", "shira", "super-tuning")
 
 
