@@ -72,7 +72,9 @@ def weights(model: nn.Module) -> list[Tensor]:
 
 
 def measure(base: nn.Module, method: str, config: PeftConfig, cycles: int, seed: int = 0) -> Drift:
-    """Merge and unmerge an adapter of a copy of the model so many times.
+    """Merge and unmerge an adapter of a copy of the model so many times, as reinforcement learning does for rollouts.
+
+    The adapter has other values in every cycle, as training gives it: rounding repeats itself where they stay.
 
     Args:
         base: the model, in bfloat16.
@@ -85,8 +87,8 @@ def measure(base: nn.Module, method: str, config: PeftConfig, cycles: int, seed:
     # before the adapter is active: an active one's entries may lie in the base weight
     with model.disable_adapter():
         before = [weight.detach().clone() for weight in weights(model)]
-    fill(model, seed)
-    for _ in range(cycles):
+    for cycle in range(cycles):
+        fill(model, seed + cycle)
         model.merge_adapter()
         model.unmerge_adapter()
     with model.disable_adapter():
