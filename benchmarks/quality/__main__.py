@@ -20,7 +20,7 @@ from .models import BASES
 from .picture import draw
 from .records import Run, read_runs
 from .sweep import Sweep
-from .table import Comparison, Row, comparisons, content, markdown, overall, overall_markdown, rows, standard
+from .table import comparisons, content, rows, standard, text
 from .tasks import TASKS
 from .training import Bench
 
@@ -99,11 +99,11 @@ def run(
         sweep.tuned(searched, seeds)
 
 
-def tables_of(files: list[Path] | None) -> tuple[dict[Comparison, list[Row]], list[Run]]:
+def runs_of(files: list[Path] | None) -> list[Run]:
     runs = read_runs(files or [RESULTS])
     if not runs:
         raise typer.BadParameter(f"no run in {', '.join(map(str, files or [RESULTS]))}: make some with `run`")
-    return {key: rows(group) for key, group in comparisons(runs).items()}, runs
+    return runs
 
 
 Files = Annotated[list[Path] | None, typer.Argument(help="Files of runs.")]
@@ -115,13 +115,10 @@ def table(
     out: Annotated[Path, typer.Option(help="Markdown file; the JSON file lies beside it.")] = FOLDER / "quality.md",
 ) -> None:
     """Mean and spread at each method's best rate, and each method's worst task."""
-    tables, runs = tables_of(files)
-    parts = [overall_markdown(overall(standard(tables)))]
-    parts += [markdown(key, found) for key, found in tables.items()]
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
-    write_json(out.with_suffix(".json"), content(tables, runs))
-    print("\n\n".join(parts))
+    runs = runs_of(files)
+    write_json(out.with_suffix(".json"), content(runs))
+    out.write_text(text(runs), encoding="utf-8")
+    print(text(runs))
 
 
 @app.command()
@@ -131,7 +128,7 @@ def picture(
     out: Annotated[Path, typer.Option(help="PNG file.")] = IMAGE,
 ) -> None:
     """Draw quality gained against forgetting."""
-    tables, _ = tables_of(files)
+    tables = {key: rows(group) for key, group in comparisons(runs_of(files)).items()}
     names = chosen("--task", task, TASKS)
     draw({key: found for key, found in standard(tables).items() if key.task in names}, out)
     print(f"written: {out}")

@@ -8,9 +8,12 @@ from dataclasses import asdict, dataclass
 from statistics import mean, stdev
 from typing import Any, NamedTuple
 
-from .methods import LORA, METHODS
+from .methods import DEFAULT, LORA, METHODS
 from .records import Run
 from .sweep import TUNING_SEED
+
+LORA_RATE = 2e-4
+"""The rate of a LoRA script that nobody tuned."""
 
 
 @dataclass(frozen=True)
@@ -105,6 +108,12 @@ def rows(runs: Sequence[Run], rate: float | None = None) -> list[Row]:
     return _with_shares(found)
 
 
+def swapped(runs: Sequence[Run]) -> list[Row]:
+    """LoRA's script with only the config swapped: both rows at LoRA's rate; none where one of them lacks."""
+    found = [row for row in rows(runs, LORA_RATE) if row.method in (LORA, DEFAULT)]
+    return found if len(found) == 2 else []
+
+
 def _or_infinite(loss: float) -> float:
     return math.inf if math.isnan(loss) else loss
 
@@ -151,15 +160,15 @@ def markdown(key: Comparison, found: Sequence[Row]) -> str:
     """A table of one comparison, largest gain first."""
     unit = "loss gained" if key.judged_by == "loss" else "accuracy gained"
     lines = [
-        f"| {key.title} | rate | {unit} | ÷ LoRA's | loss risen elsewhere | trained | seeds |",
+        f"| {key.title} | rate (tried) | {unit} | ÷ LoRA's | loss risen elsewhere | trained | seeds |",
         "|---|---|---|---|---|---|---|",
     ]
     for row in sorted(found, key=lambda row: -row.gained.mean):
         share = "-" if row.share_of_lora is None else f"{row.share_of_lora:.2f}"
         forgotten = "-" if row.forgotten is None else row.forgotten.text(sign="+")
         lines.append(
-            f"| {row.method} | {row.rate:g} | {row.gained.text()} | {share} | {forgotten} | {row.trained:,} "
-            f"| {len(row.seeds)} |"
+            f"| {row.method} | {row.rate:g} ({len(row.tried)}) | {row.gained.text()} | {share} | {forgotten} "
+            f"| {row.trained:,} | {len(row.seeds)} |"
         )
     return "\n".join(lines)
 
@@ -170,13 +179,30 @@ def overall_markdown(found: Sequence[Overall]) -> str:
     return "\n".join(lines)
 
 
-def content(tables: dict[Comparison, list[Row]], runs: Sequence[Run]) -> dict[str, Any]:
+def text(runs: Sequence[Run]) -> str:
+    """All tables as Markdown."""
+    groups = comparisons(runs)
+    tables = {key: rows(group) for key, group in groups.items()}
+    as_swapped = [markdown(key, found) for key, group in groups.items() if (found := swapped(group))]
+    parts = ["# Each method at its best rate", overall_markdown(overall(standard(tables)))]
+    parts += [markdown(key, found) for key, found in tables.items()]
+    if as_swapped:
+        parts += [f"# LoRA's script at {LORA_RATE:g} with only the config swapped", *as_swapped]
+    return "\n\n".join(parts) + "\n"
+
+
+def content(runs: Sequence[Run]) -> dict[str, Any]:
     """Everything as plain data, for a JSON file."""
     environments = {str(run.environment): run.environment for run in runs}
+    groups = comparisons(runs)
+    tables = {key: rows(group) for key, group in groups.items()}
     return {
         "format": 1,
         "environments": list(environments.values()),
         "comparisons": [{**key._asdict(), "rows": [asdict(row) for row in found]} for key, found in tables.items()],
+        "swapped": [
+            {**key._asdict(), "rows": [asdict(row) for row in swapped(group)]} for key, group in groups.items()
+        ],
         "overall": [asdict(row) for row in overall(standard(tables))],
     }
 

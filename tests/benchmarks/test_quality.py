@@ -310,6 +310,20 @@ def test_mean_spread_shares_and_worst_task():
     assert [row.rate for row in table.rows(runs[:4], rate=1e-2)] == [1e-2, 1e-2]
 
 
+def test_the_swapped_config_is_compared_at_loras_rate():
+    runs = [
+        made_up(rate=2e-4, end={"validation_loss": 3.0, "test_loss": 2.5}),
+        made_up(rate=1e-3, end={"validation_loss": 2.0, "test_loss": 1.5}),
+        made_up(method="default", rate=2e-4, end={"validation_loss": 3.0, "test_loss": 2.6}),
+        made_up(method="random", rate=2e-4, end={"validation_loss": 3.0, "test_loss": 2.0}),
+    ]
+    lora, default = table.swapped(runs)
+    assert (lora.method, lora.rate, default.method) == ("lora", 2e-4, "default")
+    assert lora.gained.mean == 0.5 and default.share_of_lora == pytest.approx(0.8)
+    assert table.swapped(runs[:2]) == []
+    assert "with only the config swapped" in table.text(runs) and "swapped" not in table.text(runs[:2])
+
+
 def test_a_run_that_diverged_is_never_the_best():
     nan = {"validation_loss": math.nan, "test_loss": math.nan}
     (row,) = table.rows([made_up(rate=1e-2, end=nan), made_up(rate=1e-3)])
@@ -329,7 +343,7 @@ def test_tables_and_picture_are_written(command, tmp_path):
     outcome = command(f"table {path} --out {tmp_path / 'quality.md'}")
     assert outcome.exit_code == 0
     written = (tmp_path / "quality.md").read_text()
-    assert "| random | 0.01 | 0.600 ± 0.000 | 1.50 | +0.050 ± 0.071 | 10 | 2 |" in written
+    assert "| random | 0.01 (1) | 0.600 ± 0.000 | 1.50 | +0.050 ± 0.071 | 10 | 2 |" in written
     assert "| random | 1.00 | 0.50 | sentiment |" in written
     stored = json.loads((tmp_path / "quality.json").read_text())
     assert [row["method"] for row in stored["overall"]] == ["lora", "random"]
