@@ -37,6 +37,7 @@ from .residency import hold_layers, release_layers
 from .shared_memory import check_no_other_model, check_no_shared_weights, note_adapted, note_unloaded
 from .targets import (
     Targets,
+    check_is_base,
     check_names,
     check_target,
     find_targets,
@@ -214,6 +215,7 @@ class BaseSparseModel(BaseTuner, Generic[ConfigT, StateT]):
 
     def _prepare_model(self, peft_config: Any, model: nn.Module) -> None:
         # budgets are shared between layers, so all of them are planned before PEFT creates the first
+        check_is_base(model)
         self.check_configs()
         adapter_name, state_dict = self._injection
         targets = self.find_targets(peft_config, model, state_dict)
@@ -244,8 +246,9 @@ class BaseSparseModel(BaseTuner, Generic[ConfigT, StateT]):
         """The layers that PEFT will adapt for this config, whose default target modules are filled in.
 
         Raises:
-            TypeError, ValueError: there are none, or some that cannot be.
+            TypeError, ValueError: there are none, some that cannot be, or the model has an adapter already.
         """
+        check_is_base(model)
         if config.target_modules is None:
             model_type = BaseTuner.get_model_config(model).get("model_type")
             none: list[str] | None = [] if config.names_experts else None

@@ -7,7 +7,13 @@ from collections.abc import Iterable, Iterator
 from functools import partial
 from typing import Any
 
-from peft.tuners.tuners_utils import BaseTunerLayer, _maybe_include_all_linear_layers, check_target_module_exists
+from peft import PeftModel
+from peft.tuners.tuners_utils import (
+    BaseTuner,
+    BaseTunerLayer,
+    _maybe_include_all_linear_layers,
+    check_target_module_exists,
+)
 from peft.utils import _get_submodules, get_quantization_kwargs, resolve_quantization_backend
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
@@ -20,6 +26,7 @@ from .expert_layer import ExpertsLayer
 from .expert_weights import ExpertWeight, expert_parameters, holds_experts
 from .experts import BARE_WEIGHTS, bare_weights, check_target_parameters, is_named
 from .four_bit import base_weight
+from .traversal import configs_of
 
 Targets = dict[str, nn.Module]  # {layer name: module}
 
@@ -170,6 +177,20 @@ def layer_of(key: str, prefix: str) -> str:
 
 
 # ---------------------------------------------------------------------- checking
+
+
+def check_is_base(model: nn.Module) -> None:
+    """Refuse a model in PEFT's wrapper, whose layers have other names and whose weights other owners.
+
+    Raises:
+        ValueError: names its adapters.
+    """
+    if isinstance(model, (PeftModel, BaseTuner)):
+        names = ", ".join(map(repr, configs_of(model)))
+        raise ValueError(
+            f"the model has an adapter already ({names}): call model.add_adapter(name, config) for another one, pass "
+            "model.get_base_model() to select_support, or take the base without adapters from model.unload()"
+        )
 
 
 def check_target(

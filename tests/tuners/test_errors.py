@@ -1,8 +1,10 @@
 """Bad input: the exception names the field, the value, the layer and the cure."""
 
+import copy
+
 import pytest
 import torch
-from peft import get_peft_model
+from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -113,3 +115,28 @@ def test_threshold_that_selects_nothing():
 def test_uniform_scores_cannot_be_shared_out_globally():
     with pytest.raises(ValueError, match="allocation='global'"):
         get_peft_model(TwoLayers(), SparseConfig(allocation="global", target_modules=["first", "second"]))
+
+
+@pytest.mark.parametrize(
+    "first", [SparseConfig(density=0.2, target_modules=["first"]), LoraConfig(target_modules=["first"])]
+)
+@pytest.mark.parametrize("part", [lambda model: model, lambda model: model.base_model], ids=["PeftModel", "tuner"])
+def test_models_that_have_an_adapter(first, part):
+    model = get_peft_model(TwoLayers(), copy.deepcopy(first))
+    before = {name: type(module) for name, module in model.named_modules()}
+    again = SparseConfig(density=0.2, target_modules=["second"])
+    message = r"the model has an adapter already \('default'\): call model.add_adapter"
+    with pytest.raises(ValueError, match=message), pytest.warns(UserWarning, match="second time|peft_config"):
+        get_peft_model(part(model), again)
+    with pytest.raises(ValueError, match=message):
+        select_support(part(model), SparseConfig(selection="fisher", target_modules=["second"]), [], loss_fn=max)
+    assert before == {name: type(module) for name, module in model.named_modules()}
+
+
+def test_cures_of_a_model_that_has_an_adapter():
+    model = get_peft_model(TwoLayers(), SparseConfig(density=0.2, target_modules=["first"]))
+    config = SparseConfig(selection="fisher", density=0.2, target_modules=["second"])
+    batches = [torch.randn(2, 17)]
+    chosen = select_support(model.get_base_model(), config, batches, loss_fn=lambda m, x: m(x).square().sum())
+    model.add_adapter("other", chosen)
+    assert get_peft_model(model.unload(), SparseConfig(density=0.2, target_modules=["first"]))
