@@ -263,7 +263,7 @@ def validated(name: str, value: Any, hint: Any) -> Any:
 
     Args:
         name: the field's, for errors.
-        value: of whatever type.
+        value: of any type.
         hint: the annotation, such as ``Share | None``.
 
     Raises:

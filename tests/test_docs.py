@@ -1,4 +1,4 @@
-"""Every Python block of the documents runs, in order, with small models in the place of those on the hub."""
+"""Every Python block of the documents runs, in order, with small models in place of those on the hub."""
 
 import re
 from pathlib import Path

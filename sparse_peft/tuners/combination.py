@@ -149,6 +149,6 @@ def combinable_configs(
         if beside:
             raise ValueError(
                 f"adapters: {name!r} trains more than its layers' deltas ({', '.join(beside)}), which weights do not "
-                "combine; save the adapters and use sparse_peft.adapters.compose or soup, which say what becomes of it"
+                "combine; save the adapters and use sparse_peft.adapters.compose or soup, which say how they treat it"
             )
     return configs

@@ -260,7 +260,7 @@ class SparseDelta(Delta):
         return super().train(mode)
 
     def resize(self, entries: int) -> None:
-        """Make room for another number of entries; values and positions are to be set afterwards.
+        """Reallocate for another number of entries; set values and positions afterwards.
 
         The parameter is a new one where the number changes: autograd and optimizers know the old one by its size.
         """

@@ -259,7 +259,7 @@ class SparseTunerLayer(TunerLayer[DeltaT]):
             and is_dense(weight)
             and not weight.is_inference()
             and not (weight.device.type == "cpu" and weight.is_shared())
-            # a view into a larger buffer belongs to whoever made it (FSDP's flat parameters, packed checkpoints)
+            # a view into a larger buffer is somebody else's memory (FSDP's flat parameters, packed checkpoints)
             and weight.untyped_storage().nbytes() == weight.nbytes
         )
 

@@ -40,7 +40,7 @@ class LowRankState(TrainedState):
 
         Args:
             sizes: ``(inputs, outputs)``; a convolution's inputs are its input channels times its taps.
-            rank: theirs.
+            rank: of both factors.
             scale: of their product.
             dropout: probability with which an input of the product is left out in training.
         """
@@ -118,7 +118,7 @@ def factor_sizes(shape: tuple[int, int], in_dim: int) -> tuple[int, int]:
 
 
 def most_ranks(shape: tuple[int, int]) -> int:
-    """The largest rank that a layer of this shape can be given; small ones are let pass on layers of any size."""
+    """The largest rank allowed for a layer of this shape; small ranks are allowed for every layer."""
     return max(ALWAYS_POSSIBLE, min(shape))
 
 

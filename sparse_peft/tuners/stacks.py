@@ -40,7 +40,7 @@ class Stack(ABC):
 
     @staticmethod
     def suits(order: BatchOrder, tokens: int) -> bool:
-        """Whether it is the cheaper way for items of so many tokens."""
+        """Whether it is the cheaper way for items of this many tokens."""
         return True
 
     @abstractmethod

@@ -458,7 +458,7 @@ def test_at_most_one_layers_dense_gradient_is_alive(criterion):
     targets = {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear)}
     with NewTensors(model, large=256 * 256 * 4) as seen:
         collect(model, targets, get_criterion(criterion), Budget(density=0.001), batches)
-    # the gradient, its scores and what becomes of them in the moment they are ranked
+    # the gradient, its scores and the buffers of their ranking
     assert 1 <= seen.most_alive <= 4
 
 

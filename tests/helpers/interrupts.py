@@ -33,7 +33,7 @@ def first_of_each(lines: list[Line]) -> list[int]:
 
 
 def interrupted(act: Callable[[], Any], number: int) -> None:
-    """Run an action, and raise in the place of its line of this number."""
+    """Run an action, and raise in place of its line of this number."""
     seen = -1
 
     def count(_: FrameType) -> None:

@@ -34,7 +34,7 @@ def load_adapter():
 
 
 def refused(model, load):
-    """What is left of a model after a load that is refused."""
+    """State of a model after a refused load."""
     before = logits(model)
     try:
         load(model, DAMAGED)

@@ -14,7 +14,7 @@ from .checks import values_on_disk
 
 
 def put_states(entries: Entries, model: nn.Module, config: BaseSparseConfig, adapter_name: str) -> None:
-    """Put the layers' states as a file has them in the place of those in the model's state dict.
+    """Replace the layers' states in the model's state dict by those that a file has.
 
     Args:
         entries: the adapter's part of the state dict; changed in place.

@@ -104,8 +104,8 @@ def guard_model_cards() -> None:
     """Let the card of a sparse adapter say what it needs where PEFT's own card is written anew, or lost.
 
     transformers' ``Trainer`` rewrites its folder's card and calls PEFT for its part of it. ``PeftModel.push_to_hub``
-    is transformers' too: it puts a card for transformers models in the place of the one that PEFT saved, so that the
-    base model and the tags are missing on the Hub. PEFT offers no hook for either; other adapters are left alone.
+    is transformers' too: it replaces PEFT's card by one for transformers models, without the base
+    model and the tags. PEFT offers no hook for either; other adapters are left alone.
     """
     wrap_once(PeftModel, "create_or_update_model_card", _write_card)
     wrap_once(PeftModel, "_upload_modified_files", _upload_with_card)

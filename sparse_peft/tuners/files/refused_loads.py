@@ -76,7 +76,7 @@ def _forget_config(model: nn.Module, adapter_name: str) -> None:
 
 
 def _unwrap(model: nn.Module, kept: set[int]) -> None:
-    """Put the model's own modules back in the place of wrappers, other than those to be kept."""
+    """Put the model's own modules back in place of wrappers, other than those to be kept."""
     for parent in list(model.modules()):
         for name, child in list(parent._modules.items()):
             if not isinstance(child, Wrapper) or id(child) in kept:
@@ -90,8 +90,8 @@ def _unwrap(model: nn.Module, kept: set[int]) -> None:
 def _base_kept(model: nn.Module, adapter_name: str) -> Iterator[Entries]:
     """Inside, transformers loads an adapter; after it the base has its own tensors again.
 
-    transformers puts the tensors of a file in the place of all tensors of the model that have their names. Those of
-    the base are afterwards in the dictionary, by name.
+    transformers replaces all tensors of the model that a file has under their names. Those of the base are afterwards
+    in the dictionary, by name.
     """
     before = [(module, {**module._parameters, **module._buffers}) for module in modules_beside_adapters(model)]
     replaced: Entries = {}

@@ -48,7 +48,7 @@ class S2FTConfig(DeltaConfig):
         granularity: ``"channel"``, or ``"head"``: whole heads of attention layers, counted in heads; feed-forward
             layers train channels all the same.
         coupled: whether layers of a block train the same channels where they share them: ``up``, ``gate`` and ``down``
-            their hidden ones; with heads ``q``, ``k``, ``v`` and ``o`` theirs, with channels ``v`` and ``o``.
+            their hidden ones. ``q``, ``k``, ``v`` and ``o`` share heads, and ``v`` and ``o`` share channels.
         selection: how channels are chosen: ``"random"``, ``"weight"`` (norm), or, from data by
             [`select_support`][sparse_peft.select_support] beforehand, ``"activation"`` (norm), ``"product"`` of the
             two, ``"gradient"`` (norm of the weight's gradient).

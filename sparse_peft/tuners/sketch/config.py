@@ -6,22 +6,17 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Self, cast
+from typing import Annotated, Any, ClassVar, Self, cast
 
 from huggingface_hub import hf_hub_download
 from peft import PeftConfig
 
-from ...calibrate.codebooks import CODEBOOK_METHODS
+from ...calibrate.codebooks import CODEBOOK_METHODS, Sketch
 from ...constraints import Count, OneOf, Pattern
 from ...support import matches_layer
 from ..base_config import FLOAT_DTYPES, BaseSparseConfig, explains_fields
 from ..files.writes import is_waiting
 from .sidecar import SIDECAR, write_sketches
-
-if TYPE_CHECKING:
-    from huggingface_hub import hf_hub_download
-
-from ...calibrate.codebooks import Sketch
 
 SKETCH_MODES = ("delta", "replace")
 BITS = (2, 3, 4)
@@ -34,27 +29,26 @@ KEEPS = ("drop", "cpu")
 class SketchConfig(BaseSparseConfig):
     """SketchTune (https://arxiv.org/abs/2410.06364): weights of a row that share a code share one trained number.
 
-    A row of a weight ``(out, in)`` is cut into ``groups`` parts. Each part has a table of ``2**bits`` entries, and
-    each weight a fixed code, the number of its entry; the tables ``(out, groups, 2**bits)`` train. ``mode="delta"``
-    adds the entry to the base weight and starts at zero. ``mode="replace"``, the paper's, puts codes and tables in
-    place of the weight.
+    A row of a weight ``(out, in)`` has ``groups`` parts. Each part has a table of ``2**bits`` entries, and each weight
+    a fixed code, the index of its entry. The tables ``(out, groups, 2**bits)`` train. ``mode="delta"`` adds the entry
+    to the base weight and starts at zero. ``mode="replace"``, the paper's, replaces the weight by codes and tables.
 
     Args:
         mode: ``"delta"`` beside the base weight, or ``"replace"`` in its place.
         bits: of a code: 2, 3 or 4.
-        groups: tables in a row, which is cut into as many parts of consecutive inputs (the paper's GPR).
+        groups: tables in a row, one for each part of consecutive inputs (the paper's GPR).
         groups_pattern: ``{layer name or regular expression: groups}`` for layers with a number of their own.
-        clustering: how the first tables are made, see [`fit_codebooks`][sparse_peft.calibrate.fit_codebooks]:
-            ``"dp"``, ``"lloyd"``, ``"quantile"``, ``"uniform"`` or ``"nf4"``. Codes are the nearest entries. Tables
-            and codes that look at data come from [`sketch_model`][sparse_peft.sketch_model] instead.
-        initial_dtype: dtype that the first tables are rounded to, before codes are assigned, and saved in; by default
-            bfloat16 for ``"delta"``, which needs them only to find the codes again, float32 for ``"replace"``.
-        index_storage: where the codes are in a saved adapter. ``"recompute"``: nowhere, they are found again from the
-            base weight and the first tables, and compared with a checksum; ``"sidecar"``: in a file of their own,
-            which adapters can share; ``"embed"``: in the adapter's file. By default ``"recompute"``, or ``"sidecar"``
-            for codes that were made from data, which cannot be found again without it.
-        sketch: with ``"sidecar"``: the file's path; by default ``sketch.safetensors`` beside each saved adapter. A
-            file that is there already is read and checked, never written.
+        clustering: method of the first tables: ``"dp"``, ``"lloyd"``, ``"quantile"``, ``"uniform"`` or ``"nf4"``, see
+            [`fit_codebooks`][sparse_peft.calibrate.fit_codebooks]. Codes are the nearest entries. For tables and codes
+            from data use [`sketch_model`][sparse_peft.sketch_model].
+        initial_dtype: dtype of the first tables, before codes are assigned and in files. By default bfloat16 for
+            ``"delta"``, which needs them only to recompute codes, and float32 for ``"replace"``.
+        index_storage: storage of the codes of a saved adapter. ``"recompute"``: none; they are recomputed from the
+            base weight and the first tables, and checked by a checksum. ``"sidecar"``: a separate file, which adapters
+            can share. ``"embed"``: the adapter's file. By default ``"recompute"``, and ``"sidecar"`` for codes from
+            data, which cannot be recomputed.
+        sketch: with ``"sidecar"``: path of the separate file; by default ``sketch.safetensors`` beside each saved
+            adapter. An existing file is read and checked, never written.
         keep_base: with ``mode="replace"``: ``"drop"`` the dense weights, or keep them on the ``"cpu"``, for
             ``unload()``.
         weight_shapes: resolved ``[rows, cols]`` of the layers' stored weights; recorded, not to be set.

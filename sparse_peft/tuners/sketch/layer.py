@@ -32,7 +32,7 @@ class SketchLinear(TunerLayer[SketchState]):
     Args:
         base_layer: the layer that is adapted, or whose weight is replaced.
         name: its full name in the model.
-        keep_base: of a weight that is replaced, ``"drop"`` it or keep it on the ``"cpu"``.
+        keep_base: ``"drop"`` a replaced weight, or keep it on the ``"cpu"``.
 
     Example:
         >>> import torch
@@ -53,7 +53,7 @@ class SketchLinear(TunerLayer[SketchState]):
 
     @property
     def replaced(self) -> SketchedLinear | None:
-        """What stands in the place of the weight, also while a merged one stands in the place of that."""
+        """The layer that replaces the base layer, also while a merged one replaces it in turn; None without."""
         found = self._modules.get(SET_ASIDE, self.base_layer)
         return found if isinstance(found, SketchedLinear) else None
 
@@ -74,7 +74,7 @@ class SketchLinear(TunerLayer[SketchState]):
 
     @property
     def has_weight(self) -> bool:
-        """Whether there is something to find codes of: a base that is still to be loaded has none."""
+        """Whether the layer has a weight or codes in memory; a base on the meta device has none."""
         base = self.get_base_layer()
         return self.replaced is not None or base.weight.device.type != "meta"
 
@@ -85,7 +85,7 @@ class SketchLinear(TunerLayer[SketchState]):
         return state
 
     def receive(self, adapter_name: str) -> None:
-        """Take the codes that a file brought for an adapter; nothing is different after an exception."""
+        """Take the codes of an adapter's file; after an exception the state is as before."""
         state = self.deltas[adapter_name]
         with state.receiving():
             self.settled(adapter_name)
@@ -148,7 +148,7 @@ class SketchLinear(TunerLayer[SketchState]):
     # ------------------------------------------------------------------ the weight
 
     def _coded(self, names: tuple[str, ...], with_base: bool) -> tuple[list[Tensor], CodedWeight]:
-        """Tables and what to decode them with: the effective weight, or what the adapters add to the base's."""
+        """Tables and their codes: of the effective weight, or of the adapters' deltas."""
         states = {name: self.settled(name) for name in names}
         tables = [state() for state in states.values()]
         if self.replaced is not None:
@@ -188,8 +188,8 @@ class SketchLinear(TunerLayer[SketchState]):
         """How the forward pass of the active adapters is computed.
 
         Returns:
-            ``"decoded"``: the effective weight is put together a panel at a time, ``"additive"``: the base layer's own
-            forward, with the adapters' part added to its result.
+            ``"decoded"``: the effective weight is computed one panel at a time. ``"additive"``: the base layer's own
+            forward pass, plus the adapters' output.
         """
         if self._is_hooked():
             return "additive"
@@ -206,7 +206,7 @@ class SketchLinear(TunerLayer[SketchState]):
             return super().adapters_step(x, names, has_more)
         return Step(partial(self._decoded_forward, names), Weight.OWN)
 
-    @torch.compiler.disable  # panels are no business of a graph, which would keep the weight whole
+    @torch.compiler.disable  # a graph would materialise the whole weight
     def _decoded_forward(self, names: tuple[str, ...], x: Tensor) -> Tensor:
         if self.quantization_backend is not None:
             self._restore_dtypes(names)
@@ -235,7 +235,7 @@ class SketchLinear(TunerLayer[SketchState]):
     def unload_and_optionally_merge_module(
         self, merge: bool, safe_merge: bool = False, adapter_names: list[str] | None = None
     ) -> nn.Module:
-        """What PEFT puts in the layer's place when adapters are unloaded: an ordinary layer with a dense weight."""
+        """The ordinary layer with a dense weight that replaces this one when adapters are unloaded."""
         if merge:
             self.merge(safe_merge=safe_merge, adapter_names=adapter_names)
         replaced = self.replaced

@@ -18,9 +18,9 @@ class SketchedLinear(nn.Module):
     """A linear layer with codes and a frozen table in place of its weight; the bias is kept.
 
     Args:
-        base: the ``nn.Linear`` or transformers' ``Conv1D`` whose place it takes.
+        base: the ``nn.Linear`` or transformers' ``Conv1D`` that it replaces.
         sketch: of its weight, ``(outputs, inputs)``.
-        nearest_checksum: of the codes that were nearest to the weight.
+        nearest_checksum: checksum of the codes nearest to the weight.
         keep: keep the dense weight on the CPU, for ``original``.
     """
 
@@ -58,17 +58,17 @@ class SketchedLinear(nn.Module):
         return Sketch(self.codebook, self.codes.data, bits=self.bits, groups=self.groups, cols=self.in_features)
 
     def decode(self, table: Tensor, dtype: torch.dtype) -> Tensor:
-        """The weight with this table, as the layer that was replaced stored it."""
+        """The weight with this table, in the replaced layer's layout."""
         weight = code_gather(table.detach(), self.codes, self.bits, self.in_features, dtype)
         return weight.t().contiguous() if self.is_conv1d else weight
 
     @property
     def weight(self) -> Tensor:
-        """The dense weight that the frozen table gives, decoded anew each time it is read."""
+        """The dense weight of the frozen table, decoded on each access."""
         return self.decode(self.codebook, self.dtype)
 
     def with_weight(self, weight: Tensor) -> nn.Module:
-        """An ordinary layer with this weight, as the layer that was replaced stored it, and the same bias."""
+        """An ordinary layer with this weight, in the replaced layer's layout, and the same bias."""
         dense = self._without_weight()
         dense.weight = nn.Parameter(weight.to(self.dtype), requires_grad=False)
         dense.register_parameter("bias", self.bias)
@@ -86,7 +86,7 @@ class SketchedLinear(nn.Module):
         return self._dense is not None
 
     def original(self) -> nn.Module:
-        """The layer that was replaced, whose weight was kept."""
+        """The replaced layer, whose weight was kept."""
         assert self._dense is not None  # a model without it is not unloaded
         return self.with_weight(self._dense.to(self.codes.device))
 

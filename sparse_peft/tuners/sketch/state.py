@@ -56,14 +56,14 @@ def nearest_codes(rows: RowsOfBase, initial: Tensor, bits: int, cols: int) -> Te
 
 
 class SketchState(TrainedState):
-    """A trained table for each part of each row, with the codes that say which entry is which weight's.
+    """A trained table for each part of each row, and the code of each weight: the index of its entry.
 
-    ``codebook`` ``(rows, groups, 2**bits)`` trains: what is added to the base's weights, from zero, or what takes
-    their place. The buffer ``initial`` has the first tables as bytes, which no cast of the model rounds: codes
-    are found again from the very same numbers. ``checksum`` ``(2,)`` is that of the packed codes, and of those that
-    are nearest to the base's weights.
+    ``codebook`` ``(rows, groups, 2**bits)`` trains. It is added to the base's weights, starting at zero, or replaces
+    them. The buffer ``initial`` has the first tables as bytes, which no cast of the model rounds, so that codes are
+    recomputed from equal numbers. ``checksum`` ``(2,)`` is of the packed codes, and of the codes nearest to the base's
+    weights.
 
-    The codes are no buffer: they follow from weights and tables, and distributed wrappers copy buffers in every pass.
+    The codes are no buffer: they follow from weights and tables, and distributed wrappers copy buffers in each pass.
 
     Args:
         shape: ``(outputs, inputs)`` of the layer.
@@ -71,8 +71,8 @@ class SketchState(TrainedState):
         name: the layer's name, for error messages.
         config: the adapter's.
         sketch: codes and first tables that are known beforehand.
-        has_tables: whether the codes come from tables; those of a 4-bit base do not.
-        is_fresh: whether no file is to bring the tables, so that they are made when the adapter is.
+        has_tables: whether the codes belong to tables; codes of a 4-bit base do not.
+        is_fresh: whether the tables are made with the adapter, not loaded from a file.
     """
 
     value_name = "codebook"
@@ -167,11 +167,11 @@ class SketchState(TrainedState):
 
     @property
     def _is_new(self) -> bool:
-        """Whether neither a training nor a file has codes for this state yet."""
+        """Whether the state has no codes yet, neither new ones nor a file's."""
         return int(self.checksum[0]) == UNSET
 
     def share(self, sketch: Sketch, nearest: int) -> None:
-        """Settle on the codes that the layer has already: of a 4-bit base, or in place of its weight.
+        """Take the codes that the layer has already: of a 4-bit base, or in place of its weight.
 
         Args:
             sketch: the layer's codes and first tables.
@@ -186,7 +186,7 @@ class SketchState(TrainedState):
         self._finish(self._pattern(sketch.codebooks) if self.has_tables else None, None, found)
 
     def find(self, rows: RowsOfBase, base: str) -> None:
-        """Settle on codes for the base's weights: given ones, those of a file, or new ones.
+        """Take codes for the base's weights: given ones, those of a file, or new ones.
 
         Args:
             rows: of the base's weight.

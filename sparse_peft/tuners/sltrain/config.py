@@ -31,15 +31,15 @@ class SLTrainConfig(SparseConfig):
         r: rank of the low-rank part; 8 for fine-tuning. For pretraining there is no default: the paper's is about a
             quarter of the model's width.
         alpha: the low-rank part is scaled by ``alpha / r``.
-        dropout: probability with which an input of the low-rank part is left out in training; fine-tuning only.
+        dropout: dropout probability of the low-rank part's inputs; fine-tuning only.
         mode: ``"finetune"`` or ``"pretrain"``.
-        density: share of each weight that the sparse part has; by default 1 %, for pretraining 3 %.
-        num_params: its number of entries over all target layers, instead.
+        density: share of each weight's entries in the sparse part; by default 1 %, for pretraining 3 %.
+        num_params: number of entries of the sparse part over all target layers, in place of ``density``.
         init_scale: of the sparse part's first values in pretraining: uniform within ``init_scale / sqrt(in)``.
         trainable_scale: scale the low-rank part with ``tanh(theta)`` instead, ``theta`` trained from 1.
-        backend: how a layer without a weight computes: ``"composed"``: its rows put together a panel at a time,
-            ``"factored"``: one product after the other, or ``"auto"``: what should be faster (speed only).
-        selection: how the sparse part's entries are chosen; in pretraining at random, or changing during training.
+        backend: computation of a layer without a weight. ``"composed"``: one panel of rows at a time, ``"factored"``:
+            one product after the other, ``"auto"``: the faster one by an estimate. It changes speed, not results.
+        selection: criterion of the sparse part's positions; in pretraining at random, or changing during training.
 
     The other fields are those of [`SparseConfig`][sparse_peft.SparseConfig], for the sparse part.
 

@@ -26,7 +26,7 @@ class SLTrainLinear(LowRankLayer[SLTrainDelta], SparseTunerLayer[SLTrainDelta]):
     SLTrain, https://arxiv.org/abs/2406.02214. Shapes: ``A`` ``(r, in)``, ``B`` ``(out, r)``, values ``(k,)``.
 
     Args:
-        base_layer: the layer that is adapted, or whose place is taken.
+        base_layer: the layer that is adapted or replaced.
         name: its full name in the model.
         resident: whether its weight may hold the active adapter's entries between forward passes.
         weightless: drop the base weight.
@@ -98,7 +98,7 @@ class SLTrainLinear(LowRankLayer[SLTrainDelta], SparseTunerLayer[SLTrainDelta]):
     def _low_rank_added(
         self, run: Callable[..., Tensor], names: tuple[str, ...], x: Tensor, *args: Any, **kwargs: Any
     ) -> Tensor:
-        """The output with the adapters' entries, and their low rank added to it."""
+        """The output with the adapters' entries, plus their low-rank outputs."""
         result = run(x, *args, **kwargs)
         for name in names:
             result = result + self.low_rank_output(x, name).to(result.dtype)
@@ -115,7 +115,7 @@ class SLTrainLinear(LowRankLayer[SLTrainDelta], SparseTunerLayer[SLTrainDelta]):
         tokens, dtype = (1, base.dtype) if x is None else (x.numel() // max(1, x.shape[-1]), x.dtype)
         return cheaper_way(delta.rank, delta.support, tokens, dtype, delta.values.device)
 
-    @torch.compiler.disable  # panels and positions are no business of a graph, which would keep the weight whole
+    @torch.compiler.disable  # a graph would materialise the whole weight
     def _weightless_forward(self, x: Tensor) -> Tensor:
         delta = self.settled(self._only_name)
         dtype, bias = self._compute_dtype(x), self.base_bias

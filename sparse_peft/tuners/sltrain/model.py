@@ -80,7 +80,7 @@ class SLTrainModel(SparseModel[SLTrainConfig, SLTrainDelta]):
             if config.mode == "pretrain" and type(base) is not nn.Linear:
                 raise TypeError(
                     f"Target module {name} of type {type(base).__name__}: mode='pretrain' puts sparse plus low rank "
-                    "in the place of plain `torch.nn.Linear` layers; leave this one out with exclude_modules, or use "
+                    "in place of plain `torch.nn.Linear` layers; leave this one out with exclude_modules, or use "
                     "mode='finetune'"
                 )
             check_rank(name, config.rank, stored_shape(module), "r")
@@ -90,7 +90,7 @@ class SLTrainModel(SparseModel[SLTrainConfig, SLTrainDelta]):
 
     @classmethod
     def combined_fields(cls, configs: Sequence[SLTrainConfig], tensors: Tensors) -> dict[str, Any]:
-        # the scales are in B now; one rank holds for all layers, so those with fewer are filled up
+        # the scales are in B now; one rank is for all layers, so smaller ones are padded
         rank = max(found["A"].shape[0] for found in tensors.values())
         for found in tensors.values():
             more = rank - found["A"].shape[0]
@@ -128,7 +128,7 @@ class SLTrainModel(SparseModel[SLTrainConfig, SLTrainDelta]):
 
     @classmethod
     def saves_base_weights(cls, config: SLTrainConfig) -> bool:
-        return config.mode == "pretrain"  # there is no base model to come back to: the file has all that trains
+        return config.mode == "pretrain"  # without a base model the file needs all parameters
 
     @classmethod
     def _get_adapter_state_dict(

@@ -10,7 +10,7 @@ class WeightlessLinear(nn.Module):
     """The sizes, dtype and bias of a linear layer; its weight is a meta tensor, which takes no memory.
 
     Args:
-        linear: the layer whose place it takes.
+        linear: the layer that it replaces.
     """
 
     like: Tensor

@@ -40,7 +40,7 @@ class SnellaConfig(BaseSparseConfig):
         r: trained numbers for each input and output, half of them of each piece; even.
         kernel: ``"distance"``: a difference of two distances (SNELL), or ``"mixed"``: with a softmax of it over the
             outputs, a constant and three more trained numbers a layer (SNELLA).
-        sparsity: share of each layer's entries that are zero, in [0, 1]; by default 0.5, and 0 with a target.
+        sparsity: share of zero entries in each layer's delta, in [0, 1]; by default 0.5, and 0 with a target.
         threshold: entry for a kernel value ``k`` whose absolute value is above the threshold ``tau``: ``"soft"``:
             ``k (|k| - tau)``, the paper's equation 5; ``"reference"``: ``k |k|`` with a gradient that takes ``|k|`` as
             a constant, the authors' code, which counts entries as ``torch.quantile`` does; ``"hard_ste"``: ``k``,
@@ -49,21 +49,21 @@ class SnellaConfig(BaseSparseConfig):
             computed again from ``seed`` and not saved. ``"symmetric"``: both pieces start equal, which gives a zero
             delta; with the distance kernel and ``"hard_ste"`` only. ``"reference"``: as the authors do, with a small
             delta at the start.
-        seed: of the first numbers; every layer draws its own from (seed, layer name).
-        dropout: probability with which an input of the delta is left out in training. Without any the delta is added
-            to a float32 base's weight, and each pass multiplies once.
-        tau_interval: changes of the parameters from one computation of ``tau`` to the next.
-        cache: keep the dense delta in evaluation mode without gradients: memory of the weight's size per layer, and
-            forward passes without the kernel.
+        seed: of the initial values; every layer draws its own from (seed, layer name).
+        dropout: dropout probability of the delta's inputs. Without dropout the delta is added to a float32 base's
+            weight, and each pass has one product.
+        tau_interval: parameter changes between two computations of ``tau``.
+        cache: keep the dense delta in evaluation mode without gradients. It takes the weight's size in memory, and
+            forward passes need no distances.
         target_sparsity: final share of zero entries over all layers, allocated by the layers' sensitivity; None for no
             allocation. At least ``sparsity``.
         allocate_start: optimizer steps (int), or share of the run (float), before the first allocation.
-        allocate_stop: when the target is reached; allocations do not change afterwards.
-        allocate_every: optimizer steps from one allocation to the next.
-        beta1: decay of the average of sensitivity.
-        beta2: decay of the average of its uncertainty.
-        at_least: entries that every layer keeps.
-        weigh_by_size: multiply a layer's score with its size, so that it is shared by sums and not by means.
+        allocate_stop: step or share of the run at which the target is reached; allocations are fixed afterwards.
+        allocate_every: optimizer steps between two allocations.
+        beta1: decay of the average sensitivity.
+        beta2: decay of the average uncertainty.
+        at_least: least number of entries of a layer.
+        weigh_by_size: multiply a layer's score by its size, so that sums decide and not means.
         weight_shapes: resolved ``[rows, cols]`` of the layers' stored weights. Not for setting by hand.
 
     Raises:
@@ -166,7 +166,7 @@ class SnellaConfig(BaseSparseConfig):
             yield f"target_sparsity is not reached: allocate_stop={self.allocate_stop!r} is after step {total_steps}"
 
     def budget_schedule(self, initial: int, numel: int, total_steps: int | None) -> BudgetSchedule:
-        """How many entries all layers together keep, in a run of this many optimizer steps.
+        """Number of entries of all layers together in the course of a run.
 
         Args:
             initial: entries at the start.
@@ -188,7 +188,7 @@ class SnellaConfig(BaseSparseConfig):
 
 
 def _share(share: float, numel: int) -> int:
-    """A share of ``numel`` entries, rounded up unless it is an integer up to the product's rounding."""
+    """A share of ``numel`` entries, rounded up; products within rounding of an integer count as it."""
     number = share * numel
     nearest = round(number)
     return nearest if abs(number - nearest) <= 1e-12 * max(1.0, number) else int(number) + 1

@@ -69,7 +69,7 @@ class SnellaLinear(TunerLayer[KernelState]):
     def _serves(self) -> bool:
         return not self.training and not torch.is_grad_enabled()
 
-    @torch.compiler.disable  # parts and thresholds are no business of a graph, which would keep the delta whole
+    @torch.compiler.disable  # a graph would materialise the whole delta
     def _fused_forward(self, adapter_name: str, x: Tensor) -> Tensor:
         state = self.deltas[adapter_name]
         how, dtype, bias = state.competition(), self._compute_dtype(x), self.base_bias

@@ -36,7 +36,7 @@ NOT_FOUND = -1  # the age of a threshold that is still to be found
 
 
 class _Seen(NamedTuple):
-    """What the parameters were when they were last looked at."""
+    """Stamp of the parameters and number of kept entries at the last threshold."""
 
     stamp: Stamp
     kept: int
@@ -46,16 +46,16 @@ class KernelState(TrainedState):
     """Factors whose kernel, thresholded, is the delta of a weight seen as a map from inputs to outputs.
 
     ``A`` is ``(2, inputs, r / 2)``, ``B`` ``(2, outputs, r / 2)``, and ``mix`` the three numbers of the mixed kernel.
-    All are float32, or float64 in a float64 model, whatever else the model is cast to. The buffers are the number of
-    entries kept (int64), the threshold ``tau``, and ``age``, the number of changes of the parameters since it was
-    found; where the first delta is subtracted also the ``seed`` it is drawn from, and its threshold ``first_tau``.
+    All are float32, or float64 in a float64 model, through any cast of the model. The buffers are the number of kept
+    entries (int64), the threshold ``tau``, and ``age``, the number of parameter changes since ``tau`` was computed. If
+    the initial delta is subtracted, its ``seed`` and its threshold ``first_tau`` follow.
 
     Args:
         sizes: ``(inputs, outputs)`` of the layer; a convolution's inputs are its channels times its taps.
         config: of the adapter.
         product: the layer's.
-        name: the layer's name, for what is drawn and for error messages.
-        kept: number of entries that are not zero; what the config says if None.
+        name: the layer's name, for random numbers and error messages.
+        kept: number of nonzero entries; the config's if None.
     """
 
     value_name = "B"
@@ -69,7 +69,7 @@ class KernelState(TrainedState):
     age: Tensor
     seed: Tensor
     first_tau: Tensor
-    # what was found out about parameters and buffers
+    # caches of parameters and buffers
     _seen: _Seen | None
     _first: InitialDelta | None
     _first_of: tuple[int, torch.dtype] | None
@@ -97,7 +97,7 @@ class KernelState(TrainedState):
         self.keep_dtype()
 
     def _draw(self, seed: int) -> Factors:
-        """The first factors: evenly over ``1 / sqrt(features r / 2)``, as the authors' initialisation has it."""
+        """The initial factors: uniform within ``1 / sqrt(features r / 2)`` of zero, as the authors'."""
         inputs, outputs = self.features
         mix = torch.tensor(list(MIX.values())) if self.settings.kernel == "mixed" else None
         return Factors(self._drawn(seed, "inputs", inputs), self._drawn(seed, "outputs", outputs), mix)
@@ -126,7 +126,7 @@ class KernelState(TrainedState):
 
     @property
     def dtype(self) -> torch.dtype:
-        """What the kernel is computed in."""
+        """The dtype of the kernel's computation."""
         return torch.promote_types(self.A.dtype, torch.float32)
 
     @property
@@ -134,11 +134,11 @@ class KernelState(TrainedState):
         """Entries of the layer's weight."""
         return math.prod(self.features)
 
-    # ------------------------------------------------------------------ how many entries are kept
+    # ------------------------------------------------------------------ number of kept entries
 
     @property
     def entries(self) -> int:
-        """Number of entries that are not zero, read from the buffer where that may have changed."""
+        """Number of nonzero entries; the buffer is read only if it changed."""
         return self._number("kept", self.kept)
 
     @property
@@ -147,12 +147,12 @@ class KernelState(TrainedState):
         return 1 - self.entries / self.numel
 
     def keep(self, entries: int) -> None:
-        """Let so many entries win from now on."""
+        """Set the number of entries that are kept from now on."""
         self.kept.fill_(entries)
         self.age.fill_(NOT_FOUND)
 
     def _number(self, name: str, buffer: Tensor) -> int:
-        """A buffer's number, which is read from the device once for each write."""
+        """A buffer's value, read from the device once per write."""
         writes, known = version(buffer), self._numbers.get(name)
         if known is None or known[0] is not buffer or known[1] != writes:
             known = self._numbers[name] = buffer, writes, int(buffer)
@@ -161,9 +161,9 @@ class KernelState(TrainedState):
     # ------------------------------------------------------------------ the threshold
 
     def settle(self) -> None:
-        """Find the threshold anew if the parameters changed and it is due."""
+        """Compute the threshold if the parameters changed and ``tau_interval`` has passed."""
         if any(p.is_meta or isinstance(p, DTensor) for p in self.own_parameters.values()):
-            return  # nothing to compute from: the next forward pass has it
+            return  # no values yet: the next forward pass computes it
         if not self._is_settled():
             exclusively(self._settle)
 
@@ -192,7 +192,7 @@ class KernelState(TrainedState):
             return find_threshold(factors, entries, THRESHOLDS[self.settings.threshold])
 
     def competition(self) -> Competition:
-        """How the factors become a delta now."""
+        """Layout, threshold and subtracted delta of the present computation."""
         self.settle()
         threshold = THRESHOLDS[self.settings.threshold]
         return Competition(self.product, threshold, self._subtracted(), partial(note_backward, self))
@@ -217,7 +217,7 @@ class KernelState(TrainedState):
         return distance_delta(self(), self.tau, how, dtype or self.dtype)
 
     def kept_delta(self, dtype: torch.dtype) -> Tensor:
-        """As ``dense``; kept until a parameter changes or the layer trains again."""
+        """As ``dense``, cached until a parameter changes or the layer trains again."""
         self.settle()
         if self._dense is None or self._dense[0] is not self._seen or self._dense[1].dtype != dtype:
             with torch.inference_mode(False):
@@ -225,7 +225,7 @@ class KernelState(TrainedState):
         return self._dense[1]
 
     def sparse(self) -> tuple[Tensor, Tensor]:
-        """``(entries,)`` positions in the flat ``(outputs, inputs)``, ascending, and values of what is kept."""
+        """``(entries,)`` ascending positions in the flat ``(outputs, inputs)``, and values of the kept entries."""
         how = self.competition()
         return distance_entries(self(), self.tau, how)
 
@@ -244,7 +244,7 @@ class KernelState(TrainedState):
     sharded = False  # whether FSDP2 gathers the parameters, to another address each time
 
     def _forget(self) -> None:
-        """Forget what was found out about parameters and buffers."""
+        """Drop the caches of parameters and buffers."""
         self._seen = self._first = self._first_of = self._dense = None
         self._numbers = {}
 
@@ -279,7 +279,7 @@ class KernelState(TrainedState):
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(*args, **kwargs)
-        for parameter in self.own_parameters.values():  # which may be the file's tensors themselves
+        for parameter in self.own_parameters.values():  # with assign=True the file's own tensors
             if parameter.dtype.itemsize < 4:
                 parameter.data = parameter.data.float()
         self._forget()

@@ -23,7 +23,7 @@ resource = pytest.importorskip("resource")
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 INPUT = torch.ones(2, 17)
-ROOM = 2**29  # bytes that one attempt may take besides what the process has
+MEMORY = 2**29  # bytes that one attempt may allocate
 RESERVED = ("keys", "values", "items", "pop", "training", "forward", "parameters", "_modules", "copy")
 FEW = settings(max_examples=25, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 
@@ -59,11 +59,11 @@ def workbench(tmp_path, saved):
 
 @contextmanager
 def little_memory():
-    """Whatever wants more than ``ROOM`` bytes fails inside the block."""
+    """Allocations of more than ``MEMORY`` bytes fail inside the block."""
     with Path("/proc/self/statm").open() as file:
         now = int(file.read().split()[0]) * resource.getpagesize()
     limits = resource.getrlimit(resource.RLIMIT_AS)
-    resource.setrlimit(resource.RLIMIT_AS, (now + ROOM, limits[1]))
+    resource.setrlimit(resource.RLIMIT_AS, (now + MEMORY, limits[1]))
     try:
         yield
     finally:
@@ -105,7 +105,7 @@ def attempt(loader, folder):
 
 def test_honest_files_pass(workbench):
     with little_memory(), pytest.raises(RuntimeError, match="allocate"):
-        torch.empty(2 * ROOM, dtype=torch.uint8)
+        torch.empty(2 * MEMORY, dtype=torch.uint8)
     for method in METHODS:
         folder = workbench(method)
         outputs = [attempt(loader, folder)(INPUT) for loader in LOADERS]

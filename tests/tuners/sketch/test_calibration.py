@@ -1,4 +1,4 @@
-"""Sketches from data: against the same steps written out densely, and what is left of the model afterwards."""
+"""Sketches from data: against the same steps written out densely; the model is unchanged afterwards."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""SketchTune against the authors' layers, in the place of the weights."""
+"""SketchTune against the authors' layers, in place of the weights."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""SLTrain against the authors' SpLoRaModel, in the place of the weights."""
+"""SLTrain against the authors' SpLoRaModel, in place of the weights."""
 
 import pytest
 import torch

@@ -279,7 +279,7 @@ def test_compaction_changes_nothing_but_the_size(optimizer_cls, tmp_path):
     torch.manual_seed(0)
     base = nn.Sequential(nn.Linear(12, 16), nn.ReLU(), nn.Linear(16, 6))
     assert torch.equal(PeftModel.from_pretrained(base, str(tmp_path))(x), runs[1](x))
-    # a run resumed from the file goes on with what is left
+    # a run resumed from the file continues with the remaining ranks
     fresh = make(compact_every=4, **fields)
     fresh.load_adapter(str(tmp_path), "default", is_trainable=True)
     assert torch.equal(fresh(x), runs[1](x))

@@ -162,7 +162,7 @@ def test_candidates_lie_in_the_stored_layout(conv1d):
 
 
 def test_momentum_needs_no_sm3():
-    """The covers are the same whoever keeps them."""
+    """The covers do not depend on their owner."""
     model = adapted("momentum")
     controller = SparsityController(model, optimizer_of(model), total_steps=30)
     train(model, controller.optimizer, controller, range(2))
