@@ -40,7 +40,8 @@ def compose(
     same layers: one that lacks a layer counts as zero there.
 
     Modules that an adapter trained whole (a classification head, ``modules_to_save``) are no deltas and are not
-    combined: the one adapter that has them gives them (LT-SFT, section 3: the task's head is the task adapter's).
+    combined. They are those of the one adapter that has them (LT-SFT, section 3: the task's head is the task
+    adapter's).
 
     Args:
         folders: of the adapters.
@@ -61,6 +62,22 @@ def compose(
     Raises:
         ValueError: adapters of other bases or shapes, a combination or weights that do not fit, modules that several
             adapters trained whole, or a damaged file; nothing is written then.
+
+    Example:
+        >>> import tempfile, torch
+        >>> from peft import get_peft_model
+        >>> from sparse_peft import SparseConfig
+        >>> def save(folder, seed):
+        ...     config = SparseConfig(density=0.05, seed=seed, init_weights=False, target_modules=["0"])
+        ...     get_peft_model(torch.nn.Sequential(torch.nn.Linear(64, 32)), config).save_pretrained(folder)
+        >>> from sparse_peft.adapters import compose, summarise
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     for seed in (0, 1):
+        ...         save(f"{folder}/{seed}", seed)
+        ...     config = compose([f"{folder}/0", f"{folder}/1"], f"{folder}/sum", weights=[0.5, 0.5])
+        ...     found = summarise(f"{folder}/sum")
+        >>> found.entries == config.num_entries["0"] > 102
+        True
     """
     how = Combination(combination_type, density, majority_sign_method, seed, svd_rank)
     adapters = read_all(folders, ignore_base_names)

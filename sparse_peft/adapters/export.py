@@ -61,7 +61,16 @@ def export(
             do not fit it; nothing is written then.
 
     Example:
-        >>> export("adapter", "merged", base="base-model")
+        >>> import tempfile, torch
+        >>> from peft import get_peft_model
+        >>> from sparse_peft import S2FTConfig
+        >>> base = torch.nn.Sequential(torch.nn.Linear(64, 32))
+        >>> model = get_peft_model(base, S2FTConfig(k=4, init_weights=False, target_modules=["0"]))
+        >>> from sparse_peft.adapters import export
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     config = export(model, folder, "lora")
+        >>> config.r
+        4
     """
     if form not in EXPORT_FORMS:
         raise ValueError(f"form={form!r}: one of {', '.join(EXPORT_FORMS)} is expected")

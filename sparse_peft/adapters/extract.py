@@ -173,7 +173,16 @@ def extract(
             nothing is written then.
 
     Example:
-        >>> extract("base-model", "finetuned-model", "adapter", density=0.01)
+        >>> import copy, tempfile, torch
+        >>> from sparse_peft.adapters import extract
+        >>> base = torch.nn.Sequential(torch.nn.Linear(64, 32))
+        >>> finetuned = copy.deepcopy(base)
+        >>> with torch.no_grad():
+        ...     _ = finetuned[0].weight[3].add_(1)
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     found = extract(base, finetuned, folder, density=0.1, target_modules=["0"])
+        >>> found.config.num_entries
+        {'0': 64}
     """
     if options is not None and fields:
         raise TypeError(f"options and {', '.join(fields)} are both given; put all fields into the options")

@@ -127,6 +127,20 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike, adapter_name: str 
 
     Raises:
         ValueError: the model has no such adapter, or one with values that are not finite.
+
+    Example:
+        >>> import tempfile, torch
+        >>> from peft import get_peft_model
+        >>> from sparse_peft import SparseConfig
+        >>> from sparse_peft.adapters import load_adapter, save_adapter
+        >>> model = torch.nn.Sequential(torch.nn.Linear(64, 32))
+        >>> _ = get_peft_model(model, SparseConfig(density=0.05, target_modules=["0"]))
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     save_adapter(model, folder)
+        ...     fresh = torch.nn.Sequential(torch.nn.Linear(64, 32))
+        ...     load_adapter(fresh, folder)
+        >>> fresh[0].support("default") == model[0].support("default")
+        True
     """
     write_adapter(folder, config_of(model, adapter_name), tensors_of(model, adapter_name))
 

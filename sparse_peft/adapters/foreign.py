@@ -1,8 +1,8 @@
 """Sparse adapters of other programs: SHiRA's and Super-Tuning's, SpIEL's and LT-SFT's files.
 
-Nothing is unpickled by Python's ``pickle``. SpIEL and LT-SFT publish ``torch.save`` files, which are read by
-``torch.load(weights_only=True)``: it builds tensors and plain containers and nothing else; for LT-SFT also NumPy's
-integer scalars, one of which its format has in every tensor's positions.
+Nothing is unpickled by Python's ``pickle``. SpIEL and LT-SFT publish ``torch.save`` files. They are read by
+``torch.load(weights_only=True)``, which builds tensors and plain containers and nothing else. LT-SFT's format also has
+NumPy's integer scalars, which are allowed for it.
 """
 
 from __future__ import annotations

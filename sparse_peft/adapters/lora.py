@@ -164,6 +164,18 @@ def save_as_lora(
 
     Raises:
         ValueError: see ``to_lora``.
+
+    Example:
+        >>> import tempfile, torch
+        >>> from peft import get_peft_model
+        >>> from sparse_peft import S2FTConfig
+        >>> base = torch.nn.Sequential(torch.nn.Linear(64, 32))
+        >>> model = get_peft_model(base, S2FTConfig(k=4, init_weights=False, target_modules=["0"]))
+        >>> from sparse_peft.adapters import save_as_lora
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     config = save_as_lora(model, folder)
+        >>> config.r, config.peft_type.value
+        (4, 'LORA')
     """
     config, tensors = to_lora(model, adapter_name, uniform)
     write_exact_lora(folder, config, tensors)
@@ -188,6 +200,19 @@ def save_lora_as_s2ft(lora_folder: str | os.PathLike, folder: str | os.PathLike)
 
     Raises:
         ValueError: no LoRA adapter, or a layer whose factors select no channels.
+
+    Example:
+        >>> import tempfile, torch
+        >>> from peft import get_peft_model
+        >>> from sparse_peft import S2FTConfig
+        >>> base = torch.nn.Sequential(torch.nn.Linear(64, 32))
+        >>> model = get_peft_model(base, S2FTConfig(k=4, init_weights=False, target_modules=["0"]))
+        >>> from sparse_peft.adapters import save_as_lora, save_lora_as_s2ft
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     _ = save_as_lora(model, f"{folder}/lora")
+        ...     config = save_lora_as_s2ft(f"{folder}/lora", f"{folder}/s2ft")
+        >>> config.num_channels
+        {'0': 4}
     """
     lora, tensors = read_adapter(lora_folder)
     if not isinstance(lora, LoraConfig):

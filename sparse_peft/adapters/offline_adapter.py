@@ -113,6 +113,20 @@ def read_stored(folder: str | os.PathLike) -> StoredAdapter:
 
     Raises:
         ValueError: as ``read_sparse``, or an adapter whose delta depends on its base's weights; names the layer.
+
+    Example:
+        >>> import tempfile, torch
+        >>> from peft import get_peft_model
+        >>> from sparse_peft import SparseConfig
+        >>> def save(folder, seed):
+        ...     config = SparseConfig(density=0.05, seed=seed, init_weights=False, target_modules=["0"])
+        ...     get_peft_model(torch.nn.Sequential(torch.nn.Linear(64, 32)), config).save_pretrained(folder)
+        >>> from sparse_peft.adapters import read_stored, supports_of
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     save(folder, seed=0)
+        ...     adapter = read_stored(folder)
+        >>> {name: support.nnz for name, support in supports_of(adapter).items()}
+        {'0': 102}
     """
     folder = os.fspath(folder)
     config, tensors = read_sparse(folder)

@@ -72,6 +72,21 @@ def soup(
     Raises:
         ValueError: low-rank factors, different layers, supports or modules, or weights that do not add up to 1;
             nothing is written then.
+
+    Example:
+        >>> import tempfile, torch
+        >>> from peft import get_peft_model
+        >>> from sparse_peft import SparseConfig
+        >>> def save(folder, seed):
+        ...     config = SparseConfig(density=0.05, seed=seed, init_weights=False, target_modules=["0"])
+        ...     get_peft_model(torch.nn.Sequential(torch.nn.Linear(64, 32)), config).save_pretrained(folder)
+        >>> from sparse_peft.adapters import soup
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     for name in ("a", "b"):
+        ...         save(f"{folder}/{name}", seed=0)  # the same positions, other values
+        ...     average = soup([f"{folder}/a", f"{folder}/b"], f"{folder}/average")
+        >>> average.entries, len(average.distances)
+        (102, 2)
     """
     if on_mismatch not in ON_MISMATCH:
         raise ValueError(f"on_mismatch={on_mismatch!r}: one of {', '.join(ON_MISMATCH)} is expected")

@@ -163,6 +163,20 @@ def summarise(folder: str | os.PathLike, progress: Progress = iter) -> AdapterSu
 
     Raises:
         ValueError: no adapter of this package, or a damaged one.
+
+    Example:
+        >>> import tempfile, torch
+        >>> from peft import get_peft_model
+        >>> from sparse_peft import SparseConfig
+        >>> def save(folder, seed):
+        ...     config = SparseConfig(density=0.05, seed=seed, init_weights=False, target_modules=["0"])
+        ...     get_peft_model(torch.nn.Sequential(torch.nn.Linear(64, 32)), config).save_pretrained(folder)
+        >>> from sparse_peft.adapters import summarise
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     save(folder, seed=0)
+        ...     found = summarise(folder)
+        >>> found.entries, found.weights
+        (102, 2048)
     """
     adapter = read_stored(folder)
     layers = [_summary_of(adapter, layer) for layer in progress(_in_order(adapter.states))]
@@ -322,6 +336,21 @@ def compare(a: str | os.PathLike, b: str | os.PathLike, progress: Progress = ite
 
     Raises:
         ValueError: no adapters of this package, damaged ones, or ones for weights of different shapes.
+
+    Example:
+        >>> import tempfile, torch
+        >>> from peft import get_peft_model
+        >>> from sparse_peft import SparseConfig
+        >>> def save(folder, seed):
+        ...     config = SparseConfig(density=0.05, seed=seed, init_weights=False, target_modules=["0"])
+        ...     get_peft_model(torch.nn.Sequential(torch.nn.Linear(64, 32)), config).save_pretrained(folder)
+        >>> from sparse_peft.adapters import compare
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     for seed in (0, 1):
+        ...         save(f"{folder}/{seed}", seed)
+        ...     found = compare(f"{folder}/0", f"{folder}/1")
+        >>> [layer.layer for layer in found.layers], found.identical
+        (['0'], False)
     """
     first, second = read_stored(a), read_stored(b)
     total, layers = _Products(), []

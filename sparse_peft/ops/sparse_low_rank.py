@@ -1,8 +1,8 @@
 """A linear layer whose weight is low rank plus sparse and never stored: ``W = up @ down + scatter(values)``.
 
-*Composed*: the rows of the weight are composed one panel at a time, in the forward pass and again in backward, where
-each panel's gradient is formed as well. *Factored*: the weight is never formed; the factors multiply one after the
-other. Source: SLTrain, section 3.2, https://arxiv.org/abs/2406.02214; the panels are this package's.
+*Composed*: the rows of the weight are computed one panel at a time, in both passes. The backward pass also forms each
+panel's gradient. *Factored*: the weight is never formed. The factors multiply one after the other. Source: SLTrain,
+section 3.2, https://arxiv.org/abs/2406.02214; the panels are this package's.
 """
 
 from __future__ import annotations

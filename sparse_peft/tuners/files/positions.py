@@ -1,7 +1,7 @@
 """How positions lie in an adapter's file: two bytes each where they can.
 
-A file has, for each layer, the entries' columns as ``cols`` ``(entries,)`` uint16 and the number of entries in each
-row as ``row_counts`` ``(rows,)`` uint16: the compressed sparse row format with counts, half as long as pointers. A
+For each layer a file has the entries' columns, ``cols`` ``(entries,)`` uint16, and the number of entries in each row,
+``row_counts`` ``(rows,)`` uint16. This is the compressed sparse row format with counts, half as long as pointers. A
 layer of more than 65,535 columns, or with fewer entries than rows, has ``indices`` instead, flat row-major positions.
 In memory positions are always flat.
 """

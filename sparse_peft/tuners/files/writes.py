@@ -79,9 +79,9 @@ def is_waiting(path: str | os.PathLike) -> bool:
 def guard_adapter_writes() -> None:
     """Make ``PeftModel.save_pretrained`` replace an adapter's files only once all of the new ones are complete.
 
-    PEFT writes the weights in place and the config after them, so a full disk, or a config that cannot be written,
-    would leave a mixture of the old adapter and the new one; it offers no hook around the writes. Its writer of
-    weights is replaced for every adapter of the process: same bytes, other moment.
+    PEFT writes the weights in place and the config after them, and offers no hook. A full disk, or a config that
+    cannot be written, would leave a mixture of the old adapter and the new one. PEFT's writer of weights is replaced
+    for every adapter of the process: same bytes, other moment.
     """
     wrap_once(peft.peft_model, "safe_save_file", _write_whole)
     wrap_once(PeftModel, "save_pretrained", _save_together)

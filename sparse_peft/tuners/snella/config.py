@@ -28,10 +28,10 @@ Decay = Annotated[float, Limits(least=0, below=1)]
 class SnellaConfig(BaseSparseConfig):
     """SNELL and SNELLA: a sparse delta of full rank from few numbers.
 
-    Papers: SNELL, https://arxiv.org/abs/2411.01800, and SNELLA, https://arxiv.org/abs/2510.24037. Entry ``(o, i)``
-    of the delta is a kernel of the vectors ``B[:, o]`` and ``A[:, i]``, with ``A`` ``(2, in, r / 2)`` and ``B``
-    ``(2, out, r / 2)`` trained, as many numbers as LoRA of rank ``r``. Of each layer's entries the ``1 -
-    sparsity`` with the largest absolute values are kept, the others are zero.
+    Papers: SNELL, https://arxiv.org/abs/2411.01800, and SNELLA, https://arxiv.org/abs/2510.24037. Entry ``(o, i)`` of
+    the delta is a kernel of the vectors ``B[:, o]`` and ``A[:, i]``. ``A`` ``(2, in, r / 2)`` and ``B`` ``(2, out, r /
+    2)`` train, as many numbers as LoRA of rank ``r``. Of each layer's entries the ``1 - sparsity`` with the largest
+    absolute values are kept, the others are zero.
 
     With ``target_sparsity`` layers compete as well (SNELLA): training then needs
     [`SparsityCallback`][sparse_peft.SparsityCallback] or a [`SparsityController`][sparse_peft.SparsityController].
