@@ -62,7 +62,8 @@ def sparse_adapter(
         for name, state in states.items()
     }
     bias = getattr(like, "bias", "none")
-    config = ENTRIES.config_class(
+    make_config: Any = ENTRIES.config_class  # scale is a field of methods with sparse deltas
+    config: BaseSparseConfig = make_config(
         scale=1.0,
         weight_shapes={name: list(state.shape) for name, state in states.items()},
         base_model_name_or_path=like.base_model_name_or_path,
