@@ -8,6 +8,7 @@ from .numerics import panel_limit
 from .ops import use_backend
 from .registry import register_folders, register_method
 from .training.adamw import SparseAdamW
+from .training.attach import attach
 from .training.callback import SparsityCallback
 from .training.controller import SparsityController
 from .training.sm3 import SM3
@@ -32,6 +33,7 @@ __all__ = [
     "SparsityCallback",
     "SparsityController",
     "__version__",
+    "attach",
     "base_weights",
     "panel_limit",
     "register_method",

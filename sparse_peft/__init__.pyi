@@ -4,6 +4,7 @@ from .numerics import panel_limit as panel_limit
 from .ops import use_backend as use_backend
 from .registry import register_method as register_method
 from .training.adamw import SparseAdamW as SparseAdamW
+from .training.attach import attach as attach
 from .training.callback import SparsityCallback as SparsityCallback
 from .training.controller import SparsityController as SparsityController
 from .training.sm3 import SM3 as SM3

@@ -15,12 +15,16 @@ DECAYS: dict[str, Callable[[float], float]] = {
 """Decays of a rate, ``{name: function}``: its remaining share after a share of the steps from start to stop."""
 
 
+ENDLESS = 2**40
+"""Optimizer steps of a run whose length nobody says: a share of it is no step, and reselection goes on to its end."""
+
+
 def steps_of(value: int | float, total_steps: int | None, field: str) -> int:
     """A number of optimizer steps, from a number or a share of the run.
 
     Args:
         value: an int is a number of steps; a float is a share of the run, rounded down.
-        total_steps: length of the run, if known.
+        total_steps: length of the run, if known; ``ENDLESS`` leaves ``reselect_stop`` open.
         field: name of the field, for the message.
 
     Raises:
@@ -28,7 +32,7 @@ def steps_of(value: int | float, total_steps: int | None, field: str) -> int:
     """
     if isinstance(value, int):
         return value
-    if total_steps is None:
+    if total_steps is None or (total_steps == ENDLESS and value > 0 and field != "reselect_stop"):
         raise ValueError(
             f"{field}={value!r} is a share of the run, whose length is not known: pass total_steps=, or give {field} "
             "as a number of optimizer steps (an int)"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 import weakref
+from collections.abc import Callable
 from typing import Any
 
 from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
@@ -12,6 +13,10 @@ from .base_state import TrainedState
 
 # {state: what the controller that it lacks would do}
 _uncontrolled: weakref.WeakKeyDictionary[TrainedState, str] = weakref.WeakKeyDictionary()
+# {state: what ends the controller of an attachment, which stands back for any other}
+_replaceable: weakref.WeakKeyDictionary[TrainedState, weakref.WeakMethod[Callable[[], None]]] = (
+    weakref.WeakKeyDictionary()
+)
 
 
 def require_controller(state: TrainedState, role: str) -> None:
@@ -24,9 +29,31 @@ def require_controller(state: TrainedState, role: str) -> None:
     _uncontrolled[state] = role
 
 
-def mark_controlled(state: TrainedState) -> None:
-    """A controller looks after these values."""
+def mark_controlled(state: TrainedState, stand_back: Callable[[], None] | None = None) -> None:
+    """A controller looks after these values.
+
+    Args:
+        state: of an adapter in one layer.
+        stand_back: a method that ends this controller once there is another one; None for one that stays.
+    """
     _uncontrolled.pop(state, None)
+    end_attachment(state)
+    if stand_back is not None:
+        _replaceable[state] = weakref.WeakMethod(stand_back)
+
+
+def end_attachment(state: TrainedState) -> bool:
+    """End the attachment that controls a state; returns whether there was one."""
+    earlier = _replaceable.pop(state, None)
+    end = None if earlier is None else earlier()
+    if end is not None:
+        end()
+    return end is not None
+
+
+def lacks_controller(state: TrainedState) -> bool:
+    """Whether a state needs a controller and has none."""
+    return state in _uncontrolled
 
 
 def _check(optimizer: Optimizer, *_: Any) -> None:
@@ -44,7 +71,8 @@ def _check(optimizer: Optimizer, *_: Any) -> None:
     warnings.warn(
         f"the adapter in layer {first.name} (and {len(alone) - 1} more) is trained, but nothing {role} as "
         "its config asks for. With a Trainer or a TRL trainer add "
-        "`callbacks=[sparse_peft.SparsityCallback()]`; in a loop of your own make "
+        "`callbacks=[sparse_peft.SparsityCallback()]`; for a loop that is not yours call "
+        "`sparse_peft.attach(model, total_steps=...)` before training; in a loop of your own make "
         "`controller = sparse_peft.SparsityController(model, optimizer, total_steps=...)` and call "
         "`controller.step()` after each `optimizer.step()`.",
         UserWarning,

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
+from ...support.schedules import ENDLESS
+
 SPACINGS = ("linear", "geometric")
 
 
@@ -34,7 +36,7 @@ class PenaltySchedule:
         Raises:
             ValueError: several stages, and the length of the run is not known.
         """
-        if stages > 1 and total is None:
+        if stages > 1 and total in (None, ENDLESS):
             raise ValueError(f"stages={stages}: cutting the run into stages needs its length: pass total_steps=")
         if stages == 1:
             return cls((last,), start, total)

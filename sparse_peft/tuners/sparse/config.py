@@ -20,6 +20,7 @@ from ...support import (
     get_criterion,
     steps_of,
 )
+from ...support.schedules import ENDLESS
 from ..base_config import explains_fields, required
 from ..entry_config import EntryConfig
 
@@ -245,6 +246,11 @@ class SparseConfig(EntryConfig):
         if self.regrowth is None:
             return
         schedule = self.reselection_schedule(total_steps)
+        if total_steps == ENDLESS and not isinstance(self.reselect_stop, int):
+            yield (
+                f"reselect_stop={self.reselect_stop!r} is a share of a run of unknown length: reselection goes on to "
+                f"its end, with replace_rate={self.replace_rate!r} throughout; pass total_steps="
+            )
         last = schedule.stop if total_steps is None else min(schedule.stop, total_steps)
         if schedule.first_event > last:
             yield (
