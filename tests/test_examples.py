@@ -85,6 +85,32 @@ def test_on_a_stand_in(name, checks, options, stand_in, monkeypatch, capsys):
     assert capsys.readouterr().out.count("passed") == checks
 
 
+def test_grpo_on_a_tiny_model(capsys):
+    """The whole loop in seconds: sampling, rewards, training, and greedy answers before and after."""
+    pytest.importorskip("trl")
+    from examples import grpo  # noqa: PLC0415
+
+    sizes = dict(steps=15, questions=2, generations=8, length=12, unseen=8)
+    grpo.main(**sizes, selection="magnitude_smallest", density=0.3, learning_rate=1e-2, smoke=True)
+    assert capsys.readouterr().out.count("passed") == 2
+
+
+def test_grpo_rewards_the_right_number(stand_in):
+    pytest.importorskip("reasoning_gym")
+    pytest.importorskip("trl")
+    from examples import grpo  # noqa: PLC0415
+
+    tokenizer = AutoTokenizer.from_pretrained(stand_in)
+    tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
+    task = grpo.sums(tokenizer, 6, 4)
+    answers = task.train["answer"]
+    right = [f"That is 1 + 1, so {answer}." for answer in answers]
+    assert task.reward(completions=right, answer=answers) == [1.0] * 6
+    wrong = ["no number", "", "-1.", *(f"{answer} or {int(answer) + 1}" for answer in answers[3:])]
+    assert task.reward(completions=wrong, answer=answers) == [0.0] * 6
+    assert not set(task.train["prompt"]) & set(task.unseen["prompt"])
+
+
 @pytest.mark.parametrize("fails", [False, True])
 def test_an_example_whose_check_fails_exits_with_1(fails, capsys):
     if not fails:

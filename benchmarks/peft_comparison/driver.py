@@ -19,7 +19,6 @@ from typing import Any
 
 from peft import PeftConfig, PeftModel
 from torch import nn
-from torch.optim import Optimizer
 
 import sparse_peft
 from sparse_peft.tuners.traversal import configs_of
@@ -60,21 +59,6 @@ def started_from(folder: Path, *arguments: str) -> Iterator[None]:
         sys.argv = command
 
 
-def change_with_steps(model: nn.Module, optimizer: Optimizer, total_steps: int) -> None:
-    """Let the optimizer itself drive changes during training: PEFT's loop has no callback.
-
-    Args:
-        model: the PEFT model.
-        optimizer: of its adapter.
-        total_steps: optimizer steps of the run.
-    """
-    if not any(getattr(config, "changes_in_training", False) for config in configs_of(model).values()):
-        return
-    controller = sparse_peft.SparsityController(model, optimizer, total_steps=total_steps)
-    # registered after the controller's own hooks, so that it runs after them; hooks keep the controller alive
-    optimizer.register_step_post_hook(lambda *_: controller.step())
-
-
 class Driver:
     """The replaced functions of one run.
 
@@ -109,9 +93,9 @@ class Driver:
 
     def with_controller(self, function: Callable[..., Any]) -> Callable[..., Any]:
         def get_optimizer_and_scheduler(model: nn.Module, *, max_steps: int, **options: Any) -> Any:
-            optimizer, scheduler = function(model, max_steps=max_steps, **options)
-            change_with_steps(model, optimizer, max_steps)
-            return optimizer, scheduler
+            if any(getattr(config, "changes_in_training", False) for config in configs_of(model).values()):
+                sparse_peft.attach(model, total_steps=max_steps)
+            return function(model, max_steps=max_steps, **options)
 
         return get_optimizer_and_scheduler
 
