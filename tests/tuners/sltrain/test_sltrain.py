@@ -141,44 +141,6 @@ def test_only_the_support_changes_besides_the_low_rank():
         assert torch.linalg.matrix_rank(layer.get_delta_weight("default").double()) > 3
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_merge_and_unmerge_to_the_bit(dtype):
-    torch.manual_seed(0)
-    base = TwoLayers().to(dtype)
-    model = sltrain(copy.deepcopy(base))
-    x = torch.randn(4, 17, dtype=dtype)
-    before = model(x)
-    model.merge_adapter(safe_merge=True)
-    tolerance = 1e-5 if dtype == torch.float32 else 0.1
-    assert torch.allclose(model(x), before, rtol=tolerance, atol=tolerance * before.abs().max().item())
-    model.unmerge_adapter()
-    assert not any("base_layer" in name and p.requires_grad for name, p in model.named_parameters())
-    for name, layer in layers(model).items():
-        layer.release()
-        assert torch.equal(layer.base_layer.weight, getattr(base, name).weight)
-    assert torch.equal(model(x), before)
-    with model.disable_adapter():
-        assert torch.equal(model(x), base(x))
-
-
-def test_mixed_batches():
-    torch.manual_seed(0)
-    model = sltrain()
-    model.add_adapter("other", SLTrainConfig(target_modules=NAMES[:1], r=2, density=0.3, init_weights=False))
-    model.eval()
-    x = torch.randn(3, 17)
-    names = ["other", "__base__", "default"]
-    got = model(x, adapter_names=names)
-    for row, name in enumerate(names):
-        if name == "__base__":
-            with model.disable_adapter():
-                want = model(x[row])
-        else:
-            model.set_adapter(name)
-            want = model(x[row])
-        assert torch.allclose(got[row], want, atol=1e-4)
-
-
 def test_file_round_trip(tmp_path):
     model = sltrain(trainable_scale=True)
     base = TwoLayers()

@@ -166,23 +166,6 @@ def test_gates_stay_float32_and_exact_in_a_bfloat16_model():
     assert states(wrapped)["first"].gate.dtype == torch.float32
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_merge_and_unmerge_to_the_bit(dtype):
-    torch.manual_seed(0)
-    base = TwoLayers().to(dtype)
-    model = sora(copy.deepcopy(base))
-    x = torch.randn(4, 17, dtype=dtype)
-    before = model(x)
-    model.merge_adapter(safe_merge=True)
-    tolerance = 1e-5 if dtype == torch.float32 else 0.1
-    assert torch.allclose(model(x), before, rtol=tolerance, atol=tolerance * before.abs().max().item())
-    model.unmerge_adapter()
-    assert not any("base_layer" in name and p.requires_grad for name, p in model.named_parameters())
-    for name in NAMES:
-        assert torch.equal(getattr(model.base_model.model, name).base_layer.weight, getattr(base, name).weight)
-    assert torch.equal(model(x), before)
-
-
 def test_safe_merge_changes_nothing_where_values_are_not_finite():
     model = sora()
     weight = model.base_model.model.second.base_layer.weight
@@ -237,24 +220,6 @@ def test_damaged_files_are_refused(tmp_path, damage, message):
     damage(tensors)
     with pytest.raises(ValueError, match=message):
         set_peft_model_state_dict(sora(), tensors)
-
-
-def test_mixed_batches():
-    torch.manual_seed(0)
-    model = sora()
-    model.add_adapter("other", SoRAConfig(target_modules=NAMES[:1], r=2, init_weights=False))
-    model.eval()
-    x = torch.randn(4, 17)
-    names = ["default", "__base__", "other", "default"]
-    got = model(x, adapter_names=names)
-    for row, name in enumerate(names):
-        if name == "__base__":
-            with model.disable_adapter():
-                want = model(x[row])
-        else:
-            model.set_adapter(name)
-            want = model(x[row])
-        assert torch.allclose(got[row], want, atol=1e-5)
 
 
 def test_ranks_of_single_layers():
