@@ -1,5 +1,6 @@
 """The other commands: what they say to people and to programs, and what they refuse."""
 
+import copy
 import json
 
 import pytest
@@ -14,7 +15,7 @@ import sparse_peft.cli.compose
 import sparse_peft.cli.merge
 import sparse_peft.ops.products as products
 from _sparse_peft_startup.commands import app
-from sparse_peft import SparseConfig, doctor
+from sparse_peft import SketchConfig, SnellaConfig, SparseConfig, doctor
 from sparse_peft.adapters import compare, summarise
 from sparse_peft.adapters.delta_matrix import DeltaMatrix
 from sparse_peft.adapters.offline_adapter import read_stored
@@ -155,6 +156,20 @@ def test_export_merges_by_default(world, run, tmp_path):
     refused = run("export", world / "sparse", tmp_path / "lora", "--form", "lora", expect=1).err
     assert "more than the merged model" in refused and "--form merged" in refused
     assert sorted(path.name for path in tmp_path.iterdir()) == ["exported", "merged"]
+
+
+@pytest.mark.parametrize("config", [SketchConfig(bits=2), SnellaConfig(r=4)], ids=["sketch", "snella"])
+def test_export_as_lora_of_methods_without_factors(world, run, tmp_path, config):
+    config = copy.deepcopy(config)
+    config.target_modules, config.init_weights = ["q_proj", "down_proj"], False
+    get_peft_model(LlamaForCausalLM.from_pretrained(world / "base"), config).save_pretrained(tmp_path / "adapter")
+    arguments = "export", tmp_path / "adapter", tmp_path / "lora", "--form", "lora", "--base", world / "base"
+    if isinstance(config, SnellaConfig):
+        assert run(*arguments, "--json").said["error"] == 0
+    else:
+        said = " ".join(run(*arguments, expect=1).err.split())
+        assert "no LoRA form because its tables change every weight; merge it into the base model" in said
+        assert not (tmp_path / "lora").exists()
 
 
 def test_compose(world, run, tmp_path):

@@ -4,11 +4,11 @@ import copy
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, get_peft_model, inject_adapter_in_model
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from sparse_peft import SparseConfig, select_support
+from sparse_peft import SoRAConfig, SparseConfig, select_support
 from tests.helpers.two_layers import TwoLayers
 
 
@@ -140,3 +140,10 @@ def test_cures_of_a_model_that_has_an_adapter():
     chosen = select_support(model.get_base_model(), config, batches, loss_fn=lambda m, x: m(x).square().sum())
     model.add_adapter("other", chosen)
     assert get_peft_model(model.unload(), SparseConfig(density=0.2, target_modules=["first"]))
+
+
+def test_layers_with_another_methods_adapter():
+    model = get_peft_model(TwoLayers(), SparseConfig(density=0.2, target_modules=["first"])).get_base_model()
+    message = "Target module first has adapters of another method already.*merge_and_unload"
+    with pytest.raises(TypeError, match=message), pytest.warns(UserWarning, match="peft_config"):
+        inject_adapter_in_model(SoRAConfig(target_modules=["first"]), model, "b")
