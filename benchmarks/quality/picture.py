@@ -14,7 +14,10 @@ THEIRS = ("lora-mlp", "rslora", "dora", "shira", "super-tuning")
 
 
 def draw(tables: dict[Comparison, list[Row]], path: Path) -> None:
-    """A panel for each comparison: gain upwards, loss risen elsewhere to the right; bars are deviations over seeds.
+    """A panel for each comparison: gain upwards, loss risen elsewhere to the right.
+
+    Bars are deviations over seeds. A thin line leads through the rates that a method tried with one seed, without those
+    that are far worse.
 
     Args:
         tables: those with figures of forgetting are drawn.
@@ -36,16 +39,19 @@ def draw(tables: dict[Comparison, list[Row]], path: Path) -> None:
 
 
 def _panel(axis: Any, key: Comparison, rows: Sequence[Row]) -> None:
-    for row in rows:
+    for number, row in enumerate(sorted(rows, key=lambda row: row.gained.mean)):
         assert row.forgotten is not None
         colour, marker = _look(row.method)
+        # far worse rates would shrink all that matters
+        path = [(trial.forgotten, trial.gained) for trial in row.tried if trial.gained > row.gained.mean / 2]
+        axis.plot(*zip(*path, strict=True), color=colour, alpha=0.35, linewidth=0.8, marker=".", markersize=4)
         axis.errorbar(
             row.forgotten.mean, row.gained.mean, xerr=row.forgotten.spread, yerr=row.gained.spread,
             fmt=marker, color=colour, capsize=2, elinewidth=0.8,
         )  # fmt: skip
         axis.annotate(
-            row.method, (row.forgotten.mean, row.gained.mean), xytext=(5, 4), textcoords="offset points",
-            fontsize=8, color=colour,
+            row.method, (row.forgotten.mean, row.gained.mean), xytext=(5, -11 if number % 2 else 4),
+            textcoords="offset points", fontsize=8, color=colour,
         )  # fmt: skip
     axis.axvline(0, color="0.8", linewidth=0.8, zorder=0)
     unit = "fall of the held-out loss" if key.judged_by == "loss" else "rise of the accuracy"

@@ -54,18 +54,28 @@ class Comparison(NamedTuple):
 
 
 @dataclass(frozen=True)
+class Trial:
+    """A run of the tuning seed."""
+
+    rate: float
+    validation_loss: float
+    gained: float
+    forgotten: float | None
+
+
+@dataclass(frozen=True)
 class Row:
     """One method in a comparison.
 
     Attributes:
         rate: the one with the lowest validation loss at the tuning seed.
-        tried: all rates of the tuning seed.
+        tried: all rates of the tuning seed, ascending.
         share_of_lora: its mean gain ÷ LoRA's; None where LoRA did not run or did not gain.
     """
 
     method: str
     rate: float
-    tried: tuple[float, ...]
+    tried: tuple[Trial, ...]
     seeds: tuple[int, ...]
     trained: int
     gained: Stat
@@ -123,7 +133,10 @@ def _row(method: str, rate: float, tuning: Sequence[Run], runs: Sequence[Run]) -
     return Row(
         method=method,
         rate=rate,
-        tried=tuple(sorted(run.rate for run in tuning)),
+        tried=tuple(
+            Trial(run.rate, run.end["validation_loss"], run.gained, run.forgotten)
+            for run in sorted(tuning, key=lambda run: run.rate)
+        ),
         seeds=tuple(sorted(run.seed for run in runs)),
         trained=runs[0].trained,
         gained=Stat.of([run.gained for run in runs]),

@@ -297,7 +297,8 @@ def test_mean_spread_shares_and_worst_task():
     tables = {key: table.rows(group) for key, group in table.comparisons(runs).items()}
     kjv, sentiment = tables.values()
     lora, full, random = kjv
-    assert (lora.rate, lora.tried, lora.seeds) == (1e-3, (1e-3, 1e-2), (0, 1))
+    assert (lora.rate, [trial.rate for trial in lora.tried], lora.seeds) == (1e-3, [1e-3, 1e-2], (0, 1))
+    assert lora.tried[1].gained == pytest.approx(0.1) and lora.tried[1].forgotten == pytest.approx(0.5)
     assert lora.gained.mean == pytest.approx(0.4) and lora.gained.spread == pytest.approx(math.sqrt(0.02))
     assert lora.forgotten.mean == pytest.approx(0.15) and lora.share_of_lora == 1.0
     assert random.gained.mean == pytest.approx(0.6) and random.share_of_lora == pytest.approx(1.5)
