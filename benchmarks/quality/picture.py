@@ -16,8 +16,8 @@ THEIRS = ("lora-mlp", "rslora", "dora", "shira", "super-tuning")
 def draw(tables: dict[Comparison, list[Row]], path: Path) -> None:
     """A panel for each comparison: gain upwards, loss risen elsewhere to the right.
 
-    Bars are deviations over seeds. A thin line leads through the rates that a method tried with one seed, without those
-    that are far worse.
+    Bars are deviations over seeds. A thin line leads through the rates that a method tried with one seed, but for
+    far worse ones.
 
     Args:
         tables: those with figures of forgetting are drawn.
