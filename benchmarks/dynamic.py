@@ -59,7 +59,13 @@ def config_of(method: str, density: float, every: int, accumulate: int, seed: in
     window = {"set": 0, "rigl": 1}.get(method, accumulate)
     changing = {} if method == STATIC else {"reselect_every": every, "accumulate": window}
     return SparseConfig(
-        selection=method, density=density, seed=seed, target_modules="all-linear", task_type="CAUSAL_LM", **changing
+        selection=method,
+        density=density,
+        scale=1.0,
+        seed=seed,
+        target_modules="all-linear",
+        task_type="CAUSAL_LM",
+        **changing,
     )
 
 

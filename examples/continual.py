@@ -63,7 +63,7 @@ def main(
         rows.append([name, *(f"{losses[name][task]:.4f}" for task in texts)])
 
     measure("base model", base)
-    model = get_peft_model(copy.deepcopy(base), S2FTConfig(ratio=ratio), adapter_name=BIBLE)
+    model = get_peft_model(copy.deepcopy(base), S2FTConfig(ratio=ratio, scale=1.0), adapter_name=BIBLE)
     train_on_blocks(model, train[BIBLE], steps, learning_rate)
     measure("after the first task", model)
 
@@ -72,7 +72,7 @@ def main(
     measure("one adapter for both", one)
     del one
 
-    model.add_adapter(PYTHON, S2FTConfig(ratio=ratio, avoid=[BIBLE]))
+    model.add_adapter(PYTHON, S2FTConfig(ratio=ratio, avoid=[BIBLE], scale=1.0))
     model.base_model.set_adapter([BIBLE, PYTHON])
     model.set_requires_grad(BIBLE, False)
     train_on_blocks(model, train[PYTHON], steps, learning_rate)

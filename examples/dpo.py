@@ -41,7 +41,7 @@ def main(
     length: Annotated[int, typer.Option(min=4, help="Tokens of a prompt, and of a continuation.")] = 24,
     unseen: Annotated[int, typer.Option(min=1, help="Held-out pairs.")] = 16,
     density: Annotated[float, typer.Option(help="Share of the weights that trains.")] = 0.01,
-    learning_rate: Annotated[float, typer.Option(help="Of AdamW.")] = 1e-3,
+    learning_rate: Annotated[float, typer.Option(help="Of AdamW.")] = 2e-4,
 ) -> None:
     """Train SmolLM2-135M-Instruct on preferences between continuations."""
     transformers_logging.disable_progress_bar()

@@ -118,7 +118,7 @@ def main(
         subjects.append(Subject(encode_images(pipe, own), encode_prompt(pipe, class_prompt), 1.0))
 
     unet = pipe.unet.requires_grad_(False)
-    unet.add_adapter(SaRAConfig(threshold=threshold, density=density, seed=seed))
+    unet.add_adapter(SaRAConfig(threshold=threshold, density=density, scale=1.0, seed=seed))
     unet.train()
     trained = [parameter for parameter in unet.parameters() if parameter.requires_grad]
     total = sum(parameter.numel() for parameter in trained)

@@ -48,7 +48,7 @@ def main(
     length: Annotated[int, typer.Option(min=2, help="Tokens of a block.")] = 64,
     unseen: Annotated[int, typer.Option(min=1, help="Held-out blocks.")] = 8,
     density: Annotated[float, typer.Option(help="Share of the weights that trains.")] = 0.01,
-    learning_rate: Annotated[float, typer.Option(help="Of AdamW.")] = 5e-3,
+    learning_rate: Annotated[float, typer.Option(help="Of AdamW.")] = 2e-4,
 ) -> None:
     """Train SmolLM2-135M-Instruct in NF4 on the King James Bible."""
     transformers_logging.disable_progress_bar()

@@ -71,11 +71,11 @@ class Method(str, Enum):  # noqa: UP042
 
 # How much trains, and the learning rate, where the command line does not say.
 DEFAULTS = {
-    Method.sparse: (0.01, 1e-2),
-    Method.s2ft: (0.03, 3e-3),
-    Method.sara: (0.01, 1e-2),
+    Method.sparse: (0.01, 2e-4),
+    Method.s2ft: (0.03, 2e-4),
+    Method.sara: (0.01, 2e-4),
     Method.sora: (0.5, 2e-3),
-    Method.sltrain: (0.005, 3e-3),
+    Method.sltrain: (0.005, 2e-4),
     Method.snella: (0.1, 3e-3),
     Method.sketch: (1.0, 1e-3),
 }

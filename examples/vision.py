@@ -92,9 +92,10 @@ def main(
     found = {"classifier alone": accuracy(head, unseen, unseen_labels)}
     checks = {"the base knows the digits 0 to 4": known > 0.9}
     linear = [name for name, module in base.named_modules() if isinstance(module, nn.Linear) and name != "classifier"]
+    whole = {"target_modules": linear, "modules_to_save": ["classifier"]}
     for name, config in {
-        "sparse delta, 5 %": SparseConfig(density=0.05, target_modules=linear, modules_to_save=["classifier"]),
-        "S²FT, 10 %": S2FTConfig(ratio=0.1, side="in", target_modules=linear, modules_to_save=["classifier"]),
+        "sparse delta, 5 %": SparseConfig(density=0.05, scale=1.0, **whole),
+        "S²FT, 10 %": S2FTConfig(ratio=0.1, side="in", scale=1.0, **whole),
     }.items():
         model = get_peft_model(copy.deepcopy(base), config)
         train(model, x_new, y_new, epochs, learning_rate, seed)

@@ -61,6 +61,9 @@ def show(console: Console, plan: TrainingPlan) -> None:
     """A plan for people."""
     console.print(f"[bold]{plan.architecture}[/], {count_text(plan.parameters)} parameters, {plan.base} weights")
     console.print(f"[bold]{plan.method}[/]: {escape(fields_text(plan.config))}")
+    if plan.recommended_rate is not None:
+        scale = "" if plan.scale is None else f"scale {plan.scale:g}, "
+        console.print(f"{scale}recommended learning rate {plan.recommended_rate:.1e} with AdamW")
     console.print()
     console.print(table(*kind_table(plan), "What trains", gap=1))
     if plan.beside:

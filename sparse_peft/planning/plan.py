@@ -83,6 +83,8 @@ class TrainingPlan:
         parameters: of the model.
         method: the method's short name.
         config: the config's fields that are not the defaults.
+        scale: factor between the trained values and the delta; None where the method has none.
+        recommended_rate: learning rate that suits the adapter, with AdamW; None if it is not known.
         base: format of the frozen weights.
         optimizer, batch, length, checkpointing, device: as in the options.
         flops_per_second: that times are reckoned with.
@@ -96,6 +98,8 @@ class TrainingPlan:
     parameters: int
     method: str
     config: dict[str, Any]
+    scale: float | None
+    recommended_rate: float | None
     base: str
     optimizer: str
     batch: int
@@ -162,6 +166,8 @@ def plan_training(
         parameters=sum(frozen.weights),
         method=method,
         config=changed_fields(config),
+        scale=getattr(counted, "scale", None),
+        recommended_rate=counted.recommended_rate,
         base=form.name,
         optimizer=options.optimizer,
         batch=options.batch,

@@ -20,11 +20,12 @@ class SparsityCallback(TrainerCallback):
                              callbacks=[SparsityCallback()])
 
     The state is part of the optimizer's in each checkpoint, so ``trainer.train(resume_from_checkpoint=...)`` continues
-    exactly. With a config that changes nothing the callback does nothing.
+    exactly. With a config that changes nothing the callback only compares the learning rate with the recommended one.
 
     Changes are added to the Trainer's next log entry, under ``sparsity/``: to ``trainer.state.log_history`` and the
-    progress bar. Reporters such as TensorBoard and Weights & Biases run before a callback. For them, give the callback
-    its trainer: ``trainer.add_callback(SparsityCallback(trainer))``.
+    progress bar. The first entry has each adapter's scale and recommended learning rate. Reporters such as TensorBoard
+    and Weights & Biases run before a callback. For them, give the callback its trainer:
+    ``trainer.add_callback(SparsityCallback(trainer))``.
 
     Args:
         trainer: the trainer that it is added to, for logging.
@@ -44,6 +45,7 @@ class SparsityCallback(TrainerCallback):
         self.trainer = trainer
         self.controller: SparsityController | None = None
         self._unlogged: list[Record] = []
+        self._settings: dict[str, float] = {}
 
     @property
     def history(self) -> list[Record]:
@@ -57,6 +59,7 @@ class SparsityCallback(TrainerCallback):
         self.controller = SparsityController(
             kwargs["model"], kwargs["optimizer"], total_steps=state.max_steps, completed_steps=state.global_step
         )
+        self._settings = _settings_of(self.controller)
 
     def on_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -64,6 +67,8 @@ class SparsityCallback(TrainerCallback):
         assert self.controller is not None
         self._unlogged += self.controller.step()
         if self.trainer is not None:
+            if settings := self._take_settings():
+                self.trainer.log(settings)
             for record in self._unlogged:
                 self.trainer.log(record.logs())
             self._unlogged.clear()
@@ -76,7 +81,13 @@ class SparsityCallback(TrainerCallback):
         logs: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
-        if not self._unlogged or not state.log_history:
+        if not state.log_history:
+            return
+        settings = self._take_settings()
+        state.log_history[-1].update(settings)
+        if logs is not None:
+            logs.update(settings)
+        if not self._unlogged:
             return
         *earlier, last = self._unlogged
         self._unlogged = []
@@ -91,6 +102,21 @@ class SparsityCallback(TrainerCallback):
     ) -> None:
         self._close()
 
+    def _take_settings(self) -> dict[str, float]:
+        """Scales and recommended rates, the first time only."""
+        settings, self._settings = self._settings, {}
+        return settings
+
     def _close(self) -> None:
         if self.controller is not None:
             self.controller.close()
+
+
+def _settings_of(controller: SparsityController) -> dict[str, float]:
+    """``{"sparsity/scale": ...}``; with several adapters their names are part of the keys."""
+    rates = controller.suited_rates
+    return {
+        f"sparsity/{name}" if len(rates) == 1 else f"sparsity/{adapter}/{name}": value
+        for adapter, found in rates.items()
+        for name, value in found.items()
+    }

@@ -20,6 +20,7 @@ from ..tuners.base_model import BaseSparseModel
 from ..tuners.base_state import TrainedState
 from ..tuners.controller_warning import mark_controlled
 from ..tuners.traversal import configs_of
+from .rates import check_rates, suited_rates
 
 # Under this key of the first parameter group the state travels with the optimizer's own.
 STATE_KEY = "sparse_peft"
@@ -46,6 +47,8 @@ class SparsityController:
     Attributes:
         completed_steps: number of optimizer steps taken.
         history: records of changes, such as reselections, oldest first.
+        suited_rates: ``{adapter: {"scale": ..., "recommended_rate": ...}}`` of the trained adapters; a learning rate
+            that is ten times off causes a warning.
 
     Raises:
         TypeError: the optimizer is none of torch's.
@@ -89,6 +92,8 @@ class SparsityController:
         self._skipped = 0
         self._collectives = Collectives(process_group)
         self._dynamics = self._find(model, total_steps)
+        self.suited_rates = suited_rates(model, self.optimizer)
+        check_rates(model, self.optimizer)
         self._handles = [
             self.optimizer.register_step_pre_hook(self._before_step),
             self.optimizer.register_step_post_hook(self._after_step),

@@ -10,13 +10,13 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 from types import MappingProxyType
-from typing import Annotated, Any, ClassVar, Self, TypeVar, cast
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Self, TypeVar, cast
 
 from packaging.version import InvalidVersion, Version
 from peft.config import PeftConfig
 from peft.utils import PeftType, TaskType
 
-from ..constraints import Names, OneOf, Pattern, field_hints, validated
+from ..constraints import Names, OneOf, Pattern, Positive, field_hints, validated
 from ..support import Support
 from ..version import __version__
 from .experts import CURE
@@ -24,6 +24,9 @@ from .files.card import complete_card, update_model_card
 from .files.checks import DAMAGED, read_config_file, shapes_in_file
 from .files.writes import staging_folder
 from .unknown_fields import VERSION_FIELD, settable_fields, unknown_fields_error
+
+if TYPE_CHECKING:
+    from .base_state import TrainedState
 
 TASK_TYPES = tuple(task.value for task in TaskType)
 FLOAT_DTYPES = ("float32", "bfloat16", "float16")
@@ -129,6 +132,7 @@ class BaseSparseConfig(PeftConfig):
         init_weights: ``True`` starts as the base model; ``False`` draws random values, for tests only.
         save_dtype: dtype of the values on disk. Training always keeps float32 values.
         weight_shapes: resolved ``[rows, cols]`` of the layers' stored weights; filled in when the adapter is made.
+        recommended_rate: learning rate that suits the adapter, with AdamW; filled in when it is made.
         sparse_peft_version: version of this package that the config is of; always the installed one.
     """
 
@@ -185,6 +189,9 @@ class BaseSparseConfig(PeftConfig):
     weight_shapes: dict[str, list[int]] | None = field(
         default=None, metadata={"help": "Resolved [rows, cols] of the layers' weights; filled in, not set by hand."}
     )
+    recommended_rate: Positive | None = field(
+        default=None, metadata={"help": "Learning rate, with AdamW, that suits it; filled in, not set by hand."}
+    )
     sparse_peft_version: str | None = field(
         default=None, metadata={"help": "The version of sparse_peft, filled in, not set by hand."}
     )
@@ -231,9 +238,13 @@ class BaseSparseConfig(PeftConfig):
         if hint is not None:
             value = validated(name, self._default_of(name) if value is None else value, hint)
         if name in self.deciding_fields and name in self.__dict__ and value != self.__dict__[name]:
-            for resolved in self.resolved_fields:
-                self.__dict__[resolved] = None
+            self.forget_resolved()
         super().__setattr__(name, value)
+
+    def forget_resolved(self) -> None:
+        """Void what was resolved from fields that are set again."""
+        for resolved in self.resolved_fields:
+            self.__dict__[resolved] = None
 
     def _default_of(self, name: str) -> Any:
         """What None stands for: an empty dict where that is the default."""
@@ -272,6 +283,20 @@ class BaseSparseConfig(PeftConfig):
         """
         yield from ()
 
+    def suited_rate(self) -> float | None:
+        """The learning rate, with AdamW, that suits an adapter made from the config; None if it is not known."""
+        return None
+
+    def follow_file(self, saved: Mapping[str, Any], states: Iterable[TrainedState]) -> None:
+        """Take over what gives an adapter's tensors in a file their meaning, where this config says something else.
+
+        For methods to override.
+
+        Args:
+            saved: the config's fields beside the file.
+            states: the layers' trained states, which get the file's tensors.
+        """
+
     @property
     def selection_needs(self) -> str:
         """What positions are chosen from: ``"none"``, ``"weight"``, ``"activation"`` or ``"gradient"``."""
@@ -300,7 +325,7 @@ class BaseSparseConfig(PeftConfig):
         """As PEFT's, whole or not at all, and the model card beside it says what to install and import."""
         with staging_folder(save_directory) as staging:
             super().save_pretrained(os.fspath(staging), **kwargs)
-        update_model_card(save_directory)
+        update_model_card(save_directory, self.to_dict())
 
     def _upload_modified_files(self, working_dir: Any, *args: Any, **kwargs: Any) -> Any:
         # push_to_hub of a config alone: transformers has put its own card beside it

@@ -25,8 +25,8 @@ from .combination import Tensors, add_weighted_adapter
 from .controller_warning import require_controller
 from .delta_layer import SparseTunerLayer
 from .experts import check_bare_weights, is_named
-from .files.accepted_tensors import accept_tensors
-from .files.adapter_file import check_claimed_sizes
+from .files.accepted_tensors import accept_tensors, named_states
+from .files.adapter_file import check_claimed_sizes, loaded_config_fields
 from .files.adapter_state import put_states, take_states
 from .files.card import TAG
 from .files.checks import check_adapter_name
@@ -228,6 +228,7 @@ class BaseSparseModel(BaseTuner, Generic[ConfigT, StateT]):
         check_claimed_sizes(peft_config, targets)
         if targets:
             self._plans = self.plan_layers(peft_config, targets, adapter_name, self.file_sizes(state_dict))
+            peft_config.recommended_rate = peft_config.suited_rate()
             check_claimed_sizes(peft_config, targets)  # sizes that the config left open are resolved now
             hold_experts(model, targets)
 
@@ -528,6 +529,9 @@ class BaseSparseModel(BaseTuner, Generic[ConfigT, StateT]):
         cls.accept_tensors(entries, model, config, adapter_name)
         name_in_file = partial(cls._remove_adapter_name_from_key, adapter_name=adapter_name)
         take_states(entries, model, adapter_name, partial(cls.fit_state, config), name_in_file)
+        saved = loaded_config_fields()
+        if saved is not None:
+            config.follow_file(saved, [state for _, _, state in named_states(model, adapter_name)])
         return entries
 
     @classmethod

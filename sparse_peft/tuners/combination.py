@@ -120,6 +120,7 @@ def combined_config(
         layers_pattern=None,
         init_weights=True,
         save_dtype="float32",
+        recommended_rate=None,
         weight_shapes={name: list(shapes[name]) for name in tensors},
         **resolved,
     )

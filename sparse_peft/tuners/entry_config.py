@@ -11,6 +11,7 @@ from ..constraints import Count, OneOf, Pattern, Positive, Share
 from ..support import ALLOCATIONS, Block, Budget, Criterion
 from .base_config import allocation_note, explains_fields, selection_note
 from .delta_config import DeltaConfig
+from .scale import Spread
 
 # Without a budget: a density, and in layers so small that it would be next to nothing, this many entries.
 DEFAULT_AT_LEAST = 16
@@ -92,6 +93,10 @@ class EntryConfig(DeltaConfig):
     @property
     def selection_needs(self) -> str:
         return self.criterion.needs
+
+    @property
+    def spread(self) -> Spread:
+        return "flat" if self.selection_needs in ("none", "weight") else "peaked"
 
     def countable(self) -> tuple[Self, list[str]]:
         if self.threshold is not None:

@@ -72,7 +72,7 @@ class EntryModel(BaseSparseModel[EntryConfigT, SparseDeltaT]):
         self._check_counts(config, shapes, counts)
         config.num_entries = counts
         config.weight_shapes = {name: list(shape) for name, shape in shapes.items()}
-        config.resolve_scale()
+        config.resolve_scale(sum(counts.values()))
         return {
             name: DeltaPlan(
                 shape, counts[name], self._recipe(config, name, counts[name]), supports.get(name), config.value_scale

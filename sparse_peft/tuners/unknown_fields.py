@@ -9,10 +9,11 @@ from difflib import get_close_matches
 from peft import LoraConfig, PeftConfig
 
 VERSION_FIELD = "sparse_peft_version"
+RATE_FIELD = "recommended_rate"
 BUDGETS = ("density", "ratio", "k", "num_params", "r", "threshold")
 # {LoraConfig's field: (fields that take its place, of which a config may have one; why another config has none)}
 LORA_FIELDS = {
-    "lora_alpha": (("alpha",), "its delta has no scale, the learning rate sets its size"),
+    "lora_alpha": (("alpha", "scale"), "the learning rate sets the size of its updates"),
     "lora_dropout": (
         ("dropout",),
         "inputs cannot be dropped for single entries of a weight",
@@ -24,7 +25,8 @@ LORA_FIELDS = {
 
 def settable_fields(config_class: type[PeftConfig]) -> list[str]:
     """A method's own fields that are set by hand: not PEFT's bookkeeping, nor what an adapter fills in."""
-    hidden = {VERSION_FIELD, *PeftConfig.__dataclass_fields__, *getattr(config_class, "resolved_fields", ())}
+    resolved = getattr(config_class, "resolved_fields", ())
+    hidden = {VERSION_FIELD, RATE_FIELD, *PeftConfig.__dataclass_fields__, *resolved}
     return [field.name for field in fields(config_class) if field.name not in hidden]
 
 

@@ -135,7 +135,7 @@ def spiel(tmp_path, safe, **changes):
         if hasattr(layer, "deltas"):
             order = torch.randperm(layer.support("default").nnz)
             key = f"base_model.model.{layer.name}.sft_delta"
-            tensors[f"{key}.values"] = layer.deltas["default"].values.detach()[order].clone()
+            tensors[f"{key}.values"] = layer.deltas["default"]().detach()[order].clone()
             tensors[f"{key}.indices"] = layer.support("default").indices[order].clone()
     tensors.update(changes)
     out = tmp_path / "spiel"

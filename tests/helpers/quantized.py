@@ -59,9 +59,9 @@ def check_against_the_dense_reference(model, atol=1e-2):
     torch.testing.assert_close(y.double(), yd, rtol=1e-3, atol=atol)
     torch.testing.assert_close(x.grad.double(), xd.grad, rtol=1e-3, atol=atol)
     for layer, weight in zip(layers, weights, strict=True):
-        values = layer.deltas["default"].values
-        gathered = weight.grad.reshape(-1)[layer.support("default").indices.long()]
-        torch.testing.assert_close(values.grad.double(), gathered, rtol=1e-3, atol=atol)
+        state, where = layer.deltas["default"], layer.support("default").indices.long()
+        values, gathered = state.values, state.value_scale * weight.grad.reshape(-1)[where]
+        torch.testing.assert_close(values.grad.double(), gathered, rtol=1e-3, atol=atol * state.value_scale)
         assert (values.grad != 0).float().mean() > 0.5  # gradients reach every value that ReLU lets through
 
 

@@ -11,7 +11,8 @@ def adapted(selection="accumulated_gradient", base=None, **config):
     torch.manual_seed(0)
     base = TwoLayers() if base is None else base
     config = {"density": 0.15, "reselect_every": 6, "accumulate": 0 if selection == "set" else 3, **config}
-    return get_peft_model(base, SparseConfig(target_modules=["first", "second"], selection=selection, **config))
+    fields = {"target_modules": ["first", "second"], "selection": selection, "scale": 1.0, **config}
+    return get_peft_model(base, SparseConfig(**fields))
 
 
 def snapshot(model):

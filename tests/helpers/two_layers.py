@@ -35,6 +35,7 @@ def adapted(model=None, names=("first", "second"), adapter_name="default", **con
     reference = copy.deepcopy(model)
     config.setdefault("density", 0.2)
     config.setdefault("init_weights", False)
+    config.setdefault("scale", 1.0)
     return get_peft_model(model, SparseConfig(target_modules=list(names), **config), adapter_name), reference
 
 

@@ -93,7 +93,7 @@ def test_a_unet_trains_by_its_smallest_weights():
 
 def test_gradients_are_the_dense_ones():
     unet, dense = small_unet(), small_unet().requires_grad_(True)
-    unet.add_adapter(SaRAConfig(density=0.1, progressive=None, nuclear_weight=0))
+    unet.add_adapter(SaRAConfig(density=0.1, progressive=None, nuclear_weight=0, scale=1.0))
     for each in (unet, dense):
         each(*inputs()).sample.square().mean().backward()
     for name, layer in unet.named_modules():

@@ -1,5 +1,6 @@
 """plan: its numbers are those of the adapter that training makes, and it holds no weight."""
 
+import math
 from pathlib import Path
 
 import pytest
@@ -128,3 +129,26 @@ def test_what_is_decided_by_weights_or_data_is_said():
         assert config.selection == "random" and f"selection={selection!r} chooses positions from {source}" in notes[0]
     with pytest.raises(ValueError, match=r"threshold=0\.002: how many entries"):
         SaRAConfig(threshold=2e-3).countable()
+
+
+@pytest.mark.parametrize("selection", ["random", "fisher"])
+@pytest.mark.parametrize("scale", ["auto", 1.0])
+def test_scale_and_rate_are_those_of_the_training(world, selection, scale):
+    """Also where positions come from data, which a plan does not have."""
+    config = SparseConfig(selection=selection, r=2, scale=scale, target_modules="all-linear")
+    plan = plan_training(read_model_config(world / "base"), config, GIVEN_SPEED)
+    assert config.scale == scale
+    counts, shapes = zip(*((kind.trained, kind.layers * math.prod(kind.shape)) for kind in plan.kinds), strict=True)
+    layers = sum(kind.layers for kind in plan.kinds)
+    density, width = sum(counts) / sum(shapes), math.sqrt(sum(shapes) / layers)
+    exact = 1.155 / math.sqrt(density) if selection == "random" else 4.619 / math.sqrt(density * width)
+    suited = 2.0 ** round(math.log2(exact))
+    assert plan.scale == (suited if scale == "auto" else 1.0)
+    assert plan.recommended_rate == 2e-4 * suited / plan.scale
+    assert plan.to_dict()["recommended_rate"] == plan.recommended_rate
+
+
+def test_methods_with_factors_have_the_rate_of_lora(world):
+    config = method_named("sora").config_class(r=4, alpha=8, target_modules="all-linear")
+    plan = plan_training(read_model_config(world / "base"), config, GIVEN_SPEED)
+    assert plan.scale == 2.0 and plan.recommended_rate == 2e-4

@@ -155,7 +155,7 @@ def test_training_without_a_controller_warns_once():
         F.cross_entropy(static(x), y).backward()
         optimizer_of(static).step()
         attended = adapted()
-        other = optimizer_of(attended)
+        other = optimizer_of(attended, lr=4e-4)
         train(attended, other, SparsityController(attended, other, total_steps=8), range(2))
 
 
@@ -221,7 +221,7 @@ def test_a_schedule_that_fits_the_run_has_no_warning():
         model = get_peft_model(TwoLayers(), dataclasses.replace(config, target_modules=["first", "second"]))
         with warnings.catch_warnings():
             warnings.simplefilter("error")
-            SparsityController(model, optimizer_of(model), 20)
+            SparsityController(model, optimizer_of(model, lr=2e-4), 20)
 
 
 def test_a_controller_whose_optimizer_never_steps_says_so():

@@ -33,7 +33,7 @@ def dense_sm3(shape, gradients, lr, eps=1e-8, wd=0.0, momentum=0.0, mask=None):
 
 def model_of(density, **config):
     base = nn.Sequential(nn.Linear(7, 5))
-    return get_peft_model(base, SparseConfig(target_modules=["0"], density=density, **config))
+    return get_peft_model(base, SparseConfig(target_modules=["0"], density=density, scale=1.0, **config))
 
 
 def leaf(model):

@@ -37,7 +37,7 @@ CASES = {
 def adapted_conv(conv, **config):
     model = nn.Sequential(copy.deepcopy(conv))
     config.setdefault("density", 0.2)
-    return get_peft_model(model, SparseConfig(target_modules=["0"], init_weights=False, **config))
+    return get_peft_model(model, SparseConfig(target_modules=["0"], scale=1.0, init_weights=False, **config))
 
 
 def layer_of(model):

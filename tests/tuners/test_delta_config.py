@@ -346,3 +346,53 @@ def test_a_loaded_base_is_left_alone():
     F.mse_loss(model(torch.randn(3, 17)), torch.randn(3, 5)).backward()
     model.base_model.release()
     assert_base_untouched(model, reference)
+
+
+# ---------------------------------------------------------------------------------------------------- resolving
+
+
+def test_auto_is_resolved_with_the_adapter_and_saved(tmp_path):
+    config = SparseConfig(density=0.3, target_modules=LAYERS)
+    with pytest.raises(ValueError, match="it is a number once an adapter is made"):
+        config.value_scale  # noqa: B018
+    model = get_peft_model(three(), config)
+    assert config.scale == 2.0 and config.recommended_rate == 2e-4
+    model.save_pretrained(tmp_path)
+    again = PeftModel.from_pretrained(three(), tmp_path).peft_config["default"]
+    assert again.scale == 2.0 and again.recommended_rate == 2e-4
+
+
+def test_a_new_budget_resolves_auto_anew_and_leaves_a_number():
+    auto, fixed = SparseConfig(density=0.3, target_modules=LAYERS), SparseConfig(density=0.3, scale=5.0)
+    fixed.target_modules = LAYERS
+    for config in (auto, fixed):
+        get_peft_model(three(), config)
+        config.density = 0.02
+        get_peft_model(three(), config)
+    assert auto.scale == 8.0 and fixed.scale == 5.0
+    assert auto.recommended_rate == 2e-4 and fixed.recommended_rate == pytest.approx(2e-4 * 8 / 5)
+
+
+def test_a_file_of_another_scale_that_is_loaded_again_keeps_its_meaning(tmp_path):
+    """As a run that an earlier version began, and that is resumed with a config of today."""
+    folder, old = saved(tmp_path / "old", CONFIGS["sparse"](scale=1.0))
+    path, x = folder / "adapter_config.json", torch.randn(3, 7)
+    fields = json.loads(path.read_text())
+    del fields["scale"], fields["recommended_rate"]
+    path.write_text(json.dumps(fields))
+    model = trained(CONFIGS["sparse"](scale=8.0), seed=3)
+    with pytest.warns(UserWarning, match=r"saved with scale=1.0, and the model's adapter was made with scale=8.0"):
+        model.load_adapter(folder, "default")
+    assert torch.equal(model(x), old(x))
+    assert model.peft_config["default"].scale == 1.0
+    model.save_pretrained(tmp_path / "new")
+    assert torch.equal(loaded(tmp_path / "new")(x), old(x))
+
+
+def test_the_twin_of_an_adapter_has_its_scale():
+    config = SparseConfig(density=0.1, target_modules=LAYERS)
+    model = get_peft_model(three(), config)
+    model.add_adapter("reference", config)
+    for layer in LAYERS:
+        states = model.base_model.model.get_submodule(layer).deltas
+        assert states["default"].value_scale == states["reference"].value_scale == config.scale == 4.0

@@ -15,12 +15,13 @@ from sparse_peft.tuners.base_layer import TunerLayer
 from sparse_peft.tuners.base_model import BaseSparseModel
 from sparse_peft.tuners.base_state import TrainedState
 from sparse_peft.tuners.delta import Delta
+from sparse_peft.tuners.delta_config import DeltaConfig
 from sparse_peft.tuners.delta_layer import SparseTunerLayer
 from sparse_peft.tuners.entry_config import EntryConfig
 from sparse_peft.tuners.low_rank import LowRankState
 
 ROOTS = (BaseSparseConfig, TrainedState, TunerLayer, BaseSparseModel, Dynamics, Record)
-BASES = {kind.__name__: kind for kind in (*ROOTS, EntryConfig, Delta, LowRankState, SparseTunerLayer)}
+BASES = {kind.__name__: kind for kind in (*ROOTS, DeltaConfig, EntryConfig, Delta, LowRankState, SparseTunerLayer)}
 # Of every torch module: how it is printed, copied, moved and loaded.
 TORCH = {"extra_repr", "train", "_apply", "_save_to_state_dict", "_load_from_state_dict"}
 # Set by the base classes themselves.

@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError
-from peft.utils import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from torch import Tensor
 
-from .checks import shapes_in_file
+from .checks import read_config_file, shapes_in_file
 
 if TYPE_CHECKING:
     from ..base_config import BaseSparseConfig
@@ -54,6 +54,12 @@ class AdapterFile:
             return _shapes(torch.load(path, map_location="meta", weights_only=True))
         raise ValueError(f"{self.source}: neither {SAFETENSORS_WEIGHTS_NAME} nor {WEIGHTS_NAME} is there")
 
+    @cached_property
+    def config_fields(self) -> dict[str, Any] | None:
+        """What the config beside the tensors says; None without one."""
+        path = None if self.tensors is not None else self._find(CONFIG_NAME)
+        return None if path is None else read_config_file(path)
+
     def _find(self, name: str) -> Path | None:
         """The path of a file, downloaded where the source is no folder; None if there is none."""
         folder = Path(self.source, self.options.get("subfolder") or "")
@@ -86,6 +92,12 @@ def reading(file: AdapterFile) -> Iterator[None]:
 def is_reading() -> bool:
     """Whether an adapter is loaded from a file now."""
     return _loaded.get() is not None
+
+
+def loaded_config_fields() -> dict[str, Any] | None:
+    """The config's fields beside the file that an adapter is loaded from now; None without a file or a config."""
+    file = _loaded.get()
+    return None if file is None else file.config_fields
 
 
 def check_claimed_sizes(config: BaseSparseConfig, layers: Iterable[str]) -> None:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, cast
 
 from huggingface_hub import ModelCard, ModelCardData
 from peft import PeftModel
+from peft.utils import CONFIG_NAME
 
+from .checks import read_config_file
 from .wrapped import wrap_once
 
 TAG = "sparse-peft"
@@ -30,6 +32,7 @@ from peft import PeftModel
 model = PeftModel.from_pretrained(base_model, "<this adapter>")
 ```
 """
+RATE_HEADING = "## Scale and learning rate"
 FRAMEWORK_HEADING = "### Framework versions"
 
 
@@ -67,19 +70,40 @@ def _data_of(card: ModelCard) -> ModelCardData:
     return cast("ModelCardData", card.data)
 
 
-def update_model_card(directory: str | os.PathLike) -> None:
-    """Add the paragraph on installing and importing the plugin to the card PEFT wrote, once.
+def update_model_card(directory: str | os.PathLike, config: Mapping[str, Any] | None = None) -> None:
+    """Add the paragraphs on the plugin, and on scale and learning rate, to the card PEFT wrote, once.
 
     PEFT writes one card, into the folder given to ``save_pretrained``; adapters other than ``default`` lie in a folder
     below it. A README that is no PEFT card is left alone.
+
+    Args:
+        directory: that the adapter is saved in.
+        config: its config's fields; those of the file in the directory if None.
     """
     for folder in (Path(directory), Path(directory).parent):
         if (folder / "README.md").is_file():
             card = read_card(folder)
-            if _data_of(card).library_name == "peft" and CARD_HEADING not in card.text:
-                insert_section(card, CARD_HEADING, CARD_PARAGRAPH)
-                write_card(card, folder)
+            if _data_of(card).library_name == "peft":
+                before = card.text
+                if CARD_HEADING not in before:
+                    insert_section(card, CARD_HEADING, CARD_PARAGRAPH)
+                if folder == Path(directory) and (section := _rate_section(folder, config)):
+                    insert_section(card, RATE_HEADING, section)
+                if card.text != before:
+                    write_card(card, folder)
             return
+
+
+def _rate_section(folder: Path, config: Mapping[str, Any] | None) -> str | None:
+    """The section on scale and learning rate; None where the config has no rate."""
+    path = folder / CONFIG_NAME
+    if config is None:
+        config = read_config_file(path) if path.is_file() else {}
+    rate, scale = config.get("recommended_rate"), config.get("scale")
+    if not isinstance(rate, float):
+        return None
+    factor = f"The delta is {scale:g} times the trained values. " if isinstance(scale, (int, float)) else ""
+    return f"{RATE_HEADING}\n\n{factor}A learning rate of {rate:.1e} with AdamW suits further training.\n"
 
 
 def complete_card(directory: str | os.PathLike, tags: set[str], base_model: str | None) -> None:

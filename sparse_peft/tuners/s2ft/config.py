@@ -10,6 +10,7 @@ from ...calibrate import CHANNEL_CRITERIA
 from ...constraints import Count, OneOf, Pattern, Share
 from ..base_config import allocation_note, explains_fields, selection_note
 from ..delta_config import DeltaConfig
+from ..scale import Spread
 from .budget import UNIT_ALLOCATIONS, UnitBudget
 
 SIDES = ("auto", "in", "out")
@@ -58,7 +59,8 @@ class S2FTConfig(DeltaConfig):
         seed: of the random channels; every block draws its own from (seed, block name).
         resident: let the base weight hold the adapter's channels between steps where that is possible, which makes the
             forward pass as fast as the base's. ``False`` never writes to the base; it changes speed, not results.
-        scale: factor between the trained values and the delta.
+        scale: factor between the trained values and the delta: a number, or ``"auto"``, with which LoRA's learning
+            rate of 2e-4 suits the selection and the density (``docs/learning_rate.md``); 1.0 is the papers'.
         num_channels: resolved number of channels per layer; filled in when the adapter is made, and used to rebuild a
             saved adapter. Not for setting by hand.
         sides: resolved side per layer; likewise.
@@ -144,6 +146,10 @@ class S2FTConfig(DeltaConfig):
     @property
     def selection_needs(self) -> str:
         return CHANNEL_CRITERIA[self.selection][0]
+
+    @property
+    def spread(self) -> Spread:
+        return "peaked" if self.selection_needs == "gradient" and self.trains_largest else "channels"
 
     @property
     def trains_largest(self) -> bool:

@@ -108,7 +108,7 @@ class S2FTModel(BaseSparseModel[S2FTConfig, ChannelDelta]):
         config.num_channels = counts
         config.sides = {name: "in" if side.is_input else "out" for name, side in sides.items()}
         config.weight_shapes = {name: list(side.shape) for name, side in sides.items()}
-        config.resolve_scale()
+        config.resolve_scale(sum(counts[name] * side.cost for name, side in sides.items()))
         return {
             name: ChannelPlan(side, counts[name], supports.get(name), config.selection, config.value_scale)
             for name, side in sides.items()

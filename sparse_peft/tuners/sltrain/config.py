@@ -115,6 +115,12 @@ class SLTrainConfig(SparseConfig):
                 "of yet; use 'random', or 'rigl', 'set', 'momentum' or 'accumulated_gradient' to change positions"
             )
 
+    def scale_for(self, entries: int) -> float:
+        return 1.0 if self.mode == "pretrain" else super().scale_for(entries)
+
+    def suited_rate(self) -> float | None:
+        return None if self.mode == "pretrain" else super().suited_rate()
+
     @property
     def rank(self) -> int:
         """The rank of the low-rank part, once it is filled in."""

@@ -17,6 +17,8 @@ KERNELS = ("distance", "mixed")
 INITS = ("residual", "reference", "symmetric")
 # Most entries that torch.quantile takes, whose ranks float32 still represents exactly.
 QUANTILE_LIMIT = 2**24
+# Ten times LoRA's, as measured in docs/snella.md: the first numbers and the kernel's slope are small.
+RATE = 2e-3
 # Of the layers' weights, without an allocator.
 DEFAULT_SPARSITY = 0.5
 
@@ -149,6 +151,9 @@ class SnellaConfig(BaseSparseConfig):
         """Number of a layer's entries that are not zero at the start."""
         interpolates = THRESHOLDS[self.threshold].interpolates
         return numel - (_not_above_quantile if interpolates else _share)(required(self.sparsity, "sparsity"), numel)
+
+    def suited_rate(self) -> float:
+        return RATE
 
     @property
     def changes_in_training(self) -> bool:

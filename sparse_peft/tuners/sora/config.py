@@ -10,6 +10,7 @@ from ...constraints import Count, Limits, OneOf, Pattern, Positive, PositiveOrZe
 from ...ops import PROXIMAL_OPERATORS
 from ...support import steps_of
 from ..base_config import BaseSparseConfig, explains_fields, required
+from ..scale import LORA_RATE, LORA_SCALE
 from .penalty import SPACINGS, PenaltySchedule
 from .state import GATES
 
@@ -161,6 +162,9 @@ class SoRAConfig(BaseSparseConfig):
     def scale(self) -> float:
         """The factor of the product."""
         return self.alpha / self.r
+
+    def suited_rate(self) -> float:
+        return LORA_RATE * LORA_SCALE / self.scale
 
     def claimed_sizes(self, layer: str) -> Iterator[tuple[str, int, str]]:
         yield "ranks", (self.ranks or {}).get(layer, 0), "A.0"

@@ -23,6 +23,7 @@ from ...support import (
 from ...support.schedules import ENDLESS
 from ..base_config import explains_fields, required
 from ..entry_config import EntryConfig
+from ..scale import Spread
 
 SEED_MOMENTS = ("gradient", "zero")
 GRANULARITIES = ("entry", "block")
@@ -84,7 +85,8 @@ class SparseConfig(EntryConfig):
             ``"zero"``: none.
         resident: let the base weight hold the adapter's entries between steps where that is possible, which makes the
             forward pass as fast as the base's. ``False`` never writes to the base; it changes speed, not results.
-        scale: factor between the trained values and the delta.
+        scale: factor between the trained values and the delta: a number, or ``"auto"``, with which LoRA's learning
+            rate of 2e-4 suits the selection and the density (``docs/learning_rate.md``); 1.0 is the papers'.
         num_entries: resolved number of entries per layer; filled in when the adapter is made, and used to rebuild a
             saved adapter. Not for setting by hand.
         weight_shapes: resolved ``[rows, cols]`` of the layers' stored weights; likewise.
@@ -192,6 +194,12 @@ class SparseConfig(EntryConfig):
     @property
     def changes_in_training(self) -> bool:
         return self.regrowth is not None
+
+    @property
+    def spread(self) -> Spread:
+        # positions that start at random and grow where gradients are large
+        grown_by_data = self.regrowth is not None and self.regrowth.observes != "nothing"
+        return "peaked" if grown_by_data else super().spread
 
     @property
     def block(self) -> Block | None:

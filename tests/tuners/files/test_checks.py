@@ -93,6 +93,18 @@ def test_card_has_the_tag_and_the_lines_once(saved):
     assert ModelCard.load(folder / "README.md").text.count("pip install sparse-peft") == 1
 
 
+def test_card_states_scale_and_rate_once(saved):
+    folder, reference = saved
+    model = PeftModel.from_pretrained(reference, folder)
+    model.peft_config["default"].scale, model.peft_config["default"].recommended_rate = 4.0, 5e-4
+    for _ in range(2):
+        model.save_pretrained(folder)
+        text = ModelCard.load(folder / "README.md").text
+        assert text.count("## Scale and learning rate") == 1
+        assert "The delta is 4 times the trained values. A learning rate of 5.0e-04 with AdamW" in text
+        assert text.count("pip install sparse-peft") == 1
+
+
 def test_card_of_a_named_adapter_is_the_one_above_it(tmp_path):
     model, _ = adapted(adapter_name="other")
     model.save_pretrained(tmp_path)

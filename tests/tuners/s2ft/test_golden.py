@@ -48,7 +48,7 @@ def start(folder, case, values=False):
         tensors[layer] = {"rows" if rows else "columns": chosen}
         if values:
             tensors[layer]["values"] = NUMBERS[f"{case}.probe.{layer}.values"].flatten()
-    config = S2FTConfig(ratio_pattern=ratios, coupled=False, target_modules=list(channels))
+    config = S2FTConfig(ratio_pattern=ratios, coupled=False, scale=1.0, target_modules=list(channels))
     return adapted(llama, config, tensors, folder).eval()
 
 
@@ -100,7 +100,12 @@ def test_fields_that_draw_as_the_authors_do():
     sizes = {"o_proj": 32, "v_proj": 32, "down_proj": 48, "up_proj": 48}  # of both layers
     ratios = {name: sum(c.numel() for c in theirs[name]) / size for name, size in sizes.items()}
     config = S2FTConfig(
-        ratio_pattern=ratios, granularity="head", allocation="global", coupled=False, target_modules=list(names)
+        scale=1.0,
+        ratio_pattern=ratios,
+        granularity="head",
+        allocation="global",
+        coupled=False,
+        target_modules=list(names),
     )
     model = get_peft_model(llama(), config).get_base_model()
     for name in names:

@@ -46,7 +46,9 @@ def one(kind="linear", side="in", bias=True, dtype=torch.float32, adapter_name="
     config.setdefault("init_weights", False)
     reference = copy.deepcopy(base)
     model = get_peft_model(
-        nn.ModuleDict({"body": base}), S2FTConfig(target_modules=["body"], side=side, **config), adapter_name
+        nn.ModuleDict({"body": base}),
+        S2FTConfig(target_modules=["body"], side=side, scale=1.0, **config),
+        adapter_name,
     )
     if dtype == torch.float64:
         model.to(dtype)

@@ -25,7 +25,9 @@ BASE = {layer: NUMBERS[f"base.{layer}.weight"].flatten()[NUMBERS[f"positions.{la
 
 
 def start(folder, nuclear_weight=0.0, **values):
-    config = SaRAConfig(threshold=1.2e-2, nuclear_weight=nuclear_weight, progressive=10, target_modules=list(LAYERS))
+    config = SaRAConfig(
+        threshold=1.2e-2, nuclear_weight=nuclear_weight, progressive=10, scale=1.0, target_modules=list(LAYERS)
+    )
     tensors = {layer: {"values": given} for layer, given in values.items()}
     return adapted(lambda: Toy(under(NUMBERS, "base")), config, tensors, folder)
 

@@ -23,7 +23,7 @@ def adapted(base=None, **config):
     base = TwoLayers() if base is None else base
     config = {"progressive": None, "nuclear_weight": 0.0, "nuclear_min_size": 0, **config}
     reference = copy.deepcopy(base)
-    return get_peft_model(base, SaRAConfig(target_modules=NAMES, **config)), reference
+    return get_peft_model(base, SaRAConfig(target_modules=NAMES, scale=1.0, **config)), reference
 
 
 def values(model):

@@ -18,7 +18,8 @@ NAMES = ["first", "second"]
 
 def sltrain(model=None, random=True, **config):
     config = SLTrainConfig(
-        **{"target_modules": NAMES, "r": 3, "alpha": 6, "density": 0.1, "init_weights": not random, **config}
+        scale=1.0,
+        **{"target_modules": NAMES, "r": 3, "alpha": 6, "density": 0.1, "init_weights": not random, **config},
     )
     return get_peft_model(TwoLayers() if model is None else model, config)
 
@@ -48,7 +49,7 @@ def llama_config(**fields):
 
 def pretrain_config(**fields):
     return SLTrainConfig(
-        **{"mode": "pretrain", "r": 8, "alpha": 8, "density": 0.1, "target_modules": "all-linear", **fields}
+        scale=1.0, **{"mode": "pretrain", "r": 8, "alpha": 8, "density": 0.1, "target_modules": "all-linear", **fields}
     )
 
 
@@ -104,7 +105,7 @@ def test_without_its_sparse_part_it_is_lora_and_without_the_low_rank_it_is_spars
     base = TwoLayers()
     model = sltrain(copy.deepcopy(base), r=4, alpha=8)
     lora = get_peft_model(copy.deepcopy(base), LoraConfig(r=4, lora_alpha=8, target_modules=NAMES))
-    sparse = get_peft_model(copy.deepcopy(base), SparseConfig(density=0.1, target_modules=NAMES))
+    sparse = get_peft_model(copy.deepcopy(base), SparseConfig(density=0.1, scale=1.0, target_modules=NAMES))
     x = torch.randn(6, 17)
     kept = {}
     for name, layer in layers(model).items():

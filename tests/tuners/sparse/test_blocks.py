@@ -100,7 +100,7 @@ def test_blocks_chosen_from_data(selection):
 @pytest.mark.parametrize("backend", ["auto", "tiles", "panels", "sampled"])
 def test_training_blocks_is_training_their_entries(backend):
     base = nn.Sequential(nn.Linear(256, 320))
-    config = SparseConfig(granularity="block", block_size=32, density=0.2, target_modules=["0"])
+    config = SparseConfig(granularity="block", block_size=32, density=0.2, scale=1.0, target_modules=["0"])
     layer = get_peft_model(base, config).base_model.model[0]
     support = layer.support("default")
     assert plan_support_grad(support, torch.float32, support.device).path == "tiles"

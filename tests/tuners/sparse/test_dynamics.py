@@ -460,7 +460,7 @@ def test_compiled_training_is_not_compiled_anew_for_each_reselection():
 def test_a_frozen_adapter_beside_it_is_left_alone():
     model = adapted()
     model.add_adapter(
-        "other", SparseConfig(target_modules=["first", "second"], density=0.1, seed=9, init_weights=False)
+        "other", SparseConfig(target_modules=["first", "second"], density=0.1, scale=1.0, seed=9, init_weights=False)
     )
     model.base_model.set_adapter(["default", "other"])
     for layer in layers_of(model).values():

@@ -48,7 +48,7 @@ def test_20_steps(tmp_path):
 
 def test_the_first_phase(tmp_path):
     """Full fine-tuning, as a delta of all entries."""
-    config = SparseConfig(density=1.0, target_modules=list(LAYERS))
+    config = SparseConfig(density=1.0, scale=1.0, target_modules=list(LAYERS))
     model = adapted(toy, config, {}, tmp_path)
     optimizer = torch.optim.AdamW([parameter(model, layer) for layer in LAYERS], lr=2e-3, weight_decay=0)
     full = under(NUMBERS, "full")

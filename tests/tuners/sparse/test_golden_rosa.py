@@ -32,7 +32,7 @@ def toy():
 
 
 def config(selection):
-    return SLTrainConfig(r=4, alpha=8, density=0.05, selection=selection, target_modules=list(LAYERS))
+    return SLTrainConfig(r=4, alpha=8, density=0.05, selection=selection, scale=1.0, target_modules=list(LAYERS))
 
 
 def loss_fn(model, batch):

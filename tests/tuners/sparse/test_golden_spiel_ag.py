@@ -25,7 +25,12 @@ RUNS = ("modified", "unmodified")
 
 def start(folder, run, values=False):
     config = SparseConfig(
-        selection="accumulated_gradient", reselect_every=8, accumulate=3, num_params=128, target_modules=list(LAYERS)
+        scale=1.0,
+        selection="accumulated_gradient",
+        reselect_every=8,
+        accumulate=3,
+        num_params=128,
+        target_modules=list(LAYERS),
     )
     tensors = {layer: under(NUMBERS, run, "init", layer) for layer in LAYERS}
     if values:

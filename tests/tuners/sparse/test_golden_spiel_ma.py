@@ -25,7 +25,7 @@ EVENTS = [3, 11, 19]
 
 def start(folder, **values: Tensor):
     config = SparseConfig(
-        selection="momentum", reselect_every=8, accumulate=3, num_params=128, target_modules=list(LAYERS)
+        scale=1.0, selection="momentum", reselect_every=8, accumulate=3, num_params=128, target_modules=list(LAYERS)
     )
     tensors = {layer: under(NUMBERS, "init", layer) for layer in LAYERS}
     for layer, given in values.items():
