@@ -198,7 +198,7 @@ class SparseConfig(EntryConfig):
     @property
     def spread(self) -> Spread:
         # positions that start at random and grow where gradients are large
-        grown_by_data = self.regrowth is not None and self.regrowth.observes != "nothing"
+        grown_by_data = self.regrowth is not None and self.regrowth.observes in ("gradients", "covers")
         return "peaked" if grown_by_data else super().spread
 
     @property
