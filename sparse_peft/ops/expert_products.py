@@ -128,7 +128,7 @@ class ExpertSource(Protocol):
 
     @property
     def key(self) -> int:
-        """The weight's key, for observers."""
+        """The key of the first expert, for observers; that of expert ``e`` is larger by ``e``."""
         ...
 
     def expert(self, number: int) -> WeightPanels:
@@ -157,6 +157,10 @@ class Recipe:
     tensors: tuple[Tensor, ...]
 
 
+# By the dimension of input features.
+_PRODUCTS = LinearProduct(0), LinearProduct(1)
+
+
 @dataclass(frozen=True)
 class ExpertProduct:
     """One product of an activation with experts' weights.
@@ -182,14 +186,16 @@ class ExpertProduct:
 
     def forward(self, x: Tensor) -> Tensor:
         """``(rows, out)`` of ``(rows, in)``."""
-        return self._each(x, LinearProduct(self.in_dim))
+        return self._each(x, _PRODUCTS[self.in_dim])
 
     def input_grad(self, grad: Tensor) -> Tensor:
         """``(rows, in)`` of ``(rows, out)``."""
         # the gradient of x @ W.T is grad @ W: the product with the other dimension as input
-        return self.source.read(self._each, grad, LinearProduct(1 - self.in_dim))
+        return self.source.read(self._each, grad, _PRODUCTS[1 - self.in_dim])
 
     def _each(self, x: Tensor, product: LinearProduct) -> Tensor:
+        if isinstance(self.routing, OneExpert) and self.routing.tokens:
+            return product.forward(x, self.source.expert(self.routing.expert), None)
         x = self.routing.sort(x)
         result = x.new_zeros(len(x), self.source.expert(0).shape[1 - product.in_dim])
         for expert, start, stop in self.routing.segments():
@@ -202,14 +208,20 @@ class ExpertProduct:
         Experts without tokens get zeros.
         """
         assert self.support is not None
+        parts, product = expert_parts(self.support, self.source.experts), _PRODUCTS[self.in_dim]
+        if (
+            isinstance(self.routing, OneExpert)
+            and self.routing.tokens
+            and entries == parts[self.routing.expert][0].nnz
+        ):
+            return product.support_grad(grad, x, parts[self.routing.expert][0], self.source.key)
         values = torch.zeros(entries, dtype=accumulation_dtype(x.dtype), device=x.device)
         grad, x = self.routing.sort(grad), self.routing.sort(x)
-        parts, product = expert_parts(self.support, self.source.experts), LinearProduct(self.in_dim)
         for expert, start, stop in self.routing.segments():
             part, first, last = parts[expert]
             if last > first:
                 place = slice(first - self.first, last - self.first)
-                values[place] = product.support_grad(grad[start:stop], x[start:stop], part, self.source.key)
+                values[place] = product.support_grad(grad[start:stop], x[start:stop], part, self.source.key + expert)
         return values
 
 

@@ -27,9 +27,9 @@ class GradientObserver(Protocol):
         ...
 
 
-def new_key() -> int:
-    """A key that is unique in this process."""
-    return next(_keys)
+def new_key(count: int = 1) -> int:
+    """The first of ``count`` keys, one after the other, that are unique in this process."""
+    return [next(_keys) for _ in range(count)][0]
 
 
 def observe(key: int, observer: GradientObserver | None) -> None:

@@ -90,7 +90,7 @@ class Stamp:
 
     def is_same(self, other: Stamp) -> bool:
         """Whether both are of the same states at the same time."""
-        return (
+        return self is other or (
             len(self.counts) == len(other.counts)
             and all(a[0] is b[0] and a[1:] == b[1:] for a, b in zip(self.counts, other.counts, strict=True))
             and all(a.tensor is b.tensor and a[3:] == b[3:] for a, b in zip(self.marks, other.marks, strict=True))

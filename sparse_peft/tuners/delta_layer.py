@@ -77,7 +77,7 @@ class SparseTunerLayer(TunerLayer[DeltaT]):
         self._joins: dict[tuple[str, ...], ActiveDelta] = {}
         self._writable: tuple[weakref.ref[Tensor], int, bool] | None = None
         self._stack: Stack | None = None
-        self.observer_key = new_key()
+        self.observer_key = new_key(self.matrices)
         self.register_load_state_dict_post_hook(_rejoin)
 
     # ------------------------------------------------------------------ adapters
@@ -492,4 +492,4 @@ class SparseTunerLayer(TunerLayer[DeltaT]):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self.observer_key = new_key()  # a copy must not share the original's gradient observer
+        self.observer_key = new_key(self.matrices)  # a copy must not share the original's gradient observer

@@ -91,7 +91,16 @@ class ExpertsLayer(nn.Module):
         return read_all(self._ledgers, self._compute_settled, names, args, kwargs)
 
     def _compute_settled(self, names: tuple[str, ...] | None, args: Any, kwargs: Any) -> Any:
+        if names is None and not torch.is_grad_enabled() and self._gives_output():
+            return self.base_layer(*args, **kwargs)
         return self._compute(self._settled(names) or exclusively(self._prepared, names), args, kwargs)
+
+    def _gives_output(self) -> bool:
+        """Whether the base's own products are the output of the active adapters."""
+        for ledger in self._ledgers:
+            if ledger.is_closed or ledger.content is None or not ledger.content.gives_output():
+                return False
+        return True
 
     def _settled(self, names: tuple[str, ...] | None) -> list[_Plan] | None:
         """The plans, where all parameters are as they want them and no transition is under way."""

@@ -105,6 +105,7 @@ def _getter(name: str) -> Any:
 # Cheap functions whose results are made again in backward instead of being kept.
 _RECOMPUTED = {Tensor.__getitem__, Tensor.index_select, torch.index_select, Tensor.repeat_interleave}
 _PRODUCTS = {torch.mul, Tensor.mul, Tensor.__mul__}
+_REMEMBERED = _RECOMPUTED | _PRODUCTS
 _TURNS = {Tensor.transpose, torch.transpose, Tensor.t, _getter("mT"), _getter("T")}
 _MATMULS = {torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.mm, Tensor.mm, torch.bmm, Tensor.bmm}
 # What is asked of a weight without computing with it.
@@ -114,6 +115,7 @@ _QUESTIONS = {
     Tensor.is_contiguous, Tensor.element_size, Tensor.is_floating_point, Tensor.__len__, torch.is_floating_point,
     Tensor.get_device,
 }  # fmt: skip
+_NOTHING = (-1, None)
 _GROUPED_NAMES = {"_grouped_mm", "grouped_mm", "grouped_mm_fallback"}
 
 
@@ -135,7 +137,8 @@ class ExpertsMode(TorchFunctionMode):
         place, view = self._find(args, kwargs)
         if view is None:
             result = func(*args, **kwargs)
-            self._remember(func, args, result)
+            if func in _REMEMBERED:
+                self._remember(func, args, result)
             return result
         if func in _QUESTIONS:
             return func(*args, **kwargs)
@@ -144,16 +147,20 @@ class ExpertsMode(TorchFunctionMode):
 
     def _find(self, args: Sequence[Any], kwargs: dict[str, Any]) -> tuple[int, View | None]:
         """The first expert weight among the arguments, and its place among those by position."""
-        for place, argument in enumerate(args):
-            view = self._views.get(id(argument))
-            if view is not None:
-                return place, view
-        for argument in (*args, *kwargs.values()):
-            parts = argument if isinstance(argument, (list, tuple)) else (argument,)
-            for part in parts:
-                if id(part) in self._views:
-                    return -1, self._views[id(part)]
-        return -1, None
+        views = self._views
+        place = -1
+        for argument in args:
+            place += 1
+            if id(argument) in views:
+                return place, views[id(argument)]
+            if isinstance(argument, (list, tuple)):
+                for part in argument:
+                    if id(part) in views:
+                        return -1, views[id(part)]
+        for argument in kwargs.values():
+            if id(argument) in views:
+                return -1, views[id(argument)]
+        return _NOTHING
 
     def _handle(self, func: Any, place: int, view: View, args: Any, kwargs: dict[str, Any]) -> Any:
         result: Any = NotImplemented

@@ -9,7 +9,7 @@ from peft import PeftModel, get_peft_model
 from torch import nn
 
 from benchmarks.measure import LargestTensor
-from sparse_peft import SparseConfig, panel_limit
+from sparse_peft import SparseConfig, SparsityController, panel_limit
 from sparse_peft.tuners.expert_layer import ExpertsLayer
 from tests.helpers.expert_models import CONFIGS, IDS, adapted, config, layers, mixture, reference
 from tests.helpers.memory import saved_bytes
@@ -373,6 +373,58 @@ def test_training_lowers_the_loss(implementation):
         optimizer.zero_grad()
         losses.append(loss.item())
     assert losses[-1] < losses[0] - 0.03
+
+
+@pytest.mark.parametrize("selection", ["accumulated_gradient", "momentum", "set", "rigl"])
+@pytest.mark.parametrize("implementation", ["eager", "grouped_mm"])
+def test_positions_change_in_training(selection, implementation):
+    schedule = {"reselect_every": 3, "replace_rate": 0.5}
+    accumulate = {} if selection == "set" else {"accumulate": 2}
+    model = adapted(
+        implementation=implementation, init_weights=True, selection=selection, **schedule, **accumulate
+    ).train()
+    before = {path: layer.support("default").indices.clone() for path, layer in layers(model).items()}
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.05)
+    losses = []
+    with SparsityController(model, optimizer, total_steps=9) as controller:
+        for _ in range(9):
+            losses.append(model(IDS, labels=IDS).loss)
+            losses[-1].backward()
+            controller.step()
+            optimizer.zero_grad()
+    assert losses[-1] < losses[0]
+    for path, layer in layers(model).items():
+        support = layer.support("default")
+        assert support.nnz == len(before[path])
+        assert not torch.equal(support.indices, before[path])
+        assert layer.deltas["default"].values.isfinite().all()
+
+
+def test_candidates_are_the_largest_gradients_of_each_expert():
+    model = adapted(dtype=torch.float64, selection="rigl", reselect_every=2, accumulate=1, candidates=5.0)
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1e-9)
+    dense = reference("qwen3_moe", model)
+    dense(IDS, labels=IDS).loss.backward()
+    controller = SparsityController(model.train(), optimizer, total_steps=8)
+    dynamics = controller.dynamics["default"] if isinstance(controller.dynamics, dict) else controller.dynamics[0]
+    seen = {}
+    for step in (1, 2):
+        model(IDS, labels=IDS).loss.backward()
+        for path, track in dynamics.tracks.items():
+            if track.window is not None and step == 2:
+                seen[path] = [(one.positions, one.partial, one.limit) for one in track.window.observers]
+        controller.step()
+        optimizer.zero_grad()
+    assert seen
+    for path, windows in seen.items():
+        gradient = dict(dense.named_parameters())[path].grad
+        layer = layers(model)[path]
+        for number, (positions, sums, limit) in enumerate(windows):
+            own = gradient[number].reshape(-1)
+            if positions.numel():
+                assert torch.allclose(sums.double(), own[positions.long()], rtol=1e-3, atol=1e-7)
+                assert positions.numel() <= limit
+        assert layer.matrices == 5
 
 
 def test_a_router_trains_by_modules_to_save(tmp_path):

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
 from ...dynamics.collectives import Collectives
 from ...dynamics.optimizer_state import ObservedMoments
 from ...numerics import topk_indices
-from ...ops import masked_dw, support_grad
+from ...ops import expert_parts, masked_dw, support_grad
 from ...support import Support
 
 
@@ -48,6 +50,11 @@ class CandidateWindow:
         self.own = torch.zeros(self.support.nnz, device=self.support.device)
         self._rejected = False  # whether any position with a gradient was not kept in this step
         self._joint: tuple[Support, Support, Tensor, Tensor] | None = None
+
+    @property
+    def observers(self) -> list[CandidateWindow]:
+        """The observer of the layer's one matrix."""
+        return [self]
 
     # ------------------------------------------------------------------ during the backward pass
 
@@ -204,3 +211,82 @@ class CandidateWindow:
         for name, value in state.items():
             setattr(self, name, value.to(device) if isinstance(value, Tensor) else value)
         self._begin_step()
+
+
+class ExpertWindows:
+    """The candidates of fused experts, each expert's in a window of its own; see ``CandidateWindow``.
+
+    An expert proposes an equal part of the candidates. Experts without trained entries are not observed.
+
+    Args:
+        support: the adapter's trained positions in all experts.
+        limit: number of candidates.
+        length: number of steps in the window.
+        experts: number of experts.
+    """
+
+    def __init__(self, support: Support, limit: int, length: int, experts: int):
+        self.support, self.experts = support, experts
+        self.observers = [
+            CandidateWindow(part, math.ceil(limit / experts), length) for part, _, _ in expert_parts(support, experts)
+        ]
+
+    @property
+    def steps(self) -> int:
+        return self.observers[0].steps
+
+    @property
+    def own(self) -> Tensor:
+        return torch.cat([window.own for window in self.observers])
+
+    def _of_all(self, positions: list[Tensor]) -> Tensor:
+        """Positions in experts as positions in the matrix of all of them."""
+        numel = self.support.shape[0] // self.experts * self.support.shape[1]
+        return torch.cat([part.long() + number * numel for number, part in enumerate(positions)])
+
+    def reduce(self, collectives: Collectives) -> None:
+        for window in self.observers:
+            window.reduce(collectives)
+
+    def is_finite(self) -> Tensor:
+        return torch.stack([window.is_finite() for window in self.observers]).all()
+
+    def commit(self, factor: float, gradient: Tensor) -> None:
+        for window, (_, first, last) in zip(self.observers, expert_parts(self.support, self.experts), strict=True):
+            window.commit(factor, gradient[first:last])
+
+    def discard(self) -> None:
+        for window in self.observers:
+            window.discard()
+
+    def scores(self) -> tuple[Tensor, Tensor, Tensor]:
+        positions, scores, own = zip(*(window.scores() for window in self.observers), strict=True)
+        return self._of_all(list(positions)), torch.cat(scores), torch.cat(own)
+
+    def moments_of(self, support: Support, is_new: Tensor) -> ObservedMoments | None:
+        found = []
+        for window, (part, first, last) in zip(self.observers, expert_parts(support, self.experts), strict=True):
+            zeros = torch.zeros(last - first, device=support.device)
+            found.append(window.moments_of(part, is_new[first:last]) or ObservedMoments(zeros, zeros, zeros))
+        parts = ([one.mean for one in found], [one.mean_square for one in found], [one.steps for one in found])
+        return ObservedMoments(*map(torch.cat, parts))
+
+    def state_dict(self) -> dict[str, Tensor | int]:
+        states = {number: window.state_dict() for number, window in enumerate(self.observers)}
+        return {f"{number}.{name}": value for number, state in states.items() for name, value in state.items()}
+
+    def load_state_dict(self, state: dict[str, Tensor | int]) -> None:
+        for number, window in enumerate(self.observers):
+            prefix = f"{number}."
+            window.load_state_dict(
+                {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
+            )
+
+
+Window = CandidateWindow | ExpertWindows
+
+
+def window_size(state: dict[str, Tensor | int]) -> int:
+    """The number of candidates in a window's ``state_dict``."""
+    found = [value for name, value in state.items() if name.rpartition(".")[2] == "positions"]
+    return sum(value.numel() for value in found if isinstance(value, Tensor))

@@ -16,7 +16,7 @@ from ...support import RANDOM_SCORE, Candidates, Exchange, Support, exchange, ex
 from ..base_config import required
 from ..delta import SparseDelta
 from ..delta_layer import SparseTunerLayer
-from .candidates import CandidateWindow
+from .candidates import Window
 from .config import SparseConfig
 from .records import AGE_EDGES, LayerChange, Reselection
 from .track import LayerTrack
@@ -45,16 +45,7 @@ class ReselectionDynamics(Dynamics[SparseConfig, Layer]):
                 "would get other numbers of entries, and DDP and FSDP fix the parameters' sizes when they wrap the "
                 "model; use redistribute=False, or train in one process"
             )
-        self._check_experts()
         self.tracks = {name: LayerTrack(layer, self.adapter) for name, layer in self.layers.items()}
-
-    def _check_experts(self) -> None:
-        experts = [name for name, layer in self.layers.items() if layer.matrices > 1]
-        if experts and self.regrowth.observes == "gradients":
-            raise NotImplementedError(
-                f"selection={self.config.selection!r} with fused experts, as in layer {experts[0]}: gradients at "
-                "new positions are not observed; use selection='momentum' or 'set', or leave experts out"
-            )
 
     # ------------------------------------------------------------------ the course of a step
 
@@ -67,7 +58,7 @@ class ReselectionDynamics(Dynamics[SparseConfig, Layer]):
                 track.watch(None)
             elif track.window is None:
                 limit = math.ceil(self.config.candidates * track.support.nnz)
-                track.watch(CandidateWindow(track.support, limit, self.schedule.window))
+                track.watch(track.new_window(limit, self.schedule.window))
 
     def before_step(self, step: int) -> None:
         for track in self.tracks.values():
@@ -114,7 +105,7 @@ class ReselectionDynamics(Dynamics[SparseConfig, Layer]):
         for track in tracks:
             track.gradient = None
 
-    def _factor(self, watched: list[tuple[CandidateWindow, Tensor]]) -> float | None:
+    def _factor(self, watched: list[tuple[Window, Tensor]]) -> float | None:
         """The common factor between gradients in backward and in the optimizer; None if any is not finite.
 
         The delta's scale, a loss scale and clipping multiply all gradients alike; those of the trained entries show by

@@ -14,7 +14,7 @@ from ...ops import add_to_support_, observe
 from ...support import Exchange
 from ..delta import SparseDelta
 from ..delta_layer import SparseTunerLayer
-from .candidates import CandidateWindow
+from .candidates import CandidateWindow, ExpertWindows, Window, window_size
 
 
 class LayerTrack:
@@ -50,10 +50,24 @@ class LayerTrack:
 
     # ------------------------------------------------------------------ statistics
 
-    def watch(self, window: CandidateWindow | None) -> None:
+    def watch(self, window: Window | None) -> None:
         """Observe candidates in the backward passes from now on, or none."""
         self.window = window
-        observe(self.layer.observer_key, window)
+        observers = [None] * self.layer.matrices if window is None else window.observers
+        for number, observer in enumerate(observers):
+            observe(self.layer.observer_key + number, observer)
+
+    def new_window(self, limit: int, length: int) -> Window:
+        """A window of candidates of the present positions.
+
+        Args:
+            limit: number of candidates.
+            length: number of optimizer steps.
+        """
+        experts = self.layer.matrices
+        if experts == 1:
+            return CandidateWindow(self.support, limit, length)
+        return ExpertWindows(self.support, limit, length, experts)
 
     def keep_gradient(self) -> None:
         """Keep a copy of the gradient that the optimizer is about to use; zeros without one."""
@@ -165,7 +179,7 @@ class LayerTrack:
             )
         self.born = state["born"].to(self.born.device)
         if "window" in state:
-            window = CandidateWindow(self.support, state["window"]["positions"].numel(), length)
+            window = self.new_window(window_size(state["window"]), length)
             window.load_state_dict(state["window"])
             self.watch(window)
         if "row" in state:
