@@ -209,12 +209,10 @@ class ExpertProduct:
         """
         assert self.support is not None
         parts, product = expert_parts(self.support, self.source.experts), _PRODUCTS[self.in_dim]
-        if (
-            isinstance(self.routing, OneExpert)
-            and self.routing.tokens
-            and entries == parts[self.routing.expert][0].nnz
-        ):
-            return product.support_grad(grad, x, parts[self.routing.expert][0], self.source.key)
+        if isinstance(self.routing, OneExpert) and self.routing.tokens:
+            number = self.routing.expert
+            if entries == parts[number][0].nnz:
+                return product.support_grad(grad, x, parts[number][0], self.source.key + number)
         values = torch.zeros(entries, dtype=accumulation_dtype(x.dtype), device=x.device)
         grad, x = self.routing.sort(grad), self.routing.sort(x)
         for expert, start, stop in self.routing.segments():

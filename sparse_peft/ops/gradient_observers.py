@@ -29,7 +29,10 @@ class GradientObserver(Protocol):
 
 def new_key(count: int = 1) -> int:
     """The first of ``count`` keys, one after the other, that are unique in this process."""
-    return [next(_keys) for _ in range(count)][0]
+    first = next(_keys)
+    for _ in range(1, count):
+        next(_keys)
+    return first
 
 
 def observe(key: int, observer: GradientObserver | None) -> None:
