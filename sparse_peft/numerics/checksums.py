@@ -13,7 +13,14 @@ _MASK = 2**64 - 1
 
 
 def checksum(tensor: Tensor) -> int:
-    """A number that changes with the bits of any entry, and with the entries' order."""
+    """A number that changes with the bits of any entry, and with the entries' order.
+
+    Example:
+        >>> import torch
+        >>> from sparse_peft.numerics import checksum
+        >>> checksum(torch.tensor([1.0, 2.0])) == checksum(torch.tensor([2.0, 1.0]))
+        False
+    """
     if tensor.is_meta:
         return 0
     rows = tensor.detach()

@@ -28,6 +28,13 @@ def order_statistics(chunks: Callable[[], Iterable[Tensor]], ranks: Sequence[int
 
     Raises:
         ValueError: a rank that is out of range.
+
+    Example:
+        >>> import torch
+        >>> from sparse_peft.numerics import order_statistics
+        >>> chunks = [torch.tensor([5.0, 1.0]), torch.tensor([3.0])]
+        >>> order_statistics(lambda: chunks, [1, 3])
+        [tensor(1.), tensor(5.)]
     """
     wanted = [(0, rank) for rank in ranks]  # the digits found so far, and the rank among the numbers with these
     dtype = next(iter(chunks())).dtype

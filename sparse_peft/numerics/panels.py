@@ -57,6 +57,11 @@ def panels(length: int, bytes_per_item: int, at_most: int | None = None) -> list
 
     Returns:
         ``(start, stop)`` of each range; each holds at least one item.
+
+    Example:
+        >>> from sparse_peft.numerics import panels
+        >>> panels(10, bytes_per_item=8, at_most=4)
+        [(0, 4), (4, 8), (8, 10)]
     """
     step = max(1, min(_panel_bytes // max(1, bytes_per_item), at_most or length))
     return [(start, min(start + step, length)) for start in range(0, length, step)]

@@ -72,6 +72,12 @@ def sample_without_replacement(n: int, k: int, *, seed: int, name: str) -> torch
     Raises:
         TypeError: ``n``, ``k`` or ``seed`` is not an int.
         ValueError: ``n`` or ``k`` is out of range.
+
+    Example:
+        >>> from sparse_peft.numerics import sample_without_replacement
+        >>> sample = sample_without_replacement(1000, 5, seed=0, name="layer")
+        >>> len(set(sample.tolist())), bool((sample.diff() > 0).all())
+        (5, True)
     """
     n = validated(f"layer {name}: n", n, RangeSize)
     k = validated(f"layer {name}: k", k, CountOrZero)
@@ -105,6 +111,12 @@ def uniform(n: int, *, seed: int, name: str) -> torch.Tensor:
 
     Returns:
         ``(n,)`` float32 on the CPU, multiples of 2**-23.
+
+    Example:
+        >>> from sparse_peft.numerics import uniform
+        >>> numbers = uniform(1000, seed=0, name="layer")
+        >>> numbers.dtype, bool((numbers.abs() <= 1).all())
+        (torch.float32, True)
     """
     start, *_ = _round_keys(seed, name)
     counters = np.arange(1, n + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15) + start

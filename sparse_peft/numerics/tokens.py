@@ -9,12 +9,26 @@ from .panels import panels
 
 
 def flatten_tokens(x: Tensor) -> Tensor:
-    """``(..., features)`` as ``(tokens, features)``."""
+    """``(..., features)`` as ``(tokens, features)``.
+
+    Example:
+        >>> import torch
+        >>> from sparse_peft.numerics import flatten_tokens
+        >>> tuple(flatten_tokens(torch.zeros(2, 3, 5)).shape)
+        (6, 5)
+    """
     return x.reshape(-1, x.shape[-1])
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype that sums are taken in: float32 for half precision, otherwise the dtype itself."""
+    """The dtype that sums are taken in: float32 for half precision, otherwise the dtype itself.
+
+    Example:
+        >>> import torch
+        >>> from sparse_peft.numerics import accumulation_dtype
+        >>> accumulation_dtype(torch.bfloat16), accumulation_dtype(torch.float64)
+        (torch.float32, torch.float64)
+    """
     return torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
 
 
@@ -29,6 +43,14 @@ def transposed_product(left: Tensor, right: Tensor) -> Tensor:
 
     Returns:
         ``(rows, cols)`` in float32, or float64 if one of the two is float64.
+
+    Example:
+        >>> import torch
+        >>> from sparse_peft.numerics import transposed_product
+        >>> left, right = torch.ones(4, 2, dtype=torch.bfloat16), torch.ones(4, 3, dtype=torch.bfloat16)
+        >>> product = transposed_product(left, right)
+        >>> tuple(product.shape), product.dtype
+        ((2, 3), torch.float32)
     """
     dtype = torch.promote_types(torch.promote_types(left.dtype, right.dtype), torch.float32)
     if left.dtype == right.dtype == dtype:

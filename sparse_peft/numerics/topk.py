@@ -76,6 +76,12 @@ def topk_indices(scores: Tensor, k: int, largest: bool = True, *, name: str = ""
 
     Raises:
         ValueError: scores that are NaN or not 1-D, or ``k`` out of range.
+
+    Example:
+        >>> import torch
+        >>> from sparse_peft.numerics import topk_indices
+        >>> topk_indices(torch.tensor([3.0, 1.0, 3.0, 2.0]), 2)
+        tensor([0, 2])
     """
     check_scores(scores, name)
     n = scores.numel()

@@ -24,6 +24,11 @@ def as_block(block_size: int | Sequence[int]) -> Block:
 
     Raises:
         TypeError, ValueError: another value.
+
+    Example:
+        >>> from sparse_peft.support import as_block
+        >>> as_block(4), as_block((2, 8))
+        ((4, 4), (2, 8))
     """
     sizes = validated("block_size", block_size, Count | list[Count])
     pair = sizes if isinstance(sizes, list) else [sizes, sizes]
@@ -108,7 +113,14 @@ def _block_scores_of(scores: Callable[[str], Tensor], block: Block, name: str) -
 
 
 def block_scores(scores: Tensor, block: Block) -> Tensor:
-    """Sums of ``(rows, cols)`` scores over the blocks of the grid: ``(down, across)``."""
+    """Sums of ``(rows, cols)`` scores over the blocks of the grid: ``(down, across)``.
+
+    Example:
+        >>> import torch
+        >>> from sparse_peft.support import block_scores
+        >>> block_scores(torch.ones(4, 6), (2, 3)).tolist()
+        [[6.0, 6.0], [6.0, 6.0]]
+    """
     height, width = block
     down, across = scores.shape[0] // height, scores.shape[1] // width
     return scores[: down * height, : across * width].reshape(down, height, across, width).sum((1, 3))

@@ -87,6 +87,11 @@ def apportion(weights: Sequence[float], caps: Sequence[int], total: int, floor: 
 
     Raises:
         ValueError: ``total`` cannot be reached within the bounds, or bad weights.
+
+    Example:
+        >>> from sparse_peft.support import apportion
+        >>> apportion([1.0, 2.0, 3.0], [10, 10, 10], 12)
+        [2, 4, 6]
     """
     if len(weights) != len(caps):
         raise ValueError(f"{len(weights)} weights for {len(caps)} caps: one each is expected")
@@ -127,7 +132,13 @@ def apportion(weights: Sequence[float], caps: Sequence[int], total: int, floor: 
 
 
 def matches_layer(pattern: str, name: str) -> bool:
-    """Whether a key of a ``*_pattern`` field matches a layer: its name, a suffix of it or a regular expression."""
+    """Whether a key of a ``*_pattern`` field matches a layer: its name, a suffix of it or a regular expression.
+
+    Example:
+        >>> from sparse_peft.support import matches_layer
+        >>> matches_layer("q_proj", "model.layers.0.self_attn.q_proj"), matches_layer("q_proj", "model.k_proj")
+        (True, False)
+    """
     return re.match(rf"(.*\.)?({pattern})$", name) is not None
 
 
@@ -362,5 +373,10 @@ def resolve_counts(
 
     Raises:
         ValueError: no layers, a budget larger than the layers, or ``"global"`` without scores.
+
+    Example:
+        >>> from sparse_peft.support import Budget, resolve_counts
+        >>> resolve_counts({"a": (10, 10), "b": (10, 30)}, Budget(density=0.1))
+        {'a': 10, 'b': 30}
     """
     return allocate(divide(shapes, budget, caps), budget.allocation, scores, largest)

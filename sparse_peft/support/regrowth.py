@@ -108,6 +108,13 @@ def random_inactive(support: Support, k: int, *, seed: int, name: str) -> Tensor
 
     Raises:
         ValueError: fewer than ``k`` positions are outside.
+
+    Example:
+        >>> import torch
+        >>> from sparse_peft.support import Support, random_inactive
+        >>> support = Support((2, 4), torch.tensor([0, 1, 2, 3]))
+        >>> random_inactive(support, 4, seed=0, name="layer")
+        tensor([4, 5, 6, 7])
     """
     rows, cols = support.shape
     ranks = sample_without_replacement(rows * cols - support.nnz, k, seed=seed, name=name).to(support.device)

@@ -29,6 +29,11 @@ def steps_of(value: int | float, total_steps: int | None, field: str) -> int:
 
     Raises:
         ValueError: a share of a run of unknown length.
+
+    Example:
+        >>> from sparse_peft.support import steps_of
+        >>> steps_of(0.25, 1000, "start"), steps_of(50, None, "start")
+        (250, 50)
     """
     if isinstance(value, int):
         return value

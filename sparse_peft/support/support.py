@@ -19,7 +19,13 @@ INT32_LIMIT = 2**31
 
 
 def index_dtype(shape: tuple[int, int]) -> torch.dtype:
-    """The dtype of positions in a matrix of this shape: int32 wherever it suffices, else int64."""
+    """The dtype of positions in a matrix of this shape: int32 wherever it suffices, else int64.
+
+    Example:
+        >>> from sparse_peft.support import index_dtype
+        >>> index_dtype((4096, 4096)), index_dtype((65536, 65536))
+        (torch.int32, torch.int64)
+    """
     return torch.int32 if shape[0] * shape[1] < INT32_LIMIT else torch.int64
 
 
@@ -71,6 +77,11 @@ def check_indices(indices: Tensor, shape: tuple[int, int], name: str = "") -> No
     Raises:
         TypeError: positions that are no integers.
         ValueError: positions that are not 1-D, out of range, not sorted or repeated.
+
+    Example:
+        >>> import torch
+        >>> from sparse_peft.support import check_indices
+        >>> check_indices(torch.tensor([0, 3, 7]), (2, 4))
     """
     rows, cols = _check_shape(shape, name)
     check_sorted(indices, rows * cols, "indices", f"a {rows} x {cols} weight", name)

@@ -118,12 +118,20 @@ def attach(
         ValueError: the model has no adapter that changes during training.
 
     Example:
-        ```python
-        model = get_peft_model(model, SparseConfig(selection="rigl", target_modules="all-linear"))
-        attached = sparse_peft.attach(model, total_steps=1000)
-        train(model)  # anybody's loop
-        attached.history
-        ```
+        >>> import torch
+        >>> from peft import get_peft_model
+        >>> from sparse_peft import SparseConfig, attach
+        >>> base = torch.nn.Sequential(torch.nn.Linear(64, 32))
+        >>> config = SparseConfig(selection="rigl", density=0.05, reselect_every=2, target_modules=["0"])
+        >>> model = get_peft_model(base, config)
+        >>> attached = attach(model, total_steps=4)
+        >>> optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+        >>> for _ in range(4):  # somebody else's loop
+        ...     model(torch.ones(8, 64)).square().mean().backward()
+        ...     optimizer.step()
+        ...     optimizer.zero_grad()
+        >>> len(attached.history)
+        2
     """
     configs = {name: config for name, config in configs_of(model).items() if _moves(config)}
     if not configs:

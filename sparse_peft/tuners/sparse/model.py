@@ -31,6 +31,10 @@ class SparseModel(EntryModel[SparseConfigT, SparseDeltaT]):
         peft_config (sparse_peft.SparseConfig): the adapter's config.
         adapter_name: the adapter's name.
 
+    Raises:
+        TypeError: a target is no layer that the method trains, or has another method's adapter.
+        ValueError: there is no target, a target shares its weight, or a field contradicts the model.
+
     Example:
         >>> import torch
         >>> from peft import get_peft_model
