@@ -36,7 +36,7 @@ class Backup(Protocol):
         ...
 
 
-@dataclass
+@dataclass(slots=True)
 class EntriesBackup:
     """Single entries of a weight.
 

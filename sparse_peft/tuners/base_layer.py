@@ -109,7 +109,10 @@ class TunerLayer(BaseTunerLayer, nn.Module, Generic[StateT]):
     def base_parameter(self) -> Tensor:
         """The base layer's weight."""
         # the usual case without get_base_layer's search, which every layer would pay for several times a pass
-        base = self.base_layer
+        base: Any = self._modules["base_layer"]
+        weight = base._parameters.get("weight")
+        if weight is not None:
+            return cast("Tensor", weight)
         return weight_of(base if "base_layer" not in base._modules else self.get_base_layer())
 
     @property
@@ -197,7 +200,7 @@ class TunerLayer(BaseTunerLayer, nn.Module, Generic[StateT]):
 
     def _is_sharded(self) -> bool:
         """Whether FSDP2 shards the weight: what is gathered for a pass is a copy that comes and goes."""
-        return getattr(self.base_layer, "_is_fsdp_managed_module", False)
+        return self.base_layer.__dict__.get("_is_fsdp_managed_module", False)
 
     def dense_base_weight(self) -> Tensor:
         """The base weight in floats as a matrix in its stored layout, for criteria to look at."""
@@ -249,14 +252,19 @@ class TunerLayer(BaseTunerLayer, nn.Module, Generic[StateT]):
 
     def _next_step(self, x: Tensor, adapter_names: list[str] | None, has_more: bool) -> Step:
         """The step of a pass, with the weight as it wants it."""
-        if not self.ledger.is_closed:
+        ledger, step = self.ledger, None
+        turn = ledger.turn
+        if not ledger.is_closed:
             step = self.forward_step(x, adapter_names, has_more)
-            if self.ledger.holds(step.wanted):
+            if ledger.holds(step.wanted):
                 return step
-        return exclusively(self._prepared_step, x, adapter_names, has_more)
+        return exclusively(self._prepared_step, step, turn, x, adapter_names, has_more)
 
-    def _prepared_step(self, x: Tensor, adapter_names: list[str] | None, has_more: bool) -> Step:
-        step = self.forward_step(x, adapter_names, has_more)
+    def _prepared_step(
+        self, step: Step | None, turn: int, x: Tensor, adapter_names: list[str] | None, has_more: bool
+    ) -> Step:
+        if step is None or turn != self.ledger.turn:  # another thread had the lock first
+            step = self.forward_step(x, adapter_names, has_more)
         if not self.ledger.holds(step.wanted):
             self._prepare(step.wanted)
         return step

@@ -63,7 +63,9 @@ class Stamp:
         self.marks = tuple(Mark.of(state, name, sharded) for state, _, _ in self.counts for name in state.stamped)
         for state, _, _ in self.counts:
             for name in state.stamped:
-                _states[id(state._parameters[name])] = state
+                parameter = id(state._parameters[name])
+                if _states.get(parameter) is not state:
+                    _states[parameter] = state
 
     def is_current(self) -> bool:
         """Whether nothing can have changed since; asked in every pass of every layer."""
@@ -104,7 +106,7 @@ class Stamp:
 
 def note_backward(state: TrainedState) -> None:
     """A backward pass reached a state: its values may be stepped from now on."""
-    state.backwards += 1
+    state.__dict__["backwards"] = state.backwards + 1  # torch's assignment to a module's attribute takes a microsecond
     if not state.is_stepped:
         _reached[id(state)] = state
 
@@ -119,8 +121,7 @@ def _note_step(optimizer: Optimizer, *_: Any) -> None:
         for parameter in stepped_by(optimizer):
             state = _states.get(parameter)
             if state is not None:
-                state.changes += 1
-                state.is_stepped = True
+                state.__dict__.update(changes=state.changes + 1, is_stepped=True)
     for reference in _reached.valuerefs():
         state = reference()
         if state is not None and not state.is_stepped:

@@ -182,7 +182,6 @@ class SparseTunerLayer(TunerLayer[DeltaT]):
         else:
             self._write(wanted, self.stamp(wanted))
 
-    @torch.no_grad()
     def _write(self, delta: ActiveDelta, stamp: Stamp | None) -> None:
         write_all([self._write_of(delta, stamp)])
         note_holding(self.ledger)
@@ -192,7 +191,7 @@ class SparseTunerLayer(TunerLayer[DeltaT]):
         assert stamp is not None
         weight, parameters = self.base_parameter, self.base_parameters
         held = Held(delta, stamp, parameters, weight, self.adds_entries_only)
-        return Write(self.ledger, weight, delta.support, self.sum_values(delta, stamp), lambda _: held)
+        return Write(self.ledger, weight, delta.support, self.sum_values(delta, stamp).detach(), lambda _: held)
 
     def pending_write(self) -> Write | None:
         """What makes the base weight hold the active adapters' entries; None if it does, or may not."""

@@ -15,8 +15,7 @@ import functools
 import sys
 import time
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from threading import get_ident
@@ -54,7 +53,7 @@ class Content(Protocol):
         ...
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(slots=True, eq=False)
 class Held:
     """The active adapters' entries.
 
@@ -102,6 +101,7 @@ class Ledger:
         content: what it holds; None while it is the base's own, and after an interrupted transition.
         readers: ``{thread: whether it computes with the weight}``, of all threads that ever did.
         is_closed: whether readers have to wait for the lock.
+        turn: the number of times that other threads were kept out, or entries were.
     """
 
     def __init__(self, layer_name: str) -> None:
@@ -110,6 +110,7 @@ class Ledger:
         self.content: Content | None = None
         self.readers: dict[int, bool] = {}
         self.is_closed = False
+        self.turn = 0
         self._version: int | None = None
         self._keepers: list[weakref.ref[Any]] = []
 
@@ -163,6 +164,8 @@ class Ledger:
         return bool(others) and not others.isdisjoint(sys._current_frames())
 
     def _wait_for_readers(self) -> None:
+        if self.readers.keys() <= {get_ident()}:
+            return
         while self.is_read_elsewhere():
             time.sleep(POLL_SECONDS)
         for thread in self.readers.copy().keys() - sys._current_frames().keys():
@@ -173,6 +176,7 @@ class Ledger:
     def keep_own_while(self, keeper: object) -> None:
         """Write no entries into the weight as long as this object is alive: it refers to the weight's memory."""
         self._keepers = [known for known in self._keepers if known() is not None] + [weakref.ref(keeper)]
+        self.turn += 1
 
     @property
     def is_kept_own(self) -> bool:
@@ -302,6 +306,7 @@ def closed(ledgers: Sequence[Ledger], act: Callable[[], T]) -> T:
     try:
         for ledger in opened:
             ledger.is_closed = True
+            ledger.turn += 1
         for ledger in opened:
             ledger._wait_for_readers()
         result = act()
@@ -331,14 +336,15 @@ def transition(method: Callable[Concatenate[Owner, P], T]) -> Callable[Concatena
     return exclusive_method
 
 
-@contextmanager
-def outside_modes() -> Iterator[None]:
-    """Writes to weights are no part of what a pass records, transforms or infers."""
-    with torch.no_grad(), torch.inference_mode(False), torch._C._DisableFuncTorch():
-        yield
+def outside_modes(act: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+    """Run ``act``, which writes to weights: no part of what a pass transforms or infers."""
+    if torch.is_inference_mode_enabled() or torch._C._are_functorch_transforms_active():
+        with torch.inference_mode(False), torch._C._DisableFuncTorch():
+            return act(*args, **kwargs)
+    return act(*args, **kwargs)
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(slots=True, eq=False)
 class Write:
     """One weight that is to hold entries.
 
@@ -376,8 +382,7 @@ def write_all(writes: Sequence[Write]) -> None:
             write.ledger.begin(backup)
         _resync(writes)
 
-    with outside_modes():
-        closed([write.ledger for write in writes], change)
+    outside_modes(closed, [write.ledger for write in writes], change)
 
 
 def _resync(writes: Sequence[Write]) -> None:
@@ -409,8 +414,7 @@ def release_all(ledgers: Iterable[Ledger]) -> None:
         _refuse_changed(ledgers)
         _restore(ledgers)
 
-    with outside_modes():
-        closed(ledgers, change)
+    outside_modes(closed, ledgers, change)
 
 
 def _restore(ledgers: Sequence[Ledger]) -> None:

@@ -21,8 +21,8 @@ from .ledger import Held, Ledger, Write, release_all, write_all
 from .transitions import exclusively
 from .traversal import tuner_layers
 
-# Ledgers of weights with unmerged entries.
-_holding: weakref.WeakSet[Ledger] = weakref.WeakSet()
+# Ledgers of weights with unmerged entries. No WeakSet, which makes a reference of its own at each addition.
+_holding: set[weakref.ref[Ledger]] = set()
 
 
 class HoldingLayer(Protocol):
@@ -35,7 +35,7 @@ class HoldingLayer(Protocol):
 
 def note_holding(ledger: Ledger) -> None:
     """A weight holds entries from now on; called with the transitions' lock."""
-    _holding.add(ledger)
+    _holding.add(weakref.ref(ledger))
 
 
 @torch.compiler.disable
@@ -71,9 +71,9 @@ def release_layers(ledgers: Iterable[Ledger]) -> None:
 def release_stepped(optimizer: Optimizer) -> None:
     """Release the weights whose adapters, or which themselves, an optimizer has stepped."""
     stepped = stepped_by(optimizer)
-    ledgers = [ledger for ledger in list(_holding) if not ledger.is_own]
-    release_all(ledger for ledger in ledgers if _concerns(ledger, stepped))
-    _holding.intersection_update([ledger for ledger in ledgers if not ledger.is_own])
+    holding = {reference: ledger for reference in _holding if (ledger := reference()) is not None}
+    release_all(ledger for ledger in holding.values() if _concerns(ledger, stepped))
+    _holding.intersection_update([reference for reference, ledger in holding.items() if not ledger.is_own])
 
 
 def _concerns(ledger: Ledger, stepped: set[int]) -> bool:

@@ -36,19 +36,21 @@ _thread = _Thread()
 def exclusively(act: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
     """Run ``act`` while no other thread is in a transition.
 
-    The lock is free again after an exception at any line: an interrupt may come between the block's end and the lock's
-    release, where ``with`` does not release it.
+    The lock is free again after an exception at any line. An interrupt may come between a block's end and the lock's
+    release, so ``with`` is not enough.
     """
     if _thread.is_inside:
         return act(*args, **kwargs)
     me = get_ident()
     try:
-        _waiting[me] = sys._getframe()
-        with _lock:
+        if not _lock.acquire(blocking=False):
+            _waiting[me] = sys._getframe()
+            _lock.acquire()
             _waiting.pop(me, None)
-            _thread.is_inside = True
-            result = act(*args, **kwargs)
-            _thread.is_inside = False
+        _thread.is_inside = True
+        result = act(*args, **kwargs)
+        _thread.is_inside = False
+        _lock.release()
         return result
     except BaseException:
         _waiting.pop(me, None)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from types import FrameType
@@ -27,9 +27,10 @@ def lines_of(act: Callable[[], Any]) -> list[Line]:
     return lines
 
 
-def first_of_each(lines: list[Line]) -> list[int]:
-    """Numbers of steps, counted from 0, at which each line is run for the first time."""
-    return sorted({line: number for number, line in reversed(list(enumerate(lines)))}.values())
+def first_of_each(lines: list[Line], files: Sequence[str] = ()) -> list[int]:
+    """Numbers of steps, counted from 0, at which each line is run for the first time; only of some files, if named."""
+    first = {line: number for number, line in reversed(list(enumerate(lines)))}
+    return sorted(number for (file, _), number in first.items() if not files or Path(file).stem in files)
 
 
 def interrupted(act: Callable[[], Any], number: int) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -100,6 +100,10 @@ class SketchedLinear(nn.Module):
         if self.codebook.dtype != before.dtype and before.device.type != "meta":
             self.codebook = before.to(self.codebook.device)  # codes and trained tables refer to these very numbers
         return module
+
+    def __getstate__(self) -> dict[str, Any]:
+        # torch.save takes one dtype for each memory, and the adapters have the table's numbers as bytes
+        return {**self.__dict__, "_buffers": {**self._buffers, "codebook": self.codebook.clone()}}
 
     def extra_repr(self) -> str:
         sizes = f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
