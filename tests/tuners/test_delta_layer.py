@@ -171,7 +171,7 @@ def test_several_adapters_add_up_and_each_gets_its_own_gradient():
     model, reference = adapted(density=0.4)
     config = model.peft_config["default"]
     for name, seed, density in (("other", 5, 0.3), ("third", 6, 0.5)):
-        twin = type(config)(target_modules=["first"], density=density, seed=seed, init_weights=False)
+        twin = type(config)(target_modules=["first"], density=density, seed=seed, init_weights=False, scale=1.0)
         model.add_adapter(name, twin)
     model.base_model.set_adapter(["default", "other", "third"])
     check_against_oracle(
