@@ -42,7 +42,7 @@ class SparseModel(EntryModel[SparseConfigT, SparseDeltaT]):
         >>> base = torch.nn.Sequential(torch.nn.Linear(64, 32))
         >>> model = get_peft_model(base, SparseConfig(density=0.1, target_modules=["0"]))
         >>> model.base_model.model[0].deltas["default"]
-        SparseDelta(entries=205, shape=(32, 64), density=0.1)
+        SparseDelta(entries=205, shape=(32, 64), density=0.1, scale=4)
     """
 
     layer_cls: ClassVar[type[TunerLayer[Any]]] = SparseLinear
