@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 from ..tuners.backups import SET_ASIDE
 from ..tuners.base_layer import TunerLayer
 from ..tuners.base_model import BaseSparseModel
+from ..tuners.expert_layer import ExpertsLayer
 from ..tuners.files.writes import staging_folder
 from .files import config_of
 from .lora import to_lora, write_exact_lora
@@ -167,7 +168,9 @@ def _plain_state(model: nn.Module, adapter_name: str) -> dict[str, Tensor]:
     hidden: list[str] = []
     for name, module in model.named_modules():
         prefix = f"{name}." if name else ""
-        if isinstance(module, TunerLayer):
+        if isinstance(module, ExpertsLayer):
+            renamed[f"{prefix}base_layer."] = prefix
+        elif isinstance(module, TunerLayer):
             renamed[f"{prefix}base_layer."] = prefix
             hidden += [f"{prefix}{module.delta_container}.", f"{prefix}{SET_ASIDE}."]
         elif isinstance(module, AuxiliaryTrainingWrapper):

@@ -80,6 +80,7 @@ class ExpertsLayer(nn.Module):
 
     # ------------------------------------------------------------------ forward
 
+    @torch.compiler.disable  # graphs break here: the base's loop and its products are taken over outside of them
     def forward(self, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any) -> Any:
         """The base's output with the active adapters, or in a mixed batch with each input's own."""
         if adapter_names is not None:
@@ -123,7 +124,7 @@ class ExpertsLayer(nn.Module):
             return _Plan(layer, None, False, Weight.OWN)
         delta = layer._join(chosen)
         # a mixed batch would write a weight once for each adapter in each pass
-        resident = names is None and layer._may_be_resident() and not torch.compiler.is_compiling()
+        resident = names is None and layer._may_be_resident()
         return _Plan(layer, delta, resident, delta if resident else Weight.OWN)
 
     def _prepared(self, names: tuple[str, ...] | None) -> list[_Plan]:

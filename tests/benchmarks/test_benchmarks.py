@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 
 import benchmarks.channels
 import benchmarks.dynamic
+import benchmarks.experts
 import benchmarks.kernels
 import benchmarks.nuclear
 import benchmarks.plot
@@ -550,6 +551,22 @@ def test_weightless_measures_both_ways(tmp_path):
     assert many["shape"] == [96, 64] and many["rank"] == 16
     assert many["goal"] == (many["vs_dense"][many["chosen"]]["median"] <= 1) and few["goal"] is None
     assert few["largest_temporary"]["factored"] < 4 * 96 * 64 <= few["largest_temporary"]["composed"]
+
+
+def test_experts_measures_all_methods(tmp_path):
+    app = typer.Typer()
+    app.command()(benchmarks.experts.main)
+    path = tmp_path / "found.json"
+    command = "--experts 4 --layers 1 --tokens 16 --rounds 1 --implementation eager"
+    result = CliRunner().invoke(app, [*command.split(), "--output", str(path)], catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    rows = {row["method"]: row for row in json.loads(path.read_text())["rows"]}
+    assert list(rows) == list(benchmarks.experts.METHODS)
+    ours, lora, full = rows["entries 1 %"], rows["LoRA r=8"], rows["full"]
+    assert rows["entries as LoRA"]["parameters"] == lora["parameters"]
+    assert ours["parameters"] == round(full["parameters"] / 100)
+    assert ours["saved"] < lora["saved"] and 0 < ours["file"] < lora["file"] and full["file"] == 0
+    assert set(ours["goals"]) and not lora["goals"]
 
 
 def test_pretraining_runs_all_methods(tmp_path, monkeypatch):

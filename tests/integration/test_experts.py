@@ -7,7 +7,9 @@ import torch
 from peft import PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, GptOssConfig, MixtralConfig, Qwen3MoeConfig
 
-from sparse_peft.tuners.delta_layer import TunerLayer
+from sparse_peft.adapters import compose, save_merged, soup
+from sparse_peft.planning import plan_training
+from sparse_peft.tuners.base_layer import TunerLayer
 from tests.helpers.methods import METHODS, config
 
 SMALL = {
@@ -81,3 +83,68 @@ def test_experts_named_beside_layers_are_left_out_with_a_warning(name):
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message=".*is a parameter.*")
         get_peft_model(mixture(name), config("sparse", target_modules=["o_proj"]))
+
+
+# ---------------------------------------------------------------------- adapters of experts
+
+
+def trained(seed, **settings):
+    """A model whose experts have random entries."""
+    model = get_peft_model(
+        mixture("qwen3-moe"), config(target_experts=True, seed=seed, init_weights=False, **settings)
+    )
+    return model.eval()
+
+
+def logits(model):
+    with torch.no_grad():
+        return model(IDS).logits
+
+
+def test_a_merged_export_is_a_plain_model(tmp_path):
+    model = trained(0)
+    own = logits(model)
+    save_merged(model, tmp_path)
+    assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path)), own)
+    assert torch.equal(logits(model), own)
+
+
+def test_adapters_are_composed_and_averaged(tmp_path):
+    models = [trained(seed) for seed in (0, 1)]
+    folders = []
+    for number, model in enumerate(models):
+        folders.append(tmp_path / str(number))
+        model.save_pretrained(folders[-1])
+    compose(folders, tmp_path / "sum")
+    soup(folders, tmp_path / "mean", on_mismatch="union")
+    for name, weight in (("sum", 1.0), ("mean", 0.5)):
+        joined = PeftModel.from_pretrained(mixture("qwen3-moe"), tmp_path / name)
+        for layer in (one for one in joined.modules() if isinstance(one, TunerLayer)):
+            parts = [one for model in models for one in model.modules() if isinstance(one, TunerLayer)]
+            wanted = sum(one.get_delta_weight("default") for one in parts if one.name == layer.name) * weight
+            assert torch.allclose(layer.get_delta_weight("default"), wanted, atol=1e-6), layer.name
+
+
+def test_a_plan_counts_the_entries_of_experts():
+    settings = {"target_experts": True, "density": 0.1}
+    with_experts = plan_training(MODELS["qwen3-moe"], config(**settings))
+    without = plan_training(MODELS["qwen3-moe"], config(density=0.1))
+    model = get_peft_model(mixture("qwen3-moe"), config(**settings))
+    entries = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    counted = [sum(kind.trained for kind in plan.kinds) for plan in (with_experts, without)]
+    assert counted[0] == entries > counted[1]
+
+
+def test_a_compiled_model_computes_the_same():
+    model = trained(0)
+    own = logits(model)
+    compiled = torch.compile(model, backend="eager")
+    with torch.no_grad():
+        assert torch.allclose(compiled(IDS).logits, own, atol=1e-6)
+    compiled(IDS, labels=IDS).loss.backward()
+    found = {name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad}
+    model.zero_grad()
+    model(IDS, labels=IDS).loss.backward()
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            assert torch.allclose(found[name], parameter.grad, atol=1e-6), name
