@@ -53,7 +53,9 @@ class Experiment:
 def config_content(config: PeftConfig) -> dict[str, Any]:
     """A config's type and the fields that are set, as `PeftConfig.from_pretrained` reads them."""
     if isinstance(config, BaseSparseConfig):
-        fields = {**changed_fields(config), "scale": config.scale}  # whatever the default is by then
+        # last and always: whatever the default is by then
+        fields = {name: value for name, value in changed_fields(config).items() if name != "scale"}
+        fields["scale"] = config.scale
     else:
         usual = type(config)().to_dict()
         fields = {key: value for key, value in config.to_dict().items() if key == "r" or value != usual[key]}
