@@ -7,6 +7,8 @@ import signal
 import sys
 from importlib.util import find_spec
 
+from .install import install_advice
+
 # Exit codes of signals are 128 and their number, as shells have it.
 INTERRUPTED, TERMINATED = 130, 143
 
@@ -15,9 +17,7 @@ def main() -> None:
     """Run ``sparse-peft``, also as ``python -m sparse_peft.cli``."""
     missing = [name for name in ("typer", "rich") if find_spec(name) is None]
     if missing:
-        sys.stderr.write(
-            f'sparse-peft needs {" and ".join(missing)} on the command line: pip install "sparse-peft[cli]"\n'
-        )
+        sys.stderr.write(f"sparse-peft needs {' and '.join(missing)} on the command line: {install_advice('cli')}\n")
         raise SystemExit(2)
     # as exceptions, so that folders which are being written are removed
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(TERMINATED))

@@ -6,6 +6,7 @@
 from . import tuners
 from .numerics import panel_limit
 from .ops import use_backend
+from .other_names import other_name
 from .registry import register_folders, register_method
 from .training.adamw import SparseAdamW
 from .training.attach import attach
@@ -25,6 +26,13 @@ globals().update(_of_methods)
 guard_adapter_writes()
 guard_model_cards()
 guard_refused_loads()
+
+
+def __getattr__(name: str) -> object:
+    hint = other_name(name)
+    advice = "" if hint is None else f": use {hint}"
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}{advice}")
+
 
 __all__ = [
     "SM3",

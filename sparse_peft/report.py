@@ -1,6 +1,6 @@
 """Plots of trained entries and of their changes during training, as PNG files.
 
-Needs matplotlib: ``pip install "sparse-peft[plot]"``.
+Needs matplotlib, which the extra ``plot`` installs.
 """
 
 from __future__ import annotations
@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+
+from _sparse_peft_startup.install import install_advice
 
 from .dynamics.records import Record, kind_of_record, record_from_dict
 from .ops import plan_support_grad
@@ -284,7 +286,7 @@ def _figure(width: float, height: float) -> Figure:
     try:
         from matplotlib.figure import Figure  # noqa: PLC0415  (an optional package)
     except ImportError as error:
-        raise ImportError('plots need matplotlib: pip install "sparse-peft[plot]"') from error
+        raise ImportError(f"plots need matplotlib: {install_advice('plot')}") from error
     return Figure(figsize=(width, height), dpi=120, layout="constrained")
 
 

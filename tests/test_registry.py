@@ -5,6 +5,7 @@ import copy
 import importlib
 import json
 import pickle
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -16,6 +17,7 @@ from peft.utils import PeftType
 
 import sparse_peft
 from sparse_peft import registry, tuners
+from sparse_peft.other_names import OTHER_NAMES
 from sparse_peft.registry import extend_peft_type, method_folders, method_named, method_of, methods, register_method
 from sparse_peft.tuners.method import Method
 
@@ -108,3 +110,20 @@ def test_import_needs_neither_compiler_nor_gpu_nor_optional_packages():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("name", OTHER_NAMES)
+def test_names_of_other_projects_say_what_they_are_here(name):
+    with pytest.raises(AttributeError, match=f"no attribute '{name.upper()}Config': use ") as caught:
+        getattr(sparse_peft, f"{name.upper()}Config")
+    advice = str(caught.value).partition(": use ")[2]
+    config, arguments = re.match(r"(\w+)(?:\((.*?)\))?", advice).groups()
+    given = dict(re.findall(r"(\w+)='(\w+)'", arguments or ""))
+    made = getattr(sparse_peft, config)(**given)
+    assert all(getattr(made, field) == value for field, value in given.items())
+
+
+def test_other_attributes_have_the_usual_error():
+    with pytest.raises(AttributeError, match=r"module 'sparse_peft' has no attribute 'nothing'$"):
+        _ = sparse_peft.nothing
+    assert not hasattr(sparse_peft, "__wrapped__") and sparse_peft.other_name("SHiRA-config") is not None

@@ -136,7 +136,7 @@ def test_errors_say_what_is_wrong(tmp_path, monkeypatch):
         return real(name, *args, **kwargs)
 
     monkeypatch.setattr(builtins, "__import__", without)
-    with pytest.raises(ImportError, match=r'pip install "sparse-peft\[plot\]"'):
+    with pytest.raises(ImportError, match=r'pip install "\.\[plot\]"'):
         plot_turnover(history(), tmp_path / "a.png")
 
 

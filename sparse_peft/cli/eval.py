@@ -13,6 +13,8 @@ from rich.console import Console
 from rich.markup import escape
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from _sparse_peft_startup.install import install_advice
+
 from .folders import adapter_folder
 from .output import JsonOption, UsageError, answering, table
 
@@ -33,7 +35,7 @@ def eval(
     """Measure a model before and after its adapter with lm-eval, and what it forgot."""
     with answering("eval", as_json) as answer:
         if find_spec("lm_eval") is None:
-            raise UsageError('eval needs lm-eval: pip install "sparse-peft[eval]"')
+            raise UsageError(f"eval needs lm-eval: {install_advice('eval')}")
         folder = adapter_folder(adapter)
         learnt, kept = names_in(tasks), names_in(keep)
         model, tokenizer = load(folder, base, dtype, device)

@@ -17,6 +17,8 @@ from rich.console import Console
 from rich.markup import escape
 from transformers import AutoConfig, TrainerControl, TrainerState, TrainingArguments
 
+from _sparse_peft_startup.install import install_advice
+
 from ..adapters import add_results
 from ..constraints import describe, field_hints
 from ..planning import PlanOptions, TrainingPlan, plan_training
@@ -70,7 +72,7 @@ def script_of(trainer: str) -> Any:
     if trainer not in TRAINERS:
         raise ValueError(f"{trainer!r}: one of {', '.join(TRAINERS)} is expected")
     if find_spec("trl") is None:
-        raise ValueError('training needs TRL: pip install "sparse-peft[trl]"')
+        raise ValueError(f"training needs TRL: {install_advice('trl')}")
     return import_module(f"trl.scripts.{trainer}")
 
 

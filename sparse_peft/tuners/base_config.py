@@ -14,7 +14,9 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Self, TypeVar, cast
 
 from packaging.version import InvalidVersion, Version
 from peft.config import PeftConfig
-from peft.utils import PeftType, TaskType
+from peft.utils import CONFIG_NAME, PeftType, TaskType
+
+from _sparse_peft_startup.install import install_advice
 
 from ..constraints import Names, OneOf, Pattern, Positive, field_hints, validated
 from ..support import Support
@@ -22,7 +24,7 @@ from ..version import __version__
 from .experts import CURE
 from .files.card import complete_card, update_model_card
 from .files.checks import DAMAGED, read_config_file, shapes_in_file
-from .files.writes import staging_folder
+from .files.writes import staging_folder, write_compactly
 from .unknown_fields import VERSION_FIELD, settable_fields, unknown_fields_error
 
 if TYPE_CHECKING:
@@ -78,7 +80,7 @@ def newer_version(written_by: object) -> str | None:
         return None
     return (
         f"the config was written by sparse_peft {written_by}, and this is {__version__}; upgrade with "
-        "`pip install -U sparse-peft`"
+        f"{install_advice()}"
     )
 
 
@@ -187,7 +189,9 @@ class BaseSparseConfig(PeftConfig):
         default="float32", metadata={"help": "dtype of the values on disk."}
     )
     weight_shapes: dict[str, list[int]] | None = field(
-        default=None, metadata={"help": "Resolved [rows, cols] of the layers' weights; filled in, not set by hand."}
+        default=None,
+        repr=False,
+        metadata={"help": "Resolved [rows, cols] of the layers' weights; filled in, not set by hand."},
     )
     recommended_rate: Positive | None = field(
         default=None, metadata={"help": "Learning rate, with AdamW, that suits it; filled in, not set by hand."}
@@ -325,6 +329,7 @@ class BaseSparseConfig(PeftConfig):
         """As PEFT's, whole or not at all, and the model card beside it says what to install and import."""
         with staging_folder(save_directory) as staging:
             super().save_pretrained(os.fspath(staging), **kwargs)
+            write_compactly(staging / CONFIG_NAME)
         update_model_card(save_directory, self.to_dict())
 
     def _upload_modified_files(self, working_dir: Any, *args: Any, **kwargs: Any) -> Any:

@@ -55,7 +55,9 @@ class EntryConfig(DeltaConfig):
         default=None, metadata={"help": "Train entries with |weight| below it, in place of a budget."}
     )
     num_entries: dict[str, int] | None = field(
-        default=None, metadata={"help": "Resolved number of entries per layer; filled in, not set by hand."}
+        default=None,
+        repr=False,
+        metadata={"help": "Resolved number of entries per layer; filled in, not set by hand."},
     )
 
     def check(self) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from _sparse_peft_startup.install import install_command
 from tests.integration.hub_client import BASE, METHOD_REPOS
 from tests.integration.hub_stand_in import TOKEN, running_hub
 
@@ -56,7 +57,7 @@ def test_a_pushed_model_has_its_files_and_a_card_that_explains_it(pushed, method
     assert card.data.base_model == BASE and card.data.library_name == "peft"
     assert card.data.pipeline_tag == "text-generation"
     assert {"sparse-peft", "mine", f"base_model:adapter:{BASE}"} <= set(card.data.tags)
-    assert card.text.count("pip install sparse-peft") == 1 and "import sparse_peft" in card.text
+    assert card.text.count(install_command()) == 1 and "import sparse_peft" in card.text
     assert hub.repos[METHOD_REPOS[method]].private is (method == "sora")
     assert f"an adapter of {method}" in hub.repos[METHOD_REPOS[method]].messages
 

@@ -197,10 +197,12 @@ def test_a_saved_config_has_the_version(tmp_path):
 @pytest.mark.parametrize("load", [SparseConfig.from_pretrained, PeftConfig.from_pretrained])
 def test_a_newer_version_is_named_with_the_right_package(tmp_path, load):
     written_by(tmp_path, "99.1", sharpness=3)
-    with pytest.warns(UserWarning, match="'sharpness' of the adapter's config ignored.*pip install -U sparse-peft"):
+    with pytest.warns(UserWarning, match=r"'sharpness' of the adapter's config ignored.*pip install \. in a checkout"):
         assert load(tmp_path).density == 0.1
     written_by(tmp_path, "99.1", density="auto")
-    with pytest.raises(TypeError, match=r"density='auto': .*written by sparse_peft 99\.1.*pip install -U sparse-peft"):
+    with pytest.raises(
+        TypeError, match=r"density='auto': .*written by sparse_peft 99\.1.*pip install \. in a checkout"
+    ):
         load(tmp_path)
 
 
@@ -215,3 +217,18 @@ def test_resolved_fields_are_required_by_name():
     assert required(3, "num_entries") == 3
     with pytest.raises(ValueError, match="num_entries=None: it is filled in when an adapter is made"):
         required(SparseConfig().num_entries, "num_entries")
+
+
+def test_a_config_stays_small_whatever_the_number_of_layers(tmp_path):
+    """Sizes of hundreds of layers are neither in its repr nor on lines of their own in its file."""
+    layers = [f"layers.{i}.proj" for i in range(300)]
+    config = SparseConfig(target_modules=["proj"])
+    config.num_entries = dict.fromkeys(layers, 5)
+    config.weight_shapes = {layer: [7, 11] for layer in layers}
+    assert len(repr(config)) < 2000 and "density" in repr(config)
+    config.save_pretrained(tmp_path)
+    text = (tmp_path / "adapter_config.json").read_text()
+    assert text.count("\n") == len(json.loads(text)) + 1
+    assert PeftConfig.from_pretrained(tmp_path) == config
+    (tmp_path / "adapter_config.json").write_text(json.dumps(json.loads(text), indent=2))  # as earlier versions did
+    assert PeftConfig.from_pretrained(tmp_path) == config

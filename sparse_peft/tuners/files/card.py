@@ -11,6 +11,8 @@ from huggingface_hub import ModelCard, ModelCardData
 from peft import PeftModel
 from peft.utils import CONFIG_NAME
 
+from _sparse_peft_startup.install import install_command
+
 from .checks import read_config_file
 from .wrapped import wrap_once
 
@@ -19,10 +21,10 @@ CARD_HEADING = "## How to load this adapter"
 CARD_PARAGRAPH = f"""{CARD_HEADING}
 
 This is a sparse adapter for [PEFT](https://github.com/huggingface/peft), trained with the plugin `sparse_peft`.
-Install the plugin and import it before the adapter is loaded; the import registers the method with PEFT:
+Install the plugin, in a checkout of it, and import it before the adapter is loaded:
 
 ```bash
-pip install sparse-peft
+{install_command()}
 ```
 
 ```python

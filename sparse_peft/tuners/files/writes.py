@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import tempfile
 from collections.abc import Callable, Iterator
@@ -53,6 +54,13 @@ def staging_folder(folder: str | os.PathLike) -> Iterator[Path]:
 def _move(staging: Path, target: Path) -> None:
     for path in sorted(staging.iterdir()):
         path.replace(target / path.name)
+
+
+def write_compactly(file: Path) -> None:
+    """Write a JSON object anew with one line for each of its fields: sizes of layers would take hundreds."""
+    content = json.loads(file.read_text(encoding="utf-8"))
+    lines = ",\n".join(f"  {json.dumps(name)}: {json.dumps(value)}" for name, value in content.items())
+    file.write_text(f"{{\n{lines}\n}}", encoding="utf-8")
 
 
 @contextmanager

@@ -119,7 +119,9 @@ class S2FTConfig(DeltaConfig):
         metadata={"help": "Whether the base weight may hold the adapter's channels between steps (speed only)."},
     )
     num_channels: dict[str, int] | None = field(
-        default=None, metadata={"help": "Resolved number of channels per layer; filled in, not set by hand."}
+        default=None,
+        repr=False,
+        metadata={"help": "Resolved number of channels per layer; filled in, not set by hand."},
     )
     sides: dict[str, str] | None = field(
         default=None, metadata={"help": "Resolved side per layer; filled in, not set by hand."}

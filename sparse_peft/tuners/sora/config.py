@@ -127,7 +127,7 @@ class SoRAConfig(BaseSparseConfig):
     )
     report_every: Count = field(default=50, metadata={"help": "Optimizer steps from one report of ranks to the next."})
     ranks: dict[str, int] | None = field(
-        default=None, metadata={"help": "Resolved ranks per layer; filled in, not set by hand."}
+        default=None, repr=False, metadata={"help": "Resolved ranks per layer; filled in, not set by hand."}
     )
 
     def fill_in(self) -> None:

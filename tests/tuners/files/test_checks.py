@@ -11,6 +11,7 @@ from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from _sparse_peft_startup.install import install_command
 from sparse_peft import SparseConfig
 from sparse_peft.support import Support, index_dtype
 from sparse_peft.tuners.base_model import BaseSparseModel
@@ -88,9 +89,9 @@ def test_card_has_the_tag_and_the_lines_once(saved):
     folder, reference = saved
     card = ModelCard.load(folder / "README.md")
     assert "sparse-peft" in card.data.tags and card.data.library_name == "peft"
-    assert "pip install sparse-peft" in card.text and "import sparse_peft" in card.text
+    assert install_command() in card.text and "import sparse_peft" in card.text
     PeftModel.from_pretrained(reference, folder).save_pretrained(folder)
-    assert ModelCard.load(folder / "README.md").text.count("pip install sparse-peft") == 1
+    assert ModelCard.load(folder / "README.md").text.count(install_command()) == 1
 
 
 def test_card_states_scale_and_rate_once(saved):
@@ -102,7 +103,7 @@ def test_card_states_scale_and_rate_once(saved):
         text = ModelCard.load(folder / "README.md").text
         assert text.count("## Scale and learning rate") == 1
         assert "The delta is 4 times the trained values. A learning rate of 5.0e-04 with AdamW" in text
-        assert text.count("pip install sparse-peft") == 1
+        assert text.count(install_command()) == 1
 
 
 def test_card_of_a_named_adapter_is_the_one_above_it(tmp_path):

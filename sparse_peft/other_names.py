@@ -1,0 +1,30 @@
+"""Names of methods under which people search for them, and what they are here."""
+
+from __future__ import annotations
+
+# {name in lower case, without "config" and punctuation: what to use}
+OTHER_NAMES = {
+    "spiel": "SparseConfig(selection='accumulated_gradient') for SpIEL-AG, selection='momentum' with SM3 for -MA",
+    "shira": "SparseConfig(selection='random') is SHiRA with a random mask",
+    "supertuning": "SparseConfig(selection='magnitude')",
+    "rigl": "SparseConfig(selection='rigl')",
+    "set": "SparseConfig(selection='set')",
+    "sift": "SparseConfig(selection='gradient')",
+    "fish": "SparseConfig(selection='fisher')",
+    "lift": "SparseConfig(selection='principal')",
+    "ltsft": "SparseConfig; sparse_peft.adapters.convert reads LT-SFT's files",
+    "rosa": "SLTrainConfig(selection='gradient') is RoSA, a sparse delta beside low rank",
+    "dsee": "SLTrainConfig(selection='residual') has DSEE's form, a sparse delta beside low rank",
+    "snell": "SnellaConfig without target_sparsity is SNELL",
+    "sketchtune": "SketchConfig",
+}
+
+
+def other_name(name: str) -> str | None:
+    """What a name that the package does not have is here; None if it is not known."""
+    plain = name.lower().replace("_", "").replace("-", "")
+    for ending in ("config", "model", ""):
+        found = OTHER_NAMES.get(plain.removesuffix(ending))
+        if found is not None:
+            return found
+    return None
