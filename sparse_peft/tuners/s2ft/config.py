@@ -124,7 +124,7 @@ class S2FTConfig(DeltaConfig):
         metadata={"help": "Resolved number of channels per layer; filled in, not set by hand."},
     )
     sides: dict[str, str] | None = field(
-        default=None, metadata={"help": "Resolved side per layer; filled in, not set by hand."}
+        default=None, repr=False, metadata={"help": "Resolved side per layer; filled in, not set by hand."}
     )
 
     def fill_in(self) -> None:
