@@ -143,7 +143,7 @@ def test_errors_name_the_field(config_class, fields, message):
 @pytest.mark.parametrize(
     ("config_class", "name", "cure"),
     [
-        (SparseConfig, "lora_alpha", "a field of LoRA; leave it out, its delta has no scale"),
+        (SparseConfig, "lora_alpha", "a field of LoRA, 'scale' takes its place"),
         (SoRAConfig, "lora_alpha", "a field of LoRA, 'alpha' takes its place"),
         (SLTrainConfig, "lora_dropout", "a field of LoRA, 'dropout' takes its place"),
         (SparseConfig, "lora_dropout", "a field of LoRA; leave it out, inputs cannot be dropped"),
