@@ -69,6 +69,7 @@ class Bench:
         kind = TASKS[name]
         self.device, self.sizes = device, sizes
         self.base: Base = BASES[kind.base]
+        torch.manual_seed(0)  # a new head's weights decide the accuracy that gains are counted from
         self.model = self.base.load().to(device)
         self.model.config.use_cache = False
         self.task: Task = kind.make(name, sizes, self.base.load_tokenizer())
