@@ -527,10 +527,18 @@ class TunerLayer(BaseTunerLayer, nn.Module, Generic[StateT]):
     @transition
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         self.release()
-        was_unchanged = self.ledger.merge_is_unchanged()
+        was_unchanged = self.ledger.begin_move()
         super()._apply(fn, recurse)
         self.ledger.moved(was_unchanged)
         return self
+
+    def _replicate_for_data_parallel(self) -> Self:
+        # replicas have copies of weights that may hold entries, and one ledger, which knows the original only
+        raise RuntimeError(
+            f"layer {self.name}: nn.DataParallel cannot replicate layers with adapters of this package; start one "
+            "process for each GPU (torchrun or accelerate launch, for DistributedDataParallel), or let the process "
+            "see one GPU only (CUDA_VISIBLE_DEVICES=0)"
+        )
 
     @transition
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:

@@ -247,7 +247,7 @@ class ExpertsLayer(nn.Module):
 
     def _apply_alone(self, fn: Any, recurse: bool) -> Self:
         self.release()
-        unchanged = [layer.ledger.merge_is_unchanged() for layer in self.layers]
+        unchanged = [layer.ledger.begin_move() for layer in self.layers]
         super()._apply(fn, recurse)
         for layer, was_unchanged in zip(self.layers, unchanged, strict=True):
             layer.ledger.moved(was_unchanged)

@@ -81,10 +81,10 @@ class Held:
 
 @dataclass(frozen=True, eq=False)
 class Merged:
-    """Adapters that were merged, and a checksum of what merging wrote."""
+    """Adapters that were merged, and a checksum of what merging wrote; None where a move was interrupted."""
 
     names: tuple[str, ...]
-    checksum: int
+    checksum: int | None
 
     def gives_output(self) -> bool:
         return True
@@ -225,7 +225,7 @@ class Ledger:
         return (
             self.backup is not None
             and isinstance(self.content, Merged)
-            and self.backup.checksum() == self.content.checksum
+            and self.content.checksum in (None, self.backup.checksum())
         )
 
     def check_merge(self) -> None:
@@ -242,11 +242,22 @@ class Ledger:
                 "nothing is merged, inside `with sparse_peft.base_weights(model):`"
             )
 
+    def begin_move(self) -> bool:
+        """The weight is about to be moved or cast, whereby merged numbers become other bits.
+
+        Returns:
+            ``merge_is_unchanged``.
+        """
+        unchanged = self.merge_is_unchanged()
+        if unchanged and isinstance(self.content, Merged):
+            self.content = Merged(self.content.names, None)
+        return unchanged
+
     def moved(self, was_unchanged: bool) -> None:
-        """The weight was moved or cast: what restores it follows, and merged numbers are other bits now.
+        """The weight was moved or cast: what restores it follows.
 
         Args:
-            was_unchanged: ``merge_is_unchanged`` before.
+            was_unchanged: what ``begin_move`` returned.
         """
         if self.backup is not None:
             self.backup.follow()

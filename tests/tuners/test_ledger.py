@@ -162,6 +162,13 @@ def test_saving_beside_inference_gives_the_files_and_tokens_of_each_alone(tmp_pa
     assert (tmp_path / "beside" / name).read_bytes() == (tmp_path / "alone" / name).read_bytes()
 
 
+@pytest.mark.parametrize("method", CONFIGS)
+def test_replicas_of_data_parallel_are_refused(method):
+    for layer in layers_of(adapted(method)[0]):
+        with pytest.raises(RuntimeError, match=rf"layer {layer.name}: nn\.DataParallel cannot replicate"):
+            layer._replicate_for_data_parallel()
+
+
 @pytest.mark.parametrize("method", ["sparse", "sora"])
 def test_no_pass_sees_half_a_weight(method):
     """One layer, whose output is that of one of its states: the base, an adapter, a merged adapter."""
@@ -299,6 +306,22 @@ def test_an_interruption_at_any_line_is_mended(action, elsewhere):
 @pytest.mark.parametrize("method", [name for name in CONFIGS if name != "sparse"])
 def test_an_interruption_at_any_line_of_transitions_is_mended(method, elsewhere):
     check_each(method, "all", elsewhere, lambda lines: first_of_each(lines, TRANSITIONS))
+
+
+@pytest.mark.parametrize("method", ["sparse", "sora"])
+def test_an_interrupted_cast_of_a_merged_model_is_no_change_of_its_base(method):
+    template, _ = adapted(method)
+    template.to(torch.bfloat16).to(torch.float32)
+    reference = [layer.base_parameter.clone() for layer in layers_of(template)]
+    template.merge_adapter()  # which gives numbers that bfloat16 rounds
+    twin = copy.deepcopy(template)
+    lines = lines_of(lambda: twin.to(torch.bfloat16))
+    for number in first_of_each(lines, ("ledger", "backups", "base_layer")):
+        model = copy.deepcopy(template)
+        interrupted(lambda model=model: model.to(torch.bfloat16), number)
+        model.unmerge_adapter()
+        found = [layer.base_parameter for layer in layers_of(model)]
+        assert all(torch.equal(own.float(), base) for own, base in zip(found, reference, strict=True))
 
 
 @pytest.mark.slow
