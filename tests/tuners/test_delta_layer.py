@@ -11,6 +11,7 @@ from torch.utils.checkpoint import checkpoint
 from sparse_peft import SketchConfig, SnellaConfig, SparseConfig, base_weights, panel_limit, use_backend
 from sparse_peft.ops import backends
 from sparse_peft.tuners.sources import OverlaySource, ResidentSource
+from tests.helpers import every_method
 from tests.helpers.two_layers import (
     TwoLayers,
     adapted,
@@ -348,6 +349,19 @@ def test_transforms_of_torch_func(ready):
     torch.testing.assert_close(func.vmap(loss, (0, None))(stacked, x), torch.stack(each), rtol=1e-4, atol=1e-5)
     with base_weights(model):
         assert_base_untouched(model, reference)
+
+
+@pytest.mark.parametrize("method", ["sparse", "sara", "s2ft", "sltrain", "sora"])
+def test_gradients_of_torch_func_are_those_of_autograd(method):
+    model, reference = every_method.adapted(method)
+    x = torch.randn(3, 7)
+    values = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+    found = func.grad(lambda values: func.functional_call(model, values, x).pow(2).sum())(values)
+    model(x).pow(2).sum().backward()
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            torch.testing.assert_close(found[name], parameter.grad, rtol=1e-4, atol=1e-4)
+    assert every_method.is_base(model, reference)
 
 
 @pytest.mark.parametrize("config", [SnellaConfig(r=4), SketchConfig(bits=2)], ids=["snella", "sketch"])
