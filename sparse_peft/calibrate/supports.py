@@ -208,6 +208,8 @@ def given_gradients(shapes: Mapping[str, tuple[int, int]], gradients: Mapping[st
                 f"layer {name}: gradients has neither {name!r} nor '{name}.weight'; its names are "
                 f"{', '.join(map(repr, list(gradients)[:3]))}{', ...' if len(gradients) > 3 else ''}"
             )
+        if gradient.ndim == 3 and (gradient.shape[0] * gradient.shape[1], gradient.shape[2]) == shape:
+            gradient = gradient.reshape(shape)  # of fused experts
         if tuple(gradient.shape) != shape:
             raise ValueError(
                 f"layer {name}: a gradient of shape {tuple(gradient.shape)} for a weight stored as {shape}"

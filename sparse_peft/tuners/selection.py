@@ -75,7 +75,7 @@ def select_support(
     chosen = copy.copy(config)
     tuner = cast("type[BaseSparseModel[Config, TrainedState]]", PEFT_TYPE_TO_TUNER_MAPPING[PeftType[config.method]])
     targets = tuner.checked_targets(chosen, model)
-    _check_linear(chosen, targets)
+    _check_linear(chosen, targets, from_data=data is not None)
     prepare_four_bit(modules_beside_adapters(model))
     supports = tuner.choose_from_data(model, chosen, targets, data, gradients, loss_fn=loss_fn, oversample=oversample)
     if distributed.is_available() and distributed.is_initialized():
@@ -87,13 +87,14 @@ def select_support(
     return chosen
 
 
-def _check_linear(config: Config, targets: Targets) -> None:
-    """Refuse convolutions, whose data no criterion looks at."""
+def _check_linear(config: Config, targets: Targets, from_data: bool) -> None:
+    """Refuse convolutions, and with data fused experts, which no criterion looks at."""
     for name, module in targets.items():
-        if isinstance(base_of(module), ExpertWeight):
+        if from_data and isinstance(base_of(module), ExpertWeight):
             raise NotImplementedError(
                 f"layer {name}: selection={getattr(config, 'selection', 'none')!r} looks at data for linear layers "
-                "only, and not for fused experts; leave experts out, or choose a selection that needs no data"
+                "only, and not for fused experts; give select_support gradients={name: tensor} of a backward pass, "
+                "leave experts out, or choose a selection that needs no data"
             )
         if is_convolution(base_of(module)):
             selection = getattr(config, "selection", "none")

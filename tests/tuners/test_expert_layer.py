@@ -9,7 +9,7 @@ from peft import PeftModel, get_peft_model
 from torch import nn
 
 from benchmarks.measure import LargestTensor
-from sparse_peft import SparseConfig, SparsityController, panel_limit
+from sparse_peft import SparseConfig, SparsityController, panel_limit, select_support
 from sparse_peft.tuners.expert_layer import ExpertsLayer
 from tests.helpers.expert_models import CONFIGS, IDS, adapted, config, layers, mixture, reference
 from tests.helpers.memory import saved_bytes
@@ -503,3 +503,47 @@ def test_kernels_without_a_sparse_gradient_are_refused():
     model.base_model.model.config._experts_implementation = "sonicmoe"
     with pytest.raises(ValueError, match=r"experts_implementation='sonicmoe'.*'eager', 'grouped_mm', 'batched_mm'"):
         model(IDS)
+
+
+def test_data_of_experts_is_refused_and_gradients_are_taken():
+    made = config(selection="gradient", density=0.02)
+    with pytest.raises(NotImplementedError, match=r"experts.gate_up_proj: selection='gradient'.*gradients="):
+        select_support(mixture(), made, [{"input_ids": IDS, "labels": IDS}])
+    base = mixture()
+    base(IDS, labels=IDS).loss.backward()
+    found = {name: parameter.grad for name, parameter in base.named_parameters()}
+    chosen = select_support(mixture(), made, gradients=found)
+    model = get_peft_model(mixture(), chosen)
+    for path, layer in layers(model).items():
+        support = layer.support("default")
+        best = found[path].abs().reshape(-1).topk(support.nnz).indices.sort().values
+        assert torch.equal(support.indices.long(), best), path
+
+
+def test_the_scale_is_in_the_weight_and_in_the_gradient():
+    model = adapted(dtype=torch.float64, scale=4.0)
+    dense = reference("qwen3_moe", model)
+    model(IDS, labels=IDS).loss.backward()
+    dense(IDS, labels=IDS).loss.backward()
+    assert torch.allclose(logits(model), logits(dense))
+    for path, layer in layers(model).items():
+        wanted = dict(dense.named_parameters())[path].grad.reshape(-1)[layer.support("default").indices.long()]
+        assert relative_error(layer.deltas["default"].values.grad, 4.0 * wanted) < 1e-9
+
+
+def test_a_module_of_experts_is_no_target_module():
+    base = mixture()
+    with pytest.raises(TypeError, match=r"mlp.experts of type Qwen3MoeExperts is not supported.*target_parameters"):
+        get_peft_model(base, config(target_modules=["experts"], target_parameters=["experts.down_proj"]))
+    assert not any(isinstance(module, ExpertsLayer) for module in base.modules())
+
+
+def test_an_adapter_loads_into_a_model_that_has_one(tmp_path):
+    adapted(seed=3).save_pretrained(tmp_path)
+    model = adapted()
+    first = logits(model)
+    model.load_adapter(tmp_path, "other")
+    model.set_adapter("other")
+    assert torch.equal(logits(model), logits(PeftModel.from_pretrained(mixture(), tmp_path)))
+    model.set_adapter("default")
+    assert torch.equal(logits(model), first)
