@@ -20,12 +20,17 @@ INSTALLED_FROM := pyproject.toml constraints.txt examples/requirements.txt
 # The content and not the time stamp is the key: a checkout or an unpacked archive sets times at will.
 STAMP := $(VENV)/.installed-$(shell cat $(INSTALLED_FROM) | cksum | cut -d' ' -f1)
 
+# packages and tests of `make test-oldest`
+OLDEST := datasets pytest
+OLDEST_TESTS := tests/test_registry.py tests/training/test_attach.py tests/tuners/files/test_checks.py \
+	tests/integration/test_transformers.py
+
 # One thread each: the tests' tensors are tiny, and two workers with a pool each slow one another down.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 # Neighbours in a file share its fixtures, so each worker begins with a half and takes from the other at the end.
 PARALLEL := -n $(WORKERS) --dist worksteal
 
-.PHONY: help venv quickstart test suite distributed compile slow gpu test-python coverage lint types docs bench quality \
+.PHONY: help venv quickstart test test-oldest suite distributed compile slow gpu test-python coverage lint types docs bench quality \
 	quality-table clean
 .DEFAULT_GOAL := help
 
@@ -38,6 +43,7 @@ help:
 	@echo "make slow         whole examples, real models, the rest of PEFT's own tests"
 	@echo "make gpu          tests that need a CUDA device"
 	@echo "make test-python  make test in an environment of its own: PYTHON=python3.12"
+	@echo "make test-oldest  what needs no newer package, with the oldest versions that are supported"
 	@echo "make coverage     make test with a report of the lines that no test reaches"
 	@echo "make lint         ruff's rules and format, and types"
 	@echo "make types        mypy"
@@ -79,6 +85,12 @@ gpu: $(STAMP)
 
 test-python:
 	version=$$($(PYTHON) -c "import sys; print('%d.%d' % sys.version_info[:2])") && $(MAKE) test VENV=.venv-$$version
+
+# what of the tests needs no newer package; an environment of its own
+test-oldest:
+	test -x .venv-oldest/bin/python || $(PYTHON) -m venv .venv-oldest
+	.venv-oldest/bin/python -m pip install --quiet $(PIP_ARGS) -c constraints-oldest.txt -e . $(OLDEST)
+	OMP_NUM_THREADS=1 .venv-oldest/bin/python -m pytest $(OLDEST_TESTS) $(PYTEST_ARGS)
 
 coverage: $(STAMP)
 	$(PYTEST) $(PARALLEL) --cov --cov-report=term --cov-report=html $(PYTEST_ARGS)

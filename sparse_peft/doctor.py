@@ -245,7 +245,7 @@ def _trial() -> Check:
     make_config: Callable[..., PeftConfig] = method_named("sparse").config_class
     layer = nn.Linear(48, 40)
     before = layer.weight.detach().clone()
-    model = get_peft_model(nn.Sequential(layer), make_config(density=0.2, target_modules=["0"]))
+    model = get_peft_model(nn.Sequential(layer), make_config(density=0.2, scale=1.0, target_modules=["0"]))
     faults = [fault for test in (_gradient_fault, _save_fault, _merge_fault) if (fault := test(model)) is not None]
     model.unload()
     if not torch.equal(layer.weight.detach(), before):

@@ -10,10 +10,10 @@ from safetensors.torch import load_file
 from transformers import LlamaConfig, LlamaForCausalLM
 from typer.testing import CliRunner
 
-import sparse_peft.cli as cli
 import sparse_peft.cli.compose
 import sparse_peft.cli.merge
 import sparse_peft.ops.products as products
+from _sparse_peft_startup import command
 from _sparse_peft_startup.commands import app
 from sparse_peft import SketchConfig, SnellaConfig, SparseConfig, doctor
 from sparse_peft.adapters import compare, summarise
@@ -346,9 +346,9 @@ def test_as_a_program(world, tmp_path):
 
 
 def test_without_typer_it_says_what_to_install(monkeypatch, capsys):
-    monkeypatch.setattr(cli, "find_spec", lambda name: None if name == "rich" else object())
+    monkeypatch.setattr(command, "find_spec", lambda name: None if name == "rich" else object())
     with pytest.raises(SystemExit) as exit_:
-        cli.main()
+        command.main()
     assert exit_.value.code == 2 and 'rich on the command line: pip install ".[cli]"' in capsys.readouterr().err
 
 
