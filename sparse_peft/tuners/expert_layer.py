@@ -83,6 +83,11 @@ class ExpertsLayer(nn.Module):
     @torch.compiler.disable  # graphs break here: the base's loop and its products are taken over outside of them
     def forward(self, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any) -> Any:
         """The base's output with the active adapters, or in a mixed batch with each input's own."""
+        if getattr(self.base_layer, "_is_fsdp_managed_module", False):
+            raise NotImplementedError(
+                f"layer {self.name}: FSDP2 shards the parameters of experts, whose adapters need them whole; use DDP, "
+                "or leave experts out of fully_shard"
+            )
         if adapter_names is not None:
             return self._mixed(adapter_names, args, kwargs)
         return self._run(None, args, kwargs)

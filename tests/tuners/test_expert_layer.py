@@ -547,3 +547,18 @@ def test_an_adapter_loads_into_a_model_that_has_one(tmp_path):
     assert torch.equal(logits(model), logits(PeftModel.from_pretrained(mixture(), tmp_path)))
     model.set_adapter("default")
     assert torch.equal(logits(model), first)
+
+
+def test_sharded_and_quantised_experts_are_refused():
+    model = adapted()
+    next(
+        module for module in model.modules() if isinstance(module, ExpertsLayer)
+    ).base_layer._is_fsdp_managed_module = True
+    with pytest.raises(NotImplementedError, match=r"layers.0.mlp.experts: FSDP2 shards.*use DDP"):
+        model(IDS)
+    base = mixture()
+    experts = base.model.layers[1].mlp.experts
+    experts.down_proj = nn.Parameter(torch.zeros(5, 16, 12, dtype=torch.uint8), requires_grad=False)
+    with pytest.raises(TypeError, match=r"layers.1.mlp.experts.down_proj.*torch.uint8"):
+        get_peft_model(base, config())
+    assert not any(isinstance(module, ExpertsLayer) for module in base.modules())
