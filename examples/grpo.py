@@ -135,7 +135,7 @@ def main(
         "magnitude_smallest"
     ),
     density: Annotated[float, typer.Option(help="Share of the weights that trains.")] = 0.01,
-    learning_rate: Annotated[float, typer.Option(help="Of AdamW.")] = 1e-3,
+    learning_rate: Annotated[float, typer.Option(help="Of AdamW.")] = 6e-5,
     smoke: Annotated[bool, typer.Option(help="A tiny random model and a made-up reward, for tests.")] = False,
 ) -> None:
     """Reinforce right answers of a small language model."""
