@@ -53,5 +53,6 @@ class ActiveDelta:
         total = torch.zeros(self.support.nnz, dtype=dtype, device=values[0].device)
         for slots, part in zip(self.slots, values, strict=True):
             assert slots is not None
-            total = total.index_add(0, slots, part.to(dtype))
+            # not index_add, which keeps what it adds for backward
+            total = total.scatter_add(0, slots, part.to(dtype))
         return total

@@ -272,7 +272,7 @@ CASES = [
     ("principal", "adamw", {"principal_rank": 6, "reselect_every": 3}),
     ("nonzero", "adamw", {}),
     ("s2ft", "adamw", {"k": 4}),
-    ("sara", "adamw", {"density": 0.2, "progressive": 3, "nuclear_weight": 0.01, "nuclear_min_size": 4}),
+    ("sara", "adamw", {"density": 0.2, "progressive": 3, "nuclear_weight": 0.01, "nuclear_min_size": 4, "scale": 1.0}),
     (
         "sora",
         "adamw",
