@@ -30,9 +30,10 @@ def lora_norm(width: float, spread: Spread) -> float:
 
     Args:
         width: of the weight.
-        spread: ``"peaked"``: one direction; otherwise the geometric mean of both.
+        spread: ``"flat"``: the geometric mean of both; otherwise one direction. Of channels that is measured, not
+            derived: they need twice as much.
     """
-    directions = LORA_RANK if spread == "peaked" else math.sqrt(LORA_RANK)
+    directions = math.sqrt(LORA_RANK) if spread == "flat" else LORA_RANK
     return LORA_SCALE / math.sqrt(3) * math.sqrt(width * directions)
 
 

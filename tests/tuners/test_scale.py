@@ -27,7 +27,7 @@ def documented(entries, spread, shapes=SHAPES):
     density, width = entries / weights, math.sqrt(weights / len(shapes))
     exact = {
         "flat": 1.155 / math.sqrt(density),
-        "channels": 2.309 / (1 + math.sqrt(density)),
+        "channels": 4.619 / (1 + math.sqrt(density)),
         "peaked": 4.619 / math.sqrt(density * width),
     }[spread]
     return min(64.0, 2.0 ** round(math.log2(exact)))

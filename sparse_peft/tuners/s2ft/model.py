@@ -75,7 +75,7 @@ class S2FTModel(BaseSparseModel[S2FTConfig, ChannelDelta]):
         >>> base = torch.nn.Sequential(torch.nn.Linear(64, 32))
         >>> model = get_peft_model(base, S2FTConfig(ratio=0.25, target_modules=["0"]))
         >>> model.base_model.model[0].deltas["default"]
-        ChannelDelta(columns=16, entries=512, shape=(32, 64), density=0.25, scale=2)
+        ChannelDelta(columns=16, entries=512, shape=(32, 64), density=0.25, scale=4)
     """
 
     layer_cls = S2FTLinear
