@@ -97,6 +97,20 @@ def test_inspect_for_people_and_programs(world, run, tmp_path):
     assert "no positions" in refused.err and not (tmp_path / "none.png").exists()
 
 
+def test_inspect_shows_kinds_of_many_layers(world, run, monkeypatch):
+    monkeypatch.setattr("sparse_peft.cli.inspect.MOST_LISTED", 13)
+    out, listed = run("inspect", world / "sparse").out, run("inspect", world / "sparse", "--layers").out
+    assert "\n0.mlp.down_proj" in listed and "--layers" not in listed and "\n0.mlp.down_proj" not in out
+    deltas = {n: d for n, d in dense_deltas(world, "sparse").items() if n.endswith("mlp.down_proj")}
+    (row,) = [line.split() for line in out.splitlines() if line.startswith("mlp.down_proj")]
+    entries = sum(int((d != 0).sum()) for d in deltas.values())
+    norm, largest = (
+        torch.stack([d.norm() for d in deltas.values()]).norm(),
+        max(d.abs().max() for d in deltas.values()),
+    )
+    assert row[1:4] == ["2", "48x80", f"{entries:,}"] and row[-2:] == [f"{norm:.3g}", f"{largest:.3g}"]
+
+
 def test_compare_for_people_and_programs(world, run):
     out = run("compare", world / "sparse", world / "other").out
     assert "density: 0.1 | 0.05" in out and "only in A" in out and "all layers" in out
