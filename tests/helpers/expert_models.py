@@ -55,7 +55,7 @@ def config(**settings):
     """Trained entries in all experts, with random values."""
     return SparseConfig(
         **{
-            "density": 0.1, "target_modules": [], "target_experts": True, "init_weights": False,
+            "density": 0.1, "target_modules": [], "target_experts": True, "init_weights": False, "scale": 1.0,
             "task_type": "CAUSAL_LM", **settings,
         }
     )  # fmt: skip
