@@ -44,12 +44,12 @@ class Wide(nn.Module):
 def served(layers=4, width=256, method="sparse"):
     torch.manual_seed(1)
     model, reference = adapted(method, Wide(layers, width))
-    return model, reference, torch.randn(16, width)
+    return model, reference, torch.randn(64, width)
 
 
 def test_the_first_passes_of_several_threads():
-    for _ in range(8):
-        model, reference, x = served()
+    for _ in range(4):
+        model, reference, x = served(6, 384)
         expected = output(copy.deepcopy(model), x)
         found = together(*[passes(model, x, 3)] * 3)
         assert all(are(outputs, expected) for outputs in found)
@@ -57,7 +57,7 @@ def test_the_first_passes_of_several_threads():
 
 
 def test_another_models_optimizer_beside_inference():
-    model, reference, x = served()
+    model, reference, x = served(6, 384)
     expected, done = output(copy.deepcopy(model), x), threading.Event()
 
     def infer():
