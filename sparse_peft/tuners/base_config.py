@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Self, TypeVar, cast
 
 from packaging.version import InvalidVersion, Version
 from peft.config import PeftConfig
-from peft.utils import CONFIG_NAME, PeftType, TaskType
+from peft.utils import CONFIG_NAME, PeftType
 
 from _sparse_peft_startup.install import install_advice
 
@@ -30,7 +30,6 @@ from .unknown_fields import VERSION_FIELD, settable_fields, unknown_fields_error
 if TYPE_CHECKING:
     from .base_state import TrainedState
 
-TASK_TYPES = tuple(task.value for task in TaskType)
 FLOAT_DTYPES = ("float32", "bfloat16", "float16")
 
 Config = TypeVar("Config")
@@ -147,7 +146,7 @@ class BaseSparseConfig(PeftConfig):
     # Positions chosen beforehand, {layer name: support}; no field, because a file has them with the values.
     supports = cast("Mapping[str, Support]", MappingProxyType({}))
 
-    task_type: Annotated[str, OneOf(TASK_TYPES)] | None = field(
+    task_type: str | None = field(
         default=None, metadata={"help": "The task, which decides the class of PEFT's wrapper."}
     )
     target_modules: Names | Pattern | None = field(
@@ -201,7 +200,10 @@ class BaseSparseConfig(PeftConfig):
     )
 
     def __post_init__(self) -> None:
-        super().__post_init__()
+        try:
+            super().__post_init__()
+        except ValueError as error:  # programs match PEFT's message, which does not name the field
+            raise ValueError(f"task_type={self.task_type!r}: {error}") from error
         self.peft_type = PeftType[self.method]
         self.fill_in()
         self.check()
