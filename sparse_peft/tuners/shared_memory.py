@@ -98,7 +98,7 @@ def _shared_with_others(
 ) -> tuple[str, TunerLayer[Any]] | None:
     own = {id(module) for module in model.modules()}
     layers = [layer for layer in exclusively(list, _adapted) if id(layer) not in own and (resident or layer.resident)]
-    parameters = [(layer, layer.get_base_layer()._parameters.get("weight")) for layer in layers]
+    parameters = [(layer, _weight_of(layer)) for layer in layers]
     others = [(layer, Memory.of(weight)) for layer, weight in parameters if weight is not None]
     for name, weight in weights.items():
         memory = Memory.of(weight)
@@ -106,3 +106,9 @@ def _shared_with_others(
             if memory.overlaps(other):
                 return name, layer
     return None
+
+
+def _weight_of(layer: TunerLayer[Any]) -> Tensor | None:
+    """The base weight; None where it is packed."""
+    own = layer.base_parameters.get("weight")
+    return layer.get_base_layer()._parameters.get("weight") if own is None else own

@@ -9,6 +9,8 @@ from peft import get_peft_model
 from torch import nn
 
 from sparse_peft import S2FTConfig, SoRAConfig, SparseConfig
+from tests.helpers.expert_models import config as experts_config
+from tests.helpers.expert_models import mixture
 from tests.helpers.two_layers import TwoLayers
 
 
@@ -61,6 +63,16 @@ def test_a_weight_of_another_adapted_model_is_refused(second):
     with pytest.raises(ValueError, match=r"first shares its weight with layer first of another model"):
         get_peft_model(twin, second)
     assert type(twin.first) is nn.Linear  # nothing was replaced
+
+
+def test_fused_experts_of_another_adapted_model_are_refused():
+    base = mixture()
+    twin = copy.deepcopy(base)
+    twin.model.layers[0].mlp.experts.gate_up_proj = base.model.layers[0].mlp.experts.gate_up_proj
+    model = get_peft_model(base, experts_config())
+    with pytest.raises(ValueError, match=r"experts\.gate_up_proj shares its weight"):
+        get_peft_model(twin, experts_config())
+    assert model.peft_config
 
 
 def test_a_second_model_may_have_a_copy_or_the_weights_of_one_that_is_unloaded_or_gone():
