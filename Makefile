@@ -115,7 +115,7 @@ quality: $(STAMP)
 
 quality-table: $(STAMP)
 	$(BIN)/python -m benchmarks.quality table
-	$(BIN)/python -m benchmarks.quality picture
+	$(BIN)/python -m benchmarks.quality picture --task kjv
 
 clean:
 	rm -rf $(VENV) .venv-* site htmlcov .coverage* .pytest_cache .ruff_cache .mypy_cache .hypothesis
