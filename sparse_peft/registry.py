@@ -89,7 +89,8 @@ def register_method(method: Method) -> None:
             f"{_path(method.config_class)} cannot be used beside it. Please report this to the package of the latter "
             "with the output of `pip list`."
         )
-    _methods[method.peft_type] = method
+    if _methods.get(method.peft_type) != method:
+        _methods[method.peft_type] = method
 
 
 def _path(kind: type) -> str:

@@ -69,7 +69,7 @@ def test_on_the_real_model(name, checks, options):
 
 
 @pytest.mark.parametrize("name, checks, options", [
-    ("dpo", 3, dict(steps=6, batch=2, length=24, unseen=4, density=0.2, learning_rate=1e-2)),
+    ("dpo", 3, dict(steps=6, batch=2, length=24, unseen=4, density=0.2, learning_rate=5e-3)),
     ("qlora_style_4bit", 3, dict(steps=6, length=32, unseen=4, density=0.2, learning_rate=1e-2)),
     ("continual", 4, dict(steps=8, length=32, unseen=4, ratio=0.3, learning_rate=2e-2)),
     ("federated", 3, dict(clients=2, rounds=2, steps=6, length=32, unseen=4, r=4, learning_rate=1e-2)),

@@ -1,5 +1,8 @@
 """What users of PEFT expect of any adapter, on real architectures built small."""
 
+import os
+import subprocess
+import sys
 import warnings
 
 import pytest
@@ -367,7 +370,9 @@ def test_auto_class_loads_with_a_saved_base(tmp_path):
 def test_loading_without_the_import_names_the_package(tmp_path):
     get_peft_model(llama(), SparseConfig(target_modules=["q_proj"])).save_pretrained(tmp_path)
     code = f"from peft import PeftConfig\nPeftConfig.from_pretrained({str(tmp_path)!r})"
-    failed = run_code(code)
+    # an interpreter of its own: it starts without what finds the package
+    alone = {**os.environ, "SPARSE_PEFT_AUTOLOAD": "0"}
+    failed = subprocess.run([sys.executable, "-c", code], env=alone, capture_output=True, text=True)
     assert "KeyError: 'SPARSE_PEFT_DELTA'" in failed.stderr
     done = run_code("import sparse_peft\n" + code)
     assert done.returncode == 0, done.stderr
