@@ -4,7 +4,7 @@ k-means, checksums.
 Except for [`panel_limit`][sparse_peft.panel_limit], all exports are internal to sparse_peft.
 """
 
-from .checksums import checksum
+from .checksums import bits, checksum
 from .order_statistics import order_statistics
 from .panels import panel_bytes, panel_limit, panels
 from .rng import sample_without_replacement, uniform
@@ -14,6 +14,7 @@ from .topk import RunningTopK, topk_indices
 __all__ = [
     "RunningTopK",
     "accumulation_dtype",
+    "bits",
     "checksum",
     "flatten_tokens",
     "order_statistics",

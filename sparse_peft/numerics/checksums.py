@@ -1,4 +1,4 @@
-"""Checksums of tensors' bits."""
+"""Tensors' bits, and checksums of them."""
 
 from __future__ import annotations
 
@@ -10,6 +10,11 @@ from .panels import panels
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 _ODD = 0x9E3779B97F4A7C15 - 2**64  # 2**64 over the golden ratio, as int64
 _MASK = 2**64 - 1
+
+
+def bits(tensor: Tensor) -> Tensor:
+    """The same memory as integers of the dtype's size, which are equal where all bits are."""
+    return tensor.view(_BITS[tensor.element_size()])
 
 
 def checksum(tensor: Tensor) -> int:
@@ -28,7 +33,6 @@ def checksum(tensor: Tensor) -> int:
     weights = torch.arange(rows[0].numel(), device=rows.device).mul_(2).add_(1).mul_(_ODD)
     total = 0
     for start, stop in panels(len(rows), 2 * torch.int64.itemsize * weights.numel()):
-        bits = rows[start:stop].reshape(stop - start, -1).view(_BITS[rows.element_size()])
-        sums = (bits * weights).sum(1)
+        sums = (bits(rows[start:stop].reshape(stop - start, -1)) * weights).sum(1)
         total += int((sums * (2 * torch.arange(start, stop, device=rows.device) + 1)).sum())
     return total & _MASK

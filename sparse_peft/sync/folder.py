@@ -45,10 +45,10 @@ class PatchFolder:
                 f"{self.folder}: publication {latest} is there, and {publication.sequence} is not newer; use an empty "
                 "folder for each run"
             )
-        name = f"publication-{publication.sequence:08d}.safetensors"
+        path = self._path(publication.sequence)
         with staging_folder(self.folder) as staging:
-            (staging / name).write_bytes(to_bytes(publication))
-        return self.folder / name
+            (staging / path.name).write_bytes(to_bytes(publication))
+        return path
 
     def sequences(self) -> list[int]:
         """Numbers of the complete publications, in order."""
@@ -67,7 +67,7 @@ class PatchFolder:
         Raises:
             PatchError: there is none of this number, or its file is damaged.
         """
-        path = self.folder / f"publication-{sequence:08d}.safetensors"
+        path = self._path(sequence)
         if not path.is_file():
             raise PatchError(f"{path}: no such publication; the folder has {self.sequences() or 'none'}")
         return from_bytes(path.read_bytes())
@@ -76,4 +76,7 @@ class PatchFolder:
         """Delete older publications, once all engines have this one."""
         for number in self.sequences():
             if number < sequence:
-                (self.folder / f"publication-{number:08d}.safetensors").unlink()
+                self._path(number).unlink()
+
+    def _path(self, sequence: int) -> Path:
+        return self.folder / f"publication-{sequence:08d}.safetensors"

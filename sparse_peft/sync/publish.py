@@ -9,6 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from ..numerics import bits
+from ..tuners.residency import base_weights
 from .patches import Kind, Publication, WeightPatch
 from .snapshot import AdapterSource, Held, Snapshot
 
@@ -38,11 +40,17 @@ def named_patches(
         ...     flat = engine_weights[patch.name].view(-1)
         ...     flat[patch.indices.long()] = patch.values
     """
-    source = AdapterSource(model, adapter_name)
-    return differences(source, since or {}, source.snapshot(), explicit)
+    return iter(_changes(AdapterSource(model, adapter_name), since or {}, explicit)[1])
 
 
-def differences(source: AdapterSource, old: Snapshot, new: Snapshot, explicit: bool) -> Iterator[WeightPatch]:
+def _changes(source: AdapterSource, old: Snapshot, explicit: bool) -> tuple[Snapshot, tuple[WeightPatch, ...]]:
+    """The present snapshot, and the patches that lead to it."""
+    with base_weights(source.model):  # once, not for each parameter that is read
+        snapshot = source.snapshot()
+        return snapshot, tuple(_differences(source, old, snapshot, explicit))
+
+
+def _differences(source: AdapterSource, old: Snapshot, new: Snapshot, explicit: bool) -> Iterator[WeightPatch]:
     """One patch for each parameter whose entries differ between two snapshots of a source."""
     for name, held in new.items():
         patch = _difference(source, name, old.get(name), held, explicit)
@@ -64,7 +72,7 @@ def _difference(source: AdapterSource, name: str, old: Held | None, new: Held, e
 def _values_patch(name: str, old: Held, new: Held, explicit: bool) -> WeightPatch | None:
     """Positions stand still: all values without positions, or the changed ones with theirs, whichever is smaller."""
     assert new.indices is not None
-    changed = (_bits(old.values) != _bits(new.values)).nonzero().flatten()
+    changed = (bits(old.values) != bits(new.values)).nonzero().flatten()
     if changed.numel() == 0:
         return None
     entry = new.values.element_size()
@@ -83,15 +91,8 @@ def _moved_patch(source: AdapterSource, name: str, old: Held, new: Held) -> Weig
     return WeightPatch(name, Kind.POSITIONS, new.shape, values, indices, given_up)
 
 
-_INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-
-
-def _bits(values: Tensor) -> Tensor:
-    return values.view(_INTEGERS[values.element_size()])
-
-
 def _same_bits(a: Tensor, b: Tensor) -> bool:
-    return a.dtype == b.dtype and torch.equal(_bits(a), _bits(b))
+    return a.dtype == b.dtype and torch.equal(bits(a), bits(b))
 
 
 @dataclass(frozen=True, eq=False)
@@ -142,9 +143,8 @@ class Publisher:
         Raises:
             ValueError: values that are not finite, or other adapters that are merged; nothing is published.
         """
-        snapshot = self.source.snapshot()
         old = None if full else self._acknowledged
-        patches = tuple(differences(self.source, old.snapshot if old else {}, snapshot, explicit))
+        snapshot, patches = _changes(self.source, old.snapshot if old else {}, explicit)
         self.sequence += 1
         self._sent[self.sequence] = _Sent(self.sequence, snapshot)
         if old is not None:

@@ -95,10 +95,9 @@ class AdapterSource:
         return found
 
     def base_entries(self, name: str, indices: Tensor) -> Tensor:
-        """The base's own entries at flat positions of one parameter."""
-        layer = self.layers[name.removesuffix(".weight")]
-        with base_weights(self.model):
-            return read_entries(layer.base_parameter.detach(), indices.to(layer.base_parameter.device))
+        """The base's own entries at flat positions of one parameter; called inside ``base_weights``."""
+        weight = self.layers[name.removesuffix(".weight")].base_parameter.detach()
+        return read_entries(weight, indices.to(weight.device))
 
     def _check_merged(self) -> None:
         """Refuse weights that hold other adapters; merged with this one alone they have the entries themselves."""

@@ -14,6 +14,7 @@ from ..dynamics.records import Record
 from ..support.schedules import ENDLESS
 from ..tuners.base_model import BaseSparseModel
 from ..tuners.base_state import TrainedState
+from ..tuners.changes import stepped_by
 from ..tuners.controller_warning import end_attachment, lacks_controller, mark_controlled, require_controller
 from ..tuners.traversal import configs_of
 from .controller import SparsityController
@@ -168,13 +169,9 @@ def _optimizer_of(states: list[TrainedState]) -> Optimizer | None:
     Nothing leads from a parameter to its optimizer but the interpreter's list of all objects.
     """
     watched = {id(state.watched) for state in states if state.watched.requires_grad}
-    found = [o for o in gc.get_objects() if issubclass(type(o), Optimizer) and not watched.isdisjoint(_trained_by(o))]
+    found = [o for o in gc.get_objects() if issubclass(type(o), Optimizer) and not watched.isdisjoint(stepped_by(o))]
     inside = {id(getattr(optimizer, "optimizer", None)) for optimizer in found}
     outermost = [optimizer for optimizer in found if id(optimizer) not in inside]
     if len(outermost) > 1:  # those of earlier trainings have a state
         outermost = [o for o in outermost if watched.isdisjoint(map(id, inner_optimizer(o).state))]
     return outermost[0] if len(outermost) == 1 else None
-
-
-def _trained_by(optimizer: Optimizer) -> set[int]:
-    return {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}

@@ -18,6 +18,7 @@ from ..dynamics.records import Record, record_from_dict
 from ..registry import method_of
 from ..tuners.base_model import BaseSparseModel
 from ..tuners.base_state import TrainedState
+from ..tuners.changes import stepped_by
 from ..tuners.controller_warning import mark_controlled
 from ..tuners.traversal import configs_of
 from .rates import check_rates, suited_rates
@@ -126,7 +127,7 @@ class SparsityController:
 
     def _check(self, model: nn.Module, adapter: str, states: Sequence[TrainedState]) -> None:
         """Refuse an optimizer and a wrapped model that the adapter cannot change with."""
-        trained = {id(parameter) for group in self.optimizer.param_groups for parameter in group["params"]}
+        trained = stepped_by(self.optimizer)
         if not all(id(state.watched) in trained for state in states):
             raise ValueError(
                 f"the optimizer does not train the values of adapter {adapter!r}: make it from the parameters the "

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ..tuners.base_config import BaseSparseConfig
+from ..tuners.changes import stepped_by
 from ..tuners.traversal import configs_of, tuner_layers
 
 # From here on the run hardly learns, or diverges; less is a matter of the task.
@@ -61,7 +62,7 @@ def peak_rate(optimizer: Optimizer, parameter: Tensor) -> float:
 
 def _trained(model: nn.Module, optimizer: Optimizer) -> Iterator[tuple[str, BaseSparseConfig, Tensor]]:
     """``(name, config, a parameter)`` of each adapter of this package that the optimizer trains."""
-    stepped = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    stepped = stepped_by(optimizer)
     layers = list(tuner_layers(model))
     for name, config in configs_of(model).items():
         watched = (layer.deltas[name].watched for layer in layers if name in layer.deltas)
