@@ -15,7 +15,7 @@ ARGS ?=
 
 VENV ?= .venv
 BIN := $(VENV)/bin
-EXTRAS := cli,trl,bnb,plot,eval,test,dev,examples,bench,docs
+EXTRAS := cli,serve,trl,bnb,plot,eval,test,dev,examples,bench,docs
 INSTALLED_FROM := pyproject.toml constraints.txt examples/requirements.txt
 # The content and not the time stamp is the key: a checkout or an unpacked archive sets times at will.
 STAMP := $(VENV)/.installed-$(shell cat $(INSTALLED_FROM) | cksum | cut -d' ' -f1)
