@@ -18,6 +18,8 @@ FULL, LORA, RANDOM, DEFAULT = "full", "lora", "random", "default"
 # About half a power of ten apart; each search starts where the method's best was in earlier ones.
 RATES = (1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2)
 CALIBRATION_BATCHES = 8
+# Selections that also have a row with the automatic scale, for runs at LoRA's usual rate of 2e-4.
+AUTOMATIC = ("magnitude_smallest", "magnitude", "principal", "residual", "fisher", "gradient", "gallop", "wanda")
 
 
 @dataclass(frozen=True)
@@ -93,10 +95,12 @@ class Method:
     Attributes:
         make: the config of a setting; None to train all weights of the base.
         start: learning rate at which the search for the best begins, one of ``RATES``.
+        automatic: its scale is the config's own, for runs at LoRA's usual rate.
     """
 
     make: Callable[[Setting], PeftConfig] | None
     start: float
+    automatic: bool = False
 
 
 def _ours(config: type[PeftConfig], **fields: object) -> Callable[[Setting], PeftConfig]:
@@ -121,9 +125,9 @@ def _lift(at: Setting) -> PeftConfig:
     return _sparse("principal", reselect_every=max(at.steps // 8, 1))(at)
 
 
-def _default(at: Setting) -> PeftConfig:
-    """The config as a user gets it who changes nothing but LoRA's class."""
-    return SparseConfig(**at.budget.fields, seed=at.seed, **at.shared)
+def _automatic(config: type[PeftConfig], **fields: object) -> Method:
+    """The config as a user gets it who changes nothing but LoRA's class, and perhaps one field more."""
+    return Method(lambda at: config(**at.budget.fields, seed=at.seed, **fields, **at.shared), 3e-4, automatic=True)
 
 
 def _lora(**fields: object) -> Callable[[Setting], PeftConfig]:
@@ -169,7 +173,7 @@ def _snell(**fields: object) -> Callable[[Setting], PeftConfig]:
 METHODS: dict[str, Method] = {
     LORA: Method(_lora(), 3e-4),
     FULL: Method(None, 1e-4),
-    DEFAULT: Method(_default, 3e-4),
+    DEFAULT: _automatic(SparseConfig),
     RANDOM: Method(_sparse("random"), 1e-3),
     "magnitude_smallest": Method(_sparse("magnitude_smallest"), 1e-3),
     "fisher": Method(_sparse("fisher"), 3e-4),
@@ -200,6 +204,8 @@ METHODS: dict[str, Method] = {
     "wanda": Method(_sparse("wanda"), 1e-3),
     "s2ft-product": Method(_ours(S2FTConfig, selection="product"), 1e-3),
     "s2ft-uncoupled": Method(_ours(S2FTConfig, coupled=False), 1e-3),
+    **{f"auto-{name}": _automatic(SparseConfig, selection=name) for name in AUTOMATIC},
+    "auto-s2ft": _automatic(S2FTConfig),
 }
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from statistics import mean, stdev
 from typing import Any, NamedTuple
@@ -101,27 +101,27 @@ def comparisons(runs: Iterable[Run]) -> dict[Comparison, list[Run]]:
     return dict(sorted(found.items()))
 
 
-def rows(runs: Sequence[Run], rate: float | None = None) -> list[Row]:
-    """A row for each method of one comparison, in the order of ``METHODS``.
+def rows(runs: Sequence[Run]) -> list[Row]:
+    """Methods of one comparison at their best rates, in the order of ``METHODS``; none with an automatic scale."""
+    return _rows([run for run in runs if not METHODS[run.method].automatic])
 
-    Args:
-        runs: of one comparison.
-        rate: only runs with this rate, in place of each method's best.
-    """
+
+def swapped(runs: Sequence[Run]) -> list[Row]:
+    """LoRA's script with only the config swapped: rows at LoRA's rate; none where LoRA or the default lacks."""
+    at_rate = [run for run in runs if run.rate == LORA_RATE]
+    found = _rows([run for run in at_rate if run.method == LORA or METHODS[run.method].automatic])
+    return found if {LORA, DEFAULT} <= {row.method for row in found} else []
+
+
+def _rows(runs: Sequence[Run]) -> list[Row]:
     found = []
     for method in METHODS:
-        mine = [run for run in runs if run.method == method and rate in (None, run.rate)]
+        mine = [run for run in runs if run.method == method]
         tuning = [run for run in mine if run.seed == TUNING_SEED]
         if tuning:
             best = min(tuning, key=lambda run: _or_infinite(run.end["validation_loss"])).rate
             found.append(_row(method, best, tuning, [run for run in mine if run.rate == best]))
     return _with_shares(found)
-
-
-def swapped(runs: Sequence[Run]) -> list[Row]:
-    """LoRA's script with only the config swapped: both rows at LoRA's rate; none where one of them lacks."""
-    found = [row for row in rows(runs, LORA_RATE) if row.method in (LORA, DEFAULT)]
-    return found if len(found) == 2 else []
 
 
 def _or_infinite(loss: float) -> float:
@@ -194,30 +194,39 @@ def overall_markdown(found: Sequence[Overall]) -> str:
 
 def text(runs: Sequence[Run]) -> str:
     """All tables as Markdown."""
-    groups = comparisons(runs)
-    tables = {key: rows(group) for key, group in groups.items()}
-    as_swapped = [markdown(key, found) for key, group in groups.items() if (found := swapped(group))]
-    parts = ["# Each method at its best rate", overall_markdown(overall(standard(tables)))]
-    parts += [markdown(key, found) for key, found in tables.items()]
+    best, as_swapped = _tables(runs, rows), _tables(runs, swapped)
+    parts = _part("# Each method at its best rate", best)
     if as_swapped:
-        parts += [f"# LoRA's script at {LORA_RATE:g} with only the config swapped", *as_swapped]
+        parts += _part(f"# LoRA's script at {LORA_RATE:g} with only the config swapped", as_swapped)
     return "\n\n".join(parts) + "\n"
+
+
+def _part(heading: str, tables: dict[Comparison, list[Row]]) -> list[str]:
+    shown = [markdown(key, found) for key, found in tables.items()]
+    return [heading, overall_markdown(overall(standard(tables))), *shown]
+
+
+def _tables(runs: Sequence[Run], made: Callable[[Sequence[Run]], list[Row]]) -> dict[Comparison, list[Row]]:
+    """The tables of these runs that have a row."""
+    return {key: found for key, group in comparisons(runs).items() if (found := made(group))}
 
 
 def content(runs: Sequence[Run]) -> dict[str, Any]:
     """Everything as plain data, for a JSON file."""
     environments = {str(run.environment): run.environment for run in runs}
-    groups = comparisons(runs)
-    tables = {key: rows(group) for key, group in groups.items()}
+    best, as_swapped = _tables(runs, rows), _tables(runs, swapped)
     return {
         "format": 1,
         "environments": list(environments.values()),
-        "comparisons": [{**key._asdict(), "rows": [asdict(row) for row in found]} for key, found in tables.items()],
-        "swapped": [
-            {**key._asdict(), "rows": [asdict(row) for row in swapped(group)]} for key, group in groups.items()
-        ],
-        "overall": [asdict(row) for row in overall(standard(tables))],
+        "comparisons": _plain(best),
+        "overall": [asdict(row) for row in overall(standard(best))],
+        "swapped": _plain(as_swapped),
+        "swapped_overall": [asdict(row) for row in overall(standard(as_swapped))],
     }
+
+
+def _plain(tables: dict[Comparison, list[Row]]) -> list[dict[str, Any]]:
+    return [{**key._asdict(), "rows": [asdict(row) for row in found]} for key, found in tables.items()]
 
 
 def standard(tables: dict[Comparison, list[Row]]) -> dict[Comparison, list[Row]]:

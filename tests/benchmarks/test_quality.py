@@ -321,7 +321,6 @@ def test_mean_spread_shares_and_worst_task():
     assert (best.method, best.worst_share, best.worst_task) == ("lora", 1.0, "kjv")
     assert (worse.method, worse.worst_task) == ("random", "sentiment")
     assert worse.worst_share == pytest.approx(0.5) and worse.mean_share == pytest.approx(1.0)
-    assert [row.rate for row in table.rows(runs[:4], rate=1e-2)] == [1e-2, 1e-2]
 
 
 def test_the_swapped_config_is_compared_at_loras_rate():
@@ -330,10 +329,14 @@ def test_the_swapped_config_is_compared_at_loras_rate():
         made_up(rate=1e-3, end={"validation_loss": 2.0, "test_loss": 1.5}),
         made_up(method="default", rate=2e-4, end={"validation_loss": 3.0, "test_loss": 2.6}),
         made_up(method="random", rate=2e-4, end={"validation_loss": 3.0, "test_loss": 2.0}),
+        made_up(method="auto-fisher", rate=2e-4, end={"validation_loss": 3.0, "test_loss": 2.4}),
+        made_up(method="auto-fisher", rate=3e-4, end={"validation_loss": 2.0, "test_loss": 1.0}),
     ]
-    lora, default = table.swapped(runs)
+    lora, default, fisher = table.swapped(runs)
     assert (lora.method, lora.rate, default.method) == ("lora", 2e-4, "default")
     assert lora.gained.mean == 0.5 and default.share_of_lora == pytest.approx(0.8)
+    assert fisher.share_of_lora == pytest.approx(1.2)
+    assert [row.method for row in table.rows(runs)] == ["lora", "random"]
     assert table.swapped(runs[:2]) == []
     assert "with only the config swapped" in table.text(runs) and "swapped" not in table.text(runs[:2])
 

@@ -12,22 +12,34 @@ from tests.helpers.processes import run_on_two
 pytestmark = pytest.mark.distributed
 
 
+DATA_CRITERIA = ("gradient", "fisher", "gallop", "movement", "wanda")
+
+
 def choose(rank, address, results):
     distributed.init_process_group("gloo", init_method=f"file://{address}", rank=rank, world_size=2)
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(9, 7))
     torch.manual_seed(rank)
-    config = SparseConfig(selection="gradient", density=0.2, target_modules=["0"])
-    chosen = select_support(model, config, [torch.randn(4, 9)], loss_fn=lambda m, b: m(b).pow(2).sum())
-    results[rank] = chosen.supports["0"].indices.tolist()
+    batch = torch.randn(4, 9)
+
+    def chosen(selection):
+        config = SparseConfig(selection=selection, density=0.2, target_modules=["0"])
+        supports = select_support(model, config, [batch], loss_fn=lambda m, b: m(b).pow(2).sum()).supports
+        return supports["0"].indices.tolist()
+
+    together = {name: chosen(name) for name in DATA_CRITERIA}
     distributed.destroy_process_group()
+    results[rank] = together, {name: chosen(name) for name in DATA_CRITERIA}
 
 
 def test_all_processes_get_what_the_first_chose(tmp_path):
     with Manager() as manager:
         results = manager.dict()
         run_on_two(choose, tmp_path / "rendezvous", results)
-        assert results[0] == results[1] and len(results[0]) == round(0.2 * 63)
+        (first, first_alone), (second, second_alone) = results[0], results[1]
+        assert first == second == first_alone
+        for name in DATA_CRITERIA:
+            assert len(first[name]) == round(0.2 * 63) and first_alone[name] != second_alone[name], name
 
 
 def sketch(rank, address, results):
