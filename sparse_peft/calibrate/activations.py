@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,6 +12,8 @@ from torch import Tensor, nn
 
 from ..numerics.panels import panels
 from ..numerics.tokens import flatten_tokens, transposed_product
+from ..ops.expert_products import Routing
+from .layer_view import LayerView
 from .model_pass import ModelPass, layer_input, token_mask
 
 
@@ -31,6 +34,7 @@ class FeatureSums:
         targets: ``{layer name: module}``.
         measure: maps ``(tokens, features)`` to a tensor that adds up over tokens.
         outputs: the layers whose outputs are measured instead of their inputs.
+        experts: fused experts; each is measured by itself, over the tokens routed to it.
 
     Attributes:
         sums: ``{layer name: sum}`` of the layers that a token reached.
@@ -42,8 +46,9 @@ class FeatureSums:
         targets: Mapping[str, nn.Module],
         measure: Callable[[Tensor], Tensor],
         outputs: Collection[str] = (),
+        experts: Sequence[LayerView] = (),
     ) -> None:
-        self.targets, self.measure, self.outputs = targets, measure, outputs
+        self.targets, self.measure, self.outputs, self.experts = targets, measure, outputs, experts
         self.sums: dict[str, Tensor] = {}
         self.tokens: dict[str, int] = {}
         # of one batch, added to the sums once all of it is known to be finite
@@ -57,20 +62,30 @@ class FeatureSums:
         with ExitStack() as stack:
             for name, module in self.targets.items():
                 stack.callback(module.register_forward_hook(self._hook(name), with_kwargs=True).remove)
+            for layer in self.experts:
+                stack.callback(layer.watch(partial(self._see_experts, layer), lambda: self._mask))
             stack.enter_context(torch.no_grad())
             yield
 
     def _hook(self, name: str) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any], Tensor], None]:
         def see(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
-            x = (output if name in self.outputs else layer_input(args, kwargs)).detach()
-            found = self._measured(x)
-            if found[1] == 0:
-                return
-            if name in self._waiting:
-                found = self._waiting[name][0] + found[0], self._waiting[name][1] + found[1]
-            self._waiting[name] = found
+            self._take(name, (output if name in self.outputs else layer_input(args, kwargs)).detach())
 
         return see
+
+    def _see_experts(self, layer: LayerView, x: Tensor, output: Tensor, routing: Routing | None) -> None:
+        assert routing is not None
+        rows = routing.sort((output.reshape(x.shape[0], -1) if layer.name in self.outputs else x).detach())
+        for expert, start, stop in routing.segments():
+            self._take(layer.part_name(expert), rows[start:stop])
+
+    def _take(self, name: str, x: Tensor) -> None:
+        found = self._measured(x)
+        if found[1] == 0:
+            return
+        if name in self._waiting:
+            found = self._waiting[name][0] + found[0], self._waiting[name][1] + found[1]
+        self._waiting[name] = found
 
     def _measured(self, x: Tensor) -> tuple[Tensor, int]:
         # the last tensor is held, so its address identifies it; its version shows a write in between
@@ -119,8 +134,10 @@ class FeatureSums:
         Raises:
             ValueError: no token reached a layer.
         """
-        for name in self.targets:
-            if name not in self.sums:
+        parts = {name: [name] for name in self.targets}
+        parts |= {layer.name: [part.name for part in layer.parts] for layer in self.experts}
+        for name, members in parts.items():
+            if not any(member in self.sums for member in members):
                 raise ValueError(
                     f"layer {name}: no token of the data reached it, so nothing is known of its features; give more "
                     "data, or leave the layer out with exclude_modules"
@@ -141,28 +158,28 @@ class FeatureSums:
         self.check_reached()
 
 
-def feature_norms(
-    data: ModelPass, targets: Mapping[str, nn.Module], outputs: Collection[str] = ()
-) -> dict[str, Tensor]:
+def feature_norms(data: ModelPass, layers: Sequence[LayerView], outputs: Collection[str] = ()) -> dict[str, Tensor]:
     """L2 norm of each layer's input features over all tokens, in one forward pass.
 
     Where a batch has an ``attention_mask`` of shape ``(batch, seq)`` and an activation has shape
-    ``(batch, seq, features)``, masked tokens do not count.
+    ``(batch, seq, features)``, masked tokens do not count; nor do they for fused experts.
 
     Args:
         data: the model and its batches.
-        targets: ``{layer name: module}``.
-        outputs: the layers whose output features are measured instead.
+        layers: the layers.
+        outputs: names of the layers whose output features are measured instead.
 
     Returns:
-        ``{layer name: (features,) float32}``.
+        ``{layer name: (features,) float32}``; for each of fused experts that a token reached under its own name.
 
     Raises:
         ValueError: no usable batches, or a layer that no token reached.
     """
-    found = FeatureSums(targets, _sum_of_squares, outputs)
+    linear = {layer.name: layer.module for layer in layers if layer.watch_experts is None}
+    experts = [layer for layer in layers if layer.watch_experts is not None]
+    found = FeatureSums(linear, _sum_of_squares, outputs, experts)
     found.run(data)
-    return {name: found.sums[name].sqrt() for name in targets}
+    return {name: total.sqrt() for name, total in found.sums.items()}
 
 
 def second_moments(targets: Mapping[str, nn.Module]) -> FeatureSums:

@@ -129,7 +129,7 @@ def channel_squares(
         gradients.run(data)
         return gradients.total
     outputs = {name for name, side in sides.items() if not side.is_input}
-    norms = feature_norms(data, {layer.name: layer.module for layer in layers}, outputs)
+    norms = feature_norms(data, layers, outputs)
     squares = {name: norm.square() for name, norm in norms.items()}
     if criterion == "activation":
         return squares

@@ -6,18 +6,20 @@ A gradient is formed from the layer's input and its output gradient, one panel o
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..numerics.tokens import flatten_tokens
+from ..ops.expert_products import Routing, Segment
 from ..ops.gradient_paths import gradient_panels
 from .layer_view import LayerView
-from .model_pass import ModelPass, frozen, layer_input
+from .model_pass import ModelPass, frozen
 
 # (first row, last row + 1, float32 rows of the gradient)
 Panel = tuple[int, int, Tensor]
@@ -63,14 +65,21 @@ class _Saved(torch.autograd.Function):
 class GradientPass(ABC):
     """One pass over data that reduces each layer's weight gradient to something small.
 
-    A subclass takes in the gradients of one batch at a time, and keeps them only if the whole batch is finite.
+    A subclass takes in the gradients of one batch at a time, and keeps them only if the whole batch is finite. Each
+    of fused experts is a layer of its own.
 
     Args:
         layers: the observed layers.
+
+    Attributes:
+        layers: ``{name: layer}``, with each expert by itself.
+        owners: ``{name: name of the layer}`` that an expert is a part of, else its own.
     """
 
     def __init__(self, layers: Sequence[LayerView]) -> None:
-        self.layers = {layer.name: layer for layer in layers}
+        self.watched = list(layers)
+        self.layers = {part.name: part for layer in layers for part in layer.parts}
+        self.owners = {part.name: layer.name for layer in layers for part in layer.parts}
         self._batch = _Batch()
 
     @abstractmethod
@@ -103,15 +112,16 @@ class GradientPass(ABC):
 
         with ExitStack() as stack:
             stack.enter_context(frozen(data.model))
-            for name, layer in self.layers.items():
-                stack.callback(layer.module.register_forward_hook(self._hook(name), with_kwargs=True).remove)
+            for layer in self.watched:
+                stack.callback(layer.watch(partial(self._see, layer)))
             stack.callback(setattr, self, "_batch", _Batch())
             stack.enter_context(torch.inference_mode(False))
             stack.enter_context(torch.enable_grad())
             data.each_batch(use)
-        for name in self.layers:
-            if not self.was_reached(name):
-                raise ValueError(NOT_REACHED.format(name))
+        reached = {self.owners[name] for name in self.layers if self.was_reached(name)}
+        for layer in self.watched:
+            if layer.name not in reached:
+                raise ValueError(NOT_REACHED.format(layer.name))
 
     def _backward(self, loss: Any) -> str | None:
         """Run the backward pass of a batch, and keep its gradients or return its fault."""
@@ -131,34 +141,40 @@ class GradientPass(ABC):
 
     # ------------------------------------------------------------------ hooks
 
-    def _hook(self, name: str) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any], Tensor], Tensor | None]:
-        def see(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor | None:
-            batch = self._batch
-            x = layer_input(args, kwargs)
-            if x.numel() == 0:
-                return None
-            if not batch.backward:
-                # checkpointing repeats calls during the backward pass; these are not counted again
+    def _see(self, layer: LayerView, x: Tensor, output: Tensor, routing: Routing | None) -> Tensor | None:
+        batch = self._batch
+        if x.numel() == 0:
+            return None
+        if not batch.backward:
+            # checkpointing repeats calls during the backward pass; these are not counted again
+            for expert, _, _ in _segments(x, routing):
+                name = layer.part_name(expert)
                 batch.calls[name] = batch.calls.get(name, 0) + 1
-            if not torch.is_grad_enabled():
-                return None
-            replaced = None
-            if not output.requires_grad:
-                # nothing before this layer is trained; the copy is no leaf, so the model may write into it
-                output = replaced = output.detach().requires_grad_().clone()
-            anchor = torch.empty(0, device=x.device, requires_grad=True)
-            holder = _Saved.apply(anchor, x.detach())
-            output.register_hook(lambda grad: self._receive(name, batch, holder.grad_fn, grad))
-            return replaced
-
-        return see
+        if not torch.is_grad_enabled():
+            return None
+        replaced = None
+        if not output.requires_grad:
+            # nothing before this layer is trained; the copy is no leaf, so the model may write into it
+            output = replaced = output.detach().requires_grad_().clone()
+        anchor = torch.empty(0, device=x.device, requires_grad=True)
+        holder = _Saved.apply(anchor, x.detach())
+        output.register_hook(lambda grad: self._receive(layer, routing, batch, holder.grad_fn, grad))
+        return replaced
 
     @torch.no_grad()
-    def _receive(self, name: str, batch: _Batch, saved: Any, grad: Tensor) -> None:
+    def _receive(self, layer: LayerView, routing: Routing | None, batch: _Batch, saved: Any, grad: Tensor) -> None:
         if batch.fault is not None:
             return
         (x,) = saved.saved_tensors
-        x, grad = flatten_tokens(x), flatten_tokens(grad)
+        x = flatten_tokens(x)
+        grad = grad.reshape(x.shape[0], -1)
+        segments = _segments(x, routing)
+        if routing is not None:
+            x, grad = routing.sort(x), routing.sort(grad)
+        for expert, start, stop in segments:
+            self._take_pair(layer.part_name(expert), batch, x[start:stop], grad[start:stop])
+
+    def _take_pair(self, name: str, batch: _Batch, x: Tensor, grad: Tensor) -> None:
         pairs = batch.pairs.setdefault(name, [])
         pairs.append((grad, x) if self.layers[name].in_dim == 1 else (x, grad))
         if len(pairs) == batch.calls.get(name):
@@ -175,6 +191,11 @@ class GradientPass(ABC):
             # int64 positions of a whole panel fit the limit as well
             panels = gradient_panels(pairs, self.layers[name].shape, torch.int64.itemsize)
             batch.fault = self.take(name, ((start, stop, panel.to(torch.float32)) for start, stop, panel in panels))
+
+
+def _segments(x: Tensor, routing: Routing | None) -> list[Segment]:
+    """The experts of an activation's rows; all belong to one matrix without a routing."""
+    return [Segment(0, 0, x.numel() // x.shape[-1])] if routing is None else list(routing.segments())
 
 
 def _describe(loss: object) -> str:

@@ -7,6 +7,7 @@ are summed at the candidates only.
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
@@ -27,12 +28,17 @@ class LayerSums:
     Attributes:
         positions: ``(candidates,)`` flat positions, ascending; None for all.
         total: ``(candidates,)`` float32 sum over batches.
-        batches: number of batches in the sum.
     """
 
     positions: Tensor | None
     total: Tensor
-    batches: int = 1
+
+    @property
+    def all_positions(self) -> Tensor:
+        """``(candidates,)`` int64 flat positions."""
+        if self.positions is None:
+            return torch.arange(self.total.numel(), device=self.total.device)
+        return self.positions.long()
 
     def values_of(self, cols: int, panel: Panel) -> tuple[slice, Tensor]:
         """The candidates in a panel of rows, as a slice of ``total``, and the panel's values there."""
@@ -173,12 +179,14 @@ class GradientSums(GradientPass):
 
     Attributes:
         sums: ``{layer: sums}`` of the layers that a batch reached.
+        batches: ``{layer: number of batches}`` in the sums; a batch that reached one of fused experts is one of all.
     """
 
     def __init__(self, layers: list[LayerView], criterion: Criterion, budget: CandidateBudget) -> None:
         super().__init__(layers)
         self.criterion, self.budget = criterion, budget
         self.sums: dict[str, LayerSums] = {}
+        self.batches: Counter[str] = Counter()
         self._new = Proposals({}, {}, self.layers, criterion)
         self._values: dict[str, Tensor] = {}
 
@@ -214,6 +222,7 @@ class GradientSums(GradientPass):
     def commit(self) -> None:
         for name, values in self._values.items():
             self.sums[name].total += values
-            self.sums[name].batches += 1
-        self.sums.update(self._new.results())
+        new = dict(self._new.results())
+        self.batches.update({self.owners[name] for name in (*self._values, *new)})
+        self.sums.update(new)
         self._new, self._values = Proposals({}, {}, self.layers, self.criterion), {}

@@ -1,12 +1,30 @@
-"""A linear layer as this package sees it: a name, a module to hook, and a stored weight."""
+"""A target layer as this package sees it: a name, how it is watched, and a stored weight."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
+
+from ..ops.expert_products import Routing
+from .model_pass import layer_input
+
+See = Callable[[Tensor, Tensor, Routing | None], Tensor | None]
+"""Called with the inputs of a product, its output, and the experts of the inputs' rows; None for a single matrix.
+
+It returns the output that the model goes on with; None for the same.
+"""
+
+KeptTokens = Callable[[], Tensor | None]
+"""The tokens of the current batch that count, as booleans; None for all."""
+
+
+def _all_tokens() -> None:
+    return None
 
 
 @dataclass(frozen=True)
@@ -19,6 +37,9 @@ class LayerView:
         shape: ``(rows, cols)`` of the stored weight.
         in_dim: the weight's dimension of input features: 1 in ``nn.Linear``, 0 in ``Conv1D``.
         weight: returns the stored weight in floats; quantised layers dequantise it at each call.
+        experts: the number of matrices that the weight consists of, one above the other, as of fused experts.
+        watch_experts: ``watch_experts(see, kept)``: calls ``see`` for each product with experts, and returns a
+            function that ends this.
     """
 
     name: str
@@ -26,6 +47,8 @@ class LayerView:
     shape: tuple[int, int]
     in_dim: int
     weight: Callable[[], Tensor]
+    experts: int = 1
+    watch_experts: Callable[[See, KeptTokens], Callable[[], None]] | None = None
 
     @classmethod
     def of(cls, name: str, module: nn.Linear | Conv1D) -> LayerView:
@@ -38,3 +61,38 @@ class LayerView:
     def numel(self) -> int:
         """Number of weights."""
         return self.shape[0] * self.shape[1]
+
+    @property
+    def parts(self) -> list[LayerView]:
+        """The view of each expert; of a layer with one matrix the view itself."""
+        if self.watch_experts is None:
+            return [self]
+        rows, cols = self.shape[0] // self.experts, self.shape[1]
+        return [
+            LayerView(self.part_name(number), self.module, (rows, cols), self.in_dim, partial(self._part, number))
+            for number in range(self.experts)
+        ]
+
+    def part_name(self, number: int) -> str:
+        """The name of an expert, or of the layer if it has one matrix."""
+        return self.name if self.watch_experts is None else f"{self.name}[{number}]"
+
+    def _part(self, number: int) -> Tensor:
+        rows = self.shape[0] // self.experts
+        return self.weight()[number * rows : (number + 1) * rows]
+
+    def watch(self, see: See, kept: KeptTokens = _all_tokens) -> Callable[[], None]:
+        """Call ``see`` for each product with the weight, until the returned function is called.
+
+        Args:
+            see: takes inputs, output and routing.
+            kept: the tokens whose products are seen, where the layer gets tokens of several sequences in one
+                dimension.
+        """
+        if self.watch_experts is not None:
+            return self.watch_experts(see, kept)
+
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor | None:
+            return see(layer_input(args, kwargs), output, None)
+
+        return self.module.register_forward_hook(hook, with_kwargs=True).remove

@@ -43,6 +43,7 @@ from .entries import (
 from .expert_products import (
     EveryExpert,
     ExpertProduct,
+    ExpertSource,
     OneExpert,
     Recipe,
     Routing,
@@ -86,6 +87,7 @@ __all__ = [
     "Crossover",
     "EveryExpert",
     "ExpertProduct",
+    "ExpertSource",
     "Factors",
     "GradientObserver",
     "GradientPlan",

@@ -35,7 +35,7 @@ from ..ops import (
     log_once,
 )
 from ..support import Support
-from .expert_sources import ExpertsSource
+from .expert_sources import WholeSource
 
 
 class WeightPass:
@@ -50,23 +50,19 @@ class WeightPass:
     """
 
     def __init__(
-        self, parameter: Tensor, source: ExpertsSource, values: Tensor | None, support: Support | None, name: str
+        self, parameter: Tensor, source: WholeSource, values: Tensor | None, support: Support | None, name: str
     ):
         self.parameter, self.source, self.values, self.support, self.name = parameter, source, values, support, name
         self._parts: Sequence[Tensor] | None = None
 
-    def values_of(self, expert: int) -> Tensor | None:
-        """The values of one expert's entries; all of them are split once, so that backward joins them once."""
+    def part(self, expert: int) -> tuple[Tensor | None, int]:
+        """The values of one expert's entries, and the number of the first; split once, so that backward joins once."""
         if self.values is None or self.support is None:
-            return None
+            return None, 0
+        ranges = expert_parts(self.support, self.source.experts)
         if self._parts is None:
-            counts = [last - first for _, first, last in expert_parts(self.support, self.source.experts)]
-            self._parts = self.values.split(counts)
-        return self._parts[expert]
-
-    def first_of(self, expert: int) -> int:
-        """Number of the first entry of an expert."""
-        return 0 if self.support is None else expert_parts(self.support, self.source.experts)[expert][1]
+            self._parts = self.values.split([last - first for _, first, last in ranges])
+        return self._parts[expert], ranges[expert][1]
 
 
 @dataclass(frozen=True)
@@ -109,7 +105,19 @@ _REMEMBERED = _RECOMPUTED | _PRODUCTS
 _TURNS = {Tensor.transpose, torch.transpose, Tensor.t, _getter("mT"), _getter("T")}
 _MATMULS = {torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.mm, Tensor.mm, torch.bmm, Tensor.bmm}
 # What is asked of a weight without computing with it.
-_ATTRIBUTES = ("shape", "dtype", "device", "ndim", "layout", "requires_grad", "is_cuda", "is_meta", "grad", "itemsize")
+_ATTRIBUTES = (
+    "shape",
+    "dtype",
+    "device",
+    "ndim",
+    "layout",
+    "requires_grad",
+    "is_cuda",
+    "is_meta",
+    "grad",
+    "itemsize",
+    "_version",
+)
 _QUESTIONS = {
     *map(_getter, _ATTRIBUTES), Tensor.size, Tensor.dim, Tensor.numel, Tensor.stride, Tensor.data_ptr,
     Tensor.is_contiguous, Tensor.element_size, Tensor.is_floating_point, Tensor.__len__, torch.is_floating_point,
@@ -229,14 +237,27 @@ class ExpertsMode(TorchFunctionMode):
         assert view.expert is not None
         rows = x.reshape(-1, x.shape[-1])
         routing = OneExpert(view.expert, len(rows))
-        how = ExpertProduct(view.of.source, view.of.support, routing, in_dim, view.of.first_of(view.expert))
-        values, recipe = view.of.values_of(view.expert), self._recipe(x)
-        if view.of.source.is_whole:
-            result = expert_product(rows, values, how, lambda: product(rows), recipe)
-        else:
-            result = expert_product(self._cast(rows), values, how, None, recipe)
-            result = result if bias is None else result + bias.to(result.dtype)
+        result = self._product(view, rows, routing, in_dim, lambda: product(rows), self._recipe(x))
+        if bias is not None and not view.of.source.is_whole:
+            result = result + bias.to(result.dtype)
         return result.view(*x.shape[:-1], -1)
+
+    def _product(
+        self,
+        view: View,
+        x: Tensor,
+        routing: Routing,
+        in_dim: int,
+        run: Callable[[], Tensor],
+        recipe: Recipe | None,
+    ) -> Tensor:
+        """The product of rows with experts' weights; ``run`` computes it where the parameter holds these weights."""
+        one = view.of
+        values, first = (one.values, 0) if view.expert is None else one.part(view.expert)
+        how = ExpertProduct(one.source, one.support, routing, in_dim, first)
+        if one.source.is_whole:
+            return expert_product(x, values, how, run, recipe)
+        return expert_product(self._cast(x), values, how, None, recipe)
 
     def _batched(self, func: Any, view: View, place: int, x: Tensor) -> Any:
         """``bmm`` of one matrix of tokens for each expert, or of one token for each chosen expert."""
@@ -249,11 +270,10 @@ class ExpertsMode(TorchFunctionMode):
             routing = TokenwiseExperts(view.ids)
         else:
             return NotImplemented
-        how = ExpertProduct(view.of.source, view.of.support, routing, in_dim)
         flat, recipe = rows.reshape(-1, rows.shape[-1]), self._recipe(x) if place == 1 else None
+        result = self._product(view, flat, routing, in_dim, partial(self._gathered, func, view, place, x), recipe)
         if view.of.source.is_whole:
-            return expert_product(flat, view.of.values, how, partial(self._gathered, func, view, place, x), recipe)
-        result = expert_product(self._cast(flat), view.of.values, how, None, recipe)
+            return result
         result = result.view(rows.shape[0], rows.shape[1], -1)
         return result if place == 1 else result.transpose(1, 2)
 
@@ -279,9 +299,8 @@ class ExpertsMode(TorchFunctionMode):
             or any(v is not None for v in more.values())
         ):
             return NotImplemented
-        how = ExpertProduct(view.of.source, view.of.support, SortedTokens(offs), int(view.is_turned))
-        run = (lambda: func(x, weight.detach(), offs=offs)) if view.of.source.is_whole else None
-        return expert_product(x, view.of.values, how, run, self._recipe(x))
+        run = partial(func, x, weight.detach(), offs=offs)
+        return self._product(view, x, SortedTokens(offs), int(view.is_turned), run, self._recipe(x))
 
     @staticmethod
     def _cast(x: Tensor) -> Tensor:
@@ -308,7 +327,7 @@ class ExpertsMode(TorchFunctionMode):
         )
         one, source = view.of, view.of.source
         if view.expert is not None:
-            weight = dense_experts(one.values_of(view.expert), source, one.support, [view.expert])[0]
+            weight = dense_experts(one.part(view.expert)[0], source, one.support, [view.expert])[0]
         else:
             weight = dense_experts(one.values, source, one.support, range(source.experts))
             weight = weight if view.ids is None else weight[view.ids]

@@ -2,15 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import ParamSpec, Protocol, TypeVar
 
 import torch
+from torch import Tensor
 
 from ..numerics import panels
-from ..ops import add_to_support_
+from ..ops import UNOBSERVED, ExpertSource, add_to_support_
 from .active_delta import ActiveDelta
 from .sources import AdaptedLayer, LayerSource, Panel
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+class WholeSource(ExpertSource, Protocol):
+    """Effective weights of experts that the parameter itself may hold."""
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether the parameter, as it is in a forward pass, holds the effective weights."""
+        ...
 
 
 class ExpertsSource(LayerSource):
@@ -81,3 +95,57 @@ class ExpertPanels:
         """``(start, stop, weight[start:stop])`` of the expert in ``dtype``."""
         rows = self.shape[0]
         return self.source.rows(self.number * rows, (self.number + 1) * rows, dtype)
+
+
+@dataclass(frozen=True)
+class BaseExperts:
+    """The experts of a parameter without adapters.
+
+    Attributes:
+        weight: ``(experts, rows, cols)``.
+    """
+
+    weight: Tensor
+    is_whole = True
+    key = UNOBSERVED
+
+    @property
+    def experts(self) -> int:
+        return len(self.weight)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.weight.dtype
+
+    def expert(self, number: int) -> BaseExpert:
+        """The weight of one expert."""
+        return BaseExpert(self.weight[number].detach())
+
+    def read(self, act: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        """The result of ``act``: nothing writes into the weights."""
+        return act(*args, **kwargs)
+
+    def after_backward(self) -> None:
+        """Nothing is trained."""
+
+
+@dataclass(frozen=True)
+class BaseExpert:
+    """One expert's weight in panels of rows.
+
+    Attributes:
+        weight: ``(rows, cols)``.
+    """
+
+    weight: Tensor
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        rows, cols = self.weight.shape
+        return rows, cols
+
+    def panels(self, dtype: torch.dtype) -> Iterator[Panel]:
+        """``(start, stop, weight[start:stop])`` in ``dtype``."""
+        rows, cols = self.shape
+        for start, stop in panels(rows, cols * max(dtype.itemsize, self.weight.dtype.itemsize)):
+            yield start, stop, self.weight[start:stop].to(dtype)

@@ -34,7 +34,12 @@ class ExpertWeight(nn.Module):
 
     def refer_to(self, holder: nn.Module) -> None:
         """Read the parameter of this module from now on."""
-        self.__dict__["holder"] = (holder,)  # in a tuple: it is no submodule
+        self.__dict__["_holder"] = (holder,)  # in a tuple: it is no submodule
+
+    @property
+    def holder(self) -> nn.Module:
+        """The module that has the parameter, and computes with it."""
+        return self.__dict__["_holder"][0]
 
     @property
     def weight(self) -> Tensor:
@@ -49,7 +54,7 @@ class ExpertWeight(nn.Module):
     @property
     def by_name(self) -> Mapping[str, Any]:
         """The parameter under the name that a layer has its own by."""
-        return _Renamed(self.__dict__["holder"][0]._parameters, self.parameter)
+        return _Renamed(self.holder._parameters, self.parameter)
 
     @property
     def stored_shape(self) -> tuple[int, int]:
@@ -58,7 +63,7 @@ class ExpertWeight(nn.Module):
         return experts * rows, cols
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in self.__dict__.items() if name != "holder"}
+        return {name: value for name, value in self.__dict__.items() if name != "_holder"}
 
     def extra_repr(self) -> str:
         return f"{self.parameter}, experts={self.experts}, in={self.features[0]}, out={self.features[1]}"

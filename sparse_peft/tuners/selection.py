@@ -14,7 +14,6 @@ from ..ops import is_convolution
 from .base_config import BaseSparseConfig
 from .base_model import BaseSparseModel
 from .base_state import TrainedState
-from .expert_weights import ExpertWeight
 from .four_bit import prepare_four_bit
 from .targets import Targets, base_of
 from .traversal import modules_beside_adapters
@@ -36,6 +35,9 @@ def select_support(
     No dense gradient of more than one layer is alive at a time. With several batches the first one proposes
     ``oversample`` times the budget and all of them are summed at those candidates only; ``oversample=float("inf")``
     sums everything.
+
+    Each of fused experts is looked at by itself, over the tokens routed to it. Experts that no token reached train an
+    equal share of their parameter's entries at random positions; a warning names them.
 
     In a distributed run all processes call it, and all get what process 0 chose from its data.
 
@@ -75,7 +77,7 @@ def select_support(
     chosen = copy.copy(config)
     tuner = cast("type[BaseSparseModel[Config, TrainedState]]", PEFT_TYPE_TO_TUNER_MAPPING[PeftType[config.method]])
     targets = tuner.checked_targets(chosen, model)
-    _check_linear(chosen, targets, from_data=data is not None)
+    _check_linear(chosen, targets)
     prepare_four_bit(modules_beside_adapters(model))
     supports = tuner.choose_from_data(model, chosen, targets, data, gradients, loss_fn=loss_fn, oversample=oversample)
     if distributed.is_available() and distributed.is_initialized():
@@ -87,19 +89,13 @@ def select_support(
     return chosen
 
 
-def _check_linear(config: Config, targets: Targets, from_data: bool) -> None:
-    """Refuse convolutions, and with data fused experts, which no criterion looks at."""
+def _check_linear(config: BaseSparseConfig, targets: Targets) -> None:
+    """Refuse convolutions, which no criterion looks at."""
     for name, module in targets.items():
-        if from_data and isinstance(base_of(module), ExpertWeight):
-            raise NotImplementedError(
-                f"layer {name}: selection={getattr(config, 'selection', 'none')!r} looks at data for linear layers "
-                "only, and not for fused experts; give select_support gradients={name: tensor} of a backward pass, "
-                "leave experts out, or choose a selection that needs no data"
-            )
         if is_convolution(base_of(module)):
             selection = getattr(config, "selection", "none")
             raise TypeError(
                 f"Target module {name} of type {type(base_of(module)).__name__}: selection={selection!r} "
-                "looks at data for linear layers only; leave convolutions out with exclude_modules, or choose a "
-                "selection that needs no data"
+                "looks at data for linear layers and fused experts only; leave convolutions out with "
+                "exclude_modules, or choose a selection that needs no data"
             )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from typing import Any
 
@@ -19,10 +19,12 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from ..calibrate import LayerView
+from ..calibrate.layer_view import KeptTokens, See
 from ..ops import is_convolution
 from .base_config import BaseSparseConfig
 from .base_layer import TunerLayer
 from .expert_layer import ExpertsLayer
+from .expert_watch import watch_experts
 from .expert_weights import ExpertWeight, expert_parameters, holds_experts
 from .experts import BARE_WEIGHTS, bare_weights, check_target_parameters, is_named
 from .four_bit import base_weight
@@ -76,9 +78,22 @@ def dense_weight(module: nn.Module) -> Tensor:
 def layer_views(targets: Targets) -> list[LayerView]:
     """The targets as ``calibrate`` takes them."""
     return [
-        LayerView(name, module, stored_shape(module), in_dim_of(module), partial(dense_weight, module))
+        LayerView(
+            name,
+            module,
+            stored_shape(module),
+            in_dim_of(module),
+            partial(dense_weight, module),
+            experts_of(module),
+            _watch(name, module),
+        )
         for name, module in targets.items()
     ]
+
+
+def _watch(name: str, module: nn.Module) -> Callable[[See, KeptTokens], Callable[[], None]] | None:
+    base = base_of(module)
+    return partial(watch_experts, base, name) if isinstance(base, ExpertWeight) else None
 
 
 # ---------------------------------------------------------------------- finding

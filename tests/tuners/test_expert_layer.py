@@ -505,10 +505,8 @@ def test_kernels_without_a_sparse_gradient_are_refused():
         model(IDS)
 
 
-def test_data_of_experts_is_refused_and_gradients_are_taken():
+def test_given_gradients_choose_positions():
     made = config(selection="gradient", density=0.02)
-    with pytest.raises(NotImplementedError, match=r"experts.gate_up_proj: selection='gradient'.*gradients="):
-        select_support(mixture(), made, [{"input_ids": IDS, "labels": IDS}])
     base = mixture()
     base(IDS, labels=IDS).loss.backward()
     found = {name: parameter.grad for name, parameter in base.named_parameters()}

@@ -77,6 +77,8 @@ class SparseModel(EntryModel[SparseConfigT, SparseDeltaT]):
     ) -> dict[str, Support]:
         layers, criterion, budget = layer_views(targets), config.criterion, budget_of(config, targets)
         if gradients is not None:
-            return supports_from_gradients(layers, criterion, budget, gradients, block=config.block)
+            return supports_from_gradients(layers, criterion, budget, gradients, block=config.block, seed=config.seed)
         batches = ModelPass(model, data or (), loss_fn)
-        return collect_supports(batches, layers, criterion, budget, oversample=oversample, block=config.block)
+        return collect_supports(
+            batches, layers, criterion, budget, oversample=oversample, block=config.block, seed=config.seed
+        )
