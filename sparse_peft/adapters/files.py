@@ -11,7 +11,6 @@ import os
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import ModelCard, ModelCardData
 from peft import PeftConfig, get_peft_model_state_dict, inject_adapter_in_model, set_peft_model_state_dict
 from peft import __version__ as peft_version
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
@@ -22,7 +21,7 @@ from torch import Tensor, nn
 
 from ..tuners.base_model import BaseSparseModel
 from ..tuners.files.adapter_file import AdapterFile
-from ..tuners.files.card import FRAMEWORK_HEADING, TAG
+from ..tuners.files.card import FRAMEWORK_HEADING, complete_card, new_card, write_card
 from ..tuners.files.checks import DAMAGED, check_adapter_name, read_config_file, shapes_in_file
 from ..tuners.files.refused_loads import undone_if_refused
 from ..tuners.files.writes import staging_folder
@@ -55,13 +54,6 @@ def tensors_of(model: nn.Module, adapter_name: str) -> dict[str, Tensor]:
     return {name if name.startswith(PREFIX) else f"{PREFIX}{name}": tensor for name, tensor in state.items()}
 
 
-def _card(config: PeftConfig, story: str) -> ModelCard:
-    """A card like PEFT's with the adapter's origin; sparse configs add how to load it."""
-    data = ModelCardData(base_model=config.base_model_name_or_path, library_name="peft", tags=[TAG])
-    text = f"# Adapter\n\n{story}\n\n{FRAMEWORK_HEADING}\n\n- PEFT {peft_version}\n"
-    return ModelCard(f"---\n{data.to_yaml()}\n---\n\n{text}")
-
-
 def write_adapter(
     folder: str | os.PathLike, config: PeftConfig, tensors: dict[str, Tensor], story: str | None = None
 ) -> None:
@@ -78,9 +70,18 @@ def write_adapter(
     with staging_folder(folder) as staging:
         whole = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
         save_file(whole, staging / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
-        if story is not None:
-            _card(config, story).save(staging / "README.md")
         config.save_pretrained(os.fspath(staging))
+        if story is not None:
+            _write_card(staging, config, story)
+
+
+def _write_card(folder: Path, config: PeftConfig, story: str) -> None:
+    """Write a card like PEFT's with the adapter's origin."""
+    base = config.base_model_name_or_path
+    card = new_card(base, kind="Adapter")
+    card.text += f"\n{story}\n\n{FRAMEWORK_HEADING}\n\n- PEFT {peft_version}\n"
+    write_card(card, folder)
+    complete_card(folder, set(), base)
 
 
 def read_adapter(folder: str | os.PathLike) -> tuple[PeftConfig, dict[str, Tensor]]:

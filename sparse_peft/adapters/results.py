@@ -12,8 +12,8 @@ from huggingface_hub import EvalResult
 from peft import PeftConfig
 
 from ..constraints import validated
-from ..dynamics.records import plot_captions
-from ..tuners.files.card import complete_card, insert_section, read_card, write_card
+from ..tuners.files.card import complete_card, insert_section, read_card, section_of, show_plots, write_card
+from ..tuners.files.card_sections import images_of
 
 HEADING = "## Results"
 # The Hub's names of PEFT's task types.
@@ -25,7 +25,6 @@ TASKS = {
     "QUESTION_ANS": "question-answering",
     "FEATURE_EXTRACTION": "feature-extraction",
 }
-SUPPORTS_CAPTION = {"supports.png": "Where the trained entries are"}
 
 
 def add_results(
@@ -72,9 +71,9 @@ def add_results(
     kept = [old for old in data.eval_results or [] if not any(old.is_equal_except_value(new) for new in found)]
     data.model_name = data.model_name or folder.resolve().name
     data.eval_results = kept + found
-    captions = SUPPORTS_CAPTION | plot_captions()
-    images = _images_of(card.text) | {name: captions.get(name, name) for name in shown if name.endswith(".png")}
-    insert_section(card, HEADING, _section(data.eval_results, images))
+    earlier = images_of(section_of(card.text, HEADING))  # where version 0.1.0 showed them
+    insert_section(card, HEADING, _section(data.eval_results))
+    show_plots(card, folder, [*earlier, *shown])
     write_card(card, folder)
     return folder / "README.md"
 
@@ -115,23 +114,10 @@ def _into(folder: Path, file: Path) -> str:
     return file.name
 
 
-def _images_of(text: str) -> dict[str, str]:
-    """``{file: caption}`` of the images that the section shows already."""
-    _, _, rest = text.partition(f"{HEADING}\n")
-    images = {}
-    for line in rest.split("\n#")[0].splitlines():
-        if line.startswith("![") and line.endswith(")") and "](" in line:
-            caption, _, name = line[2:-1].partition("](")
-            images[name] = caption
-    return images
-
-
-def _section(results: Sequence[EvalResult], images: Mapping[str, str]) -> str:
+def _section(results: Sequence[EvalResult]) -> str:
     lines = [HEADING, "", "| metric | value | data |", "|---|---|---|"]
     for result in results:
         data = f"{result.dataset_name} ({result.dataset_split})" if result.dataset_split else result.dataset_name
         value = f"{result.metric_value:.6g}" if isinstance(result.metric_value, float) else result.metric_value
         lines.append(f"| {result.metric_name or result.metric_type} | {value} | {data} |")
-    for name, caption in images.items():
-        lines += ["", f"![{caption}]({name})"]
     return "\n".join(lines)

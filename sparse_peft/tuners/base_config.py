@@ -22,7 +22,7 @@ from ..constraints import Names, OneOf, Pattern, Positive, field_hints, validate
 from ..support import Support
 from ..version import __version__
 from .experts import CURE
-from .files.card import complete_card, update_model_card
+from .files.card import complete_card, name_source
 from .files.checks import DAMAGED, read_config_file, shapes_in_file
 from .files.writes import staging_folder, write_compactly
 from .unknown_fields import VERSION_FIELD, settable_fields, unknown_fields_error
@@ -328,16 +328,16 @@ class BaseSparseConfig(PeftConfig):
         return {key: sorted(value) if isinstance(value, set) else value for key, value in super().to_dict().items()}
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
-        """As PEFT's, whole or not at all, and the model card beside it says what to install and import."""
+        """As PEFT's, whole or not at all."""
         with staging_folder(save_directory) as staging:
             super().save_pretrained(os.fspath(staging), **kwargs)
             write_compactly(staging / CONFIG_NAME)
-        update_model_card(save_directory, self.to_dict())
 
-    def _upload_modified_files(self, working_dir: Any, *args: Any, **kwargs: Any) -> Any:
+    def _upload_modified_files(self, working_dir: Any, repo_id: str, *args: Any, **kwargs: Any) -> Any:
         # push_to_hub of a config alone: transformers has put its own card beside it
         complete_card(working_dir, set(), self.base_model_name_or_path)
-        return super()._upload_modified_files(working_dir, *args, **kwargs)
+        name_source(Path(working_dir), repo_id)
+        return super()._upload_modified_files(working_dir, repo_id, *args, **kwargs)
 
     @classmethod
     def from_pretrained(

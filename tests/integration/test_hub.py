@@ -1,6 +1,7 @@
 """push_to_hub and back, by the real client library, against a stand-in for the Hub on the loopback interface."""
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -58,8 +59,19 @@ def test_a_pushed_model_has_its_files_and_a_card_that_explains_it(pushed, method
     assert card.data.pipeline_tag == "text-generation"
     assert {"sparse-peft", "mine", f"base_model:adapter:{BASE}"} <= set(card.data.tags)
     assert card.text.count(install_command()) == 1 and "import sparse_peft" in card.text
+    assert "[More Information Needed]" not in card.text and "## What it trains" in card.text
     assert hub.repos[METHOD_REPOS[method]].private is (method == "sora")
     assert f"an adapter of {method}" in hub.repos[METHOD_REPOS[method]].messages
+
+
+def test_the_example_on_the_card_runs_as_it_is(pushed):
+    hub, folder = pushed
+    (example,) = re.findall(r"```python\n(.*?)```", hub.card(METHOD_REPOS["sparse"]).text, flags=re.DOTALL)
+    assert f'adapter = "{METHOD_REPOS["sparse"]}"\n' in example
+    code = f"{example}\nassert model.peft_config['default'].peft_type.value == 'SPARSE_PEFT_DELTA'"
+    env = environment(hub, folder / "reader")
+    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr[-2000:]
 
 
 def test_a_second_push_changes_nothing_and_a_branch_is_its_own(pushed):

@@ -1,49 +1,66 @@
-"""Model cards that say what a sparse adapter needs, however they come about."""
+"""Model cards that say what a sparse adapter is and needs, however they come about."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+import re
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, cast
 
 from huggingface_hub import ModelCard, ModelCardData
 from peft import PeftModel
-from peft.utils import CONFIG_NAME
 
-from _sparse_peft_startup.install import install_command
-
-from .checks import read_config_file
+from ...dynamics.records import plot_captions
+from .card_sections import (
+    LOAD_HEADING,
+    PLOTS_HEADING,
+    TRAINED_HEADING,
+    images_of,
+    load_section,
+    plots_section,
+    trained_section,
+    with_source,
+)
+from .saved_adapter import adapters_in
 from .wrapped import wrap_once
+from .writes import is_sparse, when_saved
 
 TAG = "sparse-peft"
-CARD_HEADING = "## How to load this adapter"
-CARD_PARAGRAPH = f"""{CARD_HEADING}
-
-This is a sparse adapter for [PEFT](https://github.com/huggingface/peft), trained with the plugin `sparse_peft`.
-Install the plugin, in a checkout of it, and import it before the adapter is loaded:
-
-```bash
-{install_command()}
-```
-
-```python
-import sparse_peft
-from peft import PeftModel
-
-model = PeftModel.from_pretrained(base_model, "<this adapter>")
-```
-"""
-RATE_HEADING = "## Scale and learning rate"
 FRAMEWORK_HEADING = "### Framework versions"
+# transformers' sentence in the template, when it pushes a model
+BLANK_DESCRIPTION = "This is the model card of a 🤗 transformers model that has been pushed on the Hub."
+UNFILLED = "[More Information Needed]"
+SUPPORTS_CAPTION = {"supports.png": "Where the trained entries are"}
+
+
+def new_card(
+    base_model: str | None = None, data: ModelCardData | None = None, kind: str = "Sparse adapter"
+) -> ModelCard:
+    """A card without sections.
+
+    Args:
+        base_model: name of the base model, for the title.
+        data: metadata.
+        kind: what the card is of.
+    """
+    of_base = f" of {base_model.rstrip('/').rpartition('/')[2]}" if base_model else ""
+    return ModelCard(f"---\n{(data or ModelCardData()).to_yaml()}\n---\n\n# {kind}{of_base}\n")
 
 
 def read_card(folder: Path) -> ModelCard:
-    """The card in a folder; an empty one from the usual template if there is none."""
+    """The card in a folder; a new one if there is none."""
     path = folder / "README.md"
-    if not path.is_file():
-        return ModelCard.from_template(ModelCardData())
-    return ModelCard.load(path, ignore_metadata_errors=True)
+    return ModelCard.load(path, ignore_metadata_errors=True) if path.is_file() else new_card()
+
+
+def is_blank(card: ModelCard) -> bool:
+    """Whether nobody has filled in the Hub's template, which PEFT and transformers start cards with."""
+    if UNFILLED not in card.text:
+        return False
+    known = set(ModelCard.from_template(_data_of(card)).text.splitlines())
+    lines = [line for line in card.text.partition(FRAMEWORK_HEADING)[0].splitlines() if line.strip()]
+    return all(line in known or line.startswith(BLANK_DESCRIPTION) for line in lines)
 
 
 def write_card(card: ModelCard, folder: Path) -> None:
@@ -51,6 +68,12 @@ def write_card(card: ModelCard, folder: Path) -> None:
     staged = folder / ".README.md.tmp"
     card.save(staged)
     staged.replace(folder / "README.md")
+
+
+def section_of(text: str, heading: str) -> str:
+    """A section of a card, up to the next heading of any level; empty if it is not there."""
+    _, _, rest = text.partition(f"{heading}\n")
+    return re.split(r"^#", rest, maxsplit=1, flags=re.MULTILINE)[0]
 
 
 def insert_section(card: ModelCard, heading: str, section: str) -> None:
@@ -72,58 +95,46 @@ def _data_of(card: ModelCard) -> ModelCardData:
     return cast("ModelCardData", card.data)
 
 
-def update_model_card(directory: str | os.PathLike, config: Mapping[str, Any] | None = None) -> None:
-    """Add the paragraphs on the plugin, and on scale and learning rate, to the card PEFT wrote, once.
+def complete_card(directory: str | os.PathLike, tags: set[str], base_model: str | None) -> None:
+    """Turn the card in a folder into an adapter's: metadata, and sections on what trains, plots and loading.
 
-    PEFT writes one card, into the folder given to ``save_pretrained``; adapters other than ``default`` lie in a folder
-    below it. A README that is no PEFT card is left alone.
+    What stands in other sections stays, and so does the example, once it is there.
 
     Args:
-        directory: that the adapter is saved in.
-        config: its config's fields; those of the file in the directory if None.
+        directory: of the adapters; its card is made if need be.
+        tags: besides those of the card.
+        base_model: name of the base model; the card's if None.
     """
-    for folder in (Path(directory), Path(directory).parent):
-        if (folder / "README.md").is_file():
-            card = read_card(folder)
-            if _data_of(card).library_name == "peft":
-                before = card.text
-                if CARD_HEADING not in before:
-                    insert_section(card, CARD_HEADING, CARD_PARAGRAPH)
-                if folder == Path(directory) and (section := _rate_section(folder, config)):
-                    insert_section(card, RATE_HEADING, section)
-                if card.text != before:
-                    write_card(card, folder)
-            return
-
-
-def _rate_section(folder: Path, config: Mapping[str, Any] | None) -> str | None:
-    """The section on scale and learning rate; None where the config has no rate."""
-    path = folder / CONFIG_NAME
-    if config is None:
-        config = read_config_file(path) if path.is_file() else {}
-    rate, scale = config.get("recommended_rate"), config.get("scale")
-    if not isinstance(rate, float):
-        return None
-    factor = f"The delta is {scale:g} times the trained values. " if isinstance(scale, (int, float)) else ""
-    return f"{RATE_HEADING}\n\n{factor}A learning rate of {rate:.1e} with AdamW suits further training.\n"
-
-
-def complete_card(directory: str | os.PathLike, tags: set[str], base_model: str | None) -> None:
-    """Turn whatever card transformers has written into an adapter's, with these tags besides its own."""
-    card = read_card(Path(directory))
+    folder = Path(directory)
+    card = read_card(folder)
     data = _data_of(card)
     data.library_name = "peft"
-    data.tags = sorted({*(data.tags or []), TAG, *tags})
-    if base_model:
-        data.base_model = base_model
-    write_card(card, Path(directory))
-    update_model_card(directory)
+    # PEFT's tag for a base model without a name has nothing behind its last colon
+    data.tags = sorted(tag for tag in {*(data.tags or []), TAG, *tags} if not tag.endswith(":"))
+    data.base_model = base_model or data.base_model or None
+    if adapters := adapters_in(folder):
+        insert_section(card, TRAINED_HEADING, trained_section(adapters))
+        if LOAD_HEADING not in card.text:
+            insert_section(card, LOAD_HEADING, load_section(adapters))
+    show_plots(card, folder)
+    write_card(card, folder)
 
 
-def is_sparse(model: PeftModel) -> bool:
-    """Whether any adapter of the model is one of this package's methods."""
-    types = [getattr(config.peft_type, "value", config.peft_type) for config in model.peft_config.values()]
-    return any(str(kind).startswith("SPARSE_PEFT_") for kind in types)
+def show_plots(card: ModelCard, folder: Path, names: Iterable[str] = ()) -> None:
+    """Show images in a card: those of training and those named, besides the ones that it has.
+
+    Args:
+        card: changed in place.
+        folder: the card's.
+        names: of image files in the folder.
+    """
+    captions = SUPPORTS_CAPTION | plot_captions()
+    shown = images_of(card.text)
+    drawn = [name for name in (*captions, *names) if name.endswith(".png") and (folder / name).is_file()]
+    new = {name: captions.get(name, name) for name in drawn if name not in shown}
+    if new:
+        own = images_of(section_of(card.text, PLOTS_HEADING))
+        insert_section(card, PLOTS_HEADING, plots_section(own | new))
 
 
 def guard_model_cards() -> None:
@@ -138,19 +149,32 @@ def guard_model_cards() -> None:
 
 
 def _write_card(write: Callable[..., None], model: PeftModel, output_dir: str) -> None:
-    """Say in the card of a sparse adapter how to load it, and keep its tags."""
-    tags = _data_of(read_card(Path(output_dir))).tags
+    """Say in the card of a sparse adapter what trained and how to load it, and keep its tags."""
+    if not is_sparse(model):
+        write(model, output_dir)
+        return
+    folder = Path(output_dir)
+    card = read_card(folder)
+    # PEFT drops the tags that were there; those that name a base model may be of another one
+    kept = {tag for tag in _data_of(card).tags or [] if not tag.startswith("base_model:")}
+    if is_blank(card) or not (folder / "README.md").is_file():
+        write_card(new_card(getattr(model.get_base_model(), "name_or_path", None), _data_of(card)), folder)
     write(model, output_dir)
-    if is_sparse(model):
-        # PEFT drops the tags that were there; those that name a base model may be of another one
-        kept = {tag for tag in tags or [] if not tag.startswith("base_model:")}
-        complete_card(output_dir, kept, None)
+    when_saved(lambda: complete_card(folder, kept, None))
 
 
 def _upload_with_card(
-    upload: Callable[..., Any], model: PeftModel, working_dir: str, *args: Any, **kwargs: Any
+    upload: Callable[..., Any], model: PeftModel, working_dir: str, repo_id: str, *args: Any, **kwargs: Any
 ) -> Any:
     """Upload a sparse adapter with PEFT's card."""
     if is_sparse(model):
         model.create_or_update_model_card(working_dir)
-    return upload(model, working_dir, *args, **kwargs)
+        name_source(Path(working_dir), repo_id)
+    return upload(model, working_dir, repo_id, *args, **kwargs)
+
+
+def name_source(folder: Path, repo_id: str) -> None:
+    """Let the example in a card load the adapter from the Hub."""
+    card = read_card(folder)
+    card.text = with_source(card.text, repo_id)
+    write_card(card, folder)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -73,8 +74,26 @@ def read_config_file(path: str | os.PathLike) -> dict[str, Any]:
     return content
 
 
+@dataclass(frozen=True)
+class StoredTensor:
+    """A tensor as a file's header describes it.
+
+    Attributes:
+        shape: of the tensor.
+        dtype: safetensors' name of it, such as ``"F32"``.
+    """
+
+    shape: tuple[int, ...]
+    dtype: str
+
+
 def shapes_in_file(directory: str | os.PathLike) -> dict[str, tuple[int, ...]]:
-    """``{tensor name: shape}`` of the adapter's safetensors file in ``directory``, which must be complete.
+    """``{tensor name: shape}`` of the adapter's safetensors file in ``directory``; see ``tensors_in_file``."""
+    return {name: tensor.shape for name, tensor in tensors_in_file(directory).items()}
+
+
+def tensors_in_file(directory: str | os.PathLike) -> dict[str, StoredTensor]:
+    """``{tensor name: shape and dtype}`` of the adapter's safetensors file in ``directory``, which must be complete.
 
     Nothing of it is loaded; memory is needed for the header alone. Empty without such a file.
 
@@ -89,7 +108,8 @@ def shapes_in_file(directory: str | os.PathLike) -> dict[str, tuple[int, ...]]:
         raise ValueError(f"{path}: {size} bytes where its header announces {expected}; {DAMAGED}")
     try:
         with safe_open(path, "pt") as file:
-            return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118  (no mapping)
+            slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118  (no mapping)
+            return {name: StoredTensor(tuple(s.get_shape()), s.get_dtype()) for name, s in slices.items()}
     except SafetensorError as error:
         raise ValueError(f"{path}: no valid safetensors header ({error}); {DAMAGED}") from error
 

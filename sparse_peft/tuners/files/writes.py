@@ -15,16 +15,16 @@ import peft.peft_model
 from peft import PeftModel
 from torch import Tensor
 
-from .card import is_sparse
 from .wrapped import wrap_once
 
 
 class _Waiting:
-    """Staging folders whose files are complete, and the folders that they belong to."""
+    """Staging folders whose files are complete, the folders that they belong to, and what follows."""
 
     def __init__(self, stack: ExitStack) -> None:
         self.stack = stack
         self.moves: list[tuple[Path, Path]] = []
+        self.actions: list[Callable[[], None]] = []
 
 
 _waiting: ContextVar[_Waiting | None] = ContextVar("waiting", default=None)
@@ -75,6 +75,17 @@ def replaced_together() -> Iterator[None]:
             _waiting.reset(token)
         for staging, target in waiting.moves:
             _move(staging, target)
+    for action in waiting.actions:
+        action()
+
+
+def when_saved(action: Callable[[], None]) -> None:
+    """Run an action once all files are in their places: now, or at the end of ``replaced_together``."""
+    waiting = _waiting.get()
+    if waiting is None:
+        action()
+    else:
+        waiting.actions.append(action)
 
 
 def is_waiting(path: str | os.PathLike) -> bool:
@@ -82,6 +93,12 @@ def is_waiting(path: str | os.PathLike) -> bool:
     waiting, wanted = _waiting.get(), Path(path)
     moves = [] if waiting is None else waiting.moves
     return any(target == wanted.parent and (staging / wanted.name).exists() for staging, target in moves)
+
+
+def is_sparse(model: PeftModel) -> bool:
+    """Whether any adapter of the model is one of this package's methods."""
+    types = [getattr(config.peft_type, "value", config.peft_type) for config in model.peft_config.values()]
+    return any(str(kind).startswith("SPARSE_PEFT_") for kind in types)
 
 
 def guard_adapter_writes() -> None:

@@ -6,12 +6,10 @@ import signal
 
 import pytest
 import torch
-from huggingface_hub import ModelCard
 from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from _sparse_peft_startup.install import install_command
 from sparse_peft import SparseConfig
 from sparse_peft.support import Support, index_dtype
 from sparse_peft.tuners.base_model import BaseSparseModel
@@ -83,41 +81,6 @@ def test_positions_beyond_two_to_the_31_use_int64():
 def test_no_pickle_and_nothing_left_behind(saved):
     folder, _ = saved
     assert sorted(path.name for path in folder.iterdir()) == ["README.md", "adapter_config.json", NAME]
-
-
-def test_card_has_the_tag_and_the_lines_once(saved):
-    folder, reference = saved
-    card = ModelCard.load(folder / "README.md")
-    assert "sparse-peft" in card.data.tags and card.data.library_name == "peft"
-    assert install_command() in card.text and "import sparse_peft" in card.text
-    PeftModel.from_pretrained(reference, folder).save_pretrained(folder)
-    assert ModelCard.load(folder / "README.md").text.count(install_command()) == 1
-
-
-def test_card_states_scale_and_rate_once(saved):
-    folder, reference = saved
-    model = PeftModel.from_pretrained(reference, folder)
-    model.peft_config["default"].scale, model.peft_config["default"].recommended_rate = 4.0, 5e-4
-    for _ in range(2):
-        model.save_pretrained(folder)
-        text = ModelCard.load(folder / "README.md").text
-        assert text.count("## Scale and learning rate") == 1
-        assert "The delta is 4 times the trained values. A learning rate of 5.0e-04 with AdamW" in text
-        assert text.count(install_command()) == 1
-
-
-def test_card_of_a_named_adapter_is_the_one_above_it(tmp_path):
-    model, _ = adapted(adapter_name="other")
-    model.save_pretrained(tmp_path)
-    assert "import sparse_peft" in (tmp_path / "README.md").read_text()
-    assert (tmp_path / "other" / NAME).is_file()
-
-
-def test_a_readme_that_is_no_peft_card_is_left_alone(tmp_path):
-    (tmp_path / "README.md").write_text("# My project\n")
-    SparseConfig().save_pretrained(tmp_path / "adapter")
-    SparseConfig().save_pretrained(tmp_path)
-    assert (tmp_path / "README.md").read_text() == "# My project\n"
 
 
 @pytest.mark.parametrize("cut", [3, 40, -1])

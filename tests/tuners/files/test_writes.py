@@ -71,7 +71,7 @@ def test_weights_and_config_are_saved_together(tmp_path, monkeypatch, config):
         raise OSError("disk full")
 
     with monkeypatch.context() as patched:
-        patched.setattr(base_config, "update_model_card", fail)
+        patched.setattr(base_config, "write_compactly", fail)
         with pytest.raises(OSError, match="disk full"):
             model.save_pretrained(tmp_path)
     assert contents(tmp_path) == before
