@@ -47,6 +47,8 @@ def write_entries_(weight: Tensor, indices: Tensor, entries: Tensor) -> None:
 
 def effective_entries(originals: Tensor, values: Tensor) -> Tensor:
     """``round(original + value)`` in the originals' dtype, ``(entries,)``."""
+    if originals.dtype == values.dtype:
+        return originals + values
     wide = torch.promote_types(originals.dtype, values.dtype)
     return (originals.to(wide) + values.to(wide)).to(originals.dtype)
 

@@ -406,12 +406,18 @@ class BaseSparseModel(BaseTuner, Generic[ConfigT, StateT]):
         hold_layers(layer for layer in tuner_layers(self.model) if isinstance(layer, SparseTunerLayer))
 
     def _writes_together(self) -> bool:
-        """Whether a kernel writes the entries of many layers in one launch, which beats one for each layer."""
+        """Whether the entries of all layers are written before the first layer's pass.
+
+        In training, that is one transition of the weights in place of one for each layer; on a GPU it is one launch.
+        In inference on a CPU there is nothing to write, as a rule, and each layer sees that for itself.
+        """
         layer = next(self.sparse_layers(self.model), None)
         if not isinstance(layer, SparseTunerLayer) or layer.quantization_backend is not None:
             return False
+        if torch._C._are_functorch_transforms_active():
+            return False  # passes that are transformed compute with copies
         weight = layer.base_parameter
-        return kernel_backend("write_many", weight.dtype, weight.device) is not None
+        return torch.is_grad_enabled() or kernel_backend("write_many", weight.dtype, weight.device) is not None
 
     # ------------------------------------------------------------------ after training
 

@@ -60,9 +60,13 @@ class Delta(TrainedState):
         self._support_of: tuple[Tensor, int] | None = None
         self.keep_dtype()
 
-    def forward(self) -> Tensor:
-        """The delta at the entries, ``(entries,)``; called, not read, so that hooks of sharding wrappers run."""
-        return self.scaled(self.values)
+    def forward(self, scaled: bool = True) -> Tensor:
+        """The delta at the entries, ``(entries,)``; called, not read, so that hooks of sharding wrappers run.
+
+        Args:
+            scaled: False for the values themselves.
+        """
+        return self.scaled(self.values) if scaled else self.values
 
     def scaled(self, values: Tensor) -> Tensor:
         """The delta of these values: the values themselves where the scale is 1."""

@@ -191,7 +191,9 @@ class SparseTunerLayer(TunerLayer[DeltaT]):
         assert stamp is not None
         weight, parameters = self.base_parameter, self.base_parameters
         held = Held(delta, stamp, parameters, weight, self.adds_entries_only)
-        return Write(self.ledger, weight, delta.support, self.sum_values(delta, stamp).detach(), lambda _: held)
+        with torch.no_grad():
+            values = self.sum_values(delta, stamp)
+        return Write(self.ledger, weight, delta.support, values.detach(), lambda _: held)
 
     def pending_write(self) -> Write | None:
         """What makes the base weight hold the active adapters' entries; None if it does, or may not."""
@@ -307,13 +309,22 @@ class SparseTunerLayer(TunerLayer[DeltaT]):
     def _product(self, x: Tensor, source: LayerSource) -> Tensor:
         dtype, delta = self._compute_dtype(x), source.delta
         bias = self.base_bias
+        values, scale = (None, 1.0) if delta is None else self._trained(delta)
         return support_layer(
             x.to(dtype),
-            None if delta is None else self.sum_values(delta),
+            values,
             None if bias is None else bias.to(dtype),
             source,
             None if delta is None else delta.support,
+            scale,
         )
+
+    def _trained(self, delta: ActiveDelta) -> tuple[Tensor, float]:
+        """What a pass differentiates by, and its scale: one adapter's values, or the sum of several deltas."""
+        if len(delta.names) > 1:
+            return self.sum_values(delta), 1.0
+        state = self.deltas[delta.names[0]]
+        return state(scaled=False), state.value_scale
 
     def _base_forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """The base layer without any adapter, such that an adapter may act before this pass's backward."""

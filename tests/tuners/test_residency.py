@@ -10,6 +10,7 @@ from peft import PeftModel
 
 import sparse_peft
 from sparse_peft.ops import triton_kernels
+from sparse_peft.tuners import delta_layer, ledger, residency
 from tests.helpers.two_layers import (
     TwoLayers,
     adapted,
@@ -337,6 +338,23 @@ def test_a_switch_may_be_made_before_the_next_pass(monkeypatch):
     with model.disable_adapter():
         model.base_model.make_resident()
         assert_base_untouched(model, reference)
+
+
+def test_a_training_step_writes_all_layers_in_one_transition_and_a_settled_model_in_none(monkeypatch):
+    model, _ = adapted()
+    optimizer = torch.optim.SGD(values_of(model), lr=0.1)
+    written = []
+    write_all = ledger.write_all
+    for module in (residency, delta_layer):
+        monkeypatch.setattr(module, "write_all", lambda writes: (written.append(len(writes)), write_all(writes)))
+    for _ in range(2):
+        run(model).sum().backward()
+        optimizer.step()
+    assert written == [2, 2]
+    with torch.no_grad():
+        for _ in range(3):
+            run(model)
+    assert written == [2, 2, 1, 1]  # without gradients each layer sees for itself that it has something to write
 
 
 def test_optimizers_of_other_models_leave_the_entries_where_they_are():
