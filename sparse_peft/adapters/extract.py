@@ -21,8 +21,9 @@ from ..ops import effective_entries
 from ..support import ALLOCATIONS, Budget, Support, allocate, divide, get_criterion
 from ..tuners.base_config import FLOAT_DTYPES, BaseSparseConfig
 from ..tuners.delta import SparseDelta
+from ..tuners.entry_model import of_experts
 from ..tuners.files.checks import check_values, values_on_disk
-from ..tuners.targets import stored_shape
+from ..tuners.targets import Targets, experts_among, stored_shape
 from .entry_format import ENTRIES, sparse_adapter, sparse_state
 from .files import write_adapter
 from .modules_to_save import OTHERS, WholeTensors, save_whole
@@ -113,6 +114,8 @@ class ExtractOptions:
             ``"principal"``: the largest entries of the best approximation of low rank of the change.
         target_modules: names or a regular expression of the layers that are compared, as in a config.
         exclude_modules: names or a regular expression of layers that are not.
+        target_parameters: names of fused experts' parameters that are compared, as in a config.
+        target_experts: compare the parameters of all fused experts.
         others: tensors that differ and are no target weights: ``"leave_out"`` them with a warning,
             ``"save"`` them whole through ``modules_to_save`` (biases of the target layers through ``bias``), or
             ``"refuse"``.
@@ -135,6 +138,8 @@ class ExtractOptions:
     others: Annotated[str, OneOf(OTHERS)] = "leave_out"
     base_model_name_or_path: str | None = None
     task_type: str | None = None
+    target_parameters: list[str] | None = None
+    target_experts: bool = False
     save_dtype: Annotated[str, OneOf(FLOAT_DTYPES)] = "float32"
 
     def __post_init__(self) -> None:
@@ -189,14 +194,15 @@ def extract(
     options = options or ExtractOptions(**fields)
     structure = structure_of(base)
     targets = _targets(options, structure)
-    pair = _Pair(weights_of(base, structure), weights_of(finetuned, structure))
-    found = _extract_layers(pair, {name: stored_shape(module) for name, module in targets.items()}, options)
+    pair = _Pair(weights_of(base, structure), weights_of(finetuned, structure), targets)
+    found = _extract_layers(pair, targets, options)
     states = {name: state for name, (_, state) in found.items()}
-    changed = pair.others({f"{name}.weight" for name in targets})
+    changed = pair.others(set(pair.tensors.values()))
     whole = _whole_tensors(structure, pair.after, states, changed, options.others)
     like = ENTRIES.config_class(
         base_model_name_or_path=options.base_model_name_or_path or name_of(base),
         task_type=options.task_type,
+        target_parameters=[name for name in found if name in experts_among(targets)] or None,
         modules_to_save=whole.modules or None,
         bias=whole.bias,
     )
@@ -212,11 +218,13 @@ def extract(
     return result
 
 
-def _targets(options: ExtractOptions, structure: nn.Module) -> dict[str, nn.Module]:
+def _targets(options: ExtractOptions, structure: nn.Module) -> Targets:
     """The layers that are compared, in the model's order."""
     request = ENTRIES.config_class(
         target_modules=options.target_modules,
         exclude_modules=options.exclude_modules,
+        target_parameters=options.target_parameters,
+        target_experts=options.target_experts,
         save_dtype=options.save_dtype,
     )
     targets = ENTRIES.model_class.find_targets(request, structure)
@@ -225,15 +233,17 @@ def _targets(options: ExtractOptions, structure: nn.Module) -> dict[str, nn.Modu
 
 
 def _extract_layers(
-    pair: _Pair, shapes: dict[str, tuple[int, int]], options: ExtractOptions
+    pair: _Pair, targets: Targets, options: ExtractOptions
 ) -> dict[str, tuple[ExtractedLayer, SparseDelta]]:
     """``{layer name: its summary and delta}`` of the layers that changed."""
+    shapes = {name: stored_shape(module) for name, module in targets.items()}
+    budget = of_experts(options.budget(), targets)
 
     def scores(name: str) -> Tensor:
         before, after = pair.matrices(name, shapes[name])
         return options.score(_difference(name, before, after), before)
 
-    counts = allocate(divide(shapes, options.budget()), options.allocation, scores)
+    counts = allocate(divide(shapes, budget), options.allocation, scores)
     found = {}
     for name, shape in shapes.items():
         before, after = pair.matrices(name, shape)
@@ -281,22 +291,34 @@ def _extract_layer(
 
 
 class _Pair:
-    """The weights before and after fine-tuning."""
+    """The weights before and after fine-tuning.
 
-    def __init__(self, before: Weights, after: Weights):
+    Args:
+        before: of the base model.
+        after: of the fine-tuned one.
+        targets: the layers that are compared.
+
+    Attributes:
+        tensors: ``{layer name: its weight's}``.
+    """
+
+    def __init__(self, before: Weights, after: Weights, targets: Targets):
         self.before, self.after = before, after
+        experts = experts_among(targets)
+        self.tensors = {name: name if name in experts else f"{name}.weight" for name in targets}
 
     def matrices(self, layer: str, shape: tuple[int, int]) -> tuple[Tensor, Tensor]:
         """A target layer's weight on both sides, as stored."""
-        name, found = f"{layer}.weight", []
+        name, found = self.tensors[layer], []
         for side in (self.before, self.after):
             if name not in side.names():
                 raise ValueError(
                     f"{side.source}: no tensor {name} for the target layer {layer}; it holds another model, or a "
                     "checkpoint whose tensors are arranged otherwise: pass the loaded model instead"
                 )
-            size = torch.Size(side.shape(name)).numel()
-            if side.shape(name)[0] != shape[0] or size != shape[0] * shape[1]:
+            size = torch.Size(side.shape(name))
+            rows = size[:2].numel() if name == layer else size[0]  # experts lie one above the other
+            if rows != shape[0] or size.numel() != shape[0] * shape[1]:
                 raise ValueError(
                     f"{side.source}: {name} has the shape {side.shape(name)}, where the base model's is {shape}; "
                     "these are different models"

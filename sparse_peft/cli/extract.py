@@ -32,6 +32,7 @@ def extract(
     allocation: Annotated[str, typer.Option(help=option_help("allocation"))] = "numel",
     criterion: Annotated[str, typer.Option(help=f"One of {', '.join(EXTRACTION_CRITERIA)}.")] = "magnitude",
     target_modules: Annotated[str, typer.Option(help="Names with commas, a pattern, or all-linear.")] = "all-linear",
+    target_experts: Annotated[bool, typer.Option("--target-experts", help="Compare fused experts, too.")] = False,
     others: Annotated[str, typer.Option(help="Other tensors that differ: leave_out, save or refuse.")] = "leave_out",
     save_dtype: Annotated[str, typer.Option(help=option_help("save_dtype"))] = "float32",
     force: ForceOption = False,
@@ -42,7 +43,8 @@ def extract(
         model_folder(base), model_folder(finetuned)
         with asked():
             fields = parse_fields(ENTRIES, [f"target_modules={target_modules}", f"save_dtype={save_dtype}"])
-            options = ExtractOptions(density, num_params, r, None, allocation, criterion, others=others, **fields)
+            fields |= {"target_experts": target_experts, "others": others}
+            options = ExtractOptions(density, num_params, r, None, allocation, criterion, **fields)
         with new_folder(out, force) as staging, working("comparing weights"):
             made = extract_adapter(base, finetuned, staging, options)
         answer.content = {"output": str(out), **content_of(made)}

@@ -40,6 +40,7 @@ from .targets import (
     check_is_base,
     check_names,
     check_target,
+    experts_among,
     find_targets,
     hold_experts,
     layer_of,
@@ -230,6 +231,8 @@ class BaseSparseModel(BaseTuner, Generic[ConfigT, StateT]):
             self._plans = self.plan_layers(peft_config, targets, adapter_name, self.file_sizes(state_dict))
             peft_config.recommended_rate = peft_config.suited_rate()
             check_claimed_sizes(peft_config, targets)  # sizes that the config left open are resolved now
+            if peft_config.target_experts:
+                peft_config.target_parameters = experts_among(targets)
             hold_experts(model, targets)
 
     def _check_target_module_exists(self, peft_config: Any, key: str) -> Any:  # type: ignore[override]  # static there

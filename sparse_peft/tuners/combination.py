@@ -16,6 +16,7 @@ from torch import Tensor
 from ..ops import Combination, check_weights
 from .base_config import BaseSparseConfig
 from .base_state import TrainedState
+from .experts import is_named
 from .traversal import tuner_layers
 
 if TYPE_CHECKING:
@@ -111,10 +112,13 @@ def combined_config(
         tensors: the new adapter's, by layer; they may be filled up to fit the config.
     """
     shapes = {name: shape for config in configs for name, shape in (config.weight_shapes or {}).items()}
+    experts = [name for name in tensors if any(is_named(config.target_parameters, name) for config in configs)]
     resolved = tuner.combined_fields(configs, tensors)
     return replace(
         configs[0],
-        target_modules=list(tensors),
+        target_modules=[name for name in tensors if name not in experts],
+        target_parameters=experts or None,
+        target_experts=False,
         exclude_modules=None,
         layers_to_transform=None,
         layers_pattern=None,

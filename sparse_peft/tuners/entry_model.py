@@ -35,8 +35,13 @@ class DeltaPlan:
 
 def budget_of(config: EntryConfig, targets: Targets) -> Budget:
     """The budget of a config, in which each expert counts as a layer."""
+    return of_experts(config.budget(), targets)
+
+
+def of_experts(budget: Budget, targets: Targets) -> Budget:
+    """The budget in which each expert counts as a layer."""
     experts = {name: count for name, module in targets.items() if (count := experts_of(module)) > 1}
-    return replace(config.budget(), matrices=experts)
+    return replace(budget, matrices=experts)
 
 
 EntryConfigT = TypeVar("EntryConfigT", bound=EntryConfig)

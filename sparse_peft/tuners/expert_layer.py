@@ -86,7 +86,7 @@ class ExpertsLayer(nn.Module):
         if getattr(self.base_layer, "_is_fsdp_managed_module", False):
             raise NotImplementedError(
                 f"layer {self.name}: FSDP2 shards the parameters of experts, whose adapters need them whole; use DDP, "
-                "or leave experts out of fully_shard"
+                "or leave experts out: fully_shard(model, ignored_params={...})"
             )
         if adapter_names is not None:
             return self._mixed(adapter_names, args, kwargs)

@@ -16,6 +16,7 @@ from peft.tuners.tuners_utils import (
 )
 from peft.utils import _get_submodules, get_quantization_kwargs, resolve_quantization_backend
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from transformers.pytorch_utils import Conv1D
 
 from ..calibrate import LayerView
@@ -64,6 +65,11 @@ def experts_of(module: nn.Module) -> int:
     """The number of matrices that a target's stored weight consists of: its experts, one above the other."""
     base = base_of(module)
     return base.experts if isinstance(base, ExpertWeight) else 1
+
+
+def experts_among(targets: Targets) -> list[str]:
+    """The names of the targets that are fused experts."""
+    return [name for name, module in targets.items() if isinstance(base_of(module), ExpertWeight)]
 
 
 def dense_weight(module: nn.Module) -> Tensor:
@@ -259,6 +265,11 @@ def check_target(
 
 def _check_experts(name: str, base: ExpertWeight) -> None:
     weight = base.weight
+    if isinstance(weight, DTensor):
+        raise NotImplementedError(
+            f"target_parameters: {name} is sharded over processes (FSDP2, tensor or expert parallelism), and adapters "
+            f"need experts whole; use DDP, or leave experts out: fully_shard(model, ignored_params={{...}})"
+        )
     if not weight.is_meta and not weight.is_contiguous():
         raise ValueError(
             f"target_parameters: {name} has memory of strides {weight.stride()}, and experts' weights are expected "

@@ -1,5 +1,6 @@
 """Mixture-of-experts models of transformers 5, whose experts are fused into bare parameters."""
 
+import copy
 import warnings
 
 import pytest
@@ -7,7 +8,8 @@ import torch
 from peft import PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, GptOssConfig, MixtralConfig, Qwen3MoeConfig
 
-from sparse_peft.adapters import compose, save_merged, soup
+from sparse_peft import SaRAConfig, SparsityController
+from sparse_peft.adapters import compose, extract, save_merged, soup
 from sparse_peft.planning import plan_training
 from sparse_peft.tuners.base_layer import TunerLayer
 from tests.helpers.methods import METHODS, config
@@ -148,3 +150,108 @@ def test_a_compiled_model_computes_the_same():
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             assert torch.allclose(found[name], parameter.grad, atol=1e-6), name
+
+
+@pytest.mark.parametrize("name", ["qwen3-moe", "gpt-oss"])
+@pytest.mark.parametrize("budget", [{"density": 1.0}, {"density": 0.1}])
+def test_extraction_compares_experts(tmp_path, name, budget):
+    base, tuned = mixture(name), mixture(name)
+    torch.manual_seed(1)
+    changed = [name for name, parameter in tuned.named_parameters() if "experts." in name and parameter.ndim == 3]
+    with torch.no_grad():
+        for path in changed:
+            tuned.get_parameter(path).add_(0.02 * torch.randn(tuned.get_parameter(path).shape))
+    found = extract(base, tuned, tmp_path, target_modules="all-linear", target_experts=True, **budget)
+    assert [layer.name for layer in found.layers] == changed
+    model = PeftModel.from_pretrained(mixture(name), tmp_path)
+    for layer in (one for one in model.modules() if isinstance(one, TunerLayer)):
+        delta = (tuned.get_parameter(layer.name) - base.get_parameter(layer.name)).detach()
+        kept = delta.abs().reshape(-1).topk(layer.support("default").nnz).indices.sort().values
+        assert torch.equal(layer.support("default").indices.long(), kept)
+        if budget == {"density": 1.0}:
+            reached = layer.dense_base_weight() + layer.get_delta_weight("default").view(layer.stored_shape)
+            assert torch.equal(reached, tuned.get_parameter(layer.name).detach().view(layer.stored_shape))
+
+
+def test_layers_and_experts_of_two_adapters_are_composed(tmp_path):
+    models = [
+        get_peft_model(mixture("qwen3-moe"), config(target_modules=["q_proj"], init_weights=False)),
+        trained(1, target_modules=["k_proj"], exclude_modules=["gate_up_proj"]),
+    ]
+    for number, model in enumerate(models):
+        model.save_pretrained(tmp_path / str(number))
+    compose([tmp_path / "0", tmp_path / "1"], tmp_path / "sum")
+    joined = PeftModel.from_pretrained(mixture("qwen3-moe"), tmp_path / "sum")
+    names = {one.name.rpartition(".")[2] for one in joined.modules() if isinstance(one, TunerLayer)}
+    assert names == {"q_proj", "k_proj", "down_proj"}
+
+
+def test_sara_trains_experts_in_a_run():
+    model = get_peft_model(
+        mixture("qwen3-moe"),
+        SaRAConfig(
+            target_modules="all-linear", target_experts=True, density=0.1, progressive=3, nuclear_weight=0.01,
+            nuclear_min_size=4,
+        ),
+    )  # fmt: skip
+    experts = [one for one in model.modules() if isinstance(one, TunerLayer) and "experts" in one.name]
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.02)
+    controller = SparsityController(model, optimizer, total_steps=8)
+    losses, values = [], []
+    for _ in range(8):
+        loss = model(IDS, labels=IDS).loss
+        loss.backward()
+        optimizer.step()
+        controller.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+        values.append(torch.cat([one.deltas["default"].values.detach().clone() for one in experts]))
+    assert losses[-1] < losses[0]
+    frozen = values[3] == values[-1]  # those that outgrew the threshold by the third step
+    assert 0 < frozen.sum() < frozen.numel()
+
+
+@pytest.mark.parametrize("selection", ["accumulated_gradient", "rigl", "set"])
+def test_a_resumed_run_is_the_uninterrupted_one(tmp_path, selection):
+    window = {"set": 0, "rigl": 1}.get(selection, 2)
+
+    def make():
+        made = config(
+            selection=selection, density=0.1, reselect_every=3, accumulate=window, target_experts=True, seed=3
+        )
+        return get_peft_model(mixture("qwen3-moe"), made)
+
+    def going_on(model):
+        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.02)
+        return model.train(), optimizer
+
+    def train(model, optimizer, controller, steps):
+        for step in steps:
+            ids = torch.randint(1, 32, (2, 6), generator=torch.Generator().manual_seed(step))
+            model(ids, labels=ids).loss.backward()
+            optimizer.step()
+            controller.step()
+            optimizer.zero_grad()
+
+    for stop in (2, 4):  # in a window, and after a reselection
+        model, optimizer = going_on(make())
+        controller = SparsityController(model, optimizer, total_steps=9)
+        first = [layer.support("default").indices.clone() for layer in experts_of(model)]
+        train(model, optimizer, controller, range(stop))
+        model.save_pretrained(tmp_path / str(stop))
+        saved = copy.deepcopy(optimizer.state_dict())
+        train(model, optimizer, controller, range(stop, 8))
+        loaded = PeftModel.from_pretrained(mixture("qwen3-moe"), tmp_path / str(stop), is_trainable=True)
+        resumed, other = going_on(loaded)
+        other.load_state_dict(saved)
+        again = SparsityController(resumed, other, total_steps=9)
+        assert again.completed_steps == stop
+        train(resumed, other, again, range(stop, 8))
+        for one, twin, start in zip(experts_of(model), experts_of(resumed), first, strict=True):
+            assert torch.equal(one.support("default").indices, twin.support("default").indices), one.name
+            assert torch.equal(one.deltas["default"].values, twin.deltas["default"].values), one.name
+            assert not torch.equal(one.support("default").indices, start)
+
+
+def experts_of(model):
+    return [one for one in model.modules() if isinstance(one, TunerLayer) and ".experts." in one.name]
