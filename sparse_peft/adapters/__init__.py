@@ -12,6 +12,7 @@ from .pool import AdapterPool, PoolStatistics
 from .results import add_results
 from .soup import Soup, greedy_soup, soup
 from .summary import AdapterSummary, Comparison, LayerComparison, LayerSummary, compare, summarise, supports_of
+from .swap import prepare_for_swaps, swap_adapter
 from .to_entries import save_as_sparse, to_sparse
 
 __all__ = [
@@ -38,6 +39,7 @@ __all__ = [
     "extract",
     "greedy_soup",
     "load_adapter",
+    "prepare_for_swaps",
     "read_stored",
     "save_adapter",
     "save_as_lora",
@@ -48,5 +50,6 @@ __all__ = [
     "soup",
     "summarise",
     "supports_of",
+    "swap_adapter",
     "to_sparse",
 ]

@@ -19,6 +19,7 @@ from ..tuners.base_config import BaseSparseConfig
 from ..tuners.base_layer import BASE_ADAPTER, TunerLayer
 from ..tuners.base_model import BaseSparseModel
 from ..tuners.traversal import modules_beside_adapters
+from .swap import swap_adapter
 
 _UNSETTLED = ""  # no adapter's name
 
@@ -164,6 +165,52 @@ class AdapterPool:
                 "or pass check_base_name=False if the two are the same"
             )
         return config
+
+    def replace(self, name: str, folder: str | os.PathLike) -> None:
+        """Register another folder under an adapter's name, such as a newer version of it.
+
+        A loaded adapter gets the new values in place ([`swap_adapter`][sparse_peft.adapters.swap_adapter]), or is
+        loaded anew where its layers are other ones.
+
+        Raises:
+            ValueError: no such adapter; or the new one does not fit, or is damaged: the old one stays registered.
+        """
+        with self._lock:
+            self._require_known([name])
+            self._require_idle(f"replace({name!r})")
+            before, self._entries[name] = self._entries[name], _Entry(Path(folder), self._checked_config(name, folder))
+            try:
+                if name in self._sizes:
+                    self._renew(name)
+            except BaseException:
+                self._entries[name] = before
+                self._known_sizes.pop(name, None)
+                raise
+
+    def _renew(self, name: str) -> None:
+        """Make a loaded adapter what its folder has now."""
+        assert self._peft is not None
+        try:
+            swap_adapter(self._peft, self._entries[name].folder, name)
+        except ValueError:  # other layers; or a damaged file, which loading refuses as well
+            self._unload(name)
+            self._load(name)
+            return
+        self._resize(name)
+
+    def _resize(self, name: str) -> None:
+        """Note the size of a loaded adapter, which may have grown at the cost of others."""
+        size = self._known_sizes[name] = adapter_bytes(self._base, name)
+        self.statistics.loaded_bytes += size - self._sizes[name]
+        self._sizes[name] = size
+        self._in_use = (name,)
+        try:
+            self._free(0, name)
+        except ValueError:
+            self._unload(name)
+            raise
+        finally:
+            self._in_use = None
 
     def remove(self, name: str) -> None:
         """Forget an adapter, and unload it."""

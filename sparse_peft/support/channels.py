@@ -12,6 +12,7 @@ from typing import TypeGuard
 import torch
 from torch import Tensor
 
+from ..numerics.errors import layer_prefix
 from .support import Support, check_sorted, index_dtype
 
 
@@ -136,6 +137,18 @@ class ChannelSupport(Support):
             where = torch.searchsorted(union.lines, part.lines.to(self.device))
             slots.append(place.index_select(self.dim, where).reshape(-1))
         return union, slots
+
+    def free(self, entries: int) -> ChannelSupport:
+        """The lowest channels outside of the support, with as many entries.
+
+        Raises:
+            ValueError: no whole number of channels has so many entries, or the weight has not so many channels.
+        """
+        each = self.shape[1] if self.dim == 0 else self.shape[0] * self.width
+        if entries % each:
+            raise ValueError(f"{layer_prefix(self.name)}{entries} entries: a channel has {each}")
+        channels = self._lowest_outside(self.channels, entries // each, self.size)
+        return ChannelSupport(self.shape, self.dim, channels, self.width, validate=False, name=self.name)
 
     def _is_alike(self, other: object) -> TypeGuard[ChannelSupport]:
         """Whether the other support is of channels of the same dimension and width."""

@@ -390,6 +390,25 @@ class Support:
         union = Support(self.shape, joined, validate=False, name=self.name)
         return union, [union.slots(part.indices.to(self.device)) for part in parts]
 
+    def free(self, entries: int) -> Support:
+        """The lowest positions outside of the support, as many of them.
+
+        Raises:
+            ValueError: the weight has not so many.
+        """
+        most = self.shape[0] * self.shape[1]
+        return Support(self.shape, self._lowest_outside(self.indices, entries, most), validate=False, name=self.name)
+
+    def _lowest_outside(self, taken: Tensor, count: int, size: int) -> Tensor:
+        """The lowest ``count`` numbers of ``range(size)`` that are not among the sorted ``taken``."""
+        if count < 0 or taken.numel() + count > size:
+            raise ValueError(
+                f"{layer_prefix(self.name)}{count} free places of {size}, of which {taken.numel()} are taken, are "
+                f"wanted; at most {size - taken.numel()} are there"
+            )
+        lowest = torch.arange(taken.numel() + count, dtype=taken.dtype, device=taken.device)
+        return lowest[~torch.isin(lowest, taken)][:count]
+
     def intersection_size(self, other: Support) -> int:
         """Number of common positions.
 

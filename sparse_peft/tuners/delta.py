@@ -36,12 +36,14 @@ class Delta(TrainedState):
 
     Attributes:
         value_scale: this factor.
+        capacity: entries that swaps pad it to; None for as many as there are.
     """
 
     combinations: ClassVar[tuple[str, ...]] = ENTRY_COMBINATIONS
     why_these_combinations = (
         "a sparse delta is no product of factors; 'linear' is the exact sum on the union of the supports"
     )
+    capacity: int | None = None
 
     def __init__(
         self,
@@ -70,7 +72,19 @@ class Delta(TrainedState):
 
     def scaled(self, values: Tensor) -> Tensor:
         """The delta of these values: the values themselves where the scale is 1."""
+        if torch.compiler.is_compiling():
+            return values * self._scale_in_graphs  # an input of the graph: another scale needs no other graph
         return values if self.value_scale == 1 else values * self.value_scale
+
+    @property
+    def value_scale(self) -> float:
+        return self._value_scale
+
+    @value_scale.setter
+    def value_scale(self, scale: float) -> None:
+        self._value_scale = scale
+        # on the CPU, where torch takes it as a number
+        self._scale_in_graphs = torch.tensor(scale, dtype=torch.float64, device="cpu")
 
     @property
     def stamped(self) -> Iterable[str]:

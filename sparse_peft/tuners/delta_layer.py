@@ -28,6 +28,7 @@ from .active_delta import ActiveDelta
 from .backups import EntriesBackup
 from .base_layer import Step, TunerLayer
 from .changes import Stamp
+from .contents import Contents
 from .delta import Delta
 from .layer_parts import weight_of
 from .ledger import Content, Held, Merged, Weight, Write, transition, write_all
@@ -173,6 +174,13 @@ class SparseTunerLayer(TunerLayer[DeltaT]):
                 f"the values of adapter {', '.join(delta.names)} in layer {self.name} were changed between the "
                 "forward pass and its backward pass; step the optimizer, load and reselect only after backward"
             )
+
+    def put_contents(self, adapter_name: str, contents: Contents) -> None:
+        """Replace what an adapter has in this layer; called with the transitions' lock and the weight released."""
+        self._forget_joins(adapter_name)
+        self._stack = None
+        contents.put_into(self.deltas[adapter_name])
+        self.rejoin()
 
     # ------------------------------------------------------------------ residency
 

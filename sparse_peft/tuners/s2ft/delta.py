@@ -58,11 +58,16 @@ class ChannelDelta(Delta):
         scale: float = 1.0,
     ):
         super().__init__(shape, count * width * shape[1 - dim], name, draw, scale)
-        self.dim, self.count, self.width = dim, count, width
+        self.dim, self.width = dim, width
         if support is None:
             self.keep_positions({BUFFERS[dim]: torch.full((count,), UNSET, dtype=torch.int32)})
         else:
             self.keep_support(support)
+
+    @property
+    def count(self) -> int:
+        """Number of channels."""
+        return self.values.numel() // (self.width * self.shape[1 - self.dim])
 
     @classmethod
     def combine(cls, states: Sequence[Self], weights: Sequence[float], how: Combination) -> dict[str, Tensor]:
