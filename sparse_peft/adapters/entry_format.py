@@ -69,7 +69,7 @@ def sparse_adapter(
         base_model_name_or_path=like.base_model_name_or_path,
         revision=like.revision,
         task_type=like.task_type,
-        target_parameters=like.target_parameters,
+        target_parameters=getattr(like, "target_parameters", None),
         modules_to_save=like.modules_to_save,
         trainable_token_indices=getattr(like, "trainable_token_indices", None),
         bias=BIAS_OF_LAYERS if bias.endswith("_only") else bias,
