@@ -29,6 +29,7 @@ COMMANDS = (
     "extract",
     "compose",
     "convert",
+    "serve",
     "doctor",
 )
 USAGE = 2

@@ -30,6 +30,7 @@ LAYERS = (
     "training",
     "adapters",
     "sync",
+    "serving",
     "planning",
     "report",
     "doctor",
@@ -39,7 +40,7 @@ LAYERS = (
 # A method, and the one it inherits from.
 INHERITANCE = {"sltrain": "sparse"}
 # Packages that not every installation has, and a private module that not every version of torch has.
-OPTIONAL = {"bitsandbytes", "lm_eval", "matplotlib", "triton", "torch.cuda._utils"}
+OPTIONAL = {"bitsandbytes", "lm_eval", "matplotlib", "starlette", "triton", "torch.cuda._utils", "uvicorn"}
 
 
 class Import(NamedTuple):
