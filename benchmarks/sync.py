@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated
@@ -68,19 +68,29 @@ def sync_once(publisher: Publisher, receiver: Receiver) -> int:
     return len(message)
 
 
-def send_everything(model: PeftModel, engine: nn.Module) -> int:
-    """The merged model's way, as trainers without sparse sync send it; its bytes."""
+def merged_weights(model: PeftModel, names: Collection[str]) -> bytes:
+    """The merged model as one message, as trainers without sparse sync send it."""
     model.merge_adapter()
     try:
         inner = model.get_base_model()
         state = {n.replace(".base_layer.", "."): p.detach() for n, p in inner.named_parameters()}
-        weights = dict(engine.named_parameters())
-        message = save({name: state[name].contiguous() for name in weights})
-        with torch.no_grad():
-            for name, tensor in load(message).items():
-                weights[name].copy_(tensor)
+        return save({name: state[name].contiguous() for name in names})
     finally:
         model.unmerge_adapter()
+
+
+@torch.no_grad()
+def read_weights(engine: nn.Module, message: bytes) -> None:
+    """Take a whole model, as an engine without sparse sync does."""
+    weights = dict(engine.named_parameters())
+    for name, tensor in load(message).items():
+        weights[name].copy_(tensor)
+
+
+def send_everything(model: PeftModel, engine: nn.Module) -> int:
+    """The merged model's way from the trainer to the engine; its bytes."""
+    message = merged_weights(model, dict(engine.named_parameters()))
+    read_weights(engine, message)
     return len(message)
 
 

@@ -74,7 +74,7 @@ def _header(message: bytes) -> dict[str, Any]:
         (length,) = struct.unpack_from("<Q", message)
         header = json.loads(json.loads(message[8 : 8 + length])["__metadata__"][HEADER])
         version = header["format"]
-    except (struct.error, KeyError, TypeError, ValueError) as error:
+    except (struct.error, KeyError, TypeError, ValueError, RecursionError) as error:
         raise PatchError("the message is no publication, or was cut; send it again") from error
     if version != FORMAT:
         raise PatchError(
@@ -83,6 +83,8 @@ def _header(message: bytes) -> dict[str, Any]:
     for name, types in _FIELDS.items():
         if not isinstance(header.get(name, ...), types) or isinstance(header[name], bool):
             raise PatchError(f"the message's header has {name}={header.get(name)!r}; send it again")
+    if not all(isinstance(name, str) for name in header["adapted"]):
+        raise PatchError("the message's header has adapted= of other things than names; send it again")
     return dict(header)
 
 

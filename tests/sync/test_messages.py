@@ -101,6 +101,7 @@ def with_header(**changes):
         ({"format": 2}, "has format 2"),
         ({"sequence": "7"}, "sequence='7'"),
         ({"sequence": True}, "sequence=True"),
+        ({"adapted": [["a.weight"]]}, "other things than names"),
         ({"patches": []}, "unknown tensors"),
         ({"patches": [{"name": "a", "kind": "nothing", "shape": [1]}] * 4}, "fields"),
         ({"patches": [{"name": "a", "kind": "held", "shape": [-1]}] * 4}, "shape"),
@@ -111,6 +112,11 @@ def with_header(**changes):
 def test_headers_are_checked(changes, message):
     with pytest.raises(PatchError, match=message):
         from_bytes(with_header(**changes))
+
+
+def test_nesting_without_end_is_refused():
+    with pytest.raises(PatchError, match="no publication"):
+        from_bytes(struct.pack("<Q", 10**6) + b"[" * 10**6)
 
 
 def test_a_folder_has_complete_files_with_rising_numbers(tmp_path):

@@ -1,9 +1,13 @@
 """Weight sync over HTTP: in TRL's protocol, in trainers, with an engine in another process."""
 
 import copy
+import dataclasses
 import inspect
+import socket
+import struct
 import threading
 from urllib.error import HTTPError
+from urllib.parse import urlsplit
 from urllib.request import urlopen
 
 import pytest
@@ -14,6 +18,7 @@ from trl.experimental.async_grpo.async_grpo_trainer import WeightTransferProtoco
 
 from sparse_peft.sync import (
     HttpEngine,
+    Kind,
     PatchError,
     PatchServer,
     Publisher,
@@ -21,6 +26,7 @@ from sparse_peft.sync import (
     SparseWeightTransfer,
     WeightSyncCallback,
     sync,
+    to_bytes,
 )
 from tests.helpers.language_models import small_llama
 from tests.helpers.methods import config
@@ -95,6 +101,73 @@ def test_other_paths_are_unknown(served):
     *_, client = served
     with pytest.raises(HTTPError, match="404"):
         urlopen(client.url + "/other")
+
+
+def raw_request(url, length, body=b""):
+    """A request that announces ``length`` bytes and sends ``body``; the status of its answer."""
+    with socket.create_connection((urlsplit(url).hostname, urlsplit(url).port), timeout=30) as connection:
+        connection.sendall(f"POST /publications HTTP/1.1\r\nContent-Length: {length}\r\n\r\n".encode() + body)
+        connection.shutdown(socket.SHUT_WR)
+        return int(connection.recv(100).split()[1])
+
+
+def hostile_messages(publication):
+    """``{what: bytes}``: damaged publications, and bytes that are none."""
+    patch, *others = publication.patches
+
+    def made(**fields):
+        first = dataclasses.replace(patch, **fields)
+        return to_bytes(dataclasses.replace(publication, patches=(first, *others)))
+
+    return {
+        "nothing": b"",
+        "no safetensors": b"\xff" * 100,
+        "a header without end": struct.pack("<Q", 2**62) + b"{}",
+        "nesting": struct.pack("<Q", 10**5) + b"[" * 10**5,
+        "cut": to_bytes(publication)[:-1],
+        "not finite": made(values=torch.full_like(patch.values, float("nan"))),
+        "not sorted": made(indices=patch.indices.flip(0)),
+        "negative": made(indices=patch.indices - patch.indices[-1] - 1),
+        "beyond the weight": made(indices=patch.indices + 10**6),
+        "another dtype of positions": made(indices=patch.indices.long()),
+        "another dtype of values": made(values=patch.values.half()),
+        "another shape": made(shape=(2**40, 2**40)),
+        "of values without positions": made(kind=Kind.HELD, indices=None),
+    }
+
+
+def test_hostile_requests_change_nothing_and_the_engine_still_listens(served):
+    model, engine, client = served
+    publisher = Publisher(model)
+    sync(publisher, client)
+    before = copy.deepcopy(engine.state_dict())
+    step(model)
+    for what, message in hostile_messages(publisher.publish(full=True)).items():
+        assert raw_request(client.url, len(message), message) == 409, what
+    assert raw_request(client.url, 2**35, b"announces 32 GiB") == 409
+    assert raw_request(client.url, 2**40) == 413
+    assert [raw_request(client.url, length) for length in (-1, "many", "")] == [411] * 3
+    assert all(torch.equal(tensor, before[name]) for name, tensor in engine.state_dict().items())
+    sync(publisher, client)
+    assert_equal_to_merged(engine, model)
+
+
+def test_publications_have_a_limit(pair):
+    model, engine = pair
+    message = to_bytes(Publisher(model).publish())
+    with PatchServer(Receiver(engine), max_bytes=len(message) - 1) as server:
+        with pytest.raises(HTTPError, match="413"):
+            HttpEngine(server.url).send(Publisher(model).publish())
+        assert HttpEngine(server.url).sequence is None
+    with pytest.raises(ValueError, match="max_bytes=0"):
+        PatchServer(Receiver(engine), max_bytes=0)
+
+
+def test_the_client_counts_its_bytes(served):
+    model, _, client = served
+    publication = Publisher(model).publish()
+    client.send(publication)
+    assert client.bytes_sent == len(to_bytes(publication))
 
 
 def test_the_transfer_has_trls_protocol():
