@@ -11,15 +11,12 @@ from typing import Any
 import transformers
 from huggingface_hub import save_torch_state_dict
 from peft import LoraConfig, PeftModel
-from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ..tuners.backups import SET_ASIDE
-from ..tuners.base_layer import TunerLayer
 from ..tuners.base_model import BaseSparseModel
-from ..tuners.expert_layer import ExpertsLayer
 from ..tuners.files.writes import staging_folder
+from ..tuners.plain_state import plain_state
 from .files import config_of
 from .lora import to_lora, write_exact_lora
 from .lora_approximation import LowRankExport, save_low_rank
@@ -155,51 +152,11 @@ def save_merged(model: nn.Module, folder: str | os.PathLike, adapter_name: str =
         for layer in layers:
             if adapter_name in layer.deltas:
                 layer.merge(safe_merge=True, adapter_names=[adapter_name])
-        _write_model(inner, _plain_state(inner, adapter_name), folder)
+        _write_model(inner, plain_state(inner, adapter_name), folder)
     finally:
         for layer in layers:
             if layer.merged:
                 layer.unmerge()
-
-
-def _plain_state(model: nn.Module, adapter_name: str) -> dict[str, Tensor]:
-    """The model's tensors under the names that they have without adapters."""
-    renamed: dict[str, str] = {}
-    hidden: list[str] = []
-    for name, module in model.named_modules():
-        prefix = f"{name}." if name else ""
-        if isinstance(module, ExpertsLayer):
-            renamed[f"{prefix}base_layer."] = prefix
-        elif isinstance(module, TunerLayer):
-            renamed[f"{prefix}base_layer."] = prefix
-            hidden += [f"{prefix}{module.delta_container}.", f"{prefix}{SET_ASIDE}."]
-        elif isinstance(module, AuxiliaryTrainingWrapper):
-            renamed[f"{prefix}{_exported_part(name, module, adapter_name)}."] = prefix
-            hidden += [f"{prefix}original_module.", f"{prefix}modules_to_save."]
-    state = {}
-    for key, tensor in model.state_dict().items():
-        old = next((old for old in renamed if key.startswith(old)), None)
-        if old is not None:
-            state[renamed[old] + key.removeprefix(old)] = tensor
-        elif not key.startswith(tuple(hidden)):
-            state[key] = tensor
-    return state
-
-
-def _exported_part(name: str, wrapper: AuxiliaryTrainingWrapper, adapter_name: str) -> str:
-    """Which of a wrapper's modules takes its place: the adapter's copy, or the original.
-
-    Raises:
-        ValueError: the adapter trains single tokens of it, which PEFT adds in each pass.
-    """
-    if adapter_name in getattr(wrapper, "modules_to_save", {}):
-        return f"modules_to_save.{adapter_name}"
-    if hasattr(wrapper, "token_adapter"):
-        raise ValueError(
-            f"{name}: an adapter with trainable_token_indices cannot be exported merged while it is attached; call "
-            "merge_and_unload() and save_pretrained()"
-        )
-    return "original_module"
 
 
 def _write_model(model: Any, state: dict[str, Tensor], folder: str | os.PathLike) -> None:

@@ -9,8 +9,10 @@ from math import prod
 from typing import NamedTuple, Protocol
 
 import torch
+from peft import PeftModel
 from torch import Tensor, nn
 
+from ..tuners.plain_state import plain_state
 from .patches import PatchError
 
 Target = nn.Module | Mapping[str, Tensor]
@@ -20,12 +22,12 @@ class Chosen(NamedTuple):
     """Entries of a parameter that lie in an engine's part of it.
 
     Attributes:
-        kept: which of the entries, as positions in their list; None for all.
+        kept: which of the entries, as positions in their list.
         rows: of the engine's matrix.
         cols: likewise.
     """
 
-    kept: Tensor | None
+    kept: Tensor
     rows: Tensor
     cols: Tensor
 
@@ -55,8 +57,6 @@ class Place:
         """Which of a parameter's flat positions lie here."""
         indices = indices.to(self.matrix.device, torch.int64)
         rows, cols = indices // self.size[1] - self.first_row, indices % self.size[1] - self.first_col
-        if self.is_whole:
-            return Chosen(None, rows, cols)
         height, width = self.matrix.shape
         kept = ((rows >= 0) & (rows < height) & (cols >= 0) & (cols < width)).nonzero().flatten()
         return Chosen(kept, rows[kept], cols[kept])
@@ -144,6 +144,9 @@ EXPERTS: dict[str, tuple[str, int | None]] = {
 BY_ROWS = {*FUSED, "w1", "w3", "embed_tokens", "lm_head"}
 BY_COLUMNS = {"o_proj", "down_proj", "w2"}
 _EXPERT = re.compile(r"(.+\.experts)\.(\d+)\.(\w+)\.weight")
+# transformers' parameters of all experts; the engine's lie the same way
+STACKED = {"gate_up_proj": "w13_weight", "down_proj": "w2_weight"}
+_ALL_EXPERTS = re.compile(r"(.+\.experts)\.(\w+)")
 
 
 class FusedLayout:
@@ -151,8 +154,9 @@ class FusedLayout:
 
     ``q_proj``, ``k_proj`` and ``v_proj`` lie one below the other in ``qkv_proj``, ``gate_proj`` and ``up_proj`` in
     ``gate_up_proj``. Experts' ``gate_proj`` and ``up_proj`` (or ``w1`` and ``w3``) lie in ``experts.w13_weight``
-    ``(experts, 2 * width, hidden)``, ``down_proj`` (``w2``) in ``experts.w2_weight``. A module that the engine has
-    under its own name is taken from there.
+    ``(experts, 2 * width, hidden)``, ``down_proj`` (``w2``) in ``experts.w2_weight``. So do transformers' parameters of
+    all experts, ``experts.gate_up_proj`` and ``experts.down_proj``, on one rank. A module that the engine has under its
+    own name is taken from there.
 
     Args:
         target: the engine's model on this rank, or its ``{name: tensor}``.
@@ -176,6 +180,10 @@ class FusedLayout:
         expert = _EXPERT.fullmatch(name)
         if expert is not None:
             return self._expert(name, shape, *expert.groups())
+        stack = _ALL_EXPERTS.fullmatch(name)
+        if stack is not None and stack[2] in STACKED:
+            tensor = _found(self._tensors, f"{stack[1]}.{STACKED[stack[2]]}", name)
+            return self._cut(name, matrix_of(tensor.detach()), shape)
         module, _, kind = name.rpartition(".")
         parent, _, leaf = module.rpartition(".")
         if leaf not in FUSED:
@@ -227,9 +235,5 @@ class FusedLayout:
 
 def checkpoint_shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
     """``{name: shape}`` of a model's tensors without adapters, for ``FusedLayout``; of models with one as well."""
-    # a model's own names, as they are without PEFT's wrapper and its layers
-    shapes: dict[str, tuple[int, ...]] = {}
-    for name, tensor in model.state_dict().items():
-        plain = name.removeprefix("base_model.model.").replace(".base_layer.", ".").replace(".original_module.", ".")
-        shapes.setdefault(plain, tuple(tensor.shape))
-    return shapes
+    inner = model.get_base_model() if isinstance(model, PeftModel) else model
+    return {name: tuple(tensor.shape) for name, tensor in plain_state(inner).items()}

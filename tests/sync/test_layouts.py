@@ -4,10 +4,11 @@ import copy
 
 import pytest
 import torch
-from peft import get_peft_model
+from peft import LoraConfig, get_peft_model
 from torch import nn
 
 from sparse_peft.sync import FusedLayout, PatchError, PlainLayout, Publisher, Receiver, checkpoint_shapes
+from tests.helpers.expert_models import CONFIGS, adapted, mixture
 from tests.helpers.language_models import small_llama
 from tests.helpers.methods import config
 
@@ -115,11 +116,41 @@ def test_experts_are_stacked(names):
     assert_same(engine, stack(copy.deepcopy(model).merge_and_unload()))
 
 
-def test_checkpoint_shapes_are_those_without_adapters():
+def test_parameters_of_all_experts_are_stacked():
+    names = {"gate_up_proj": "w13_weight", "down_proj": "w2_weight"}
+
+    def stack(model):
+        state = {name: tensor.clone() for name, tensor in model.state_dict().items() if ".experts." in name}
+        return {name.replace(leaf := name.rpartition(".")[2], names[leaf]): state[name] for name in state}
+
+    engine, model = stack(mixture("qwen3_moe")), adapted("qwen3_moe")
+    Receiver(engine, FusedLayout(engine, checkpoint_shapes(model))).apply_(Publisher(model).publish())
+    assert_same(engine, stack(copy.deepcopy(model).merge_and_unload()))
+    shard = {name: tensor[:, :8].contiguous() for name, tensor in engine.items()}
+    with pytest.raises(PatchError, match="the trainer's"):
+        Receiver(shard, FusedLayout(shard, checkpoint_shapes(model))).apply_(Publisher(model).publish())
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        config("sparse", modules_to_save=["lm_head"]),
+        config("sora"),
+        config("sparse", trainable_token_indices=[1, 2]),
+        LoraConfig(target_modules="all-linear"),
+    ],
+    ids=["saved whole", "factors", "trained tokens", "lora"],
+)
+def test_checkpoint_shapes_are_those_without_adapters(settings):
     shapes = {name: tuple(tensor.shape) for name, tensor in small_llama().state_dict().items()}
-    model = get_peft_model(small_llama(), config("sparse", modules_to_save=["lm_head"]))
-    found = checkpoint_shapes(model)
-    assert {name: found[name] for name in shapes} == shapes
+    model = get_peft_model(small_llama(), settings)
+    assert checkpoint_shapes(model) == checkpoint_shapes(model.get_base_model()) == shapes
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_checkpoint_shapes_of_experts(name):
+    shapes = {key: tuple(tensor.shape) for key, tensor in mixture(name).state_dict().items()}
+    assert checkpoint_shapes(adapted(name)) == shapes
 
 
 @pytest.mark.parametrize(
