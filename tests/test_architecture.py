@@ -22,7 +22,6 @@ LAYERS = (
     "support",
     "ops",
     "calibrate",
-    "sparsify",
     "dynamics",
     "tuners",
     "registry",

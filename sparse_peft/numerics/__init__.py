@@ -1,5 +1,5 @@
 """Numerical helpers without layers: panels, products over tokens, top-k, order statistics, random numbers,
-k-means, checksums.
+k-means, sorted vectors, checksums.
 
 Except for [`panel_limit`][sparse_peft.panel_limit], all exports are internal to sparse_peft.
 """
@@ -8,12 +8,14 @@ from .checksums import bits, checksum
 from .order_statistics import order_statistics
 from .panels import panel_bytes, panel_limit, panels
 from .rng import sample_without_replacement, uniform
+from .sorted import among
 from .tokens import accumulation_dtype, flatten_tokens, transposed_product
 from .topk import RunningTopK, topk_indices
 
 __all__ = [
     "RunningTopK",
     "accumulation_dtype",
+    "among",
     "bits",
     "checksum",
     "flatten_tokens",

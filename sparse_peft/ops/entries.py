@@ -36,11 +36,12 @@ def read_entries(weight: Tensor, indices: Tensor, out: Tensor | None = None) -> 
 def write_entries_(weight: Tensor, indices: Tensor, entries: Tensor) -> None:
     """Overwrite the weight's entries at flat row-major ``indices``, in place; all others keep their bits."""
     weight, entries = weight.detach(), entries.detach()
-    # scatter_ takes int64 positions; they are converted in pieces of at most a panel
+    # index_copy_, on a CPU in bfloat16 three times as fast as scatter_, takes int64 positions; they are converted in
+    # pieces of at most a panel
     for start, stop in panels(indices.numel(), torch.int64.itemsize):
         piece = indices[start:stop].long()
         if weight.is_contiguous():
-            weight.view(-1).scatter_(0, piece, entries[start:stop])
+            weight.view(-1).index_copy_(0, piece, entries[start:stop])
         else:
             weight[torch.unravel_index(piece, weight.shape)] = entries[start:stop]
 
@@ -219,21 +220,14 @@ def _is_sliced(weight: Tensor, support: ChannelSupport) -> bool:
     return support.width == 1 or weight.ndim > 2
 
 
-def _of_rows(weight: Tensor, support: ChannelSupport) -> Tensor:
-    """The weight, with the rows of fused experts one above the other."""
-    is_of_experts = support.dim == 0 and weight.shape[0] != support.shape[0]
-    return weight.view(support.shape) if is_of_experts else weight
-
-
 def _read_channels(weight: Tensor, support: ChannelSupport) -> Tensor:
-    weight = _of_rows(weight, support)
     if _is_sliced(weight, support):
         return weight.index_select(support.dim, support.channels).reshape(-1)
     return weight.index_select(1, support.lines).reshape(-1)
 
 
 def _write_channels_(weight: Tensor, support: ChannelSupport, entries: Tensor) -> None:
-    weight, entries = _of_rows(weight.detach(), support), entries.detach()
+    weight, entries = weight.detach(), entries.detach()
     if _is_sliced(weight, support):
         weight.index_copy_(support.dim, support.channels.long(), entries.view(_channels_of(weight, support)))
     else:

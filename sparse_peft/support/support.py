@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 from functools import cached_property
+from math import prod
 from typing import Any
 
 import torch
@@ -13,20 +14,23 @@ from torch import Tensor
 from ..constraints import Count, validated
 from ..numerics.errors import layer_prefix
 from ..numerics.rng import sample_without_replacement
+from ..numerics.sorted import among
 from ..numerics.topk import topk_indices
 
 INT32_LIMIT = 2**31
 
 
-def index_dtype(shape: tuple[int, int]) -> torch.dtype:
-    """The dtype of positions in a matrix of this shape: int32 wherever it suffices, else int64.
+def index_dtype(shape: Sequence[int]) -> torch.dtype:
+    """The dtype of flat positions in a tensor of this shape: int32 below 2**31 entries, else int64.
+
+    The number of entries, which ends the last row, has this dtype as well.
 
     Example:
         >>> from sparse_peft.support import index_dtype
         >>> index_dtype((4096, 4096)), index_dtype((65536, 65536))
         (torch.int32, torch.int64)
     """
-    return torch.int32 if shape[0] * shape[1] < INT32_LIMIT else torch.int64
+    return torch.int32 if prod(shape) < INT32_LIMIT else torch.int64
 
 
 def _check_shape(shape: Sequence[int], name: str) -> tuple[int, int]:
@@ -363,12 +367,9 @@ class Support:
 
     def contains(self, flat: Tensor) -> Tensor:
         """Whether each of the flat positions ``flat``, of any shape, is in the support: bool of ``flat``'s shape."""
-        if self.nnz == 0:
-            return torch.zeros(flat.shape, dtype=torch.bool, device=flat.device)
         # clamped, since a wider number could wrap to one in the support; the comparison below rejects it
         inside = flat.long().clamp(0, self.shape[0] * self.shape[1] - 1).to(self.indices.dtype)
-        slots = torch.searchsorted(self.indices, inside).clamp_(max=self.nnz - 1)
-        return self.indices[slots] == flat
+        return among(inside, self.indices) & (inside == flat)
 
     def slots(self, flat: Tensor) -> Tensor:
         """Index of each position ``flat`` in the support, int64; all must be in it."""

@@ -6,10 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import Enum
 
-import torch
 from torch import Tensor
-
-INT32_LIMIT = 2**31
 
 
 class Kind(str, Enum):  # noqa: UP042
@@ -37,7 +34,7 @@ class WeightPatch:
         kind: which entries.
         shape: of the parameter.
         values: ``(entries,)`` absolute values in the base's dtype, not differences.
-        indices: ``(entries,)`` flat row-major positions, strictly increasing, int32 or beyond 2**31 entries int64;
+        indices: ``(entries,)`` flat row-major positions, strictly increasing, int32 or from 2**31 entries on int64;
             None where the kind says all.
         given_up: those of the indices that go back to the base's value and are no longer held; None for none.
     """
@@ -94,8 +91,3 @@ class PatchError(ValueError):
 
     A full publication (``publisher.publish(full=True)``) is the cure where patches were lost, doubled or reordered.
     """
-
-
-def flat_index_dtype(entries: int) -> torch.dtype:
-    """Of flat positions in a parameter with this many entries."""
-    return torch.int32 if entries <= INT32_LIMIT else torch.int64

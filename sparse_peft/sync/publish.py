@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from ..numerics import bits
+from ..numerics import among, bits
 from ..tuners.residency import base_weights
 from .patches import Kind, Publication, WeightPatch
 from .snapshot import AdapterSource, Held, Snapshot
@@ -46,7 +46,7 @@ def named_patches(
 def _changes(source: AdapterSource, old: Snapshot, explicit: bool) -> tuple[Snapshot, tuple[WeightPatch, ...]]:
     """The present snapshot, and the patches that lead to it."""
     with base_weights(source.model):  # once, not for each parameter that is read
-        snapshot = source.snapshot()
+        snapshot = source.snapshot(old)
         return snapshot, tuple(_differences(source, old, snapshot, explicit))
 
 
@@ -72,11 +72,11 @@ def _difference(source: AdapterSource, name: str, old: Held | None, new: Held, e
 def _values_patch(name: str, old: Held, new: Held, explicit: bool) -> WeightPatch | None:
     """Positions stand still: all values without positions, or the changed ones with theirs, whichever is smaller."""
     assert new.indices is not None
-    changed = (bits(old.values) != bits(new.values)).nonzero().flatten()
-    if changed.numel() == 0:
+    changed = bits(old.values) != bits(new.values)
+    count, entry = int(changed.count_nonzero()), new.values.element_size()
+    if count == 0:
         return None
-    entry = new.values.element_size()
-    if explicit or changed.numel() * (entry + new.indices.element_size()) < new.values.numel() * entry:
+    if explicit or count * (entry + new.indices.element_size()) < new.values.numel() * entry:
         return WeightPatch(name, Kind.SOME, new.shape, new.values[changed], new.indices[changed])
     return WeightPatch(name, Kind.HELD, new.shape, new.values)
 
@@ -85,7 +85,7 @@ def _moved_patch(source: AdapterSource, name: str, old: Held, new: Held) -> Weig
     """New positions, together with those that go back to the base."""
     assert old.indices is not None
     assert new.indices is not None
-    given_up = old.indices[~torch.isin(old.indices, new.indices, assume_unique=True)]
+    given_up = old.indices[~among(old.indices, new.indices)]
     indices, order = torch.cat([new.indices, given_up]).sort()
     values = torch.cat([new.values, source.base_entries(name, given_up).to(new.values)])[order]
     return WeightPatch(name, Kind.POSITIONS, new.shape, values, indices, given_up)
@@ -107,6 +107,8 @@ class Publisher:
     Args:
         model: that has the adapter, not merged yet; it may be in training.
         adapter_name: which; the active one if None.
+        waiting: publications that may wait for their acknowledgement at once. Their values are kept meanwhile; the
+            oldest are forgotten.
 
     Attributes:
         base: fingerprint of the adapted layers' own weights; the engine's must have the same.
@@ -125,8 +127,10 @@ class Publisher:
         ...     publisher.acknowledge(publication.sequence)
     """
 
-    def __init__(self, model: nn.Module, adapter_name: str | None = None):
-        self.source = AdapterSource(model, adapter_name)
+    def __init__(self, model: nn.Module, adapter_name: str | None = None, *, waiting: int = 4):
+        if waiting < 1:
+            raise ValueError(f"waiting={waiting}: at least one publication must be able to wait")
+        self.source, self.waiting = AdapterSource(model, adapter_name), waiting
         self.base = self.source.base_fingerprint()
         self.run = secrets.token_hex(8)
         self.sequence = 0
@@ -147,6 +151,7 @@ class Publisher:
         snapshot, patches = _changes(self.source, old.snapshot if old else {}, explicit)
         self.sequence += 1
         self._sent[self.sequence] = _Sent(self.sequence, snapshot)
+        self._sent.pop(self.sequence - self.waiting, None)
         if old is not None:
             return Publication(self.base, self.run, self.sequence, old.sequence, patches)
         adapted = frozenset(self.source.base_parameters())
@@ -156,12 +161,12 @@ class Publisher:
         """The engine has this publication: later ones are differences to it.
 
         Raises:
-            ValueError: it was never published, or a later one was acknowledged already.
+            ValueError: it was never published, it was forgotten, or a later one was acknowledged already.
         """
         if sequence not in self._sent:
             raise ValueError(
-                f"sequence={sequence}: this publisher waits for "
-                f"{', '.join(map(str, self._sent)) or 'none'}; acknowledge what publish() returned, once"
+                f"sequence={sequence}: this publisher waits for {', '.join(map(str, self._sent)) or 'none'}; "
+                f"acknowledge what publish() returned, once, before {self.waiting} others follow (waiting=)"
             )
         self._acknowledged = self._sent[sequence]
         self._sent = {number: sent for number, sent in self._sent.items() if number > sequence}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from math import prod
@@ -9,9 +10,12 @@ from math import prod
 import torch
 from torch import Tensor
 
+from ..numerics import among
+from ..ops import read_entries, write_entries_
+from ..support.support import check_sorted, index_dtype
 from .fingerprint import fingerprint
 from .layouts import Layout, Place, PlainLayout, Target
-from .patches import Kind, PatchError, Publication, WeightPatch, flat_index_dtype
+from .patches import Kind, PatchError, Publication, WeightPatch
 
 FULL = "ask for a full publication: publisher.publish(full=True)"
 
@@ -100,6 +104,7 @@ class Receiver:
                 nothing was written.
         """
         self._check_order(publication)
+        _check_names(publication)
         fresh = _State() if publication.is_full else self._state
         writes = [self._checked(patch, fresh) for patch in publication.patches]
         self._check_base(publication)
@@ -189,6 +194,13 @@ def apply_patches_(target: Target, publication: Publication, layout: Layout | No
     return receiver
 
 
+def _check_names(publication: Publication) -> None:
+    """Refuse two patches of one parameter: the second would take the first one's entries for the base's."""
+    twice = [name for name, count in Counter(patch.name for patch in publication).items() if count > 1]
+    if twice:
+        raise PatchError(f"{twice[0]}: two patches in publication {publication.sequence}; {FULL}")
+
+
 # ------------------------------------------------------------------ one patch
 
 
@@ -213,18 +225,17 @@ def _indices_of(patch: WeightPatch, parameter: _Parameter) -> Tensor | None:
 
 
 def _check_positions(name: str, field_name: str, indices: Tensor, shape: Sequence[int]) -> None:
-    entries = prod(shape)
-    expected = flat_index_dtype(entries)
-    if indices.ndim != 1 or indices.dtype != expected:
+    entries, expected = prod(shape), index_dtype(shape)
+    if indices.dtype != expected:
         raise PatchError(f"{name}: {field_name} of {entries} entries are {expected} vectors, not {indices.dtype}")
-    if indices.numel() == 0:
-        return
-    if int(indices[0]) < 0 or int(indices[-1]) >= entries or not bool((indices[1:] > indices[:-1]).all()):
-        raise PatchError(f"{name}: {field_name} must increase strictly from 0 to {entries - 1}; the patch is damaged")
+    try:
+        check_sorted(indices, entries, field_name, f"a weight of {entries} entries", name)
+    except ValueError as error:
+        raise PatchError(f"{error}; {FULL}") from error
 
 
 def _check_subset(name: str, what: str, part: Tensor, whole: Tensor, of: str) -> None:
-    if not bool(torch.isin(part, whole.to(part.device), assume_unique=True).all()):
+    if not bool(among(part, whole.to(part.device)).all()):
         raise PatchError(f"{name}: {what} that are not among the {of}; {FULL}")
 
 
@@ -241,9 +252,9 @@ def _check_values(patch: WeightPatch, parameter: _Parameter, entries: int) -> No
 
 
 def _keep_originals(write: _Write) -> None:
-    """Keep the base's values at positions that were not written to before."""
+    """Keep the base's values at positions that were not written to before; those that are held were."""
     parameter, indices, backup = write.parameter, write.indices, write.parameter.backup
-    if backup is not None and backup.indices is None:
+    if write.patch.kind in (Kind.HELD, Kind.SOME) or (backup is not None and backup.indices is None):
         return
     if indices is None:
         parameter.backup = _Backup(None, parameter.place.matrix.clone())
@@ -255,7 +266,7 @@ def _keep_originals(write: _Write) -> None:
 
 def _extended(parameter: _Parameter, backup: _Backup, indices: Tensor) -> _Backup:
     assert backup.indices is not None
-    new = indices[~torch.isin(indices, backup.indices, assume_unique=True)]
+    new = indices[~among(indices, backup.indices.to(indices.device))]
     if new.numel() == 0:
         return backup
     indices, order = torch.cat([backup.indices, new]).sort()
@@ -264,10 +275,10 @@ def _extended(parameter: _Parameter, backup: _Backup, indices: Tensor) -> _Backu
 
 def _read(parameter: _Parameter, indices: Tensor) -> Tensor:
     """The engine's entries at positions; zeros where they lie on another rank."""
+    if parameter.place.is_whole:
+        return read_entries(parameter.place.matrix, indices.to(parameter.place.matrix.device))
     chosen = parameter.place.choose(indices)
     found = parameter.place.matrix[chosen.rows, chosen.cols]
-    if chosen.kept is None:
-        return found
     return found.new_zeros(indices.numel()).index_copy_(0, chosen.kept, found)
 
 
@@ -280,14 +291,18 @@ def _write(write: _Write) -> None:
     _put(parameter, write.indices, patch.values)
     if patch.kind is Kind.POSITIONS:
         given_up = patch.given_up
-        kept = None if given_up is None else ~torch.isin(write.indices, given_up, assume_unique=True)
+        kept = None if given_up is None else ~among(write.indices, given_up)
         parameter.held = write.indices if kept is None else write.indices[kept]
 
 
 def _put(parameter: _Parameter, indices: Tensor, values: Tensor) -> None:
+    matrix = parameter.place.matrix
+    values = values.to(matrix.device)
+    if parameter.place.is_whole:
+        write_entries_(matrix, indices.to(matrix.device), values)
+        return
     chosen = parameter.place.choose(indices)
-    values = values.to(parameter.place.matrix.device)
-    parameter.place.matrix[chosen.rows, chosen.cols] = values if chosen.kept is None else values[chosen.kept]
+    matrix[chosen.rows, chosen.cols] = values[chosen.kept]
 
 
 def _restore(parameter: _Parameter) -> None:

@@ -13,11 +13,12 @@ from torch.distributed.tensor import DTensor
 
 from ..adapters.files import config_of
 from ..ops import effective_entries, read_entries, read_support
+from ..support import Support
 from ..tuners.base_layer import TunerLayer
+from ..tuners.expert_weights import ExpertWeight
 from ..tuners.residency import base_weights
 from ..tuners.traversal import tuner_layers
 from .fingerprint import fingerprint
-from .patches import flat_index_dtype
 
 
 @dataclass(frozen=True, eq=False)
@@ -28,11 +29,13 @@ class Held:
         shape: of the parameter.
         indices: ``(entries,)`` flat positions, strictly increasing; None for all entries.
         values: ``(entries,)`` absolute, in the base's dtype.
+        originals: ``(entries,)`` the base's own entries there; None if they are not known.
     """
 
     shape: tuple[int, ...]
     indices: Tensor | None
     values: Tensor
+    originals: Tensor | None = None
 
 
 Snapshot = Mapping[str, Held]  # {parameter's name without adapters: what the adapter makes of it}
@@ -60,7 +63,7 @@ class AdapterSource:
 
     def base_parameters(self) -> dict[str, Tensor]:
         """The adapted layers' own weights, ``{name: tensor}``."""
-        return {f"{name}.weight": layer.base_parameter.detach() for name, layer in self.layers.items()}
+        return {name: layer.base_parameter.detach() for name, layer in self.layers.items()}
 
     def base_fingerprint(self) -> str:
         """Of the adapted layers' own weights.
@@ -75,15 +78,20 @@ class AdapterSource:
             return fingerprint(self.base_parameters())
 
     @torch.no_grad()
-    def snapshot(self) -> dict[str, Held]:
+    def snapshot(self, earlier: Snapshot | None = None) -> dict[str, Held]:
         """What the adapter makes of each parameter now; the same bits as merging it.
+
+        Args:
+            earlier: a snapshot of this source. Where positions are the same, the base's entries are taken from it,
+                which saves most of the time.
 
         Raises:
             ValueError: values that are not finite, or other adapters that are merged.
         """
         self._check_merged()
+        old = earlier or {}
         with base_weights(self.model):
-            found = {f"{name}.weight": _held(layer, self.adapter_name) for name, layer in self.layers.items()}
+            found = {name: _held(layer, self.adapter_name, old.get(name)) for name, layer in self.layers.items()}
         beside = self._tensors_beside() if self.beside else {}
         found |= {name: _whole(beside[name]) for name in self.beside}
         for name, held in found.items():
@@ -96,7 +104,7 @@ class AdapterSource:
 
     def base_entries(self, name: str, indices: Tensor) -> Tensor:
         """The base's own entries at flat positions of one parameter; called inside ``base_weights``."""
-        weight = self.layers[name.removesuffix(".weight")].base_parameter.detach()
+        weight = self.layers[name].base_parameter.detach()
         return read_entries(weight, indices.to(weight.device))
 
     def _check_merged(self) -> None:
@@ -104,7 +112,7 @@ class AdapterSource:
         for name, layer in self.layers.items():
             if layer.merged_adapters not in ([], [self.adapter_name]):
                 raise ValueError(
-                    f"layer {name}: adapters {', '.join(layer.merged_adapters)} are merged; call unmerge_adapter() "
+                    f"{name}: adapters {', '.join(layer.merged_adapters)} are merged; call unmerge_adapter() "
                     f"before publishing {self.adapter_name!r}"
                 )
 
@@ -122,7 +130,8 @@ class AdapterSource:
         if self.config.bias == "none" or not isinstance(getattr(module, "bias", None), nn.Parameter):
             return False
         inside = any(part in ("modules_to_save", "original_module") for part in name.split("."))
-        return not inside and (self.config.bias == "all" or name.removesuffix(".base_layer") in self.layers)
+        own = f"{name.removesuffix('.base_layer')}.weight"
+        return not inside and (self.config.bias == "all" or own in self.layers)
 
 
 def _inner(model: nn.Module) -> nn.Module:
@@ -151,35 +160,45 @@ def _active_name(model: nn.Module) -> str:
 
 
 def _named_layers(model: nn.Module, adapter_name: str) -> Iterator[tuple[str, TunerLayer]]:
+    """The adapter's layers under the names of their weights; an expert parameter has the layer's own name."""
     for name, module in _inner(model).named_modules():
         if isinstance(module, TunerLayer) and adapter_name in module.deltas:
-            yield name, module
+            yield name if isinstance(module.base_layer, ExpertWeight) else f"{name}.weight", module
 
 
 def _check_layer(name: str, layer: TunerLayer) -> None:
     if layer.quantization_backend is not None:
         raise ValueError(
-            f"layer {name}: a {layer.quantization_backend.backend_name} base has no entries that an engine could "
+            f"{name}: a {layer.quantization_backend.backend_name} base has no entries that an engine could "
             "take; load the base in bfloat16, float16 or float32 to publish the adapter"
         )
     if isinstance(layer.base_parameter, DTensor):
         raise ValueError(
-            f"layer {name}: the base weight is sharded; publish from a process that has the whole model, or save the "
+            f"{name}: the base weight is sharded; publish from a process that has the whole model, or save the "
             "adapter and load it there"
         )
 
 
-def _held(layer: TunerLayer, adapter_name: str) -> Held:
+def _held(layer: TunerLayer, adapter_name: str, earlier: Held | None) -> Held:
     state, weight = layer.settled(adapter_name), layer.base_parameter.detach()
     shape, is_merged = tuple(weight.shape), bool(layer.merged_adapters)
     if not state.is_sparse:
         merged = weight.clone() if is_merged else layer.merged_weight((adapter_name,)).to(weight.dtype)
         return Held(shape, None, merged.flatten())
     entries = state.as_sparse()
-    values = read_support(weight, entries.support)
-    if not is_merged:
-        values = effective_entries(values, entries.values)
-    return Held(shape, entries.support.indices.to(flat_index_dtype(weight.numel())), values)
+    support, originals = entries.support, _known_originals(earlier, entries.support)
+    if is_merged:
+        return Held(shape, support.indices, read_support(weight, support), originals)
+    if originals is None:
+        originals = read_support(weight, support)
+    return Held(shape, support.indices, effective_entries(originals, entries.values), originals)
+
+
+def _known_originals(earlier: Held | None, support: Support) -> Tensor | None:
+    """The base's entries at a support that an earlier snapshot has as well; reading them misses most caches."""
+    if earlier is None or earlier.indices is None or not torch.equal(earlier.indices, support.indices):
+        return None
+    return earlier.originals
 
 
 def _whole(tensor: Tensor) -> Held:

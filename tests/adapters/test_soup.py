@@ -6,6 +6,7 @@ from safetensors.torch import load_file
 
 from sparse_peft import SLTrainConfig, SoRAConfig, SparseConfig
 from sparse_peft.adapters import compose, greedy_soup, soup
+from sparse_peft.tuners.traversal import tuner_layers
 from tests.helpers.trained_adapters import SPARSE, deltas, loaded, saved, support_masks, three, weighted_sum
 
 FILE = "adapter_model.safetensors"
@@ -36,6 +37,18 @@ def test_a_soup_is_the_mean_of_the_merged_weights(tmp_path, method, weights):
     mixed = load_file(tmp_path / "soup" / FILE)
     assert {k: v.shape for k, v in member.items()} == {k: v.shape for k, v in mixed.items()}  # as many entries
     assert result.entries == sum(v.numel() for k, v in member.items() if k.endswith(".values"))
+
+
+@pytest.mark.parametrize("count", [2, 4])
+@pytest.mark.parametrize("method", SPARSE)
+def test_the_average_of_deltas_is_the_delta_of_the_average_bit_for_bit(tmp_path, method, count):
+    made = one_support(tmp_path, method, count)
+    soup([folder for folder, _ in made], tmp_path / "soup")
+    found = tuner_layers(loaded(tmp_path / "soup"))
+    members = [tuner_layers(model) for _, model in made]
+    for layer, *parts in zip(found, *members, strict=True):
+        deltas = torch.stack([part.get_delta_weight("default").double() for part in parts])
+        assert torch.equal(layer.get_delta_weight("default"), deltas.mean(0).float())
 
 
 def test_the_mean_of_equal_adapters_is_that_adapter_and_the_order_is_no_matter(tmp_path):

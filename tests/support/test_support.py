@@ -112,6 +112,8 @@ def test_wide_positions_for_large_weights():
     assert index_dtype(shape) == torch.int64
     assert index_dtype((2**16, 2**15 - 1)) == torch.int32
     assert index_dtype((2**16, 2**15)) == torch.int64
+    assert index_dtype((2**10, 2**6, 2**15)) == torch.int64  # of experts
+    assert index_dtype((2**10, 2**6, 2**15 - 1)) == torch.int32
     support = Support(shape, torch.tensor([0, 2**31 + 3, 2**32 - 1]))
     assert support.indices.dtype == torch.int64
     assert support.rows.tolist() == [0, 2**16, 2**17 - 1] and support.cols.tolist() == [0, 3, 2**15 - 1]

@@ -2,6 +2,8 @@
 
 import copy
 import dataclasses
+import gc
+import weakref
 from itertools import count
 
 import pytest
@@ -13,16 +15,20 @@ from peft import get_peft_model
 from sparse_peft import SparseConfig
 from sparse_peft.support import Support
 from sparse_peft.sync import (
+    AdapterSource,
     Kind,
     PatchError,
+    Publication,
     Publisher,
     Receiver,
+    WeightPatch,
     apply_patches_,
     from_bytes,
     named_patches,
     receive,
     to_bytes,
 )
+from tests.helpers.expert_models import CONFIGS, adapted, mixture
 from tests.helpers.language_models import small_llama
 from tests.helpers.methods import METHODS, config
 from tests.helpers.two_layers import TwoLayers, layers_of
@@ -180,11 +186,8 @@ def test_publishing_changes_neither_model_nor_training():
     assert torch.equal(model(tokens).logits, before)
 
 
-EVENTS = st.lists(
-    st.sampled_from(["train", "reselect", "publish", "lose", "double", "cut", "interrupt", "restart"]),
-    min_size=1,
-    max_size=12,
-)
+FAULTS = ["lose", "double", "reorder", "cut", "interrupt", "trainer restarts", "engine restarts", "another adapter"]
+EVENTS = st.lists(st.sampled_from(["train", "reselect", "switch", "publish", *FAULTS]), min_size=1, max_size=12)
 
 
 @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -196,7 +199,8 @@ def test_any_sequence_of_faults_ends_in_a_correct_engine(events, half, seed):
     untouched = copy.deepcopy(engine)
     peft_config = SparseConfig(density=0.2, target_modules=["first", "second"], init_weights=False)
     model = get_peft_model(base, peft_config)
-    publisher, receiver = Publisher(model), Receiver(engine)
+    model.add_adapter("other", dataclasses.replace(peft_config, seed=7))
+    publisher, receiver = Publisher(model, "default"), Receiver(engine)
 
     def deliver(publication):
         try:
@@ -205,7 +209,10 @@ def test_any_sequence_of_faults_ends_in_a_correct_engine(events, half, seed):
             publication = publisher.publish(full=True)
             receiver.apply_(publication)
         publisher.acknowledge(publication.sequence)
-        merged = copy.deepcopy(model).merge_and_unload().state_dict()
+        assert_merged("default")
+
+    def assert_merged(name):
+        merged = copy.deepcopy(model).merge_and_unload(adapter_names=[name]).state_dict()
         assert all(torch.equal(engine[name], merged[name]) for name in engine)
 
     for number, event in enumerate(events):
@@ -213,8 +220,15 @@ def test_any_sequence_of_faults_ends_in_a_correct_engine(events, half, seed):
             move(model)
         elif event == "reselect":
             reselect(model, 100 * seed + number)
+        elif event == "switch":
+            model.set_adapter("other" if model.active_adapter == "default" else "default")
         elif event == "publish":
             deliver(publisher.publish())
+        elif event == "reorder":
+            early, late = publisher.publish(), publisher.publish()
+            deliver(late)
+            with pytest.raises(PatchError):
+                receiver.apply_(early)
         elif event == "lose":  # the trainer takes it for delivered
             publisher.acknowledge(publisher.publish().sequence)
         elif event == "double":
@@ -228,8 +242,15 @@ def test_any_sequence_of_faults_ends_in_a_correct_engine(events, half, seed):
                 receiver.apply_(from_bytes(message[: len(message) - 1 - number]))
         elif event == "interrupt":
             interrupted(receiver, publisher.publish(full=True))
+        elif event == "trainer restarts":
+            publisher = Publisher(model, "default")
+        elif event == "engine restarts":
+            for name, tensor in untouched.items():
+                engine[name].copy_(tensor)
+            receiver = Receiver(engine)
         else:
-            publisher = Publisher(model)
+            receiver.apply_(Publisher(model, "other").publish())
+            assert_merged("other")
     deliver(publisher.publish())
     receiver.restore_()
     assert all(torch.equal(engine[name], untouched[name]) for name in engine)
@@ -271,14 +292,14 @@ def replaced(publication, **fields):
 
 def damages(patch):
     """``{part of the message: fields}``."""
-    nan, beyond = patch.values.clone(), patch.indices.clone()
-    nan[0], beyond[-1] = float("nan"), 10**6
+    nan, beyond, negative = patch.values.clone(), patch.indices.clone(), patch.indices.clone()
+    nan[0], beyond[-1], negative[0] = float("nan"), 10**6, -1
     held = set(patch.indices.tolist())
     free = next(position for position in count() if position not in held)
     return {
         "not finite": {"values": nan},
         "increase strictly": {"indices": patch.indices.flip(0)},
-        "the patch is damaged": {"indices": beyond},
+        "has positions 0 to": {"indices": beyond},
         "was cut": {"values": patch.values[:-1]},
         "same dtype": {"values": patch.values.half()},
         "vectors": {"indices": patch.indices.long()},
@@ -287,10 +308,12 @@ def damages(patch):
         "without positions": {"kind": Kind.HELD, "indices": None},
         "given up positions": {"given_up": torch.tensor([free], dtype=torch.int32)},
         "among the positions": {"kind": Kind.SOME},
+        "positions 0 to": {"indices": negative},
+        "1-D": {"indices": patch.indices[None]},
     }
 
 
-@pytest.mark.parametrize("number", range(11))
+@pytest.mark.parametrize("number", range(13))
 def test_damaged_patches_are_refused_before_anything_is_written(pair, number):
     model, engine = pair
     base = copy.deepcopy(engine.state_dict())
@@ -298,6 +321,16 @@ def test_damaged_patches_are_refused_before_anything_is_written(pair, number):
     message, fields = list(damages(publication.patches[0]).items())[number]
     with pytest.raises(PatchError, match=message):
         apply_patches_(engine, replaced(publication, **fields))
+    assert_same(engine, base)
+
+
+def test_two_patches_of_one_parameter_are_refused(pair):
+    model, engine = pair
+    base = copy.deepcopy(engine.state_dict())
+    publication = Publisher(model).publish()
+    first, *others = publication.patches
+    with pytest.raises(PatchError, match="two patches in publication 1"):
+        apply_patches_(engine, dataclasses.replace(publication, patches=(first, first, *others)))
     assert_same(engine, base)
 
 
@@ -365,6 +398,74 @@ def test_the_adapter_is_named_where_it_is_not_clear(pair):
     model.base_model.set_adapter(["default", "other"])
     with pytest.raises(ValueError, match="name one"):
         Publisher(model)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_fused_experts_are_published_under_their_parameters_names(name):
+    model, engine = adapted(name), mixture(name)
+    base = copy.deepcopy(engine.state_dict())
+    publisher, receiver = Publisher(model), Receiver(engine)
+    for _ in range(2):
+        move(model)
+        publication = from_bytes(to_bytes(publisher.publish()))
+        assert any(".experts." in patch.name and not patch.name.endswith(".weight") for patch in publication)
+        receiver.apply_(publication)
+        publisher.acknowledge(publication.sequence)
+        assert_equal_to_merged(engine, model)
+    receiver.restore_()
+    assert_same(engine, base)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_snapshot_after_another_is_that_of_a_fresh_look(method):
+    model, _ = adapted_llama(method, torch.bfloat16)
+    source = AdapterSource(model)
+    earlier = source.snapshot()
+    for seed in range(3):
+        move(model)
+        if method == "sparse" and seed == 1:
+            reselect(model, seed)
+        fresh, earlier = source.snapshot(), source.snapshot(earlier)
+        for name, held in fresh.items():
+            assert torch.equal(held.values, earlier[name].values)
+            assert held.indices is None or torch.equal(held.indices, earlier[name].indices)
+
+
+def test_publications_that_are_never_acknowledged_do_not_pile_up(pair):
+    model, engine = pair
+    publisher = Publisher(model, waiting=3)
+    kept = []
+    for _ in range(10):
+        move(model)
+        publication = publisher.publish()
+        kept.append(weakref.ref(publication.patches[0].values))
+    del publication
+    gc.collect()
+    assert [values() is not None for values in kept] == [False] * 7 + [True] * 3
+    with pytest.raises(ValueError, match=r"sequence=7: this publisher waits for 8, 9, 10;.*\(waiting=\)"):
+        publisher.acknowledge(7)
+    receiver = Receiver(engine)
+    receiver.apply_(publication := publisher.publish())
+    publisher.acknowledge(publication.sequence)
+    assert_equal_to_merged(engine, model)
+    with pytest.raises(ValueError, match="waiting=0"):
+        Publisher(model, waiting=0)
+
+
+def test_positions_are_int64_from_two_to_the_31_entries_on():
+    """The border of ``support.index_dtype``; on the meta device nothing is allocated."""
+    for shape, dtype, other in (
+        ((2**16, 2**15), torch.int64, torch.int32),
+        ((2**16, 2**15 - 1), torch.int32, torch.int64),
+    ):
+        receiver = Receiver({"a.weight": torch.empty(shape, device="meta")}, base="base")
+        indices = torch.tensor([0, shape[0] * shape[1] - 1])
+        patch = WeightPatch("a.weight", Kind.POSITIONS, shape, torch.zeros(2), indices.to(dtype))
+        publication = Publication("base", "run", 1, None, (patch,))
+        with pytest.raises(PatchError, match=f"entries are {dtype} vectors, not {other}"):
+            receiver.apply_(replaced(publication, indices=indices.to(other)))
+        receiver.apply_(publication)
+        assert receiver.sequence == 1
 
 
 def test_acknowledging_twice_is_refused(pair):
