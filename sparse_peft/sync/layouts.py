@@ -154,9 +154,9 @@ class FusedLayout:
 
     ``q_proj``, ``k_proj`` and ``v_proj`` lie one below the other in ``qkv_proj``, ``gate_proj`` and ``up_proj`` in
     ``gate_up_proj``. Experts' ``gate_proj`` and ``up_proj`` (or ``w1`` and ``w3``) lie in ``experts.w13_weight``
-    ``(experts, 2 * width, hidden)``, ``down_proj`` (``w2``) in ``experts.w2_weight``. So do transformers' parameters of
-    all experts, ``experts.gate_up_proj`` and ``experts.down_proj``, on one rank. A module that the engine has under its
-    own name is taken from there.
+    ``(experts, 2 * width, hidden)``, ``down_proj`` (``w2``) in ``experts.w2_weight``. So do transformers' parameters
+    of all experts, ``experts.gate_up_proj`` and ``experts.down_proj``, on one rank. A module that the engine has under
+    its own name is taken from there.
 
     Args:
         target: the engine's model on this rank, or its ``{name: tensor}``.
