@@ -22,6 +22,7 @@ LAYERS = (
     "support",
     "ops",
     "calibrate",
+    "sparsify",
     "dynamics",
     "tuners",
     "registry",

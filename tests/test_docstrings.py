@@ -11,7 +11,7 @@ import torch
 import sparse_peft
 from sparse_peft import adapters, planning
 
-PACKAGES = ("calibrate", "numerics", "ops", "support")
+PACKAGES = ("calibrate", "numerics", "ops", "sparsify", "support")
 # Those of methods: tests/tuners/test_docstrings.py.
 METHODS_CLASSES = ("Config", "Model", "Linear")
 PUBLIC = {

@@ -13,6 +13,7 @@ import sparse_peft
 import sparse_peft.adapters
 import sparse_peft.calibrate
 import sparse_peft.planning
+import sparse_peft.sparsify
 import sparse_peft.support
 
 ROOT = Path(__file__).parents[1]
@@ -94,7 +95,14 @@ def documented(pages):
 
 @pytest.mark.parametrize(
     "module",
-    [sparse_peft, sparse_peft.adapters, sparse_peft.calibrate, sparse_peft.planning, sparse_peft.support],
+    [
+        sparse_peft,
+        sparse_peft.adapters,
+        sparse_peft.calibrate,
+        sparse_peft.planning,
+        sparse_peft.sparsify,
+        sparse_peft.support,
+    ],
     ids=lambda module: module.__name__,
 )
 def test_all_that_is_public_is_documented(module, documented):

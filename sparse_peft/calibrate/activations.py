@@ -185,3 +185,19 @@ def feature_norms(data: ModelPass, layers: Sequence[LayerView], outputs: Collect
 def second_moments(targets: Mapping[str, nn.Module]) -> FeatureSums:
     """Sums of ``x x^T`` over the inputs ``x`` of each layer: ``(in_features, in_features)`` in at least float32."""
     return FeatureSums(targets, lambda x: transposed_product(x, x))
+
+
+def first_two_moments(targets: Mapping[str, nn.Module]) -> FeatureSums:
+    """Sums of ``x`` and of ``x^2`` over the inputs of each layer: ``(2, in_features)`` in float64.
+
+    Float64 since a variance is the difference of two numbers that may be close.
+    """
+    return FeatureSums(targets, _two_sums)
+
+
+def _two_sums(x: Tensor) -> Tensor:
+    total = torch.zeros(2, x.shape[1], dtype=torch.float64, device=x.device)
+    for start, stop in panels(x.shape[0], x.shape[1] * torch.float64.itemsize):
+        panel = x[start:stop].to(torch.float64)
+        total += torch.stack((panel.sum(0), panel.square_().sum(0)))
+    return total

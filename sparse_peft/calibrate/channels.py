@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -32,12 +32,15 @@ class Side:
         dim: the dimension that counts the channels.
         in_dim: the dimension of input features.
         width: columns per channel.
+        matrices: the number of matrices that the weight consists of, one above the other; each has channels of its
+            own, numbered one matrix after the other.
     """
 
     shape: tuple[int, int]
     dim: int
     in_dim: int
     width: int = 1
+    matrices: int = 1
 
     @property
     def is_input(self) -> bool:
@@ -47,18 +50,23 @@ class Side:
     @property
     def size(self) -> int:
         """Number of channels."""
-        return self.shape[self.dim] // self.width
+        return self.matrices * self.part.shape[self.dim] // self.width
 
     @property
     def cost(self) -> int:
         """Parameters of one channel."""
-        return self.shape[1 - self.dim] * self.width
+        return self.part.shape[1 - self.dim] * self.width
+
+    @property
+    def part(self) -> Side:
+        """The channels of one matrix."""
+        return replace(self, shape=(self.shape[0] // self.matrices, self.shape[1]), matrices=1)
 
 
 def _sum_over(squares: Tensor, side: Side) -> Tensor:
     """Sums of ``(rows, cols)`` over everything but the channels."""
-    sums = squares.sum(1 - side.dim)
-    return sums.view(-1, side.width).sum(1)
+    sums = squares.view(side.matrices, -1, side.shape[1]).sum(2 - side.dim)
+    return sums.reshape(-1, side.width).sum(1)
 
 
 def weight_squares(weight: Tensor, side: Side) -> Tensor:
@@ -71,7 +79,7 @@ class _ChannelGradients(GradientPass):
 
     def __init__(self, layers: Sequence[LayerView], sides: Mapping[str, Side]) -> None:
         super().__init__(layers)
-        self.sides = sides
+        self.sides = {part.name: sides[layer.name].part for layer in layers for part in layer.parts}
         self.total: dict[str, Tensor] = {}
         self._new: dict[str, Tensor] = {}
 
@@ -119,7 +127,7 @@ def channel_squares(
         sides: ``{layer name: its channels}``.
 
     Returns:
-        ``{layer name: (channels,) float32}``.
+        ``{layer name: (channels,) float32}``; zeros for fused experts that no token reached.
 
     Raises:
         ValueError: no usable data, or a layer that it never reached.
@@ -127,11 +135,24 @@ def channel_squares(
     if criterion == "gradient":
         gradients = _ChannelGradients(layers, sides)
         gradients.run(data)
-        return gradients.total
+        return _of_layers(layers, sides, gradients.total)
     outputs = {name for name, side in sides.items() if not side.is_input}
     norms = feature_norms(data, layers, outputs)
-    squares = {name: norm.square() for name, norm in norms.items()}
+    squares = _of_layers(layers, sides, {name: norm.square() for name, norm in norms.items()})
     if criterion == "activation":
         return squares
     weights = {layer.name: weight_squares(layer.weight(), sides[layer.name]) for layer in layers}
     return {name: square * weights[name] for name, square in squares.items()}
+
+
+def _of_layers(
+    layers: Sequence[LayerView], sides: Mapping[str, Side], found: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """What was found of layers and of experts, by layer."""
+    joined = {}
+    for layer in layers:
+        names = [part.name for part in layer.parts]
+        like = next(found[name] for name in names if name in found)
+        none = torch.zeros(sides[layer.name].part.size, dtype=like.dtype, device=like.device)
+        joined[layer.name] = torch.cat([found.get(name, none) for name in names])
+    return joined

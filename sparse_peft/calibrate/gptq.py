@@ -1,4 +1,4 @@
-"""Codes and tables that minimise the error of a layer's outputs on known inputs.
+"""Weights changed column by column so that the error of a layer's outputs on known inputs stays small.
 
 With inputs of second moment ``H = mean(x x^T)``, the mean squared error of the outputs is ``tr(E H E^T)`` for an error
 ``E`` of the weight. Sources: GPTQ (https://arxiv.org/abs/2210.17323) and LeanQuant (https://arxiv.org/abs/2407.10032).
@@ -7,6 +7,7 @@ With inputs of second moment ``H = mean(x x^T)``, the mean squared error of the 
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -39,10 +40,18 @@ def check_moment(hessian: Tensor, cols: int, name: str = "") -> None:
         )
 
 
-def _inverse_factor(moment: Tensor, damping: float, name: str) -> Tensor:
+def inverse_factor(moment: Tensor, damping: float, name: str = "") -> Tensor:
     """Upper triangular ``U`` with ``U^T U`` the inverse of the damped moment.
 
     ``moment = V V^T`` with ``V`` upper triangular, the Cholesky factor counted from the last input; ``U = V^-1``.
+
+    Args:
+        moment: ``(cols, cols)`` second moment of the inputs.
+        damping: share of the mean diagonal that is added to the diagonal.
+        name: the layer's name, for error messages.
+
+    Raises:
+        ValueError: the damped moment is singular.
     """
     damped = moment.flip(0, 1)
     damped.diagonal().add_(damping * moment.diagonal().mean())
@@ -118,36 +127,53 @@ def compensated_sketch(
     if act_order:
         order = diagonal.argsort(descending=True, stable=True)
         moment = moment[order][:, order]
-    factor = _inverse_factor(moment, damping, name).to(torch.float32)
+    factor = inverse_factor(moment, damping, name).to(torch.float32)
     del moment
     group_of = column_groups(cols, groups, weight.device)[order].tolist()
     codes = torch.empty(rows, cols, dtype=torch.uint8, device=weight.device)
     for start, stop in panels(rows, cols * 4 * torch.float32.itemsize):
         panel = weight[start:stop].to(torch.float32)
         check_finite(panel, name)
-        found = _sweep(panel[:, order], codebooks[start:stop], factor, group_of, block)
+        found = _swept_codes(panel[:, order], codebooks[start:stop], factor, group_of, block)
         codes[start:stop, order] = found
     return codebooks, codes
 
 
-def _sweep(left: Tensor, codebooks: Tensor, factor: Tensor, group_of: list[int], block: int) -> Tensor:
-    """The codes ``(rows, cols)`` of the weights ``left``, which are overwritten; see GPTQ, algorithm 1."""
+def compensated_sweep(left: Tensor, factor: Tensor, store: Callable[[int, Tensor], Tensor], block: int) -> None:
+    """Change weights column by column; later columns compensate each column's error (GPTQ, algorithm 1).
+
+    Args:
+        left: ``(rows, cols)`` float32 weights, which are overwritten.
+        factor: ``(cols, cols)`` of ``inverse_factor``.
+        store: ``store(column, ahead)``: what is stored of a column. ``ahead`` has the current weights of this and of
+            the block's later columns, ``(up to block, rows)``; its first row is the column. It must not be changed.
+        block: columns between two updates of all following columns.
+    """
     cols = left.shape[1]
+    for first in range(0, cols, block):
+        last = min(first + block, cols)
+        columns = left[:, first:last].t().contiguous()  # contiguous per column
+        errors = torch.empty_like(columns)
+        for at, column in enumerate(range(first, last)):
+            errors[at] = (columns[at] - store(column, columns[at:])).div_(factor[column, column])
+            columns[at + 1 :].addr_(factor[column, column + 1 : last], errors[at], alpha=-1)
+        left[:, last:].addmm_(errors.t(), factor[first:last, last:], alpha=-1)
+
+
+def _swept_codes(left: Tensor, codebooks: Tensor, factor: Tensor, group_of: list[int], block: int) -> Tensor:
+    """The codes ``(rows, cols)`` of the weights ``left``, which are overwritten."""
     codes = torch.empty(left.shape, dtype=torch.uint8, device=left.device)
     # contiguous per column
     tables = codebooks.permute(1, 2, 0).contiguous()
     borders = midpoints(codebooks).permute(1, 2, 0).contiguous()
-    for first in range(0, cols, block):
-        last = min(first + block, cols)
-        columns = left[:, first:last].t().contiguous()
-        errors = torch.empty_like(columns)
-        for at, column in enumerate(range(first, last)):
-            group = group_of[column]
-            code = (columns[at] > borders[group]).sum(0)
-            codes[:, column] = code
-            errors[at] = (columns[at] - tables[group].gather(0, code[None]).squeeze(0)).div_(factor[column, column])
-            columns[at + 1 :].addr_(factor[column, column + 1 : last], errors[at], alpha=-1)
-        left[:, last:].addmm_(errors.t(), factor[first:last, last:], alpha=-1)
+
+    def store(column: int, ahead: Tensor) -> Tensor:
+        group = group_of[column]
+        code = (ahead[0] > borders[group]).sum(0)
+        codes[:, column] = code
+        return tables[group].gather(0, code[None]).squeeze(0)
+
+    compensated_sweep(left, factor, store, block)
     return codes
 
 

@@ -220,14 +220,21 @@ def _is_sliced(weight: Tensor, support: ChannelSupport) -> bool:
     return support.width == 1 or weight.ndim > 2
 
 
+def _of_rows(weight: Tensor, support: ChannelSupport) -> Tensor:
+    """The weight, with the rows of fused experts one above the other."""
+    is_of_experts = support.dim == 0 and weight.shape[0] != support.shape[0]
+    return weight.view(support.shape) if is_of_experts else weight
+
+
 def _read_channels(weight: Tensor, support: ChannelSupport) -> Tensor:
+    weight = _of_rows(weight, support)
     if _is_sliced(weight, support):
         return weight.index_select(support.dim, support.channels).reshape(-1)
     return weight.index_select(1, support.lines).reshape(-1)
 
 
 def _write_channels_(weight: Tensor, support: ChannelSupport, entries: Tensor) -> None:
-    weight, entries = weight.detach(), entries.detach()
+    weight, entries = _of_rows(weight.detach(), support), entries.detach()
     if _is_sliced(weight, support):
         weight.index_copy_(support.dim, support.channels.long(), entries.view(_channels_of(weight, support)))
     else:

@@ -212,14 +212,16 @@ class ExpertProduct:
         if isinstance(self.routing, OneExpert) and self.routing.tokens:
             number = self.routing.expert
             if entries == parts[number][0].nnz:
-                return product.support_grad(grad, x, parts[number][0], self.source.key + number)
+                part = parts[number][0]
+                return product.support_grad(grad, product.keep(x, part), part, self.source.key + number)
         values = torch.zeros(entries, dtype=accumulation_dtype(x.dtype), device=x.device)
         grad, x = self.routing.sort(grad), self.routing.sort(x)
         for expert, start, stop in self.routing.segments():
             part, first, last = parts[expert]
             if last > first:
                 place = slice(first - self.first, last - self.first)
-                values[place] = product.support_grad(grad[start:stop], x[start:stop], part, self.source.key + expert)
+                kept = product.keep(x[start:stop], part)
+                values[place] = product.support_grad(grad[start:stop], kept, part, self.source.key + expert)
         return values
 
 
@@ -233,6 +235,8 @@ def expert_parts(support: Support, experts: int) -> list[tuple[Support, int, int
 
 def _divide(support: Support, experts: int) -> list[tuple[Support, int, int]]:
     rows, cols = support.shape[0] // experts, support.shape[1]
+    if type(support) is not Support:
+        return [support.of_rows(number * rows, (number + 1) * rows) for number in range(experts)]
     ranges = support.entry_ranges([(number * rows, (number + 1) * rows) for number in range(experts)])
     found = []
     for number, (first, last) in enumerate(ranges):

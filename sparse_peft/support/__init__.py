@@ -17,7 +17,7 @@ from .blocks import (
     whole_blocks,
 )
 from .budget import ALLOCATIONS, Budget, Caps, allocate, apportion, divide, matches_layer, resolve_counts
-from .channels import ChannelSupport
+from .channels import ChannelSupport, ExpertColumns
 from .criteria import CRITERIA, Criterion, Statistics, get_criterion, select
 from .layout import Layout, RowGroup, layout_of
 from .regrowth import (
@@ -50,6 +50,7 @@ __all__ = [
     "ChannelSupport",
     "Criterion",
     "Exchange",
+    "ExpertColumns",
     "Layout",
     "Regrowth",
     "ReselectionSchedule",

@@ -163,3 +163,124 @@ class ChannelSupport(Support):
         name = f"{self.name!r}, " if self.name else ""
         kind = "rows" if self.dim == 0 else "columns"
         return f"ChannelSupport({name}shape={self.shape}, {kind}={self.count}, density={self.density:.3g})"
+
+
+class ExpertColumns(Support):
+    """All entries of some columns of each of several matrices that are stored one above the other.
+
+    Column ``c`` of matrix ``m`` has the number ``m * cols + c``. The values of a matrix's entries, in the order of
+    positions, are ``(rows of the matrix, its columns that train)`` in row-major order.
+
+    Args:
+        shape: ``(matrices * rows, cols)`` of the stored weight.
+        matrices: their number.
+        channels: ``(count,)`` integers, strictly increasing.
+        validate: whether to check ``channels``.
+        name: the layer's name, for error messages.
+
+    Attributes:
+        channels: ``(count,)`` int32.
+
+    Raises:
+        TypeError: channels that are no integers.
+        ValueError: channels that are out of range, not sorted or repeated, or rows that the matrices do not share.
+
+    Example:
+        >>> import torch
+        >>> from sparse_peft.support import ExpertColumns
+        >>> ExpertColumns((4, 3), matrices=2, channels=torch.tensor([0, 5])).indices.tolist()
+        [0, 3, 8, 11]
+    """
+
+    dim, width = 1, 1
+
+    def __init__(
+        self, shape: tuple[int, int], matrices: int, channels: Tensor, *, validate: bool = True, name: str = ""
+    ):
+        self.shape, self.matrices, self.name = (int(shape[0]), int(shape[1])), matrices, name
+        if shape[0] % matrices:
+            raise ValueError(f"{shape[0]} rows are not those of {matrices} matrices of equal size")
+        if validate:
+            check_sorted(channels, self.size, "columns", f"{matrices} matrices of {shape[1]} columns", name)
+        self.channels = channels.to(torch.int32)
+
+    @property
+    def size(self) -> int:
+        """Number of columns of all matrices."""
+        return self.matrices * self.shape[1]
+
+    @property
+    def height(self) -> int:
+        """Rows of one matrix."""
+        return self.shape[0] // self.matrices
+
+    @property
+    def count(self) -> int:
+        """Number of columns that train."""
+        return self.channels.numel()
+
+    @property
+    def nnz(self) -> int:
+        return self.count * self.height
+
+    @property
+    def device(self) -> torch.device:
+        return self.channels.device
+
+    @cached_property
+    def indices(self) -> Tensor:
+        """``(entries,)`` flat positions, computed at first use."""
+        channels, cols = self.channels.long(), self.shape[1]
+        rows = torch.div(channels, cols, rounding_mode="floor") * self.height
+        rows = rows + torch.arange(self.height, device=self.device)[:, None]
+        return (rows * cols + channels % cols).reshape(-1).sort().values.to(index_dtype(self.shape))
+
+    def to(self, device: torch.device | str) -> ExpertColumns:
+        channels = self.channels.to(device)
+        if channels is self.channels:
+            return self
+        return ExpertColumns(self.shape, self.matrices, channels, validate=False, name=self.name)
+
+    def of_rows(self, start: int, stop: int) -> tuple[Support, int, int]:
+        number, cols = start // self.height, self.shape[1]
+        if (start, stop) != (number * self.height, (number + 1) * self.height):
+            return super().of_rows(start, stop)
+        bounds = self.channels.new_tensor([number * cols, (number + 1) * cols])
+        first, last = torch.searchsorted(self.channels, bounds).tolist()
+        channels = self.channels[first:last] - number * cols
+        part = ChannelSupport((self.height, cols), 1, channels, validate=False, name=self.name)
+        return part, first * self.height, last * self.height
+
+    def union(self, *others: Support) -> tuple[Support, list[Tensor]]:
+        for other in others:
+            self._check_same_shape(other)
+        alike = [other for other in others if isinstance(other, ExpertColumns) and other.matrices == self.matrices]
+        if len(alike) < len(others):
+            return super().union(*others)
+        parts = [self, *(other.to(self.device) for other in alike)]
+        channels = torch.cat([part.channels for part in parts]).unique(sorted=True)
+        union = ExpertColumns(self.shape, self.matrices, channels, validate=False, name=self.name)
+        return union, [torch.searchsorted(union.indices, part.indices) for part in parts]
+
+    def free(self, entries: int) -> ExpertColumns:
+        """The lowest columns outside of the support, with as many entries.
+
+        Raises:
+            ValueError: no whole number of columns has so many entries, or the weight has not so many.
+        """
+        if entries % self.height:
+            raise ValueError(f"{layer_prefix(self.name)}{entries} entries: a column has {self.height}")
+        channels = self._lowest_outside(self.channels, entries // self.height, self.size)
+        return ExpertColumns(self.shape, self.matrices, channels, validate=False, name=self.name)
+
+    def __eq__(self, other: object) -> bool:
+        if isinstance(other, ExpertColumns) and other.matrices == self.matrices:
+            return self.shape == other.shape and torch.equal(self.channels, other.channels.to(self.device))
+        return super().__eq__(other)
+
+    def __repr__(self) -> str:
+        name = f"{self.name!r}, " if self.name else ""
+        return (
+            f"ExpertColumns({name}shape={self.shape}, matrices={self.matrices}, columns={self.count}, "
+            f"density={self.density:.3g})"
+        )

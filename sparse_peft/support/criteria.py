@@ -270,22 +270,32 @@ class Movement(GradientCriterion):
         return _floats(weight, self).to(torch.float32) * gradient.neg()
 
 
+class Snip(Movement):
+    """The entries whose removal changes the loss most: ``|w * g|`` (SNIP, section 4, https://arxiv.org/abs/1810.02340)."""
+
+    name = "snip"
+
+    def score_gradient(self, weight: Tensor | None, gradient: Tensor, batches: int) -> Tensor:
+        return super().score_gradient(weight, gradient, batches).abs_()
+
+
 # --------------------------------------------------------------------------------------------------------- activations
 
 
-class Wanda(Criterion):
-    """The largest products of weight and input norm (Wanda, section 3, https://arxiv.org/abs/2306.11695)."""
+class ActivationCriterion(Criterion):
+    """Scores from the norms of input features."""
 
-    name = "wanda"
     needs = "activation"
 
     def score(self, weight: Tensor | None, stats: Statistics | None = None, **options: Any) -> Tensor:
         if stats is None or stats.input_norms is None:
-            raise ValueError("selection='wanda' is computed from activations: pass stats=Statistics(input_norms=...)")
-        return self.score_inputs(_floats(weight, self), stats.input_norms, **options)
+            raise ValueError(
+                f"selection={self.name!r} is computed from activations: pass stats=Statistics(input_norms=...)"
+            )
+        return self._score(_floats(weight, self), stats.input_norms, **options)
 
-    def score_inputs(self, weight: Tensor, norms: Tensor, *, in_dim: int = 1) -> Tensor:
-        """Scores from input norms; ``in_dim`` is the weight's dimension of input features."""
+    def _score(self, weight: Tensor, norms: Tensor, *, in_dim: int = 1) -> Tensor:
+        """Checks the norms; ``in_dim`` is the weight's dimension of input features."""
         if in_dim not in (0, 1):
             raise ValueError(f"in_dim={in_dim!r}: the weight's dimension of input features, 0 or 1, is expected")
         if norms.shape != (weight.shape[in_dim],):
@@ -293,8 +303,37 @@ class Wanda(Criterion):
                 f"input norms of shape {tuple(norms.shape)} for a weight of shape {tuple(weight.shape)}, whose "
                 f"dimension {in_dim} counts the input features; weights stored (in, out) need in_dim=0"
             )
-        norms = norms.to(weight.device, torch.float32)
-        return _magnitude(weight).mul_(norms[:, None] if in_dim == 0 else norms)
+        return self.score_inputs(weight, norms.to(weight.device, torch.float32).unsqueeze(1 - in_dim), in_dim)
+
+    @abstractmethod
+    def score_inputs(self, weight: Tensor, norms: Tensor, in_dim: int) -> Tensor:
+        """Scores from float32 norms that broadcast over the weight."""
+
+
+class Wanda(ActivationCriterion):
+    """The largest products of weight and input norm (Wanda, section 3, https://arxiv.org/abs/2306.11695)."""
+
+    name = "wanda"
+
+    def score_inputs(self, weight: Tensor, norms: Tensor, in_dim: int) -> Tensor:
+        return _magnitude(weight).mul_(norms)
+
+
+class NoWag(ActivationCriterion):
+    """The largest normalised weights, times input norms (NoWag, section 3, https://arxiv.org/abs/2504.14569).
+
+    The weights of each input are divided by their L2 norm, then those of each output by theirs. The paper's score, of
+    which this is the square root, ranks the entries of a weight alike.
+    """
+
+    name = "nowag"
+    tiniest: ClassVar[float] = torch.finfo(torch.float32).tiny  # so that the weights of a pruned channel stay 0
+
+    def score_inputs(self, weight: Tensor, norms: Tensor, in_dim: int) -> Tensor:
+        scores = _magnitude(weight)
+        for dim in (1 - in_dim, in_dim):
+            scores.div_(torch.linalg.vector_norm(scores, dim=dim, keepdim=True).clamp_(min=self.tiniest))
+        return scores.mul_(norms)
 
 
 CRITERIA: dict[str, Criterion] = {
@@ -311,7 +350,9 @@ CRITERIA: dict[str, Criterion] = {
         Fisher(),
         Gallop(),
         Movement(),
+        Snip(),
         Wanda(),
+        NoWag(),
     )
 }
 """Criteria for single entries, by name."""

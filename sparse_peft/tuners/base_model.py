@@ -281,7 +281,7 @@ class BaseSparseModel(BaseTuner, Generic[ConfigT, StateT]):
             ValueError: a target's weight is shared.
         """
         for name, module in targets.items():
-            check_target(name, module, model, cls.layer_cls, cls.__name__, cls.takes_groups)
+            check_target(name, module, model, cls.layer_class_of(module), cls.__name__, cls.takes_groups)
         check_no_shared_weights(model, own_weights(targets))
 
     @classmethod
@@ -294,6 +294,11 @@ class BaseSparseModel(BaseTuner, Generic[ConfigT, StateT]):
             for key, value in state_dict.items()
             if key.endswith(f".{cls.counted_tensor}") and f".{cls.prefix}" in key
         }
+
+    @classmethod
+    def layer_class_of(cls, target: nn.Module) -> type[TunerLayer[Any]]:
+        """The class of a target's layer."""
+        return cls.layer_cls
 
     @classmethod
     def layer_options(cls, config: ConfigT) -> dict[str, Any]:
@@ -314,7 +319,7 @@ class BaseSparseModel(BaseTuner, Generic[ConfigT, StateT]):
         if isinstance(target, TunerLayer):
             layer = target
         else:
-            layer = self.layer_cls(
+            layer = self.layer_class_of(target)(
                 target, current_key, **self.layer_options(peft_config), **get_quantization_kwargs(self.model)
             )
             layer._active_adapter = adapter_name

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..ops import ENTRY_COMBINATIONS, Combination, combine_on_supports
-from ..support import ChannelSupport, Support, index_dtype
+from ..support import ChannelSupport, ExpertColumns, Support, index_dtype
 from .base_state import UNSET, TrainedState
 from .files.checks import check_loaded_entries
 from .files.positions import FLAT, NAMES, file_layout, pack, unpack
@@ -163,7 +163,7 @@ class Delta(TrainedState):
         yield from super().kept_tensors()
         # made with the first pass, if not before
         support = self.known_support()
-        if support is not None and not isinstance(support, ChannelSupport):
+        if support is not None and not isinstance(support, ChannelSupport | ExpertColumns):
             yield from (support.row_ptr, support.cols)
 
     @property

@@ -23,7 +23,7 @@ MODELS = {
     "qwen3-moe": Qwen3MoeConfig(**SMALL, num_experts=3, moe_intermediate_size=24, head_dim=8),
     "gpt-oss": GptOssConfig(**SMALL, num_local_experts=3, head_dim=8),
 }
-TRAIN_EXPERTS = ("sparse", "sara")
+TRAIN_EXPERTS = ("sparse", "sara", "s2ft", "sltrain")
 IDS = torch.arange(3, 13).view(2, 5)
 
 

@@ -21,6 +21,8 @@ def test_scores_match_their_formulas(dtype):
     gradient = weight_like(seed=1)
     norms = torch.rand(5) + 0.5
     w = weight.detach().double()
+    by_input = w / w.square().sum(0).sqrt()
+    by_both = by_input / by_input.square().sum(1, keepdim=True).sqrt()
     expected = {
         "magnitude": (None, {}, w.abs()),
         "magnitude_smallest": (None, {}, w.abs()),
@@ -28,7 +30,9 @@ def test_scores_match_their_formulas(dtype):
         "fisher": (Statistics(gradient=gradient.square(), batches=4), {}, gradient.double() ** 2 / 4),
         "gallop": (Statistics(gradient=gradient, batches=4), {}, (gradient.double() / 4).abs() / (w.abs() + 1e-8)),
         "movement": (Statistics(gradient=gradient, batches=4), {}, -w * gradient.double()),
+        "snip": (Statistics(gradient=gradient, batches=4), {}, (w * gradient.double()).abs()),
         "wanda": (Statistics(input_norms=norms), {}, w.abs() * norms.double()),
+        "nowag": (Statistics(input_norms=norms), {}, by_both.abs() * norms.double()),
         "threshold": (None, {"threshold": 0.5}, w.abs().masked_fill(w.abs() >= 0.5, torch.inf)),
     }
     assert set(expected) | {"random", "nonzero", "principal", "residual"} == set(CRITERIA)
@@ -47,6 +51,16 @@ def test_wanda_of_a_weight_stored_in_by_out():
         get_criterion("wanda").score(weight, Statistics(input_norms=norms))
     with pytest.raises(ValueError, match="in_dim=2"):
         get_criterion("wanda").score(weight, Statistics(input_norms=norms), in_dim=2)
+
+
+def test_nowag_of_a_weight_stored_in_by_out_and_with_a_channel_of_zeros():
+    weight, norms = weight_like(), torch.rand(5)
+    weight[:, 2] = 0
+    weight[3] = 0
+    found = get_criterion("nowag").score(weight, Statistics(input_norms=norms))
+    stored = get_criterion("nowag").score(weight.t(), Statistics(input_norms=norms), in_dim=0)
+    torch.testing.assert_close(stored.t(), found)
+    assert bool(found.isfinite().all()) and torch.equal(found == 0, weight == 0)
 
 
 @pytest.mark.parametrize("shape", [(30, 50), (50, 30), (40, 40)])

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ...numerics import sample_without_replacement, topk_indices
 from ...support import matches_layer
-from .structures import Structure
+from .members import Structure
 
 UNIT_ALLOCATIONS = ("per_layer", "global")
 
@@ -55,7 +55,7 @@ class UnitBudget:
                 raise ValueError(f"k={self.k}: layer {structure.members[0].name} has {most} channels")
             return max(1, self.k // structure.width)
         assert self.r is not None  # one of the four is given, and num_params was handled by the caller
-        parameters = self.r * sum(sum(member.side.shape) for member in structure.members)
+        parameters = self.r * sum(sum(shape) for shape in structure.matrices.values())
         units = math.ceil(parameters / structure.cost)
         if units > structure.size:
             raise ValueError(
@@ -122,7 +122,7 @@ class UnitChoice:
 
     Args:
         seed: of random units, together with the structure's name.
-        squares: ``squares(structure)``: ``(units,)`` squared scores; random units if None.
+        squares: ``squares(structure)``: ``(units,)`` squared scores; random units if None, and where all are zero.
         largest: whether large scores train.
         free: ``free(structure)``: ``(units,)`` bool, units that may train; all if None.
         avoided: names of the adapters that train the other units, for errors.
@@ -138,6 +138,11 @@ class UnitChoice:
         """``(units,)`` int64, ascending: the units that may train."""
         return torch.arange(structure.size) if self.free is None else self.free(structure).nonzero().squeeze(1)
 
+    def is_idle(self, members: list[Structure]) -> bool:
+        """Whether nothing is known of an expert, which no token reached: its channels are random."""
+        assert self.squares is not None
+        return all(s.kind[:1] == ("experts",) and not bool(self.squares(s).any()) for s in members)
+
     def best(self, members: list[Structure], count: int, name: str) -> dict[str, Tensor]:
         """The ``count`` best units of some structures together, ``{structure name: (units,) int64, ascending}``.
 
@@ -151,7 +156,7 @@ class UnitChoice:
                 f"layer {members[0].members[0].name}: {count} units are to train, but only {sum(sizes)} of "
                 f"{sum(s.size for s in members)} are left by avoid=[{self.avoided}]; lower the budget"
             )
-        if self.squares is None:
+        if self.squares is None or self.is_idle(members):
             picked = sample_without_replacement(sum(sizes), count, seed=self.seed, name=name)
         else:
             scores = [self.squares(s).cpu()[pool] for s, pool in zip(members, pools, strict=True)]

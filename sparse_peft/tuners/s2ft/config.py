@@ -80,7 +80,7 @@ class S2FTConfig(DeltaConfig):
     """
 
     method: ClassVar[str] = "SPARSE_PEFT_S2FT"
-    why_no_experts: ClassVar[str | None] = "channels are chosen for layers, and not for each of fused experts"
+    why_no_experts: ClassVar[str | None] = None
     deciding_fields: ClassVar[frozenset[str]] = SELECTION_FIELDS
     resolved_fields: ClassVar[tuple[str, ...]] = ("num_channels", "sides", "weight_shapes")
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ...ops import Combination
-from ...support import ChannelSupport, Support
+from ...support import ChannelSupport, ExpertColumns, Support
 from ..base_state import UNSET, TrainedState
 from ..delta import Delta
 from ..files.checks import check_dtype, check_values
@@ -19,15 +19,23 @@ from ..forms import LoraFactors, StateSizes, factors_of_lines
 BUFFERS = ("rows", "columns")
 
 
-def whole_channels(support: Support) -> ChannelSupport:
+Channels = ChannelSupport | ExpertColumns
+
+
+def whole_channels(support: Support) -> Channels:
     """The support, which must be one of whole channels.
 
     Raises:
         TypeError: it is one of single entries.
     """
-    if not isinstance(support, ChannelSupport):
+    if not isinstance(support, Channels):
         raise TypeError(f"layer {support.name}: a support of single entries, where one of whole channels is expected")
     return support
+
+
+def _across(shape: tuple[int, int], dim: int, matrices: int) -> int:
+    """Entries of a row, or of a column of one matrix."""
+    return shape[1] if dim == 0 else shape[0] // matrices
 
 
 class ChannelDelta(Delta):
@@ -38,6 +46,7 @@ class ChannelDelta(Delta):
         dim: 0: rows train, 1: columns do.
         count: number of channels.
         width: columns of a channel, more than 1 in convolutions.
+        matrices: the number of matrices that the weight consists of; each has columns of its own.
         name: the layer's name.
         draw: see ``Delta``.
         support: the channels, or None where they come later (from a file).
@@ -52,13 +61,14 @@ class ChannelDelta(Delta):
         dim: int,
         count: int,
         width: int,
+        matrices: int,
         name: str,
         draw: Callable[[Callable[[], Tensor], tuple[int, int]], Support],
         support: Support | None = None,
         scale: float = 1.0,
     ):
-        super().__init__(shape, count * width * shape[1 - dim], name, draw, scale)
-        self.dim, self.width = dim, width
+        super().__init__(shape, count * width * _across(shape, dim, matrices), name, draw, scale)
+        self.dim, self.width, self.matrices = dim, width, matrices
         if support is None:
             self.keep_positions({BUFFERS[dim]: torch.full((count,), UNSET, dtype=torch.int32)})
         else:
@@ -67,7 +77,7 @@ class ChannelDelta(Delta):
     @property
     def count(self) -> int:
         """Number of channels."""
-        return self.values.numel() // (self.width * self.shape[1 - self.dim])
+        return self.values.numel() // (self.width * _across(self.shape, self.dim, self.matrices))
 
     @classmethod
     def combine(cls, states: Sequence[Self], weights: Sequence[float], how: Combination) -> dict[str, Tensor]:
@@ -83,13 +93,22 @@ class ChannelDelta(Delta):
         return isinstance(other, ChannelDelta) and self.dim == other.dim
 
     def lora_factors(self, in_dim: int) -> LoraFactors:
-        return factors_of_lines(self.sparse_part(), self.dim, whole_channels(self.support).lines, in_dim)
+        if self.matrices > 1 or not isinstance(self.support, ChannelSupport):
+            raise ValueError(
+                f"layer {self.name}: channels of fused experts are no LoRA of one layer; export the merged model, or "
+                "entries with save_as_sparse"
+            )
+        return factors_of_lines(self.sparse_part(), self.dim, self.support.lines, in_dim)
 
     def sizes(self, save_dtype: torch.dtype) -> StateSizes:
         sizes = super().sizes(save_dtype)
+        if self.matrices > 1:  # each expert keeps its inputs
+            return replace(sizes, position_bytes=4 * self.count)
         return replace(sizes, channels=(self.dim, self.count), position_bytes=4 * self.count)
 
-    def support_from(self, buffer: Tensor) -> ChannelSupport:
+    def support_from(self, buffer: Tensor) -> Channels:
+        if self.dim == 1 and self.matrices > 1:
+            return ExpertColumns(self.shape, self.matrices, buffer, name=self.name)
         return ChannelSupport(self.shape, self.dim, buffer, self.width, name=self.name)
 
     def position_layout(self) -> dict[str, tuple[int, torch.dtype]]:
@@ -114,7 +133,7 @@ class ChannelDelta(Delta):
                 "the adapter_config.json it was saved with, on the base model it was made for"
             )
         check_dtype(values, "values", self.name)
-        ChannelSupport(self.shape, self.dim, channels, self.width, name=self.name)  # refuses what does not fit
+        self.support_from(channels)  # refuses what does not fit
         check_values(values, self.name, "load")
         return {own: channels.to(torch.int32)}
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..combination import Tensors
+from ..experts import is_named
 from ..forms import LoraFactors, weightless_layer
 from .config import S2FTConfig
 from .delta import BUFFERS
@@ -24,6 +25,11 @@ def skeleton_of_channels(
     side = (config.sides or {}).get(name)
     if side is None:
         return weightless_layer(shape)
+    if is_named(config.target_parameters, name):
+        raise NotImplementedError(
+            f"layer {name}: channels of fused experts are combined in a loaded model only; use add_weighted_adapter, "
+            "or save_as_sparse before compose and soup"
+        )
     rows, cols = shape
     dim = 0 if BUFFERS[0] in tensors else 1
     channels, values = tensors.get(BUFFERS[dim]), tensors.get("values")

@@ -13,19 +13,31 @@ from torch import Tensor, nn
 
 from ...calibrate import ModelPass, Side, channel_squares, given_gradients, weight_squares
 from ...ops import is_convolution
-from ...support import ChannelSupport, Support
+from ...support import ChannelSupport, ExpertColumns, Support
 from ..base_model import BaseSparseModel
 from ..combination import Tensors
 from ..delta_layer import SparseTunerLayer
+from ..expert_weights import ExpertWeight
 from ..forms import LoraFactors
-from ..targets import Targets, base_of, check_shapes, dense_weight, in_dim_of, layer_views, stored_shape
+from ..targets import (
+    Targets,
+    base_of,
+    check_shapes,
+    dense_weight,
+    experts_of,
+    in_dim_of,
+    layer_views,
+    stored_shape,
+)
 from .budget import UnitChoice, choose_units
 from .config import S2FTConfig
-from .delta import BUFFERS, ChannelDelta
+from .delta import BUFFERS, ChannelDelta, Channels
+from .experts import Gate, expert_side
 from .forms import channels_of_lora, skeleton_of_channels
 from .layer import S2FTLinear
+from .members import Structure
 from .roles import DEFAULT_TARGETS
-from .structures import Heads, Structure, build, side_of
+from .structures import Heads, build, side_of
 
 
 @dataclass(frozen=True)
@@ -41,7 +53,9 @@ class ChannelPlan:
     def make_delta(self, name: str) -> ChannelDelta:
         """The trained state of the layer of this name."""
         side, draw = self.side, partial(_not_chosen, name, self.selection)
-        return ChannelDelta(side.shape, side.dim, self.count, side.width, name, draw, self.support, self.scale)
+        return ChannelDelta(
+            side.shape, side.dim, self.count, side.width, side.matrices, name, draw, self.support, self.scale
+        )
 
 
 def _not_chosen(name: str, selection: str, *_: Any) -> Support:
@@ -131,7 +145,7 @@ class S2FTModel(BaseSparseModel[S2FTConfig, ChannelDelta]):
 
     def _new_choice(
         self, config: S2FTConfig, targets: Targets, sides: dict[str, Side]
-    ) -> tuple[dict[str, int], dict[str, ChannelSupport]]:
+    ) -> tuple[dict[str, int], dict[str, Channels]]:
         if not self._may_choose(config):
             _not_chosen(next(iter(targets)), config.selection)
         supports = self._choose(config, self.model, targets, sides)
@@ -148,9 +162,18 @@ class S2FTModel(BaseSparseModel[S2FTConfig, ChannelDelta]):
         return config.selection_needs == "none" and not config.avoid
 
     @staticmethod
-    def _sides(config: S2FTConfig, targets: Targets) -> dict[str, Side]:
+    def _expert_side(config: S2FTConfig, name: str, module: nn.Module) -> Side:
+        wanted, in_dim = (config.sides or {}).get(name) or config.side, in_dim_of(module)
+        dim = in_dim if expert_side(name, wanted) == "in" else 1 - in_dim
+        return Side(stored_shape(module), dim, in_dim, matrices=experts_of(module))
+
+    @classmethod
+    def _sides(cls, config: S2FTConfig, targets: Targets) -> dict[str, Side]:
         sides = {}
         for name, module in targets.items():
+            if isinstance(base_of(module), ExpertWeight):
+                sides[name] = cls._expert_side(config, name, module)
+                continue
             base, shape, in_dim = base_of(module), stored_shape(module), in_dim_of(module)
             taps = 1
             if is_convolution(base):
@@ -174,13 +197,16 @@ class S2FTModel(BaseSparseModel[S2FTConfig, ChannelDelta]):
         targets: Targets,
         sides: dict[str, Side],
         squares: dict[str, Tensor] | None = None,
-    ) -> dict[str, ChannelSupport]:
+    ) -> dict[str, Channels]:
         """Every layer's channels, by squared scores ``{layer: (channels,)}``, or by weights, or at random."""
+        bases = {name: base_of(module) for name, module in targets.items()}
+        experts = {name: base for name, base in bases.items() if isinstance(base, ExpertWeight)}
         structures = build(
             sides,
             granularity=config.granularity,
             coupled=config.coupled,
             heads=Heads.of(getattr(model, "config", None)),
+            gates={name: Gate.of(base.holder, base.parameter) for name, base in experts.items()},
         )
         if squares is None and config.selection == "weight":
             squares = {name: weight_squares(dense_weight(module), sides[name]) for name, module in targets.items()}
@@ -193,14 +219,14 @@ class S2FTModel(BaseSparseModel[S2FTConfig, ChannelDelta]):
             avoided=", ".join(map(repr, config.avoid or [])),
         )
         units = choose_units(structures, config.budget(), choice)
-        supports = {}
+        chosen: dict[str, list[Tensor]] = {}
         for structure in structures:
             for member in structure.members:
-                channels = member.units[units[structure.name]].reshape(-1).sort().values
-                side, device = member.side, base_of(targets[member.name]).weight.device
-                support = ChannelSupport(side.shape, side.dim, channels, side.width, name=member.name)
-                supports[member.name] = support if device.type == "meta" else support.to(device)
-        return {name: supports[name] for name in targets}
+                chosen.setdefault(member.name, []).append(member.units[units[structure.name]].reshape(-1))
+        return {
+            name: _support_of(name, sides[name], torch.cat(chosen[name]).sort().values, bases[name].weight.device)
+            for name in targets
+        }
 
     @staticmethod
     def _taken(config: S2FTConfig, targets: Targets, sides: dict[str, Side]) -> dict[str, Tensor] | None:
@@ -222,7 +248,7 @@ class S2FTModel(BaseSparseModel[S2FTConfig, ChannelDelta]):
                 if not (isinstance(module, SparseTunerLayer) and other in module.deltas):
                     continue
                 support = module.support(other)
-                if not isinstance(support, ChannelSupport) or (support.dim, support.width) != (side.dim, side.width):
+                if not isinstance(support, Channels) or (support.dim, support.width) != (side.dim, side.width):
                     raise ValueError(
                         f"avoid={config.avoid!r}: in layer {name} adapter {other!r} does not train "
                         f"{'input' if side.is_input else 'output'} channels as this one does, so their entries cannot "
@@ -242,7 +268,7 @@ class S2FTModel(BaseSparseModel[S2FTConfig, ChannelDelta]):
         *,
         loss_fn: Callable[[nn.Module, Any], Tensor] | None,
         oversample: float,
-    ) -> dict[str, ChannelSupport]:
+    ) -> dict[str, Channels]:
         sides = cls._sides(config, targets)
         if gradients is not None:
             if config.selection != "gradient":
@@ -263,6 +289,15 @@ class S2FTModel(BaseSparseModel[S2FTConfig, ChannelDelta]):
     @classmethod
     def from_lora(cls, factors: Mapping[str, LoraFactors], fan_in_fan_out: bool) -> tuple[dict[str, Any], Tensors]:
         return channels_of_lora(factors, fan_in_fan_out)
+
+
+def _support_of(name: str, side: Side, channels: Tensor, device: torch.device) -> Channels:
+    support: Channels
+    if side.dim == 1 and side.matrices > 1:
+        support = ExpertColumns(side.shape, side.matrices, channels, name=name)
+    else:
+        support = ChannelSupport(side.shape, side.dim, channels, side.width, name=name)
+    return support if device.type == "meta" else support.to(device)
 
 
 def _unit_squares(structure: Structure, squares: dict[str, Tensor], selection: str) -> Tensor:

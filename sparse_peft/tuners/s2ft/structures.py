@@ -8,59 +8,16 @@ heads. Nothing is permuted: a unit of a structure is a list of channels in each 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ...calibrate import Side
+from .experts import Gate, build_experts
+from .members import Member, Structure
 from .roles import ATTENTION, IN, OUT, SIDES, Role, role_of
-
-
-@dataclass(frozen=True)
-class Member:
-    """One layer's part in a structure.
-
-    Attributes:
-        name: the layer's.
-        side: its channels.
-        units: ``(units, channels of a unit)`` int64.
-    """
-
-    name: str
-    side: Side
-    units: Tensor
-
-
-@dataclass(frozen=True)
-class Structure:
-    """Layers that train the same units.
-
-    Attributes:
-        name: of the block, or of the layer where it is alone.
-        members: its layers.
-        kind: structures of one kind have equal sizes and compete for a global budget.
-    """
-
-    name: str
-    members: tuple[Member, ...]
-    kind: tuple = field(default=(), compare=False)
-
-    @property
-    def size(self) -> int:
-        """Number of units."""
-        return self.members[0].units.shape[0]
-
-    @property
-    def cost(self) -> int:
-        """Parameters of a unit."""
-        return sum(member.units.shape[1] * member.side.cost for member in self.members)
-
-    @property
-    def width(self) -> int:
-        """Channels of a unit, in the layer where it has most."""
-        return max(member.units.shape[1] for member in self.members)
 
 
 def side_of(name: str, shape: tuple[int, int], in_dim: int, wanted: str) -> str:
@@ -123,21 +80,31 @@ def _single(name: str, side: Side, units: Tensor) -> Structure:
     return Structure(name, (Member(name, side, units),), kind)
 
 
-def build(sides: dict[str, Side], *, granularity: str, coupled: bool, heads: Heads | None) -> list[Structure]:
-    """The structures of some layers, in the layers' order.
+def build(
+    sides: dict[str, Side],
+    *,
+    granularity: str,
+    coupled: bool,
+    heads: Heads | None,
+    gates: Mapping[str, Gate] | None = None,
+) -> list[Structure]:
+    """The structures of some layers, in the layers' order; each of fused experts has its own.
 
     Args:
         sides: ``{layer name: its channels}``.
         granularity: ``"channel"`` or ``"head"``; layers other than attention's always train channels.
         coupled: whether layers of one block select together.
         heads: the model's numbers of heads.
+        gates: ``{name of fused experts' parameter: how it has the gate's rows}``.
 
     Raises:
         ValueError: heads are wanted, and the model's config or a layer's size does not fit them.
     """
+    gates = gates or {}
     blocks: dict[tuple[str, str, bool], list[str]] = {}
     roles: dict[str, Role] = {}  # of the layers that train the side of their role
-    for name, side in sides.items():
+    linear = {name: side for name, side in sides.items() if name not in gates}
+    for name, side in linear.items():
         role = role_of(name)
         if role is not None and side.is_input == (SIDES[role.kind] == IN):
             roles[name] = role
@@ -159,7 +126,7 @@ def build(sides: dict[str, Side], *, granularity: str, coupled: bool, heads: Hea
             structures.append(_joined(block, "ffn", _identity(names, sides), roles))
         else:
             structures += _apart(_identity(names, sides))
-    return structures
+    return structures + build_experts(sides, gates, coupled)
 
 
 def _identity(names: Iterable[str], sides: dict[str, Side]) -> list[Member]:

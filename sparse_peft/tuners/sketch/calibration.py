@@ -5,9 +5,8 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
@@ -17,9 +16,9 @@ from transformers.utils import logging
 
 from ...calibrate import assign_codes, compensated_sketch, fit_codebooks, refit_codebooks
 from ...calibrate.activations import FeatureSums, second_moments
-from ...calibrate.block_chain import Chain, chains_of
+from ...calibrate.blockwise import change_blockwise
 from ...calibrate.codebooks import Sketch, ascending
-from ...calibrate.model_pass import ModelPass, token_mask
+from ...calibrate.model_pass import ModelPass
 from ...ops import code_gather, pack_codes
 from ..base_config import required
 from ..four_bit import prepare_four_bit
@@ -189,72 +188,14 @@ class _Calibration:
 
     @torch.no_grad()
     def run(self, data: ModelPass, sequential: bool | None) -> dict[str, Sketch]:
-        chains = [] if sequential is False else chains_of(self.model, list(self.targets))
-        if sequential and not chains:
-            raise ValueError(
-                f"sequential=True: no layer of {type(self.model).__name__} that the config targets is in an "
-                "nn.ModuleList of blocks; use sequential=False"
-            )
-        masks = self._record(chains, data) if chains else []
-        faults = [chain.fault for chain in chains if chain.fault is not None]
-        if sequential and faults:
-            raise ValueError(f"sequential=True: {faults[0]}; use sequential=False")
-        chains = [chain for chain in chains if chain.fault is None]
-        in_chains = {name for chain in chains for name in chain.places}
-        alone = {name: module for name, module in self.targets.items() if name not in in_chains}
-        if alone:
-            moments = second_moments(alone)
-            moments.run(data)
-            self._sketch(moments)
-        for chain in chains:
-            self._follow(chain, masks)
+        change_blockwise(data, self.targets, second_moments, self._sketch, self._decoded, sequential=sequential)
         self._warn_if_scarce()
         return self.sketches
 
-    def _record(self, chains: list[Chain], data: ModelPass) -> list[Tensor | None]:
-        """Run the dense model; returns the masks of the batches that are usable."""
-        masks = []
-
-        def use(batch: Any, is_last: bool) -> str | None:
-            for chain in chains:
-                chain.begin()
-            data.forward(batch)
-            faults = [fault for chain in chains if (fault := chain.end()) is not None]
-            if faults:
-                for chain in chains:
-                    chain.drop()
-                return faults[0]
-            masks.append(token_mask(batch))
-            return None
-
-        with ExitStack() as stack:
-            for chain in chains:
-                stack.enter_context(chain.recording())
-            data.each_batch(use)
-        return masks
-
-    def _follow(self, chain: Chain, masks: list[Tensor | None]) -> None:
-        """Sketch the blocks of a chain in order, each on the outputs of the sketched ones before it."""
-        last = max(chain.places.values())
-        for index in range(last + 1):
-            inside = {name: self.targets[name] for name, place in chain.places.items() if place == index}
-            if inside:
-                moments = second_moments(inside)
-                with moments.watching():
-                    for number, mask in enumerate(masks):
-                        fault = moments.add(partial(chain.run_block, index, number), mask)
-                        if fault is not None:
-                            raise ValueError(
-                                f"behind sketched blocks, {fault}; try more bits, or float32 or bfloat16 where the "
-                                "model runs in float16"
-                            )
-                self._sketch(moments)
-            if index < last:
-                with _computing_with({module: self.sketches[name] for name, module in inside.items()}):
-                    chain.advance(index)
+    def _decoded(self, names: Iterable[str]) -> AbstractContextManager[None]:
+        return _computing_with({self.targets[name]: self.sketches[name] for name in names})
 
     def _sketch(self, moments: FeatureSums) -> None:
-        moments.check_reached()
         for name, module in moments.targets.items():
             weight, tokens = _rows(module), moments.tokens[name]
             if tokens < weight.shape[1]:

@@ -9,6 +9,7 @@ from typing import Annotated, ClassVar
 from ...constraints import Count, OneOf, Positive, Probability
 from ...support import REFRESH
 from ..base_config import explains_fields, required
+from ..experts import CURE, is_named
 from ..sparse.config import SparseConfig
 
 TRAINING_MODES = ("finetune", "pretrain")
@@ -41,6 +42,9 @@ class SLTrainConfig(SparseConfig):
             one product after the other, ``"auto"``: the faster one by an estimate. It changes speed, not results.
         selection: criterion of the sparse part's positions; in pretraining at random, or changing during training.
 
+    Fused experts (``target_parameters``, ``target_experts``) train the sparse part alone: a low-rank part has factors
+    of one matrix.
+
     The other fields are those of [`SparseConfig`][sparse_peft.SparseConfig], for the sparse part.
 
     Raises:
@@ -57,9 +61,6 @@ class SLTrainConfig(SparseConfig):
     """
 
     method: ClassVar[str] = "SPARSE_PEFT_SLTRAIN"
-    why_no_experts: ClassVar[str | None] = (
-        "its low-rank part has factors of one matrix, and fused experts are many matrices"
-    )
     budget_fields: ClassVar[tuple[str, ...]] = ("density", "num_params")
 
     r: Count | None = field(default=None, metadata={"help": "Rank of the low-rank part; 8 for fine-tuning."})
@@ -104,9 +105,16 @@ class SLTrainConfig(SparseConfig):
 
     def claimed_sizes(self, layer: str) -> Iterator[tuple[str, int, str]]:
         yield from super().claimed_sizes(layer)
-        yield "r", required(self.r, "r"), "A.0"
+        if not is_named(self.target_parameters, layer):  # fused experts have no low-rank part
+            yield "r", required(self.r, "r"), "A.0"
 
     def _check_pretraining(self) -> None:
+        if self.names_experts:
+            given = "target_experts" if self.target_experts else "target_parameters"
+            raise ValueError(
+                f"{given}={getattr(self, given)!r} with mode='pretrain': sparse plus low rank takes the place of "
+                f"linear layers' weights, and fused experts keep theirs; use mode='finetune', or {CURE}"
+            )
         if self.dropout:
             raise ValueError(f"dropout={self.dropout} with mode='pretrain': inputs cannot be left out of a part alone")
         if self.criterion.needs != "none":

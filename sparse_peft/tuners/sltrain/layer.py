@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from ...ops import cheaper_way, compose_weight, sparse_low_rank_linear
 from ..backups import SET_ASIDE
 from ..base_layer import Step
+from ..delta import SparseDelta
 from ..delta_layer import SparseTunerLayer
 from ..ledger import Weight
 from ..low_rank import LowRankLayer
@@ -144,3 +145,17 @@ class SLTrainLinear(LowRankLayer[SLTrainDelta], SparseTunerLayer[SLTrainDelta]):
                 "besides it. There is no base model to compare with; keep a copy of the model instead"
             )
         super().enable_adapters(enabled)
+
+
+class SLTrainExperts(SparseTunerLayer[SparseDelta]):
+    """Fused experts with the sparse part of an SLTrain adapter; a low-rank part has factors of one matrix.
+
+    SLTrain, https://arxiv.org/abs/2406.02214. Arguments are those of ``SparseTunerLayer``.
+    """
+
+    config_cls = SLTrainConfig
+
+    def __init__(self, base_layer: nn.Module, name: str, resident: bool = True, **kwargs: Any) -> None:
+        for option in ("weightless", "backend"):  # of linear layers
+            kwargs.pop(option, None)
+        super().__init__(base_layer, name, resident, **kwargs)

@@ -9,14 +9,17 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
+from ..base_layer import TunerLayer
 from ..combination import Tensors
 from ..entry_model import DeltaPlan
+from ..expert_weights import ExpertWeight
+from ..experts import is_named
 from ..low_rank import check_rank, factor_sizes, skeleton_of_factors
 from ..sparse.model import SparseModel
 from ..targets import Targets, base_of, in_dim_of, stored_shape
 from .config import SLTrainConfig
 from .delta import SLTrainDelta
-from .layer import SLTrainLinear
+from .layer import SLTrainExperts, SLTrainLinear
 
 
 @dataclass(frozen=True)
@@ -62,6 +65,10 @@ class SLTrainModel(SparseModel[SLTrainConfig, SLTrainDelta]):
     takes_groups = False
 
     @classmethod
+    def layer_class_of(cls, target: nn.Module) -> type[TunerLayer[Any]]:
+        return SLTrainExperts if isinstance(base_of(target), ExpertWeight) else cls.layer_cls
+
+    @classmethod
     def layer_options(cls, config: SLTrainConfig) -> dict[str, Any]:
         return {"resident": config.resident, "weightless": config.mode == "pretrain", "backend": config.backend}
 
@@ -78,8 +85,14 @@ class SLTrainModel(SparseModel[SLTrainConfig, SLTrainDelta]):
         targets: Targets,
         adapter_name: str,
         file_entries: dict[str, int] | None,
-    ) -> dict[str, SLTrainPlan]:
-        for name, module in targets.items():
+    ) -> dict[str, SLTrainPlan | DeltaPlan]:
+        # experts in a file have no module of experts around them
+        linear = {
+            name: module
+            for name, module in targets.items()
+            if not (isinstance(base_of(module), ExpertWeight) or is_named(config.target_parameters, name))
+        }
+        for name, module in linear.items():
             base = base_of(module)
             if config.mode == "pretrain" and type(base) is not nn.Linear:
                 raise TypeError(
@@ -89,14 +102,16 @@ class SLTrainModel(SparseModel[SLTrainConfig, SLTrainDelta]):
                 )
             check_rank(name, config.rank, stored_shape(module), "r")
         plans = self.plan_entries(config, targets, adapter_name, file_entries)
-        sizes = {name: factor_sizes(plans[name].shape, in_dim_of(module)) for name, module in targets.items()}
-        return {name: SLTrainPlan(plans[name], sizes[name], config) for name in targets}
+        sizes = {name: factor_sizes(plans[name].shape, in_dim_of(module)) for name, module in linear.items()}
+        with_factors = {name: SLTrainPlan(plans[name], sizes[name], config) for name in linear}
+        return {name: with_factors.get(name, plans[name]) for name in targets}
 
     @classmethod
     def combined_fields(cls, configs: Sequence[SLTrainConfig], tensors: Tensors) -> dict[str, Any]:
         # the scales are in B now; one rank is for all layers, so smaller ones are padded
-        rank = max(found["A"].shape[0] for found in tensors.values())
-        for found in tensors.values():
+        with_factors = [found for found in tensors.values() if "A" in found]
+        rank = max((found["A"].shape[0] for found in with_factors), default=configs[0].rank)
+        for found in with_factors:
             more = rank - found["A"].shape[0]
             found["A"], found["B"] = pad(found["A"], (0, 0, 0, more)), pad(found["B"], (0, more))
         fields = super().combined_fields(configs, tensors)
@@ -106,6 +121,8 @@ class SLTrainModel(SparseModel[SLTrainConfig, SLTrainDelta]):
     def skeleton_layer(
         cls, config: SLTrainConfig, name: str, shape: tuple[int, int], tensors: Mapping[str, Tensor]
     ) -> nn.Module:
+        if is_named(config.target_parameters, name):
+            return super().skeleton_layer(config, name, shape, tensors)
         return skeleton_of_factors(name, shape, tensors, config.rank)
 
     # ------------------------------------------------------------------ pretraining

@@ -12,9 +12,9 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging
 
-import sparse_peft.tuners.sketch.calibration as calibration
 from sparse_peft import SketchConfig, sketch_model
 from sparse_peft.calibrate import assign_codes, compensated_sketch, fit_codebooks, output_error, refit_codebooks
+from sparse_peft.calibrate.block_chain import Chain
 from sparse_peft.ops import pack_codes, unpack_codes
 
 QKVO = ["q_proj", "k_proj", "v_proj", "o_proj", "down_proj"]
@@ -279,14 +279,14 @@ def test_the_model_and_the_config_stay_as_they_are(sequential):
 
 def test_an_exception_leaves_nothing_behind(monkeypatch):
     model, calls = llama(), []
-    advance = calibration.Chain.advance
+    advance = Chain.advance
 
     def fail(self, index):
         calls.append(model.model.layers[index].self_attn.q_proj.forward)
         advance(self, index)
         raise KeyError("stopped")
 
-    monkeypatch.setattr(calibration.Chain, "advance", fail)
+    monkeypatch.setattr(Chain, "advance", fail)
     with pytest.raises(KeyError, match="stopped"):
         sketch_model(model, config_of(), batches(), progress=False)
 

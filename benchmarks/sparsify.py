@@ -1,0 +1,125 @@
+"""``python -m benchmarks.sparsify``: what a real model loses when half of its weights, or more, become zero.
+
+SmolLM2-135M's linear layers are pruned without training, and the loss on held-out text is measured; text, blocks and
+the dense model are those of ``benchmarks.sketch``. The model comes back bit for bit after each way.
+
+The model's file is quantised to four bits, so that some two weights in a hundred are zero already.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import torch
+import typer
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor, nn
+
+from examples.smollm2 import held_out_loss, kjv_blocks, load_model, load_tokenizer
+from sparse_peft.sparsify import prune, restore
+
+from .report import environment, write_json
+from .sketch import CPU, as_batches
+
+RESULTS = Path(__file__).parent / "results" / "sparsify-smollm2-cpu.json"
+PATTERNS: tuple[float | str, ...] = (0.5, 0.6, "2:4")
+# {name: arguments of prune}
+WAYS: dict[str, dict[str, Any]] = {
+    "random": {"score": "random"},
+    "magnitude": {"score": "magnitude"},
+    "Wanda": {"score": "wanda"},
+    "NoWag": {"score": "nowag"},
+    "Wanda, DSnoT": {"score": "wanda", "refine": "dsnot"},
+    "SparseGPT": {"score": "sparsegpt"},
+}
+
+
+@dataclass(frozen=True)
+class Quality:
+    """What a way of pruning costs: ``density`` is the share of the linear layers' weights that stay."""
+
+    way: str
+    pattern: str
+    density: float
+    loss: float
+    perplexity: float
+    cpu_seconds: float
+
+
+@torch.no_grad()
+def quality(
+    model: nn.Module, name: str, pattern: float | str, data: list[dict[str, Tensor]], unseen: list[list[int]]
+) -> Quality:
+    """The held-out loss of the pruned model, which comes back."""
+    began = time.process_time()
+    masks = prune(model, pattern, calibration=data, restorable=True, progress=False, **WAYS[name])
+    seconds = time.process_time() - began
+    try:
+        loss = held_out_loss(model, unseen)
+    finally:
+        restore(model)
+    return Quality(name, str(pattern), masks.density, loss, math.exp(loss), seconds)
+
+
+def show(console: Console, dense: float, rows: list[Quality]) -> None:
+    table = Table(title=f"perplexity on held-out text; of the dense model {math.exp(dense):.2f}")
+    patterns = list(dict.fromkeys(row.pattern for row in rows))
+    for name in ("way", *patterns, "CPU s"):
+        table.add_column(name, justify="left" if name == "way" else "right", no_wrap=True)
+    for way in dict.fromkeys(row.way for row in rows):
+        own = {row.pattern: row for row in rows if row.way == way}
+        cells = [f"{own[pattern].perplexity:.2f}" if pattern in own else "-" for pattern in patterns]
+        table.add_row(way, *cells, f"{max(row.cpu_seconds for row in own.values()):.0f}")
+    console.print(table)
+
+
+def main(
+    pattern: Annotated[
+        list[str] | None, typer.Option(help="Shares of zeros or n:m; by default 0.5, 0.6, 2:4.")
+    ] = None,
+    only: Annotated[list[str] | None, typer.Option(help="Ways to measure.")] = None,
+    calibration: Annotated[int, typer.Option(min=1, help="Blocks of training text that scores see.")] = 32,
+    held_out: Annotated[int, typer.Option(min=1, help="Blocks of held-out text.")] = 64,
+    length: Annotated[int, typer.Option(min=2, help="Tokens of a block.")] = 128,
+    out: Annotated[Path, typer.Option(help="Where the figures go, after each of them.")] = RESULTS,
+) -> None:
+    """The loss of SmolLM2-135M on held-out text with its linear layers pruned."""
+    unknown = set(only or ()) - set(WAYS)
+    if unknown:
+        raise typer.BadParameter(f"--only {', '.join(map(repr, unknown))}: some of {', '.join(map(repr, WAYS))}")
+    patterns = PATTERNS if pattern is None else [text if ":" in text else float(text) for text in pattern]
+    console = Console()
+    tokenizer, model = load_tokenizer(), load_model()
+    data = as_batches(kjv_blocks(tokenizer, length, limit=calibration), 8)
+    unseen = kjv_blocks(tokenizer, length, "heldout", limit=held_out)
+    dense, rows = held_out_loss(model, unseen), []
+    for wanted in patterns:
+        for name in only or WAYS:
+            rows.append(quality(model, name, wanted, data, unseen))
+            console.print(f"{name}, {wanted}: {rows[-1].loss:.4f} in {rows[-1].cpu_seconds:.0f} s")
+            write_json(
+                out,
+                {
+                    "format": 1,
+                    "environment": environment(CPU),
+                    "options": {"calibration_blocks": calibration, "held_out_blocks": held_out, "length": length},
+                    "dense_loss": dense,
+                    "rows": [asdict(row) for row in rows],
+                },
+            )
+    restored = held_out_loss(model, unseen)
+    if restored != dense:
+        raise RuntimeError(f"the restored model's loss is {restored}, the dense one's {dense}")
+    show(console, dense, rows)
+
+
+if __name__ == "__main__":
+    typer.run(main)

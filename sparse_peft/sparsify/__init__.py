@@ -1,0 +1,32 @@
+"""Sparse weights: which weights of a model may be non-zero, chosen without training.
+
+Three notions make a pruning method. A *pattern* is the sets of weights that may stay, a *score* ranks them, and a
+*time plan* says when; here it is "once". Start reading at [`prune`][sparse_peft.sparsify.prune].
+"""
+
+from .dsnot import DSnoT
+from .masks import LayerMask, Masks, Removed, masks_of, restore
+from .patterns import NM, Blocks, Channels, Pattern, Unstructured, as_pattern
+from .prune import ALLOCATIONS, REFINEMENTS, prune
+from .scores import SCORES
+from .sparsegpt import SparseGPT
+
+__all__ = [
+    "ALLOCATIONS",
+    "NM",
+    "REFINEMENTS",
+    "SCORES",
+    "Blocks",
+    "Channels",
+    "DSnoT",
+    "LayerMask",
+    "Masks",
+    "Pattern",
+    "Removed",
+    "SparseGPT",
+    "Unstructured",
+    "as_pattern",
+    "masks_of",
+    "prune",
+    "restore",
+]
