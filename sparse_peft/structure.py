@@ -5,26 +5,39 @@ from __future__ import annotations
 import copy
 import json
 import os
+import re
 from pathlib import Path
 
 import torch
 import transformers
+from huggingface_hub import constants, hf_hub_download, model_info
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    GatedRepoError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+)
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
+EXPECTED = "a model's folder, its config.json or its name on the Hub is expected"
+SECONDS = 10.0  # that the Hub may take to answer
+HUB_NAME = re.compile(r"\w[\w.-]*(/[\w.-]+)?")  # of a repository, with or without its owner
 
-def read_model_config(path: str | os.PathLike) -> PretrainedConfig:
-    """A model's config from its folder or its ``config.json``; nothing is downloaded and no code of it is run.
+
+def read_model_config(model: str | os.PathLike) -> PretrainedConfig:
+    """A model's config from its folder, its ``config.json`` or the Hub; no code of it is run.
+
+    Args:
+        model: path of the folder or file; where it does not exist, the model's name on the Hub. Of that only
+            ``config.json`` is downloaded, or taken from the cache.
 
     Raises:
-        FileNotFoundError: there is no such file or folder.
+        FileNotFoundError: there is no such file or folder, and the Hub does not have it or is out of reach.
         ValueError: it is no transformers config, or one of an adapter.
     """
-    path = Path(path)
+    path = Path(model)
     if not path.exists():
-        raise FileNotFoundError(
-            f"{path}: no such file or folder; a model's folder or its config.json is expected. A model of the hub is "
-            f"fetched with `hf download {path} config.json --local-dir FOLDER`"
-        )
+        path = _config_on_hub(os.fspath(model))
     file = path / "config.json" if path.is_dir() else path
     if not file.is_file():
         is_adapter = (path / "adapter_config.json").is_file()
@@ -45,6 +58,33 @@ def read_model_config(path: str | os.PathLike) -> PretrainedConfig:
     except Exception as error:  # a config's constructor may raise anything
         reason = _first_line(error)
         raise ValueError(f"{file}: transformers {transformers.__version__} cannot use it ({reason})") from error
+
+
+def _config_on_hub(name: str) -> Path:
+    """The file of a model's config: of the Hub's cache, or else downloaded."""
+    if HUB_NAME.fullmatch(name) is None:
+        raise FileNotFoundError(f"{name}: no such file or folder; {EXPECTED}")
+    try:
+        return Path(hf_hub_download(name, "config.json", local_files_only=True))
+    except LocalEntryNotFoundError:
+        pass
+    try:
+        model_info(name, timeout=SECONDS)  # one attempt, where a download makes six
+        return Path(hf_hub_download(name, "config.json"))
+    except Exception as error:  # of whichever HTTP client huggingface_hub uses
+        raise FileNotFoundError(f"{name}: no such folder, and {_why_not(error)}; {EXPECTED}") from error
+
+
+def _why_not(error: Exception) -> str:
+    if constants.HF_HUB_OFFLINE:
+        return "not in the Hub's cache, while HF_HUB_OFFLINE forbids downloads"
+    if isinstance(error, GatedRepoError):
+        return "the Hub gives it on request only: ask for access on its page, and log in with `hf auth login`"
+    if isinstance(error, RepositoryNotFoundError):
+        return "the Hub has no such model, or it is private and needs `hf auth login`"
+    if isinstance(error, EntryNotFoundError) and not isinstance(error, LocalEntryNotFoundError):
+        return "the Hub's model of this name has no config.json"
+    return f"the Hub at {constants.ENDPOINT} cannot be reached"
 
 
 def named_class(config: PretrainedConfig) -> type[PreTrainedModel] | None:

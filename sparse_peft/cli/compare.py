@@ -12,7 +12,7 @@ from rich.markup import escape
 from ..adapters import Comparison
 from ..adapters import compare as compare_adapters
 from .folders import adapter_folder
-from .output import JsonOption, answering, count_text, progress, short_names, table, value_text
+from .output import JsonOption, answering, count_text, progress, short_names, show_table, table, value_text
 
 
 def compare(
@@ -50,7 +50,7 @@ def show(console: Console, found: Comparison) -> None:
     ]
     if rows:
         columns = ["layer", "entries A", "B", "jaccard", "cosine", "norm A", "B", "|A - B|"]
-        console.print(table(columns, rows, gap=1))
+        show_table(console, table(columns, rows, gap=1))
     for label, only in (("A", found.only_a), ("B", found.only_b)):
         if only:
             more = f" and {len(only) - 4} more" if len(only) > 4 else ""

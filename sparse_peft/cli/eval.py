@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from _sparse_peft_startup.install import install_advice
 
 from .folders import adapter_folder
-from .output import JsonOption, UsageError, answering, table
+from .output import JsonOption, UsageError, answering, show_table, table
 
 
 def eval(
@@ -141,7 +141,8 @@ def show(console: Console, folder: str, scores: list[Score]) -> None:
         ]
         for score in scores
     ]
-    console.print(table(["task", "metric", "before", "after", "± error", "change", "forgotten"], rows))
+    columns = ["task", "metric", "before", "after", "± error", "change", "forgotten"]
+    show_table(console, table(columns, rows))
     forgotten = [score.forgotten for score in scores if score.forgotten is not None]
     if forgotten:
         console.print(f"[bold]forgotten[/], mean of {len(forgotten)}: {sum(forgotten) / len(forgotten):.4g}")

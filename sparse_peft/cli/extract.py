@@ -16,7 +16,18 @@ from ..adapters import extract as extract_adapter
 from ..registry import method_named
 from .fields import option_help, parse_fields
 from .folders import model_folder, new_folder
-from .output import ForceOption, JsonOption, answering, asked, count_text, share_text, short_names, table, working
+from .output import (
+    ForceOption,
+    JsonOption,
+    answering,
+    asked,
+    count_text,
+    share_text,
+    short_names,
+    show_table,
+    table,
+    working,
+)
 
 ENTRIES = method_named("sparse").config_class  # of the adapter that is written
 LEAST_KEPT = 10  # layers that are listed for people
@@ -80,7 +91,7 @@ def show(console: Console, made: Extraction, out: str) -> None:
         for layer in least
     ]
     title = f"Least kept ({len(least)} of {len(made.layers)} layers)"
-    console.print(table(["layer", "entries", "changed", "kept", "inexact"], rows, title))
+    show_table(console, table(["layer", "entries", "changed", "kept", "inexact"], rows), title)
     console.print()
     console.print(f"[bold]{escape(out)}[/]: {count_text(made.entries)} entries", soft_wrap=True)
     console.print(f"they have {share_text(made.kept)} of the squared difference of the adapted layers")

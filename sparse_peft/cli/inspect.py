@@ -25,6 +25,7 @@ from .output import (
     progress,
     share_text,
     short_names,
+    show_table,
     table,
 )
 
@@ -59,9 +60,9 @@ def show(console: Console, found: AdapterSummary, plot: Path | None = None, all_
     console.print(f"for {escape(str(found.base_model or 'a base model without a name'))}", soft_wrap=True)
     console.print()
     if all_layers or len(found.layers) <= MOST_LISTED:
-        console.print(layer_table(found.layers))
+        show_table(console, layer_table(found.layers))
     else:
-        console.print(kind_table(found.layers))
+        show_table(console, kind_table(found.layers))
         console.print("[dim]layers of one kind together; --layers lists all[/]")
     console.print()
     trained = f"{count_text(found.parameters)} parameters in {len(found.layers)} layers"

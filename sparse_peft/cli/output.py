@@ -9,13 +9,15 @@ import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
-from typing import Annotated, Any, NoReturn, TypeVar
+from typing import Annotated, Any, Literal, NoReturn, TypeVar
 
 import typer
 from rich.console import Console
 from rich.markup import escape
+from rich.panel import Panel
 from rich.progress import track
 from rich.table import Table
+from rich.text import Text
 
 from ..adapters.files import NoAdapterError
 
@@ -27,6 +29,7 @@ JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object 
 ForceOption = Annotated[bool, typer.Option("--force", help="Replace what is there.")]
 
 Item = TypeVar("Item")
+Cell = str | Text  # of a table
 
 
 class UsageError(Exception):
@@ -159,16 +162,36 @@ def working(what: str) -> Iterator[None]:
         yield
 
 
-def table(columns: Sequence[str], rows: Iterable[Sequence[str]], title: str | None = None, gap: int = 2) -> Table:
-    """A plain table: words in its first column, numbers in the others, ``gap`` spaces between them."""
-    made = Table(
-        title=title, title_justify="left", title_style="bold", box=None, pad_edge=False, padding=(0, gap, 0, 0)
-    )
+def table(columns: Sequence[str], rows: Iterable[Sequence[Cell]], gap: int = 2, totals: Iterable[int] = ()) -> Table:
+    """A plain table: words in its first column, numbers in the others.
+
+    Args:
+        columns: their headings.
+        rows: a cell for each column.
+        gap: spaces between columns.
+        totals: rows that are printed bold, from the end where negative.
+    """
+    made = Table(box=None, pad_edge=False, padding=(0, gap, 0, 0))
     for number, column in enumerate(columns):
-        made.add_column(column, justify="right" if number else "left", no_wrap=True, header_style="dim")
-    for row in rows:
-        made.add_row(*(escape(cell) for cell in row))
+        style = None if number else "cyan"
+        justify: Literal["left", "right"] = "right" if number else "left"
+        made.add_column(column, justify=justify, no_wrap=True, header_style="dim", style=style)
+    lines = list(rows)
+    bold = {number % len(lines) for number in totals if lines}
+    for number, row in enumerate(lines):
+        cells = (cell if isinstance(cell, Text) else escape(cell) for cell in row)
+        made.add_row(*cells, style="bold" if number in bold else None)
     return made
+
+
+def show_table(console: Console, made: Table, title: str | None = None) -> None:
+    """Print a table: in a panel like those of ``--help`` on a terminal, with nothing around it elsewhere."""
+    if console.is_terminal:
+        console.print(Panel(made, title=title, title_align="left", border_style="dim", expand=False))
+        return
+    if title is not None:
+        console.print(f"[bold]{escape(title)}[/]")
+    console.print(made)
 
 
 def value_text(value: Any) -> str:

@@ -2,22 +2,40 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+from collections.abc import Callable, Sequence
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.markup import escape
+from rich.table import Table
+from rich.text import Text
 
-from ..planning import FORMATS, OPTIMIZERS, PlanOptions, TrainingPlan, plan_training
+from ..planning import FORMATS, GPU_SIZES, OPTIMIZERS, LayerKind, Need, PlanOptions, TrainingPlan, plan_training
 from ..registry import method_named
 from ..structure import read_model_config
 from .fields import METHOD_HELP, check_field, option_help, parse_fields
-from .output import JsonOption, answering, asked, bytes_text, count_text, fields_text, seconds_text, share_text, table
+from .output import (
+    Cell,
+    JsonOption,
+    answering,
+    asked,
+    bytes_text,
+    count_text,
+    fields_text,
+    seconds_text,
+    share_text,
+    show_table,
+    table,
+)
+
+GB = 1e9
 
 
 def plan(
-    model: Annotated[Path, typer.Argument(help="A model's folder, or its config.json.", metavar="MODEL")],
+    model: Annotated[
+        str, typer.Argument(help="A model's folder, its config.json, or its name on the Hub.", metavar="MODEL")
+    ],
     method: Annotated[str, typer.Option(help=METHOD_HELP)] = "sparse",
     density: Annotated[float | None, typer.Option(help=option_help("density"))] = None,
     r: Annotated[int | None, typer.Option("--r", help="Rank, or LoRA-rank equivalent.")] = None,
@@ -38,6 +56,7 @@ def plan(
     checkpointing: Annotated[bool, typer.Option("--checkpointing", help="Recompute activations.")] = False,
     flops: Annotated[float | None, typer.Option(help="Operations a second; measured if not given.")] = None,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    memory: Annotated[float | None, typer.Option(help="GB to stay below; what needs more is marked.", min=0)] = None,
     as_json: JsonOption = False,
 ) -> None:
     """What would train, and what a step takes: memory and time, beside LoRA and full fine-tuning. Loads no weights."""
@@ -53,58 +72,101 @@ def plan(
             options = PlanOptions(base, optimizer, batch, length, checkpointing, flops, device)
             model_config = read_model_config(model)
         made = plan_training(model_config, config, options)
-        answer.content = made.to_dict()
-        answer.show = lambda console: show(console, made)
+        over = [need.name for need in made.needs if memory is not None and need.peak_bytes > memory * GB]
+        answer.content = {**made.to_dict(), "memory": memory, "over_memory": over}
+        answer.show = lambda console: show(console, made, memory)
 
 
-def show(console: Console, plan: TrainingPlan) -> None:
-    """A plan for people."""
+def show(console: Console, plan: TrainingPlan, memory: float | None = None) -> None:
+    """A plan for people; with a limit of memory, in GB, what is over it is red and listed."""
     console.print(f"[bold]{plan.architecture}[/], {count_text(plan.parameters)} parameters, {plan.base} weights")
     console.print(f"[bold]{plan.method}[/]: {escape(fields_text(plan.config))}")
     if plan.recommended_rate is not None:
-        scale = "" if plan.scale is None else f"scale {plan.scale:g}, "
-        console.print(f"{scale}recommended learning rate {plan.recommended_rate:.1e} with AdamW")
+        scale = "" if plan.scale is None else f"scale [bold]{plan.scale:g}[/], "
+        console.print(f"{scale}recommended learning rate [bold]{plan.recommended_rate:.1e}[/] with AdamW")
     console.print()
-    console.print(table(*kind_table(plan), "What trains", gap=1))
+    show_table(console, kind_table(plan), "What trains")
     if plan.beside:
         console.print(f"and {count_text(plan.beside)} parameters outside of these layers")
     console.print()
-    rows = [[label, *(text(need) for need in plan.needs)] for label, text in ROWS]
     tokens = f"{plan.batch} x {plan.length} tokens, {plan.optimizer}"
     title = f"A step of {tokens}" + (", with checkpointing" if plan.checkpointing else "")
-    console.print(table(["", *(need.name for need in plan.needs)], rows, title))
+    show_table(console, need_table(plan, memory), title)
+    if memory is not None:
+        show_limit(console, plan, memory)
     console.print()
     for sentence in plan.assumptions:
         console.print(f"[dim]- {sentence}[/]")
 
 
-def kind_table(plan: TrainingPlan) -> tuple[list[str], list[list[str]]]:
-    """Columns and rows: what trains in layers of each kind; of ranks and channels what one layer has."""
-    parts = [
-        (name, [getattr(kind, name) // kind.layers for kind in plan.kinds])
-        for name in ("ranks", "channels")
-        if any(getattr(kind, name) for kind in plan.kinds)
-    ]
-    columns = ["layers", "n", "weight", "trained", "share", *(name for name, _ in parts)]
+def need_table(plan: TrainingPlan, memory: float | None) -> Table:
+    """A row for each part of the cost, a column for each way of training."""
+    rows = [[label, *(_cell(label, text(need), need, memory) for need in plan.needs)] for label, text in ROWS]
+    totals = [number for number, (label, _) in enumerate(ROWS) if label in TOTALS]
+    return table(["", *(need.name for need in plan.needs)], rows, totals=totals)
+
+
+def _cell(label: str, text: str, need: Need, memory: float | None) -> Cell:
+    """The text, red where all of the memory is over the limit."""
+    is_over = memory is not None and need.peak_bytes > memory * GB
+    return Text(text, style="red") if is_over and label in (PEAK, GPU) else text
+
+
+def show_limit(console: Console, plan: TrainingPlan, memory: float) -> None:
+    """Which ways of training need more than the limit, and what needs less."""
+    over = {need.name: need.peak_bytes - memory * GB for need in plan.needs if need.peak_bytes > memory * GB}
+    if not over:
+        console.print(f"[green]all of them stay below {memory:g} GB[/]")
+        return
+    amounts = ", ".join(f"{name} by {bytes_text(amount)}" for name, amount in over.items())
+    console.print(f"[red]over {memory:g} GB: {amounts}[/]")
+    less = ["--base nf4"] * (not FORMATS[plan.base].is_quantised) + ["--checkpointing"] * (not plan.checkpointing)
+    console.print(f"[dim]{', '.join([*less, 'a smaller --batch or --length'])} need less[/]")
+
+
+def kind_table(plan: TrainingPlan) -> Table:
+    """A row for layers of each kind, and one for all; of ranks and channels what one layer has."""
+    parts = [name for name in ("ranks", "channels") if any(getattr(kind, name) for kind in plan.kinds)]
+    columns = ["layers", "n", "weight", "trained", "share", *parts, "adapter", "gradients", "optimizer"]
     rows = [
         [
             kind.kind,
             str(kind.layers),
             f"{kind.shape[0]}x{kind.shape[1]}",
-            count_text(kind.trained),
-            share_text(kind.density),
-            *(str(numbers[i]) for _, numbers in parts),
-            bytes_text(kind.adapter_bytes),
-            bytes_text(kind.gradient_bytes),
-            bytes_text(kind.optimizer_bytes),
+            *_sizes_of([kind], [str(getattr(kind, name) // kind.layers) for name in parts]),
         ]
-        for i, kind in enumerate(plan.kinds)
+        for kind in plan.kinds
     ]
-    return [*columns, "adapter", "gradients", "optimizer"], rows
+    if len(rows) > 1:
+        rows.append(
+            ["all", str(sum(kind.layers for kind in plan.kinds)), "", *_sizes_of(plan.kinds, [""] * len(parts))]
+        )
+    return table(columns, rows, gap=1, totals=[-1] if len(rows) > 1 else [])
 
 
-ROWS = (
-    ("trained parameters", lambda need: count_text(need.trained)),
+def _sizes_of(kinds: Sequence[LayerKind], parts: Sequence[str]) -> list[str]:
+    """Cells of what trains in layers of some kinds."""
+    trained = sum(kind.trained for kind in kinds)
+    weights = sum(kind.layers * kind.shape[0] * kind.shape[1] for kind in kinds)
+    density = kinds[0].density if len(kinds) == 1 else trained / weights
+    amounts = (sum(getattr(kind, f"{name}_bytes") for kind in kinds) for name in ("adapter", "gradient", "optimizer"))
+    return [count_text(trained), share_text(density), *parts, *map(bytes_text, amounts)]
+
+
+def _gpu(need: Need) -> str:
+    if need.smallest_gpu is not None:
+        return f"{need.smallest_gpu} GB"
+    return "?" if need.activation_bytes is None else f"over {GPU_SIZES[-1]} GB"
+
+
+def _peak(need: Need) -> str:
+    return bytes_text(need.peak_bytes) + ("" if need.activation_bytes is not None else " +")
+
+
+TRAINED, PEAK, GPU = "trained parameters", "peak (estimate)", "smallest GPU"
+TOTALS = (TRAINED, PEAK, GPU)
+ROWS: tuple[tuple[str, Callable[[Need], str]], ...] = (
+    (TRAINED, lambda need: count_text(need.trained)),
     ("of the model", lambda need: share_text(need.share)),
     ("frozen weights", lambda need: bytes_text(need.base_bytes)),
     ("trained weights", lambda need: bytes_text(need.trained_bytes)),
@@ -113,10 +175,8 @@ ROWS = (
     ("optimizer state", lambda need: bytes_text(need.optimizer_bytes)),
     ("activations", lambda need: bytes_text(need.activation_bytes)),
     ("largest temporary", lambda need: bytes_text(need.temporary_bytes)),
-    (
-        "peak (estimate)",
-        lambda need: bytes_text(need.peak_bytes) + ("" if need.activation_bytes is not None else " +"),
-    ),
+    (PEAK, _peak),
+    (GPU, _gpu),
     ("floating-point operations", lambda need: count_text(need.flops)),
     ("time (estimate)", lambda need: seconds_text(need.seconds)),
     ("on disk", lambda need: bytes_text(need.file_bytes)),

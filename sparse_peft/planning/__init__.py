@@ -2,10 +2,11 @@
 
 from .plan import PlanOptions, TrainingPlan, plan_training
 from .sizes import FORMATS, OPTIMIZERS, LayerKind
-from .step import Need
+from .step import GPU_SIZES, Need
 
 __all__ = [
     "FORMATS",
+    "GPU_SIZES",
     "OPTIMIZERS",
     "LayerKind",
     "Need",

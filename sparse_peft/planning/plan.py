@@ -113,8 +113,10 @@ class TrainingPlan:
     assumptions: list[str] = field(default_factory=list)
 
     def to_dict(self) -> dict[str, Any]:
-        """For JSON; every need has its ``peak_bytes``."""
-        needs = [{**asdict(need), "peak_bytes": need.peak_bytes} for need in self.needs]
+        """For JSON; every need has its ``peak_bytes`` and ``smallest_gpu``."""
+        needs = [
+            {**asdict(need), "peak_bytes": need.peak_bytes, "smallest_gpu": need.smallest_gpu} for need in self.needs
+        ]
         return {**asdict(self), "needs": needs}
 
 
@@ -339,7 +341,8 @@ def _assumptions(options: PlanOptions, form: BaseFormat, crossover: Crossover, s
     sentences = [
         _precision(options, dtype),
         "Peak: everything in the table at once, as at the start of a backward pass with gradients of earlier ones; "
-        "fragmentation, the CUDA context and libraries' workspaces come on top.",
+        "fragmentation, the CUDA context and libraries' workspaces come on top. A GPU is counted with 10⁹ bytes a GB, "
+        "which leaves 7 % for these.",
         "Activations: what one forward pass keeps for backward, with fused attention"
         + (", every block recomputed from its input." if options.checkpointing else ", nothing recomputed."),
     ]

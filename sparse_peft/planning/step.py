@@ -11,6 +11,7 @@ import torch
 from .sizes import LayerSize
 from .trace import Kept, LayerPass, Trace
 
+GPU_SIZES = (8, 16, 24, 40, 48, 80, 141)  # GB of common GPUs
 MEASURED_SIZE = 768  # of the matrices that a machine's speed is measured with
 
 
@@ -199,3 +200,12 @@ class Need:
         """All of it together; without activations where these are not known."""
         resting = self.base_bytes + self.trained_bytes + self.position_bytes + self.optimizer_bytes
         return resting + self.gradient_bytes + (self.activation_bytes or 0) + self.temporary_bytes
+
+    @property
+    def smallest_gpu(self) -> int | None:
+        """The smallest of the common GPU sizes that holds the peak, in GB; None if none does, or it is not known.
+
+        A GB counts as 10⁹ bytes. GPUs have 7 % more, which the CUDA context and fragmentation take.
+        """
+        fitting = [size for size in GPU_SIZES if self.peak_bytes <= size * 1e9]
+        return fitting[0] if fitting and self.activation_bytes is not None else None

@@ -3,8 +3,24 @@
 import json
 import resource
 import time
+from dataclasses import replace
+from functools import partial
 
 import pytest
+from huggingface_hub import constants, hf_hub_download
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    GatedRepoError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+)
+from rich.console import Console
+
+from sparse_peft import SparseConfig, structure
+from sparse_peft.cli.output import count_text
+from sparse_peft.cli.plan import show
+from sparse_peft.planning import GPU_SIZES, Need, PlanOptions, plan_training
+from sparse_peft.structure import read_model_config
 
 LLAMA_7B = {
     "architectures": ["LlamaForCausalLM"],
@@ -37,6 +53,80 @@ def test_what_people_read(world, run):
         assert words in out
     measured = run("plan", world / "base" / "config.json", "--density", "0.02", "--json").said
     assert measured["flops_per_second"] > 1e6 and measured["config"] == {"density": 0.02}
+
+
+def test_gpu_sizes_and_a_limit_of_memory(tmp_path, run):
+    (tmp_path / "config.json").write_text(json.dumps({**LLAMA_7B, "num_hidden_layers": 4}))
+    plan = ("plan", tmp_path, "--target-modules", "all-linear", "--flops", "1e14")
+    said = run(*plan, "--memory", "8", "--json").said
+    for need in said["needs"]:
+        fitting = [size for size in GPU_SIZES if need["peak_bytes"] <= size * 1e9]
+        assert need["smallest_gpu"] == fitting[0], need["name"]
+    assert said["memory"] == 8 and said["over_memory"] == ["full"]
+    out = run(*plan, "--memory", "8").out
+    assert "over 8 GB: full by " in out and "--base nf4, --checkpointing" in out and "\x1b" not in out
+    assert "all of them stay below 100 GB" in run(*plan, "--memory", "100").out
+    total = next(line.split() for line in out.splitlines() if line.startswith("all "))
+    assert total[1] == "28" and total[2] == count_text(said["needs"][0]["trained"]).split()[0]
+    assert run(*plan, "--json").said["over_memory"] == []
+
+
+def test_a_peak_beyond_every_gpu_or_without_activations_names_none():
+    fields = dict.fromkeys(("share", "trained_bytes", "position_bytes", "gradient_bytes", "optimizer_bytes"), 0)
+    need = Need(name="x", trained=1, base_bytes=8 * 10**9, activation_bytes=0, temporary_bytes=0, file_bytes=0,
+                flops=None, seconds=None, **fields)  # fmt: skip
+    assert need.smallest_gpu == 8 and replace(need, base_bytes=8 * 10**9 + 1).smallest_gpu == 16
+    assert replace(need, base_bytes=142 * 10**9).smallest_gpu is None
+    assert replace(need, activation_bytes=None).smallest_gpu is None
+
+
+def test_what_is_over_the_limit_is_red_and_totals_are_bold_on_a_terminal(world):
+    options = PlanOptions(flops=1e9)
+    plan = plan_training(read_model_config(world / "base"), SparseConfig(target_modules="all-linear"), options)
+    console = Console(force_terminal=True, width=120, highlight=False, color_system="standard")
+    with console.capture() as captured:
+        show(console, plan, memory=1e-9)
+    lines = captured.get().splitlines()
+    peak = next(line for line in lines if "peak (estimate)" in line)
+    assert peak.count("\x1b[1;31m") == 3, "three ways of training, bold and red"
+    assert "\x1b[31m" not in next(line for line in lines if "activations" in line)
+    assert any("╭─" in line and "What trains" in line for line in lines), "a panel like those of --help"
+
+
+def test_a_name_on_the_hub(tmp_path, world, run, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    missing = run("plan", "someone/some-model", "--json", expect=2)
+    assert missing.said["error"]["kind"] == "usage"
+    assert "not in the Hub's cache, while HF_HUB_OFFLINE forbids downloads" in missing.said["error"]["message"]
+    snapshot = tmp_path / "hub" / "models--someone--some-model"
+    (snapshot / "refs").mkdir(parents=True)
+    (snapshot / "refs" / "main").write_text("1" * 40)
+    (snapshot / "snapshots" / ("1" * 40)).mkdir(parents=True)
+    (snapshot / "snapshots" / ("1" * 40) / "config.json").write_text((world / "base" / "config.json").read_text())
+    monkeypatch.setattr(structure, "hf_hub_download", partial(hf_hub_download, cache_dir=tmp_path / "hub"))
+    said = run("plan", "someone/some-model", "--density", "0.02", "--flops", "1e9", "--json").said
+    assert said["architecture"] == "LlamaForCausalLM"
+
+
+@pytest.mark.parametrize(
+    ("kind", "words"),
+    [
+        (RuntimeError, "cannot be reached"),  # of an HTTP client
+        (LocalEntryNotFoundError, "cannot be reached"),
+        (RepositoryNotFoundError, "the Hub has no such model, or it is private"),
+        (GatedRepoError, "on request only"),
+        (EntryNotFoundError, "has no config.json"),
+    ],
+)
+def test_why_the_hub_gives_nothing(tmp_path, run, monkeypatch, kind, words):
+    def fail(*args, **kwargs):
+        raise kind.__new__(kind)  # their constructors want a response of the HTTP client
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(structure, "model_info", fail)
+    done = run("plan", "someone/some-model", expect=2)
+    assert words in " ".join(done.err.split()) and "Traceback" not in done.err
 
 
 def test_a_model_that_takes_no_tokens_is_planned_without_activations(tmp_path, run):

@@ -1,5 +1,6 @@
 """push_to_hub and back, by the real client library, against a stand-in for the Hub on the loopback interface."""
 
+import json
 import os
 import re
 import subprocess
@@ -72,6 +73,18 @@ def test_the_example_on_the_card_runs_as_it_is(pushed):
     env = environment(hub, folder / "reader")
     done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr[-2000:]
+
+
+def test_a_plan_of_a_model_on_the_hub(pushed):
+    hub, folder = pushed
+    command = [sys.executable, "-m", "sparse_peft.cli", "plan", BASE, "--density", "0.1", "--flops", "1e9", "--json"]
+    env = environment(hub, folder / "planner")
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=120, cwd=folder)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert json.loads(done.stdout)["architecture"] == "LlamaForCausalLM"
+    command[4] = "tester/no-such-model"
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=120, cwd=folder)
+    assert done.returncode == 2 and "the Hub has no such model" in json.loads(done.stdout)["error"]["message"]
 
 
 def test_a_second_push_changes_nothing_and_a_branch_is_its_own(pushed):
