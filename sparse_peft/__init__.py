@@ -15,6 +15,7 @@ from .training.controller import SparsityController
 from .training.sm3 import SM3
 from .tuners.files.card import guard_model_cards
 from .tuners.files.refused_loads import guard_refused_loads
+from .tuners.files.saved_embeddings import guard_saved_embeddings
 from .tuners.files.writes import guard_adapter_writes
 from .tuners.method import Method
 from .tuners.residency import base_weights
@@ -26,6 +27,7 @@ globals().update(_of_methods)
 guard_adapter_writes()
 guard_model_cards()
 guard_refused_loads()
+guard_saved_embeddings()
 
 
 def __getattr__(name: str) -> object:

@@ -14,6 +14,7 @@ from .tuners.s2ft import S2FTConfig as S2FTConfig
 from .tuners.s2ft import S2FTLinear as S2FTLinear
 from .tuners.s2ft import S2FTModel as S2FTModel
 from .tuners.sara import SaRAConfig as SaRAConfig
+from .tuners.sara import SaRAEmbedding as SaRAEmbedding
 from .tuners.sara import SaRALinear as SaRALinear
 from .tuners.sara import SaRAModel as SaRAModel
 from .tuners.sara import sara_learning_rate as sara_learning_rate
@@ -34,6 +35,7 @@ from .tuners.sora import SoRALinear as SoRALinear
 from .tuners.sora import SoRAModel as SoRAModel
 from .tuners.sora import rewarmed_schedule as rewarmed_schedule
 from .tuners.sparse import SparseConfig as SparseConfig
+from .tuners.sparse import SparseEmbedding as SparseEmbedding
 from .tuners.sparse import SparseLinear as SparseLinear
 from .tuners.sparse import SparseModel as SparseModel
 

@@ -21,6 +21,7 @@ from .dynamics.records import Record, kind_of_record, record_from_dict
 from .ops import plan_support_grad
 from .support import Support
 from .tuners.delta_layer import SparseTunerLayer
+from .tuners.traversal import tuner_layers
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -256,7 +257,7 @@ def plot_report(
 
 
 def _layers_of(model: nn.Module) -> list[SparseTunerLayer]:
-    return [module for module in model.modules() if isinstance(module, SparseTunerLayer)]
+    return [layer for layer in tuner_layers(model) if isinstance(layer, SparseTunerLayer)]
 
 
 def _supports_of(model: nn.Module, adapter: str) -> dict[str, Support]:

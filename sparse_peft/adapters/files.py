@@ -11,7 +11,8 @@ import os
 from pathlib import Path
 from typing import Any
 
-from peft import PeftConfig, get_peft_model_state_dict, inject_adapter_in_model, set_peft_model_state_dict
+import peft
+from peft import PeftConfig, inject_adapter_in_model, set_peft_model_state_dict
 from peft import __version__ as peft_version
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
@@ -50,7 +51,7 @@ def config_of(model: nn.Module, adapter_name: str) -> Any:
 
 def tensors_of(model: nn.Module, adapter_name: str) -> dict[str, Tensor]:
     """One adapter's tensors under the names that they have in a file."""
-    state = get_peft_model_state_dict(model, adapter_name=adapter_name)
+    state = peft.get_peft_model_state_dict(model, adapter_name=adapter_name)
     return {name if name.startswith(PREFIX) else f"{PREFIX}{name}": tensor for name, tensor in state.items()}
 
 

@@ -13,7 +13,7 @@ from typing import Any
 from peft import LoraConfig
 from torch import Tensor, nn
 
-from ..ops import ConvProduct
+from ..ops import ConvProduct, EmbeddingProduct
 from ..registry import method_named
 from ..tuners.base_config import BaseSparseConfig
 from ..tuners.base_layer import TunerLayer
@@ -27,8 +27,13 @@ def check_has_lora(layer: TunerLayer) -> None:
     """Refuse layers that LoRA has no factors for.
 
     Raises:
-        ValueError: a convolution of several groups.
+        ValueError: a convolution of several groups, or an embedding.
     """
+    if isinstance(layer.product, EmbeddingProduct):
+        raise ValueError(
+            f"layer {layer.name}: an embedding's delta is not converted to LoRA, which has other tensors for "
+            "embeddings; use form='merged', or save the adapter as it is"
+        )
     if isinstance(layer.product, ConvProduct) and layer.product.groups > 1:
         raise ValueError(f"layer {layer.name}: a convolution of {layer.product.groups} groups has no LoRA form")
 

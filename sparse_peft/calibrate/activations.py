@@ -69,7 +69,11 @@ class FeatureSums:
 
     def _hook(self, name: str) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any], Tensor], None]:
         def see(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
-            self._take(name, (output if name in self.outputs else layer_input(args, kwargs)).detach())
+            x = (output if name in self.outputs else layer_input(args, kwargs)).detach()
+            if isinstance(module, nn.Embedding) and name not in self.outputs:
+                self._add(name, *self._occurrences(x, module))
+            else:
+                self._add(name, *self._measured(x))
 
         return see
 
@@ -77,15 +81,23 @@ class FeatureSums:
         assert routing is not None
         rows = routing.sort((output.reshape(x.shape[0], -1) if layer.name in self.outputs else x).detach())
         for expert, start, stop in routing.segments():
-            self._take(layer.part_name(expert), rows[start:stop])
+            self._add(layer.part_name(expert), *self._measured(rows[start:stop]))
 
-    def _take(self, name: str, x: Tensor) -> None:
-        found = self._measured(x)
-        if found[1] == 0:
+    def _add(self, name: str, found: Tensor, tokens: int) -> None:
+        if tokens == 0:
             return
         if name in self._waiting:
-            found = self._waiting[name][0] + found[0], self._waiting[name][1] + found[1]
-        self._waiting[name] = found
+            found, tokens = self._waiting[name][0] + found, self._waiting[name][1] + tokens
+        self._waiting[name] = found, tokens
+
+    def _occurrences(self, ids: Tensor, embedding: nn.Embedding) -> tuple[Tensor, int]:
+        """How often each id occurs: the squares of an embedding's one-hot inputs, summed over the tokens."""
+        if self._mask is not None and ids.shape == self._mask.shape:
+            ids = ids[self._mask.to(ids.device)]
+        found = torch.bincount(ids.reshape(-1), minlength=embedding.num_embeddings).to(torch.float32)
+        if embedding.padding_idx is not None:
+            found[embedding.padding_idx] = 0
+        return found, ids.numel()
 
     def _measured(self, x: Tensor) -> tuple[Tensor, int]:
         # the last tensor is held, so its address identifies it; its version shows a write in between
@@ -160,6 +172,9 @@ class FeatureSums:
 
 def feature_norms(data: ModelPass, layers: Sequence[LayerView], outputs: Collection[str] = ()) -> dict[str, Tensor]:
     """L2 norm of each layer's input features over all tokens, in one forward pass.
+
+    An embedding's input is one-hot, so the norm of an id is the root of the number of its occurrences; that of
+    ``padding_idx`` is 0.
 
     Where a batch has an ``attention_mask`` of shape ``(batch, seq)`` and an activation has shape
     ``(batch, seq, features)``, masked tokens do not count; nor do they for fused experts.

@@ -16,8 +16,9 @@ import torch
 from torch import Tensor
 
 from ..numerics.tokens import flatten_tokens
-from ..ops.expert_products import Routing, Segment
+from ..ops.expert_products import Routing
 from ..ops.gradient_paths import gradient_panels
+from ..ops.one_hot import Factor
 from .layer_view import LayerView
 from .model_pass import ModelPass, frozen
 
@@ -46,7 +47,7 @@ class _Batch:
     backward: bool = False
     fault: str | None = None
     calls: dict[str, int] = field(default_factory=dict)
-    pairs: dict[str, list[tuple[Tensor, Tensor]]] = field(default_factory=dict)
+    pairs: dict[str, list[tuple[Factor, Tensor]]] = field(default_factory=dict)
 
 
 class _Saved(torch.autograd.Function):
@@ -112,8 +113,8 @@ class GradientPass(ABC):
 
         with ExitStack() as stack:
             stack.enter_context(frozen(data.model))
-            for layer in self.watched:
-                stack.callback(layer.watch(partial(self._see, layer)))
+            for view in (view for layer in self.watched for view in layer.uses):
+                stack.callback(view.watch(partial(self._see, view)))
             stack.callback(setattr, self, "_batch", _Batch())
             stack.enter_context(torch.inference_mode(False))
             stack.enter_context(torch.enable_grad())
@@ -147,8 +148,7 @@ class GradientPass(ABC):
             return None
         if not batch.backward:
             # checkpointing repeats calls during the backward pass; these are not counted again
-            for expert, _, _ in _segments(x, routing):
-                name = layer.part_name(expert)
+            for name in _names(layer, routing):
                 batch.calls[name] = batch.calls.get(name, 0) + 1
         if not torch.is_grad_enabled():
             return None
@@ -166,17 +166,17 @@ class GradientPass(ABC):
         if batch.fault is not None:
             return
         (x,) = saved.saved_tensors
+        if routing is None:
+            self._take_pair(layer.name, batch, layer.factors(x, grad))
+            return
         x = flatten_tokens(x)
-        grad = grad.reshape(x.shape[0], -1)
-        segments = _segments(x, routing)
-        if routing is not None:
-            x, grad = routing.sort(x), routing.sort(grad)
-        for expert, start, stop in segments:
-            self._take_pair(layer.part_name(expert), batch, x[start:stop], grad[start:stop])
+        x, grad = routing.sort(x), routing.sort(grad.reshape(x.shape[0], -1))
+        for expert, start, stop in routing.segments():
+            self._take_pair(layer.part_name(expert), batch, layer.factors(x[start:stop], grad[start:stop]))
 
-    def _take_pair(self, name: str, batch: _Batch, x: Tensor, grad: Tensor) -> None:
+    def _take_pair(self, name: str, batch: _Batch, pair: tuple[Factor, Tensor]) -> None:
         pairs = batch.pairs.setdefault(name, [])
-        pairs.append((grad, x) if self.layers[name].in_dim == 1 else (x, grad))
+        pairs.append(pair)
         if len(pairs) == batch.calls.get(name):
             self._fold(name)
 
@@ -193,9 +193,9 @@ class GradientPass(ABC):
             batch.fault = self.take(name, ((start, stop, panel.to(torch.float32)) for start, stop, panel in panels))
 
 
-def _segments(x: Tensor, routing: Routing | None) -> list[Segment]:
-    """The experts of an activation's rows; all belong to one matrix without a routing."""
-    return [Segment(0, 0, x.numel() // x.shape[-1])] if routing is None else list(routing.segments())
+def _names(layer: LayerView, routing: Routing | None) -> list[str]:
+    """The names of the matrices that an activation's rows belong to: those of experts, or the layer's."""
+    return [layer.name] if routing is None else [layer.part_name(expert) for expert, _, _ in routing.segments()]
 
 
 def _describe(loss: object) -> str:

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from ..numerics.tokens import flatten_tokens
+from ..ops.embedding import EmbeddingProduct
 from ..ops.expert_products import Routing
+from ..ops.one_hot import Factor
 from .model_pass import layer_input
 
 See = Callable[[Tensor, Tensor, Routing | None], Tensor | None]
@@ -35,11 +38,13 @@ class LayerView:
         name: of the layer in the model.
         module: whose inputs, outputs and gradients are observed.
         shape: ``(rows, cols)`` of the stored weight.
-        in_dim: the weight's dimension of input features: 1 in ``nn.Linear``, 0 in ``Conv1D``.
+        in_dim: the weight's dimension of input features: 1 in ``nn.Linear``, 0 in ``Conv1D`` and ``nn.Embedding``.
         weight: returns the stored weight in floats; quantised layers dequantise it at each call.
         experts: the number of matrices that the weight consists of, one above the other, as of fused experts.
         watch_experts: ``watch_experts(see, kept)``: calls ``see`` for each product with experts, and returns a
             function that ends this.
+        lookup: the product of an embedding; None for others.
+        tied: views of the other layers that have the same weight.
     """
 
     name: str
@@ -49,6 +54,8 @@ class LayerView:
     weight: Callable[[], Tensor]
     experts: int = 1
     watch_experts: Callable[[See, KeptTokens], Callable[[], None]] | None = None
+    lookup: EmbeddingProduct | None = None
+    tied: tuple[LayerView, ...] = ()
 
     @classmethod
     def of(cls, name: str, module: nn.Linear | Conv1D) -> LayerView:
@@ -61,6 +68,23 @@ class LayerView:
     def numel(self) -> int:
         """Number of weights."""
         return self.shape[0] * self.shape[1]
+
+    @property
+    def uses(self) -> list[LayerView]:
+        """The views of all layers that have the weight, under this layer's name."""
+        return [self, *(replace(view, name=self.name) for view in self.tied)]
+
+    def factors(self, x: Tensor, grad: Tensor) -> tuple[Factor, Tensor]:
+        """The factors ``(tokens, rows)`` and ``(tokens, cols)`` of the weight's gradient.
+
+        Args:
+            x: the layer's input.
+            grad: the gradient of its output.
+        """
+        if self.lookup is not None:
+            return self.lookup.factors(x, grad)
+        x, grad = flatten_tokens(x), flatten_tokens(grad)
+        return (grad, x) if self.in_dim == 1 else (x, grad)
 
     @property
     def parts(self) -> list[LayerView]:

@@ -270,6 +270,13 @@ def collect_supports(
 
 
 def _from_activations(data: ModelPass, choice: _Choice) -> dict[str, Support]:
+    for layer in choice.views.values():
+        if layer.tied:
+            raise ValueError(
+                f"selection={choice.criterion.name!r} scores a weight by the norms of its inputs, and that of layer "
+                f"{layer.name} has several: it is tied to {', '.join(view.name for view in layer.tied)}. Choose a "
+                "selection by gradients or by the weight, or leave the layers out with exclude_modules"
+            )
     norms = feature_norms(data, list(choice.views.values()))
 
     def score(part: LayerView) -> Tensor:

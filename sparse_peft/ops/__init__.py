@@ -19,12 +19,13 @@ from .combine import (
     combine_factors,
     combine_on_supports,
 )
-from .compiled_layer import functional_layer
+from .compiled_layer import functional_embedding, functional_layer
 from .conv import CONVOLUTIONS, ConvProduct, is_convolution
 from .crossover import Crossover, cache_file, known_crossover
 from .delta_matmul import delta_matmul, delta_matmul_add_
 from .distance import MIX, PIECES, THRESHOLDS, Factors, distance_matrix, find_threshold, full_precision
 from .distance_layer import Competition, InitialDelta, distance_delta, distance_entries, distance_layer
+from .embedding import EmbeddingProduct, embedding_delta, set_row_entries_
 from .entries import (
     add_to_support_,
     effective_entries,
@@ -58,8 +59,9 @@ from .gradient_paths import gradient_panels
 from .masked_dw import PANEL_BYTES_PER_WEIGHT, masked_dw
 from .mixed_batch import BatchOrder, add_channel_deltas_, add_entry_deltas_, diagonal_of, suits_one_product
 from .nuclear import nuclear_norm
+from .one_hot import Factor, OneHot
 from .plans import GradientPlan, plan_support_grad
-from .products import LayerProduct, LinearProduct, WeightSource
+from .products import LayerProduct, LinearProduct, MatrixProduct, WeightSource
 from .proximal import PROXIMAL_OPERATORS, reference_threshold, soft_threshold
 from .sparse_low_rank import cheaper_way, compose_weight, sparse_low_rank_linear
 from .support_grad import support_grad
@@ -85,16 +87,20 @@ __all__ = [
     "Competition",
     "ConvProduct",
     "Crossover",
+    "EmbeddingProduct",
     "EveryExpert",
     "ExpertProduct",
     "ExpertSource",
+    "Factor",
     "Factors",
     "GradientObserver",
     "GradientPlan",
     "InitialDelta",
     "LayerProduct",
     "LinearProduct",
+    "MatrixProduct",
     "OneExpert",
+    "OneHot",
     "Recipe",
     "Routing",
     "SortedTokens",
@@ -122,10 +128,12 @@ __all__ = [
     "distance_layer",
     "distance_matrix",
     "effective_entries",
+    "embedding_delta",
     "expert_parts",
     "expert_product",
     "find_threshold",
     "full_precision",
+    "functional_embedding",
     "functional_layer",
     "gradient_panels",
     "is_convolution",
@@ -149,6 +157,7 @@ __all__ = [
     "resync_",
     "resync_supports_",
     "scatter_add_",
+    "set_row_entries_",
     "soft_threshold",
     "sparse_low_rank_linear",
     "suits_one_product",

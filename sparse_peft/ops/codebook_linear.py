@@ -92,6 +92,10 @@ class _Decoded:
     def shape(self) -> tuple[int, int]:
         return self.coded.shape
 
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.tables[0].dtype
+
     def panels(self, dtype: torch.dtype) -> Iterator[tuple[int, int, Tensor]]:
         rows, cols = self.shape
         for start, stop in panels(rows, cols * accumulation_dtype(dtype).itemsize):

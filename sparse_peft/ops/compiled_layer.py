@@ -15,9 +15,10 @@ from torch import Tensor
 from ..numerics.tokens import accumulation_dtype, flatten_tokens
 from ..support import ChannelSupport, Support
 from .conv import ConvProduct
+from .embedding import EmbeddingProduct
 from .entries import effective_entries
 from .products import LayerProduct
-from .torch_library import support_grad
+from .torch_library import embedding_grad, embedding_rows, support_grad
 
 # In place of a dimension: positions are those of single entries.
 ENTRIES = -1
@@ -148,3 +149,57 @@ def functional_layer(
         return product.leave(out, x)
     row_ptr, cols = csr or (None, None)
     return _Linear.apply(x, values, bias, weight, positions, originals, row_ptr, cols, dim, product.in_dim, key)
+
+
+class _Embedding(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        ids: Tensor,
+        values: Tensor,
+        weight: Tensor,
+        originals: Tensor,
+        positions: Tensor,
+        row_ptr: Tensor,
+        cols: Tensor,
+        product: EmbeddingProduct,
+        key: int,
+    ) -> Tensor:
+        ctx.save_for_backward(ids, row_ptr, cols, positions)
+        ctx.product, ctx.key, ctx.dtype = product, key, values.dtype
+        return embedding_rows(ids, weight, effective_entries(originals, values), row_ptr, cols)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        ids, row_ptr, cols, positions = ctx.saved_tensors
+        product, grad_values = ctx.product, None
+        if ctx.needs_input_grad[1]:
+            how = product.rows, product.padding, product.by_frequency
+            grad_values = embedding_grad(ids, grad, row_ptr, cols, positions, *how, ctx.key).to(ctx.dtype)
+        return None, grad_values, *(None,) * 7
+
+
+def functional_embedding(
+    ids: Tensor,
+    values: Tensor,
+    weight: Tensor,
+    originals: Tensor,
+    positions: Tensor,
+    row_ptr: Tensor,
+    cols: Tensor,
+    product: EmbeddingProduct,
+    key: int,
+) -> Tensor:
+    """An embedding's rows for ``torch.compile``, whose entries are set in the rows that are looked up.
+
+    Args:
+        ids: of any shape.
+        values: ``(entries,)`` trained delta, differentiable.
+        weight: the base weight, which may hold the entries already.
+        originals: ``(entries,)`` entries of the base model at the support.
+        positions: ``(entries,)`` of the support.
+        row_ptr, cols: of the support.
+        product: of the layer.
+        key: of the layer, for observers.
+    """
+    return _Embedding.apply(ids, values, weight, originals, positions, row_ptr, cols, product, key)

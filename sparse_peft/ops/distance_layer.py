@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..numerics.tokens import accumulation_dtype
 from .distance import FactorGrads, Factors, Threshold, distance_grads_, distance_matrix, full_precision
-from .products import LayerProduct
+from .products import MatrixProduct
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class Competition:
         after_backward: called after the factors' gradients were formed.
     """
 
-    product: LayerProduct
+    product: MatrixProduct
     threshold: Threshold
     first: InitialDelta | None = None
     after_backward: Callable[[], None] | None = None

@@ -12,6 +12,7 @@ from typing import Protocol
 from torch import Tensor
 
 from ..support import Support
+from .one_hot import Factor
 
 _keys = itertools.count(1)
 _observers: dict[int, GradientObserver] = {}
@@ -22,7 +23,7 @@ UNOBSERVED = 0
 class GradientObserver(Protocol):
     """Takes the place of ``support_grad`` for one layer."""
 
-    def support_grad(self, left: Tensor, right: Tensor, support: Support) -> Tensor:
+    def support_grad(self, left: Factor, right: Tensor, support: Support) -> Tensor:
         """The same result as ``sparse_peft.ops.support_grad`` for these arguments."""
         ...
 

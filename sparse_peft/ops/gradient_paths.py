@@ -17,6 +17,7 @@ from ..support import Layout, Support, layout_of
 from . import cuda_kernels, triton_kernels
 from .backends import kernel_backend
 from .csr import csr_matrix
+from .one_hot import Factor, OneHot, panel_of_rows
 from .transposed import token_contiguous
 
 # Tokens in a tile of the sampled product; 64 to 256 measured fastest, on 576 to 2,048 wide layers, at 0.1 to 5 %.
@@ -30,12 +31,12 @@ MAX_GROUPS_ON_CUDA = 16
 
 
 def gradient_panels(
-    pairs: Sequence[tuple[Tensor, Tensor]], shape: tuple[int, int], bytes_per_weight: int | None = None
+    pairs: Sequence[tuple[Factor, Tensor]], shape: tuple[int, int], bytes_per_weight: int | None = None
 ) -> Iterator[tuple[int, int, Tensor]]:
     """The dense gradient, the sum of ``left.T @ right`` over pairs, one panel of rows at a time.
 
     Args:
-        pairs: ``(tokens, rows)`` and ``(tokens, cols)`` of each call of the layer.
+        pairs: ``(tokens, rows)``, which may be one-hot, and ``(tokens, cols)`` of each call of the layer.
         shape: ``(rows, cols)`` of the stored weight.
         bytes_per_weight: memory per weight of a panel and of everything made from it; by default the panel's own.
 
@@ -43,12 +44,18 @@ def gradient_panels(
         ``(first row, last row + 1, (rows, cols) panel)`` in float32 (float64 for float64 inputs).
     """
     rows, cols = shape
-    itemsize = accumulation_dtype(pairs[0][0].dtype).itemsize
+    itemsize = accumulation_dtype(pairs[0][1].dtype).itemsize
     for start, stop in panels(rows, cols * (bytes_per_weight or itemsize)):
-        panel = transposed_product(pairs[0][0][:, start:stop], pairs[0][1])
+        panel = _panel(*pairs[0], start, stop)
         for left, right in pairs[1:]:
-            panel += transposed_product(left[:, start:stop], right)
+            panel += _panel(left, right, start, stop)
         yield start, stop, panel
+
+
+def _panel(left: Factor, right: Tensor, start: int, stop: int) -> Tensor:
+    if isinstance(left, OneHot):
+        return panel_of_rows(left, right, start, stop)
+    return transposed_product(left[:, start:stop], right)
 
 
 def _by_sampling(left: Tensor, right: Tensor, support: Support) -> Tensor:

@@ -18,6 +18,7 @@ from ..support import Support
 from . import triton_kernels
 from .backends import kernel_backend, log_once
 from .gradient_paths import gradient_panels
+from .one_hot import Factor, FoundRows, OneHot
 
 # Memory per weight of a panel, in bytes: the panel, its absolute values and the temporaries of top-k, in float32.
 PANEL_BYTES_PER_WEIGHT = 12
@@ -41,9 +42,9 @@ def bitmap(support: Support) -> tuple[Tensor, Tensor]:
     return words.to(torch.int32).view(rows, words_a_row), before.view(rows, words_a_row)
 
 
-def _by_panels(left: Tensor, right: Tensor, support: Support, limit: int) -> tuple[Tensor, Tensor, Tensor]:
+def _by_panels(left: Factor, right: Tensor, support: Support, limit: int) -> tuple[Tensor, Tensor, Tensor]:
     rows, cols = support.shape
-    dtype = accumulation_dtype(left.dtype)
+    dtype = accumulation_dtype(right.dtype)
     values = torch.empty(support.nnz, dtype=dtype, device=left.device)
     best = RunningTopK(limit)
     finite = True
@@ -66,6 +67,18 @@ def _by_panels(left: Tensor, right: Tensor, support: Support, limit: int) -> tup
         positions = torch.arange(limit, device=left.device)
         found = torch.full((limit,), torch.nan, dtype=dtype, device=left.device)
     return values, positions.to(left.device), found.to(left.device)
+
+
+def _by_rows(left: OneHot, right: Tensor, support: Support, limit: int) -> tuple[Tensor, Tensor, Tensor]:
+    found = FoundRows.of(left, support)
+    rows, cols = found.support.shape
+    if rows == 0:
+        nothing = right.new_zeros(0, dtype=accumulation_dtype(right.dtype))
+        return nothing.new_zeros(support.nnz), nothing.long(), nothing
+    inner = min(limit, rows * cols - found.support.nnz)
+    own, positions, others = _by_panels(found.left, right, found.support, inner)
+    values = own.new_zeros(support.nnz).index_copy_(0, found.entries, own)
+    return values, found.positions_in_whole(positions), others
 
 
 def _threshold(left: Tensor, right: Tensor, support: Support, limit: int) -> Tensor:
@@ -106,20 +119,21 @@ def _by_kernel(left: Tensor, right: Tensor, support: Support, limit: int) -> tup
     return None
 
 
-def masked_dw(left: Tensor, right: Tensor, support: Support, limit: int) -> tuple[Tensor, Tensor, Tensor]:
+def masked_dw(left: Factor, right: Tensor, support: Support, limit: int) -> tuple[Tensor, Tensor, Tensor]:
     """The entries of ``left.T @ right`` at a support, and the ``limit`` other entries of largest magnitude.
 
     Among equal magnitudes the lowest positions win. If any other entry is not finite, all found gradients are NaN.
 
     Args:
-        left: ``(tokens, rows)``.
+        left: ``(tokens, rows)``; one-hot for an embedding's ids.
         right: ``(tokens, cols)``, same dtype.
         support: of the weight ``(rows, cols)``.
         limit: number of other entries.
 
     Returns:
         ``(entries,)`` gradients at the support, ``(limit,)`` int64 positions of the others, ascending, and their
-        ``(limit,)`` gradients; gradients in float32 (float64 for float64 inputs).
+        ``(limit,)`` gradients; gradients in float32 (float64 for float64 inputs). With a one-hot ``left`` they are
+        fewer where the rows that occur have fewer: all others are zero.
 
     Raises:
         ValueError: ``limit`` is out of range.
@@ -127,6 +141,8 @@ def masked_dw(left: Tensor, right: Tensor, support: Support, limit: int) -> tupl
     rows, cols = support.shape
     if not 0 <= limit <= rows * cols - support.nnz:
         raise ValueError(f"limit={limit}: between 0 and {rows * cols - support.nnz} positions are outside the support")
+    if isinstance(left, OneHot):
+        return _by_rows(left, right, support, limit)
     if limit and left.shape[0] and kernel_backend("masked_dw", left.dtype, left.device) == "triton":
         result = _by_kernel(left, right, support, limit)
         if result is not None:

@@ -30,6 +30,11 @@ class WeightPanels(Protocol):
         """``(rows, cols)`` of the weight as a matrix, as stored."""
         ...
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the weight as stored."""
+        ...
+
     def panels(self, dtype: torch.dtype) -> Iterator[tuple[int, int, Tensor]]:
         """``(start, stop, weight[start:stop])`` in ``dtype``, over consecutive ranges of all rows."""
         ...
@@ -65,11 +70,6 @@ class LayerProduct(Protocol):
         """The dimension of input features of the weight as a matrix."""
         ...
 
-    @property
-    def taps(self) -> int:
-        """Inputs of the weight's matrix per channel of the layer's input."""
-        ...
-
     def enter(self, x: Tensor) -> Tensor:
         """The input as the other methods take it; differentiable."""
         ...
@@ -101,6 +101,19 @@ class LayerProduct(Protocol):
         """The bias's gradient."""
         ...
 
+    def multiply(self, x: Tensor, matrix: Tensor, bias: Tensor | None = None) -> Tensor:
+        """The layer's output with a dense matrix ``(outputs, inputs)``, or with a part of its inputs."""
+        ...
+
+
+class MatrixProduct(LayerProduct, Protocol):
+    """The product of a layer whose input is a tensor of features, as methods with factors use it."""
+
+    @property
+    def taps(self) -> int:
+        """Inputs of the weight's matrix per channel of the layer's input."""
+        ...
+
     def low_rank(self, x: Tensor, down: Tensor, up: Tensor) -> Tensor:
         """The layer's output with the weight ``up @ down``, which is never formed.
 
@@ -115,10 +128,6 @@ class LayerProduct(Protocol):
 
     def part(self, x: Tensor, start: int, stop: int) -> Tensor:
         """Slice of the input for the weight matrix's inputs ``start`` to ``stop``, in whole channels."""
-        ...
-
-    def multiply(self, x: Tensor, matrix: Tensor, bias: Tensor | None = None) -> Tensor:
-        """The layer's output for a part of the input."""
         ...
 
     def multiply_back(self, grad: Tensor, matrix: Tensor, x: Tensor) -> Tensor:

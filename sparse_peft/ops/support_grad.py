@@ -9,15 +9,16 @@ from ..numerics.tokens import accumulation_dtype, transposed_product
 from ..support import ChannelSupport, Support
 from .gradient_observers import UNOBSERVED, observer_of
 from .gradient_paths import grad_by_path
+from .one_hot import Factor, OneHot, row_grad
 from .plans import plan_support_grad
 
 
-def support_grad(left: Tensor, right: Tensor, support: Support) -> Tensor:
+def support_grad(left: Factor, right: Tensor, support: Support) -> Tensor:
     """``(left.T @ right)`` at the entries of a support.
 
     Args:
-        left: ``(tokens, rows)``: the output gradient of a Linear layer.
-        right: ``(tokens, cols)``, same dtype: the input of a Linear layer.
+        left: ``(tokens, rows)``: the output gradient of a Linear layer; one-hot for an embedding's ids.
+        right: ``(tokens, cols)``, same dtype: the input of a Linear layer; the output gradient of an embedding.
         support: of the stored weight ``(rows, cols)``.
 
     Returns:
@@ -32,7 +33,9 @@ def support_grad(left: Tensor, right: Tensor, support: Support) -> Tensor:
         tensor([9., 6.])
     """
     if left.shape[0] == 0 or support.nnz == 0:
-        return torch.zeros(support.nnz, dtype=accumulation_dtype(left.dtype), device=left.device)
+        return torch.zeros(support.nnz, dtype=accumulation_dtype(right.dtype), device=left.device)
+    if isinstance(left, OneHot):
+        return row_grad(left, right, support)
     if isinstance(support, ChannelSupport):
         if support.dim == 0:
             return transposed_product(left.index_select(1, support.lines), right).reshape(-1)
@@ -40,7 +43,7 @@ def support_grad(left: Tensor, right: Tensor, support: Support) -> Tensor:
     return grad_by_path(plan_support_grad(support, left.dtype, left.device).path, left, right, support)
 
 
-def observed_support_grad(left: Tensor, right: Tensor, support: Support, key: int = UNOBSERVED) -> Tensor:
+def observed_support_grad(left: Factor, right: Tensor, support: Support, key: int = UNOBSERVED) -> Tensor:
     """``support_grad``, passed through the layer's observer if it has one.
 
     Args:

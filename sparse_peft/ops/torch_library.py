@@ -16,6 +16,7 @@ from ..support import Support
 from .codes import code_gather as _code_gather
 from .codes import code_scatter_add as _code_scatter_add
 from .delta_matmul import delta_matmul_add_ as _delta_matmul_add_
+from .embedding import EmbeddingProduct, set_row_entries_
 from .entries import restore_ as _restore_
 from .entries import resync_ as _resync_
 from .entries import scatter_add_ as _scatter_add_
@@ -70,6 +71,51 @@ def _(
     dtype = accumulation_dtype(left.dtype)
     gradients = [left.new_empty(count, dtype=dtype) for count in (indices.shape[0], limit)]
     return gradients[0], left.new_empty(limit, dtype=torch.int64), gradients[1]
+
+
+@torch.library.custom_op("sparse_peft::embedding_rows", mutates_args=())
+def embedding_rows(ids: Tensor, weight: Tensor, entries: Tensor, row_ptr: Tensor, cols: Tensor) -> Tensor:
+    """Rows of a weight, looked up by ids, with the entries of a support set in them."""
+    rows = torch.nn.functional.embedding(ids, weight)
+    set_row_entries_(rows.view(-1, weight.shape[1]), ids.reshape(-1).long(), entries, row_ptr, cols)
+    return rows
+
+
+@embedding_rows.register_fake
+def _(ids: Tensor, weight: Tensor, entries: Tensor, row_ptr: Tensor, cols: Tensor) -> Tensor:
+    return weight.new_empty(*ids.shape, weight.shape[1])
+
+
+@torch.library.custom_op("sparse_peft::embedding_grad", mutates_args=())
+def embedding_grad(
+    ids: Tensor,
+    grad: Tensor,
+    row_ptr: Tensor,
+    cols: Tensor,
+    indices: Tensor,
+    rows: int,
+    padding: int,
+    by_frequency: bool,
+    key: int,
+) -> Tensor:
+    """The gradient of an embedding's weight at a support, passed through the observer under ``key``."""
+    support = _recall((rows, grad.shape[-1]), indices, row_ptr, cols)
+    return EmbeddingProduct(rows, padding, by_frequency).support_grad(grad, ids, support, key)
+
+
+@embedding_grad.register_fake
+def _(
+    ids: Tensor,
+    grad: Tensor,
+    row_ptr: Tensor,
+    cols: Tensor,
+    indices: Tensor,
+    rows: int,
+    padding: int,
+    by_frequency: bool,
+    key: int,
+) -> Tensor:
+    return grad.new_empty(indices.shape, dtype=accumulation_dtype(grad.dtype))
 
 
 delta_matmul_add_ = torch.library.custom_op("sparse_peft::delta_matmul_add_", _delta_matmul_add_, mutates_args={"out"})

@@ -162,7 +162,7 @@ def _active_name(model: nn.Module) -> str:
 def _named_layers(model: nn.Module, adapter_name: str) -> Iterator[tuple[str, TunerLayer]]:
     """The adapter's layers under the names of their weights; an expert parameter has the layer's own name."""
     for name, module in _inner(model).named_modules():
-        if isinstance(module, TunerLayer) and adapter_name in module.deltas:
+        if isinstance(module, TunerLayer) and module.owner is module and adapter_name in module.deltas:
             yield name if isinstance(module.base_layer, ExpertWeight) else f"{name}.weight", module
 
 

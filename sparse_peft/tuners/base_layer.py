@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import warnings
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from threading import get_ident
-from typing import Any, ClassVar, Generic, NamedTuple, Self, TypeVar, cast
+from typing import Any, ClassVar, Concatenate, Generic, NamedTuple, ParamSpec, Self, TypeVar, cast
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer, _get_in_out_features, check_adapters_to_merge
@@ -17,7 +18,7 @@ from peft.utils.quantization_utils import QuantizationBackend
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from ..ops import CONVOLUTIONS, ConvProduct, LayerProduct, LinearProduct, is_convolution
+from ..ops import CONVOLUTIONS, ConvProduct, EmbeddingProduct, LayerProduct, LinearProduct, is_convolution
 from .active_delta import ActiveDelta
 from .backups import SET_ASIDE, LayerBackup, PackedBackup, WeightBackup
 from .base_config import BaseSparseConfig
@@ -29,7 +30,7 @@ from .layer_parts import bias_of, weight_of
 from .ledger import READERS, Ledger, Merged, Weight, transition
 from .transitions import exclusive, exclusively
 
-STOCK_FORWARDS = {nn.Linear.forward, Conv1D.forward, *(kind.forward for kind in CONVOLUTIONS)}
+STOCK_FORWARDS = {nn.Linear.forward, nn.Embedding.forward, Conv1D.forward, *(kind.forward for kind in CONVOLUTIONS)}
 
 StateT = TypeVar("StateT", bound=TrainedState)
 
@@ -46,13 +47,32 @@ class Step(NamedTuple):
     wanted: ActiveDelta | Weight
 
 
+P = ParamSpec("P")
+Layer = TypeVar("Layer", bound="TunerLayer[Any]")
+
+
+def of_owner(method: Callable[Concatenate[Layer, P], None]) -> Callable[Concatenate[Layer, P], None]:
+    """A method that changes a layer's adapters: nothing is left to do in other layers of the same tied weight."""
+
+    @functools.wraps(method)
+    def owners_method(layer: Layer, *args: P.args, **kwargs: P.kwargs) -> None:
+        if layer.owner is layer:
+            method(layer, *args, **kwargs)
+
+    return owners_method
+
+
 class TunerLayer(BaseTunerLayer, nn.Module, Generic[StateT]):
     """A base layer with the trained state of its adapters, whose parts are added to its output.
 
+    Layers of one tied weight, as an embedding and the head, have common adapters: those of the first layer, the
+    *owner*. The others compute with its adapters and its ledger, and PEFT's calls change the owner alone.
+
     Args:
-        base_layer: ``nn.Linear``, ``nn.Conv1d`` to ``nn.Conv3d``, transformers' ``Conv1D``, or a quantised linear
-            layer that PEFT has a backend for.
+        base_layer: ``nn.Linear``, ``nn.Conv1d`` to ``nn.Conv3d``, transformers' ``Conv1D``, a quantised linear layer
+            that PEFT has a backend for, or ``nn.Embedding`` in layers that train it.
         name: the layer's full name in the model, for errors and for what is drawn at random.
+        owner: the layer that has the adapters, if this one's weight is tied to that layer's.
 
     A method's subclass names its ``config_cls``, from which the name of the container of trained states is derived,
     and defines an adapter's output and its weight.
@@ -71,11 +91,14 @@ class TunerLayer(BaseTunerLayer, nn.Module, Generic[StateT]):
             cls.delta_container = f"{cls.config_cls.prefix()}adapter"
             cls.adapter_layer_names = (cls.delta_container,)
 
-    def __init__(self, base_layer: nn.Module, name: str, **kwargs: Any) -> None:
+    def __init__(
+        self, base_layer: nn.Module, name: str, owner: TunerLayer[StateT] | None = None, **kwargs: Any
+    ) -> None:
         super().__init__()
         self.base_layer = base_layer
         self.name = name
-        self.ledger = Ledger(name)
+        self._owner = () if owner is None else (owner,)  # in a tuple: it is no submodule
+        self.ledger: Ledger = Ledger(name) if owner is None else owner.ledger
         setattr(self, self.delta_container, nn.ModuleDict())
         base = self.get_base_layer()
         self.quantization_backend = resolve_quantization_backend(
@@ -88,6 +111,9 @@ class TunerLayer(BaseTunerLayer, nn.Module, Generic[StateT]):
             self.product = LinearProduct(base.in_dim)
             self.weight_shape = tuple(base.weight.shape)
             self.stored_shape = base.stored_shape
+        elif isinstance(base, nn.Embedding):
+            self.product = EmbeddingProduct.of(base)
+            self.weight_shape = self.stored_shape = (inputs, outputs)
         elif is_convolution(base):
             self.product = ConvProduct.of(base)
             self.weight_shape = tuple(base.weight.shape)
@@ -101,9 +127,22 @@ class TunerLayer(BaseTunerLayer, nn.Module, Generic[StateT]):
     # ------------------------------------------------------------------ adapters
 
     @property
+    def owner(self) -> TunerLayer[StateT]:
+        """The layer that has the weight's adapters: itself, unless its weight is tied to another layer's."""
+        return self._owner[0] if self._owner else self
+
+    @property
     def deltas(self) -> Mapping[str, StateT]:
         """The adapters' trained state, ``{adapter name: state}``."""
-        return cast("Mapping[str, StateT]", self._modules[self.delta_container])
+        return cast("Mapping[str, StateT]", self.owner._modules[self.delta_container])
+
+    @property
+    def active_adapter(self) -> str | list[str]:
+        return self.owner._active_adapter
+
+    @property
+    def disable_adapters(self) -> bool:
+        return self.owner._disable_adapters
 
     @property
     def base_parameter(self) -> Tensor:
@@ -195,7 +234,12 @@ class TunerLayer(BaseTunerLayer, nn.Module, Generic[StateT]):
         return (
             type(weight) in (nn.Parameter, Tensor)
             and not (weight.requires_grad and torch.is_grad_enabled())
-            and (x is None or x.dtype == weight.dtype or torch.is_autocast_enabled(x.device.type))
+            and (
+                x is None
+                or x.dtype == weight.dtype
+                or not x.is_floating_point()  # ids
+                or torch.is_autocast_enabled(x.device.type)
+            )
         )
 
     def _is_sharded(self) -> bool:
@@ -374,6 +418,7 @@ class TunerLayer(BaseTunerLayer, nn.Module, Generic[StateT]):
     def get_delta_weight(self, adapter: str) -> Tensor:
         """The adapter's delta as a dense tensor of the stored weight's shape, in its parameters' dtype."""
 
+    @of_owner
     @transition
     @torch.no_grad()
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
@@ -476,6 +521,7 @@ class TunerLayer(BaseTunerLayer, nn.Module, Generic[StateT]):
         for name in names:
             weight += self.get_delta_weight(name).to(weight)
 
+    @of_owner
     @transition
     def unmerge(self) -> None:
         """Give the base weight back as it was before any merge, bit for bit.
@@ -494,6 +540,7 @@ class TunerLayer(BaseTunerLayer, nn.Module, Generic[StateT]):
 
     # ------------------------------------------------------------------ PEFT's and torch's bookkeeping
 
+    @of_owner
     @transition
     def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
         """Make these adapters of the layer the active ones, and (unless ``inference_mode``) the only trainable ones.
@@ -511,6 +558,7 @@ class TunerLayer(BaseTunerLayer, nn.Module, Generic[StateT]):
                         parameter.requires_grad_(trains)
         self._active_adapter = names
 
+    @of_owner
     @transition
     def enable_adapters(self, enabled: bool) -> None:
         """As PEFT's; merged adapters that are disabled are unmerged."""
@@ -519,6 +567,7 @@ class TunerLayer(BaseTunerLayer, nn.Module, Generic[StateT]):
         self.release()
         super().enable_adapters(enabled)
 
+    @of_owner
     @transition
     def delete_adapter(self, adapter_name: str) -> None:
         self.release()
@@ -551,7 +600,7 @@ class TunerLayer(BaseTunerLayer, nn.Module, Generic[StateT]):
         return self.__dict__.copy()
 
     def extra_repr(self) -> str:
-        return quantization_extra_repr(self)
+        return f"weight of {self.owner.name}" if self._owner else quantization_extra_repr(self)
 
     def __repr__(self) -> str:
         return f"sparse_peft.{super().__repr__()}"

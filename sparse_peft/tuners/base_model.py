@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -12,7 +13,7 @@ from typing import Any, ClassVar, Generic, Protocol, TypeVar, cast
 
 import torch
 from peft.tuners.tuners_utils import BaseTuner, _ExcludedModule
-from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING, get_quantization_kwargs
+from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING, _get_submodules, get_quantization_kwargs
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
@@ -37,6 +38,7 @@ from .residency import hold_layers, release_layers
 from .shared_memory import check_no_other_model, check_no_shared_weights, note_adapted, note_unloaded
 from .targets import (
     Targets,
+    base_of,
     check_is_base,
     check_names,
     check_target,
@@ -47,6 +49,7 @@ from .targets import (
     own_weights,
     release_empty_experts,
 )
+from .ties import check_not_saved_whole, owners_of, tied_layers
 from .traversal import modules_beside_adapters, tuner_layers
 
 
@@ -70,6 +73,7 @@ class BaseSparseModel(BaseTuner, Generic[ConfigT, StateT]):
     """
 
     layer_cls: ClassVar[type[TunerLayer[Any]]]
+    embedding_cls: ClassVar[type[TunerLayer[Any]] | None] = None  # None: the method trains no embeddings
     takes_groups = True  # whether convolutions of several groups, which are no one matrix, can be targets
     counted_tensor = "values"  # which of a layer's tensors in a file says by its size what the layer trains
     needs_base_weights = False  # whether what an adapter adds is a function of its base's weights as well
@@ -208,10 +212,11 @@ class BaseSparseModel(BaseTuner, Generic[ConfigT, StateT]):
         check_adapter_name(adapter_name)
         self._injection = (adapter_name, kwargs.get("state_dict"))
         self._plans: Mapping[str, StatePlan] = {}
+        self._ties: list[Targets] = []
         try:
             super().inject_adapter(model, adapter_name, *args, **kwargs)
         finally:
-            del self._injection, self._plans
+            del self._injection, self._plans, self._ties
             release_empty_experts(model)
 
     def _prepare_model(self, peft_config: Any, model: nn.Module) -> None:
@@ -220,6 +225,7 @@ class BaseSparseModel(BaseTuner, Generic[ConfigT, StateT]):
         self.check_configs()
         adapter_name, state_dict = self._injection
         targets = self.find_targets(peft_config, model, state_dict)
+        self._ties = self._tied_layers(model)
         check_bare_weights(peft_config, model, targets)
         self.check_targets(model, targets)
         new = {name: module for name, module in targets.items() if not isinstance(module, TunerLayer)}
@@ -234,6 +240,16 @@ class BaseSparseModel(BaseTuner, Generic[ConfigT, StateT]):
             if peft_config.target_experts:
                 peft_config.target_parameters = experts_among(targets)
             hold_experts(model, targets)
+
+    def _check_tied_modules(self, model: nn.Module, peft_config: Any) -> None:
+        # PEFT warns of tied targets, which are one target here; tied modules that are saved whole remain
+        if self.embedding_cls is not None:
+            peft_config = copy.copy(peft_config)
+            peft_config.target_modules = []
+        super()._check_tied_modules(model, peft_config)
+
+    def _get_tied_target_modules(self, model: nn.Module) -> list[str]:
+        return super()._get_tied_target_modules(model) if self.embedding_cls is None else []
 
     def _check_target_module_exists(self, peft_config: Any, key: str) -> Any:  # type: ignore[override]  # static there
         found = super()._check_target_module_exists(peft_config, key)
@@ -269,8 +285,18 @@ class BaseSparseModel(BaseTuner, Generic[ConfigT, StateT]):
     def find_targets(
         cls, config: BaseSparseConfig, model: nn.Module, state_dict: dict[str, Tensor] | None = None
     ) -> Targets:
-        """The layers that PEFT will adapt for this config, by name, in the model's order."""
-        return find_targets(config, model, cls.prefix, state_dict)
+        """The layers that PEFT will adapt for this config, by name, in the model's order.
+
+        Layers with one tied weight are one target, under the name of the first, where the method trains embeddings.
+        """
+        targets, ties = find_targets(config, model, cls.prefix, state_dict), cls._tied_layers(model)
+        check_not_saved_whole(config, model, targets, ties)
+        return owners_of(config, model, targets, ties)
+
+    @classmethod
+    def _tied_layers(cls, model: nn.Module) -> list[Targets]:
+        """The layers that may have one weight in common."""
+        return [] if cls.embedding_cls is None else tied_layers(model)
 
     @classmethod
     def check_targets(cls, model: nn.Module, targets: Targets) -> None:
@@ -281,8 +307,16 @@ class BaseSparseModel(BaseTuner, Generic[ConfigT, StateT]):
             ValueError: a target's weight is shared.
         """
         for name, module in targets.items():
-            check_target(name, module, model, cls.layer_class_of(module), cls.__name__, cls.takes_groups)
-        check_no_shared_weights(model, own_weights(targets))
+            check_target(
+                name,
+                module,
+                model,
+                cls.layer_class_of(module),
+                cls.__name__,
+                takes_groups=cls.takes_groups,
+                takes_embeddings=cls.embedding_cls is not None,
+            )
+        check_no_shared_weights(model, own_weights(targets), cls._tied_layers(model))
 
     @classmethod
     def file_sizes(cls, state_dict: dict[str, Tensor] | None) -> dict[str, int] | None:
@@ -298,7 +332,8 @@ class BaseSparseModel(BaseTuner, Generic[ConfigT, StateT]):
     @classmethod
     def layer_class_of(cls, target: nn.Module) -> type[TunerLayer[Any]]:
         """The class of a target's layer."""
-        return cls.layer_cls
+        takes_it = cls.embedding_cls is not None and isinstance(base_of(target), nn.Embedding)
+        return cast("type[TunerLayer[Any]]", cls.embedding_cls) if takes_it else cls.layer_cls
 
     @classmethod
     def layer_options(cls, config: ConfigT) -> dict[str, Any]:
@@ -319,9 +354,7 @@ class BaseSparseModel(BaseTuner, Generic[ConfigT, StateT]):
         if isinstance(target, TunerLayer):
             layer = target
         else:
-            layer = self.layer_class_of(target)(
-                target, current_key, **self.layer_options(peft_config), **get_quantization_kwargs(self.model)
-            )
+            layer = self._new_layer(peft_config, target, current_key)
             layer._active_adapter = adapter_name
             note_adapted(layer)
         layer.add_delta(
@@ -336,6 +369,20 @@ class BaseSparseModel(BaseTuner, Generic[ConfigT, StateT]):
             if adapter_name not in self.active_adapters:
                 layer.requires_grad_(False)  # an additional adapter is not trained before it is made active
             self._replace_module(parent, target_name, layer, target)
+            self._tie(peft_config, layer)
+
+    def _new_layer(
+        self, config: Any, base: nn.Module, name: str, owner: TunerLayer[Any] | None = None
+    ) -> TunerLayer[Any]:
+        kind, options = self.layer_class_of(base), self.layer_options(config)
+        return kind(base, name, owner=owner, **options, **get_quantization_kwargs(self.model))
+
+    def _tie(self, config: Any, owner: TunerLayer[Any]) -> None:
+        """Put the other layers with the owner's weight into layers that compute with its adapters."""
+        for name, base in next((group for group in self._ties if owner.name in group), {}).items():
+            if name != owner.name:
+                parent, _, attribute = _get_submodules(self.model, name)
+                setattr(parent, attribute, self._new_layer(config, base, name, owner))
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
         # PEFT's version also assigns the child's weight to whatever replaces it, which fails for a child whose weight

@@ -5,7 +5,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable
 from functools import partial
-from typing import Any, ClassVar, Self, TypeVar
+from typing import Any, ClassVar, Self, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -26,7 +26,7 @@ from ..ops import (
 from ..support import Support
 from .active_delta import ActiveDelta
 from .backups import EntriesBackup
-from .base_layer import Step, TunerLayer
+from .base_layer import Step, TunerLayer, of_owner
 from .changes import Stamp
 from .contents import Contents
 from .delta import Delta
@@ -59,10 +59,11 @@ class SparseTunerLayer(TunerLayer[DeltaT]):
     """A layer whose weight is trained at the supports of its adapters.
 
     Args:
-        base_layer: ``nn.Linear``, ``nn.Conv1d`` to ``nn.Conv3d``, transformers' ``Conv1D``, or a quantised linear
-            layer that PEFT has a backend for.
+        base_layer: ``nn.Linear``, ``nn.Conv1d`` to ``nn.Conv3d``, transformers' ``Conv1D``, a quantised linear layer
+            that PEFT has a backend for, or ``nn.Embedding`` in layers that train it.
         name: the layer's full name in the model, for errors and for random supports.
         resident: whether the base weight may hold the active adapter's entries between forward passes.
+        owner: as in ``TunerLayer``.
 
     A batch whose inputs use several adapters costs the base's product and, where that is cheaper, one more for all of
     them. Their values lie side by side for it from the first such batch until adapters are switched.
@@ -78,8 +79,14 @@ class SparseTunerLayer(TunerLayer[DeltaT]):
         self._joins: dict[tuple[str, ...], ActiveDelta] = {}
         self._writable: tuple[weakref.ref[Tensor], int, bool] | None = None
         self._stack: Stack | None = None
-        self.observer_key = new_key(self.matrices)
+        self._unwritten: weakref.ref[nn.Parameter] | None = None
+        self._own_key = new_key(self.matrices)
         self.register_load_state_dict_post_hook(_rejoin)
+
+    @property
+    def observer_key(self) -> int:
+        """The layer's key, for observers of its weight's gradient; layers of one tied weight have the same."""
+        return cast("SparseTunerLayer[DeltaT]", self.owner)._own_key
 
     # ------------------------------------------------------------------ adapters
 
@@ -107,6 +114,10 @@ class SparseTunerLayer(TunerLayer[DeltaT]):
 
     def _join(self, names: tuple[str, ...]) -> ActiveDelta:
         """The named adapters' common support; kept for each selection of them until one's own support changes."""
+        if self._owner:
+            return cast("SparseTunerLayer[DeltaT]", self.owner)._join(
+                names
+            )  # the weight holds one join, whichever layer asks
         known = self._joined
         # a compiled graph is traced with what set_adapter and loading left here
         if known is not None and known.names == names and (torch.compiler.is_compiling() or self._is_current(known)):
@@ -275,6 +286,7 @@ class SparseTunerLayer(TunerLayer[DeltaT]):
     # ------------------------------------------------------------------ forward
 
     def adapters_step(self, x: Tensor, names: tuple[str, ...], has_more: bool) -> Step:
+        self._check_tie()
         delta = self._join(names)
         if self.quantization_backend is not None:
             self._restore_dtypes(delta.names)
@@ -288,6 +300,18 @@ class SparseTunerLayer(TunerLayer[DeltaT]):
             "transformed": self._transformed_forward,
         }
         return Step(partial(handlers[path], delta), delta if path == "resident" else Weight.OWN)
+
+    def _check_tie(self) -> None:
+        """Refuse a weight that is no longer the owner's.
+
+        Raises:
+            RuntimeError: names both layers.
+        """
+        if self._owner and self.base_parameter is not self.owner.base_parameter:
+            raise RuntimeError(
+                f"layer {self.name}: its weight was tied to that of {self.owner.name} when the adapter was made, and "
+                "is another one now; untie and resize weights before an adapter is added"
+            )
 
     def _path_now(self, x: Tensor, has_more: bool) -> str:
         """``path``, where graphs and transforms that record the pass have one of their own."""
@@ -371,12 +395,16 @@ class SparseTunerLayer(TunerLayer[DeltaT]):
     def _transformed_forward(self, delta: ActiveDelta, x: Tensor) -> Tensor:
         """In ordinary operations on a copy of the weight, for ``torch.func.grad``, ``vmap`` and their like."""
         dtype, bias = self._compute_dtype(x), self.base_bias
-        weight, support = self.base_parameter.reshape(-1), delta.support
-        entries = effective_entries(weight.index_select(0, support.indices), self.sum_values(delta))
-        matrix = weight.scatter(0, support.indices.long(), entries).view(self.stored_shape).to(dtype)
+        matrix = self._transformed_weight(delta).to(dtype)
         matrix = matrix if self.product.in_dim == 1 else matrix.t()
         bias = None if bias is None else bias.to(dtype)
         return self.product.leave(self.product.multiply(self.product.enter(x.to(dtype)), matrix, bias), x)
+
+    def _transformed_weight(self, delta: ActiveDelta) -> Tensor:
+        """The effective weight as a new matrix, in ordinary operations."""
+        weight, support = self.base_parameter.reshape(-1), delta.support
+        entries = effective_entries(weight.index_select(0, support.indices), self.sum_values(delta))
+        return weight.scatter(0, support.indices.long(), entries).view(self.stored_shape)
 
     def _dequantised_forward(self, delta: ActiveDelta, x: Tensor) -> Tensor:
         dtype = getattr(self.base_layer, "compute_dtype", None) or x.dtype
@@ -461,12 +489,14 @@ class SparseTunerLayer(TunerLayer[DeltaT]):
 
     # ------------------------------------------------------------------ PEFT's and torch's bookkeeping
 
+    @of_owner
     @transition
     def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
         self._stack = None
         super().set_adapter(adapter_names, inference_mode=inference_mode)
         self.rejoin()
 
+    @of_owner
     @transition
     def delete_adapter(self, adapter_name: str) -> None:
         self._forget_joins(adapter_name)
@@ -496,18 +526,30 @@ class SparseTunerLayer(TunerLayer[DeltaT]):
         state = super().__getstate__()
         if self.ledger.is_shared() and not self.merged and self.resident and self.quantization_backend is None:
             state["_modules"] = {**self._modules, "base_layer": self._unwritten_base()}
-        return {**state, "_writable": None, "_joins": {}, "_joined": None, "_stack": None}
+        return {**state, "_writable": None, "_joins": {}, "_joined": None, "_stack": None, "_unwritten": None}
 
     def _unwritten_base(self) -> nn.Module:
         """The base layer as it is copied or pickled while other threads infer, which then write nothing into it."""
         base = self.base_layer
         twin = base.__class__.__new__(base.__class__)
         twin.__dict__ = {**base.__dict__, "_parameters": dict(base._parameters)}
-        own = weight_of(base)
-        weight = twin._parameters["weight"] = nn.Parameter(own.detach(), requires_grad=own.requires_grad)
-        self.ledger.keep_own_while(weight)
+        twin._parameters["weight"] = cast("SparseTunerLayer[DeltaT]", self.owner)._unwritten_weight()
         return twin
+
+    def _unwritten_weight(self) -> nn.Parameter:
+        """The base weight as another parameter, in whose memory no entries are written while it is alive.
+
+        Layers of one tied weight get the same parameter.
+        """
+        known = None if self._unwritten is None else self._unwritten()
+        if known is not None:
+            return known
+        own = weight_of(self.base_layer)
+        weight = nn.Parameter(own.detach(), requires_grad=own.requires_grad)
+        self.ledger.keep_own_while(weight)
+        self._unwritten = weakref.ref(weight)
+        return weight
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self.observer_key = new_key(self.matrices)  # a copy must not share the original's gradient observer
+        self._own_key = new_key(self.matrices)  # a copy must not share the original's gradient observer

@@ -40,7 +40,6 @@ class ExpertsSource(LayerSource):
     def __init__(self, layer: AdaptedLayer, delta: ActiveDelta | None, resident: bool, experts: int):
         super().__init__(layer, delta)
         self.resident, self.experts = resident, experts
-        self.dtype = layer.base_parameter.dtype
 
     @property
     def is_whole(self) -> bool:
@@ -90,6 +89,10 @@ class ExpertPanels:
     def shape(self) -> tuple[int, int]:
         rows, cols = self.source.shape
         return rows // self.source.experts, cols
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.source.dtype
 
     def panels(self, dtype: torch.dtype) -> Iterator[Panel]:
         """``(start, stop, weight[start:stop])`` of the expert in ``dtype``."""
@@ -143,6 +146,10 @@ class BaseExpert:
     def shape(self) -> tuple[int, int]:
         rows, cols = self.weight.shape
         return rows, cols
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.weight.dtype
 
     def panels(self, dtype: torch.dtype) -> Iterator[Panel]:
         """``(start, stop, weight[start:stop])`` in ``dtype``."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 from torch import Tensor, nn
 
 
@@ -12,4 +14,4 @@ def weight_of(layer: nn.Module) -> Tensor:
 
 def bias_of(layer: nn.Module) -> nn.Parameter | None:
     """The layer's bias; None for a layer without."""
-    return layer.bias  # type: ignore[return-value]  # see above
+    return cast("nn.Parameter | None", getattr(layer, "bias", None))  # embeddings have none

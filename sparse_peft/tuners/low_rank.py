@@ -10,7 +10,7 @@ from typing import ClassVar, TypeVar
 import torch
 from torch import Tensor, nn
 
-from ..ops import FACTOR_COMBINATIONS, Combination, combine_factors
+from ..ops import FACTOR_COMBINATIONS, Combination, MatrixProduct, combine_factors
 from .base_layer import TunerLayer
 from .base_state import TrainedState
 from .forms import StateSizes, layer_of_factors
@@ -92,6 +92,8 @@ LowRankT = TypeVar("LowRankT", bound=LowRankState)
 
 class LowRankLayer(TunerLayer[LowRankT]):
     """A layer whose adapters have such a product."""
+
+    product: MatrixProduct
 
     def low_rank_output(self, x: Tensor, adapter_name: str) -> Tensor:
         """What the product of one adapter makes of the layer's input; it is never formed."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import weakref
-from collections.abc import Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
@@ -36,12 +36,15 @@ class Memory(NamedTuple):
         return self.device == other.device and max(self.start, other.start) < min(self.stop, other.stop)
 
 
-def check_no_shared_weights(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
+def check_no_shared_weights(
+    model: nn.Module, weights: Mapping[str, Tensor], ties: Iterable[Collection[str]] = ()
+) -> None:
     """Refuse weights that something else in the model uses too, as one parameter or as two of the same memory.
 
     Args:
         model: that has them.
         weights: ``{layer name: weight}`` of the targets.
+        ties: names of layers that may have one weight, because they get one delta.
 
     Raises:
         ValueError: names the target and what else has its weight.
@@ -49,8 +52,10 @@ def check_no_shared_weights(model: nn.Module, weights: Mapping[str, Tensor]) -> 
     names = [(name, Memory.of(parameter)) for name, parameter in model.named_parameters(remove_duplicate=False)]
     for layer, weight in weights.items():
         memory = Memory.of(weight)
+        group = next((group for group in ties if layer in group), [layer])
+        expected = {f"{name}{part}" for name in group for part in ("", ".weight", ".base_layer.weight")}
         sharing = [name for name, other in names if memory.overlaps(other)]
-        if len(sharing) > 1:
+        if len(sharing) > 1 and not (len(group) > 1 and expected.issuperset(sharing)):
             others = ", ".join(name for name in sharing if name not in (layer, f"{layer}.weight"))
             raise ValueError(
                 f"Target module {layer} shares its weight with {others} (tied weights): training one would change "

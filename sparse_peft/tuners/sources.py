@@ -32,8 +32,10 @@ class AdaptedLayer(Protocol):
 
     ledger: Ledger
     product: LayerProduct
-    observer_key: int
     stored_shape: tuple[int, int]
+
+    @property
+    def observer_key(self) -> int: ...
 
     @property
     def base_parameter(self) -> Tensor: ...
@@ -60,6 +62,11 @@ class LayerSource(ABC):
     def __init__(self, layer: AdaptedLayer, delta: ActiveDelta | None):
         self.layer, self.delta, self.stamp = layer, delta, layer.stamp(delta)
         self.shape, self.product, self.key = layer.stored_shape, layer.product, layer.observer_key
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the weight as stored."""
+        return self.layer.base_parameter.dtype
 
     @abstractmethod
     def panels(self, dtype: torch.dtype) -> Iterator[Panel]:
@@ -134,6 +141,7 @@ class DeltaSource:
     def __init__(self, shape: tuple[int, int], support: Support, values: Tensor, product: LayerProduct, key: int):
         self.shape, self.support, self.values = shape, support, values.detach()
         self.product, self.key = product, key
+        self.dtype = values.dtype
 
     def panels(self, dtype: torch.dtype) -> Iterator[Panel]:
         """``(start, stop, delta[start:stop])`` in ``dtype``."""

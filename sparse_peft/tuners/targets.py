@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -21,7 +22,7 @@ from transformers.pytorch_utils import Conv1D
 
 from ..calibrate import LayerView
 from ..calibrate.layer_view import KeptTokens, See
-from ..ops import is_convolution
+from ..ops import EmbeddingProduct, is_convolution
 from .base_config import BaseSparseConfig
 from .base_layer import TunerLayer
 from .expert_layer import ExpertsLayer
@@ -32,6 +33,10 @@ from .four_bit import base_weight
 from .traversal import configs_of
 
 Targets = dict[str, nn.Module]  # {layer name: module}
+
+EMBEDDING_CURE = (
+    " SparseConfig and SaRAConfig train embeddings; trainable_token_indices trains whole tokens beside any."
+)
 
 
 def base_of(module: nn.Module) -> Any:
@@ -58,7 +63,7 @@ def stored_shape(module: nn.Module) -> tuple[int, int]:
 def in_dim_of(module: nn.Module) -> int:
     """The dimension of a target's stored weight that is the input's."""
     base = base_of(module)
-    return base.in_dim if isinstance(base, ExpertWeight) else int(not isinstance(base, Conv1D))
+    return base.in_dim if isinstance(base, ExpertWeight) else int(not isinstance(base, (Conv1D, nn.Embedding)))
 
 
 def experts_of(module: nn.Module) -> int:
@@ -81,20 +86,34 @@ def dense_weight(module: nn.Module) -> Tensor:
     return base.weight.detach().reshape(stored_shape(module)) if backend is None else base_weight(base, backend)
 
 
-def layer_views(targets: Targets) -> list[LayerView]:
-    """The targets as ``calibrate`` takes them."""
-    return [
-        LayerView(
-            name,
-            module,
-            stored_shape(module),
-            in_dim_of(module),
-            partial(dense_weight, module),
-            experts_of(module),
-            _watch(name, module),
-        )
-        for name, module in targets.items()
-    ]
+def layer_views(targets: Targets, ties: Iterable[Targets] = ()) -> list[LayerView]:
+    """The targets as ``calibrate`` takes them.
+
+    Args:
+        targets: of layers with a tied weight the first.
+        ties: the layers of each tied weight.
+    """
+    others = {first: group for group in ties for first in list(group)[:1]}
+    views = []
+    for name, module in targets.items():
+        tied = (_view(other, twin) for other, twin in others.get(name, {}).items() if other != name)
+        views.append(replace(_view(name, module), tied=tuple(tied)))
+    return views
+
+
+def _view(name: str, module: nn.Module) -> LayerView:
+    base = base_of(module)
+    lookup = EmbeddingProduct.of(base) if isinstance(base, nn.Embedding) else None
+    return LayerView(
+        name,
+        module,
+        stored_shape(module),
+        in_dim_of(module),
+        partial(dense_weight, module),
+        experts_of(module),
+        _watch(name, module),
+        lookup,
+    )
 
 
 def _watch(name: str, module: nn.Module) -> Callable[[See, KeptTokens], Callable[[], None]] | None:
@@ -121,7 +140,7 @@ def find_targets(
     resolved = _with_all_linear(config, model)
     in_file = None if state_dict is None else {layer_of(key, prefix) for key in state_dict}
     found: Targets = {}
-    for name, module in _outermost_layers(model):
+    for name, module in outermost_layers(model):
         if name in in_file if in_file is not None else check_target_module_exists(resolved, name):
             found[name] = module
         for parameter in _experts_in(module):
@@ -181,7 +200,7 @@ def release_empty_experts(model: nn.Module) -> None:
             setattr(parent, attribute, module.base_layer)
 
 
-def _outermost_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+def outermost_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """The model's named modules but itself and those inside of adapted layers."""
     inside: tuple[str, ...] = ()
     for name, module in model.named_modules():
@@ -215,7 +234,14 @@ def check_is_base(model: nn.Module) -> None:
 
 
 def check_target(
-    name: str, module: nn.Module, model: nn.Module, layer_cls: type[TunerLayer[Any]], method: str, takes_groups: bool
+    name: str,
+    module: nn.Module,
+    model: nn.Module,
+    layer_cls: type[TunerLayer[Any]],
+    method: str,
+    *,
+    takes_groups: bool,
+    takes_embeddings: bool,
 ) -> None:
     """Refuse a layer of a kind that the method cannot train.
 
@@ -226,10 +252,12 @@ def check_target(
         layer_cls: the method's layers.
         method: for messages.
         takes_groups: whether the method trains convolutions of several groups.
+        takes_embeddings: whether it trains embeddings.
 
     Raises:
-        TypeError: it has another method's adapters, is no linear layer or convolution, or is quantised in a way that
-            PEFT has no backend for.
+        TypeError: it has another method's adapters, is of no kind that the method trains, or is quantised in a way
+            that PEFT has no backend for.
+        ValueError: an embedding that changes its weight in each pass.
     """
     base = base_of(module)
     weight = getattr(base, "weight", None)
@@ -238,6 +266,9 @@ def check_target(
             f"Target module {name} has adapters of another method already (it is a {type(module).__name__}), and a "
             f"layer takes those of one method only; unload() or merge_and_unload() them before {method} adapts it"
         )
+    if isinstance(base, nn.Embedding) and takes_embeddings:
+        _check_embedding(name, base, model)
+        return
     if resolve_quantization_backend(base, **get_quantization_kwargs(model)) is not None:
         return
     if isinstance(base, ExpertWeight):
@@ -246,9 +277,10 @@ def check_target(
         fused = f"Its weights are {BARE_WEIGHTS}. " if bare_weights(base) else ""
         raise TypeError(
             f"Target module {name} of type {type(base).__name__} is not supported. {fused}{method} "
-            "trains `torch.nn.Linear`, `Conv1d`, `Conv2d`, `Conv3d`, transformers' `Conv1D` and the quantised "
-            "linear layers that PEFT has a backend for; name other target_modules, or leave this one out with "
-            "exclude_modules."
+            "trains `torch.nn.Linear`, `Conv1d`, `Conv2d`, `Conv3d`, transformers' `Conv1D`, "
+            f"{'`Embedding` ' if takes_embeddings else ''}and the quantised linear layers that PEFT has a backend "
+            "for; name other target_modules, or leave this one out with exclude_modules."
+            + (EMBEDDING_CURE if isinstance(base, nn.Embedding) else "")
         )
     if is_convolution(base) and base.groups > 1 and not takes_groups:
         raise TypeError(
@@ -260,6 +292,22 @@ def check_target(
             f"Target module {name} of type {type(base).__module__}.{type(base).__name__} holds {weight.dtype} "
             "weights and PEFT has no quantisation backend for it; use a base quantised with bitsandbytes, HQQ "
             "or torchao, or one in float16, bfloat16 or float32."
+        )
+
+
+def _check_embedding(name: str, base: nn.Embedding, model: nn.Module) -> None:
+    quantised = resolve_quantization_backend(base, **get_quantization_kwargs(model)) is not None
+    if quantised or not base.weight.is_floating_point():
+        raise TypeError(
+            f"Target module {name} of type {type(base).__module__}.{type(base).__name__} is a quantised embedding "
+            f"({base.weight.dtype}), whose rows have no entries to train; keep it in float16, bfloat16 or float32, or "
+            "leave it out with exclude_modules"
+        )
+    if base.max_norm is not None:
+        raise ValueError(
+            f"Target module {name} has max_norm={base.max_norm}, with which each pass changes rows of the base "
+            "weight, so that no adapter could leave it as it was; set max_norm to None, or leave the embedding out "
+            "with exclude_modules"
         )
 
 

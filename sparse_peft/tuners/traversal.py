@@ -27,8 +27,9 @@ def modules_beside_adapters(model: nn.Module) -> Iterator[nn.Module]:
 
 
 def tuner_layers(model: nn.Module) -> Iterator[TunerLayer]:
-    """The model's layers with adapters of this package."""
-    return (module for module in modules_beside_adapters(model) if isinstance(module, TunerLayer))
+    """The model's layers with adapters of this package; of layers with one tied weight the owner."""
+    layers = (module for module in modules_beside_adapters(model) if isinstance(module, TunerLayer))
+    return (layer for layer in layers if layer.owner is layer)
 
 
 def configs_of(model: nn.Module) -> dict[str, Any]:

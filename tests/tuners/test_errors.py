@@ -8,7 +8,7 @@ from peft import LoraConfig, get_peft_model, inject_adapter_in_model
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from sparse_peft import SoRAConfig, SparseConfig, select_support
+from sparse_peft import S2FTConfig, SoRAConfig, SparseConfig, select_support
 from tests.helpers.two_layers import TwoLayers
 
 
@@ -55,8 +55,8 @@ def test_targets_that_match_nothing():
 
 
 def test_layers_of_other_kinds():
-    model = nn.Sequential(nn.ConvTranspose2d(3, 4, 3), nn.Embedding(5, 4), nn.Linear(3, 3))
-    for name, kind in (("0", "ConvTranspose2d"), ("1", "Embedding")):
+    model = nn.Sequential(nn.ConvTranspose2d(3, 4, 3), nn.EmbeddingBag(5, 4), nn.Linear(3, 3))
+    for name, kind in (("0", "ConvTranspose2d"), ("1", "EmbeddingBag")):
         with pytest.raises(TypeError, match=f"Target module {name} of type {kind} is not supported.*exclude_modules"):
             get_peft_model(model, SparseConfig(target_modules=[name, "2"]))
     assert not any("sparse" in n for n, _ in model.named_parameters())  # nothing was replaced
@@ -75,7 +75,7 @@ def test_tied_weights():
         pytest.warns(UserWarning, match="tie_word_embeddings"),
         pytest.raises(ValueError, match=r"Target module lm_head shares its weight with model\.embed_tokens\.weight"),
     ):
-        get_peft_model(LlamaForCausalLM(config), SparseConfig(target_modules=["lm_head"]))
+        get_peft_model(LlamaForCausalLM(config), S2FTConfig(target_modules=["lm_head"], ratio=0.5))
 
 
 def test_a_module_under_two_names_and_a_weight_in_two_modules():

@@ -27,7 +27,7 @@ PREFIX = "base_model.model."  # of all names in a file, and in the state dict of
 def named_states(model: nn.Module, adapter_name: str) -> Iterator[tuple[str, TunerLayer, TrainedState]]:
     """``(prefix of its tensors' names, layer, trained state)`` of each layer of an adapter."""
     for name, module in model.named_modules():
-        if isinstance(module, TunerLayer) and adapter_name in module.deltas:
+        if isinstance(module, TunerLayer) and module.owner is module and adapter_name in module.deltas:
             name = name.removeprefix(FSDP)
             key = f"{module.delta_container}.{adapter_name}."
             yield f"{name}.{key}" if name else key, module, module.deltas[adapter_name]
@@ -71,7 +71,7 @@ def accept_tensors(
     embeddings = _names_of_embeddings(model, base)
     if whole_model:
         others -= _with_file_names(set(base), name_in_file)
-    elif others & embeddings and _is_resized(model, config):
+    elif others & embeddings and is_resized(model, config):
         others -= embeddings
     for name in sorted(others & embeddings):
         if _is_the_same(base[name], entries[present[name]]):
@@ -153,7 +153,7 @@ def _embeddings(model: nn.Module) -> Iterator[nn.Module]:
         yield module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
 
 
-def _is_resized(model: nn.Module, config: BaseSparseConfig) -> bool:
+def is_resized(model: nn.Module, config: BaseSparseConfig) -> bool:
     """Whether the vocabulary has another size than that of the checkpoint that the model was read from."""
     own = getattr(model, "config", None)
     checkpoint = getattr(own, "name_or_path", None) or config.base_model_name_or_path

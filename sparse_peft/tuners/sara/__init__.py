@@ -3,8 +3,8 @@
 from ..method import Method
 from .config import SaRAConfig, sara_learning_rate
 from .dynamics import SaRADynamics
-from .model import SaRALinear, SaRAModel
+from .model import SaRAEmbedding, SaRALinear, SaRAModel
 
-__all__ = ["SaRAConfig", "SaRALinear", "SaRAModel", "sara_learning_rate"]
+__all__ = ["SaRAConfig", "SaRAEmbedding", "SaRALinear", "SaRAModel", "sara_learning_rate"]
 
 METHOD = Method("sara", SaRAModel, SaRADynamics)

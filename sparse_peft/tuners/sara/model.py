@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from ..delta import SparseDelta
 from ..delta_layer import SparseTunerLayer
+from ..embedding_layer import EmbeddingTunerLayer
 from ..entry_model import EntryModel
 from .config import SaRAConfig
 from .targets import DEFAULT_TARGETS
@@ -26,6 +27,22 @@ class SaRALinear(SparseTunerLayer[SparseDelta]):
     """
 
     config_cls = SaRAConfig
+
+
+class SaRAEmbedding(EmbeddingTunerLayer[SparseDelta], SaRALinear):
+    """An embedding whose smallest weights train: ``W + scale * scatter(values)``, with values ``(k,)``.
+
+    Arguments and paths are those of ``EmbeddingTunerLayer``.
+
+    Example:
+        >>> import torch
+        >>> from peft import get_peft_model
+        >>> from sparse_peft import SaRAConfig
+        >>> base = torch.nn.Sequential(torch.nn.Embedding(100, 8))
+        >>> model = get_peft_model(base, SaRAConfig(num_params=10, target_modules=["0"]))
+        >>> type(model.base_model.model[0]).__name__
+        'SaRAEmbedding'
+    """
 
 
 class SaRAModel(EntryModel[SaRAConfig, SparseDelta]):
@@ -53,4 +70,5 @@ class SaRAModel(EntryModel[SaRAConfig, SparseDelta]):
     """
 
     layer_cls = SaRALinear
+    embedding_cls = SaRAEmbedding
     target_module_mapping = DEFAULT_TARGETS

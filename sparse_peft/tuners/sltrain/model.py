@@ -62,6 +62,7 @@ class SLTrainModel(SparseModel[SLTrainConfig, SLTrainDelta]):
     """
 
     layer_cls = SLTrainLinear
+    embedding_cls = None
     takes_groups = False
 
     @classmethod

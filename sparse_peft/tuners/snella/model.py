@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from ...ops import PIECES, ConvProduct, LayerProduct, LinearProduct, is_convolution
+from ...ops import PIECES, ConvProduct, LinearProduct, MatrixProduct, is_convolution
 from ..base_model import BaseSparseModel
 from ..forms import layer_of_factors
 from ..low_rank import check_rank, factor_sizes
@@ -23,7 +23,7 @@ class KernelPlan:
 
     sizes: tuple[int, int]
     config: SnellaConfig
-    product: LayerProduct
+    product: MatrixProduct
     kept: int | None
 
     def make_delta(self, name: str) -> KernelState:

@@ -19,7 +19,7 @@ from ...ops import (
     Competition,
     Factors,
     InitialDelta,
-    LayerProduct,
+    MatrixProduct,
     distance_delta,
     distance_entries,
     find_threshold,
@@ -77,7 +77,7 @@ class KernelState(TrainedState):
     _numbers: dict[str, tuple[Tensor, int, int]]  # {buffer's name: (buffer, its writes, its number)}
 
     def __init__(
-        self, sizes: tuple[int, int], config: SnellaConfig, product: LayerProduct, name: str, kept: int | None = None
+        self, sizes: tuple[int, int], config: SnellaConfig, product: MatrixProduct, name: str, kept: int | None = None
     ):
         super().__init__(name)
         self.features, self.settings, self.product = sizes, config, product  # (inputs, outputs)

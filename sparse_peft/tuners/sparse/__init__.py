@@ -3,9 +3,9 @@
 from ..method import Method
 from .config import SparseConfig
 from .dynamics import ReselectionDynamics
-from .layer import SparseLinear
+from .layer import SparseEmbedding, SparseLinear
 from .model import SparseModel
 
-__all__ = ["SparseConfig", "SparseLinear", "SparseModel"]
+__all__ = ["SparseConfig", "SparseEmbedding", "SparseLinear", "SparseModel"]
 
 METHOD = Method("sparse", SparseModel, ReselectionDynamics)

@@ -10,7 +10,7 @@ from torch import Tensor
 from ...dynamics.collectives import Collectives
 from ...dynamics.optimizer_state import ObservedMoments
 from ...numerics import topk_indices
-from ...ops import expert_parts, masked_dw, support_grad
+from ...ops import Factor, expert_parts, masked_dw, support_grad
 from ...support import Support
 
 
@@ -58,7 +58,7 @@ class CandidateWindow:
 
     # ------------------------------------------------------------------ during the backward pass
 
-    def support_grad(self, left: Tensor, right: Tensor, active: Support) -> Tensor:
+    def support_grad(self, left: Factor, right: Tensor, active: Support) -> Tensor:
         """The gradient at the active adapters' support, as ``support_grad``; adds the candidates' to the sums."""
         if left.shape[0] == 0:
             return support_grad(left, right, active)
@@ -71,14 +71,14 @@ class CandidateWindow:
         """The slots of the adapter's entries among those of all active adapters."""
         return slice(None) if active.nnz == self.support.nnz else active.slots(self.support.indices)
 
-    def _propose(self, left: Tensor, right: Tensor, active: Support) -> Tensor:
+    def _propose(self, left: Factor, right: Tensor, active: Support) -> Tensor:
         rows, cols = active.shape
         watched = Support(active.shape, self.positions, validate=False)
         joint, (own, theirs) = active.union(watched)
         limit = min(self.limit, rows * cols - joint.nnz)
         gradient, positions, sums = masked_dw(left, right, joint, limit)
         found = gradient[theirs].to(torch.float32)
-        if limit and bool(sums[0].isnan()):
+        if sums.numel() and bool(sums[0].isnan()):
             # numbers that are not finite discard the whole step
             self.own.fill_(torch.nan)
         nonzero = sums.abs() > 0
@@ -101,7 +101,7 @@ class CandidateWindow:
         keep = topk_indices(magnitude, min(self.limit, magnitude.numel()))
         self.positions, self.partial, self.late = positions[keep], sums[keep], late[keep]
 
-    def _follow(self, left: Tensor, right: Tensor, active: Support) -> Tensor:
+    def _follow(self, left: Factor, right: Tensor, active: Support) -> Tensor:
         if self._joint is None or self._joint[0] is not active:
             candidates = Support(active.shape, self.positions, validate=False)
             joint, (own, theirs) = active.union(candidates)

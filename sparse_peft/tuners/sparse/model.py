@@ -15,7 +15,7 @@ from ..delta import SparseDelta
 from ..entry_model import EntryModel, budget_of
 from ..targets import Targets, layer_views
 from .config import SparseConfig
-from .layer import SparseLinear
+from .layer import SparseEmbedding, SparseLinear
 
 SparseConfigT = TypeVar("SparseConfigT", bound=SparseConfig)
 SparseDeltaT = TypeVar("SparseDeltaT", bound=SparseDelta)
@@ -46,6 +46,7 @@ class SparseModel(EntryModel[SparseConfigT, SparseDeltaT]):
     """
 
     layer_cls: ClassVar[type[TunerLayer[Any]]] = SparseLinear
+    embedding_cls: ClassVar[type[TunerLayer[Any]] | None] = SparseEmbedding
 
     @classmethod
     def fit_state(cls, config: SparseConfigT, state: SparseDeltaT, parameters: dict[str, Tensor]) -> None:
@@ -75,7 +76,8 @@ class SparseModel(EntryModel[SparseConfigT, SparseDeltaT]):
         loss_fn: Callable[[nn.Module, Any], Tensor] | None,
         oversample: float,
     ) -> dict[str, Support]:
-        layers, criterion, budget = layer_views(targets), config.criterion, budget_of(config, targets)
+        layers = layer_views(targets, cls._tied_layers(model))
+        criterion, budget = config.criterion, budget_of(config, targets)
         if gradients is not None:
             return supports_from_gradients(layers, criterion, budget, gradients, block=config.block, seed=config.seed)
         batches = ModelPass(model, data or (), loss_fn)

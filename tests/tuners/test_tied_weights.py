@@ -1,0 +1,311 @@
+"""An embedding and a head with one weight: one support, both uses' gradients, and a tie that stays."""
+
+import copy
+import io
+import warnings
+
+import pytest
+import torch
+from peft import PeftModel, get_peft_model
+from safetensors.torch import load_file
+from torch import nn
+
+from sparse_peft import SaRAConfig, SparseConfig, SparsityController, select_support
+from sparse_peft.adapters.export import save_merged
+from tests.helpers.embedding_models import (
+    COLS,
+    IDS,
+    ROWS,
+    Scaled,
+    Words,
+    adapted,
+    layers,
+    wanted_gradients,
+    with_deltas,
+)
+from tests.helpers.language_models import llama, small_llama
+
+NAMES = [["emb"], ["head"], ["emb", "head"]]
+
+
+def hooked(model, name):
+    getattr(model, name).register_forward_hook(lambda module, args, output: None)
+    return model
+
+
+def scaled(model):
+    weight = model.emb.weight
+    model.emb = Scaled(ROWS, COLS)
+    model.emb.weight = weight
+    return model
+
+
+KINDS = {
+    "plain": lambda: Words(tied=True),
+    "bias": lambda: Words(tied=True, bias=True),
+    "padding": lambda: Words(tied=True, padding_idx=2),
+    "hooked embedding": lambda: hooked(Words(tied=True), "emb"),
+    "hooked head": lambda: hooked(Words(tied=True), "head"),
+    "scaled": lambda: scaled(Words(tied=True)),
+}
+
+
+def tied_llama():
+    return llama(tie_word_embeddings=True)
+
+
+def backward(model, ids=IDS):
+    out = model(ids)
+    out.square().sum().backward()
+    return out
+
+
+def values_of(model, adapter="default"):
+    (layer,) = layers(model).values()
+    return layer.deltas[adapter].values
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("names", NAMES, ids=str)
+@pytest.mark.parametrize("resident", [True, False])
+def test_the_gradient_is_autograds_of_the_tied_weight(kind, names, resident):
+    model, reference = adapted(KINDS[kind]().double(), names, resident=resident)
+    assert list(layers(model)) == ["emb"]
+    dense = with_deltas(reference, model)
+    torch.testing.assert_close(backward(model), backward(dense))
+    torch.testing.assert_close(values_of(model).grad, wanted_gradients(dense, model)["emb"], rtol=1e-12, atol=1e-12)
+    assert len([n for n, p in model.named_parameters() if p.requires_grad]) == 1
+
+
+def test_all_names_give_the_same_adapter(tmp_path):
+    models = []
+    for names in (["embed_tokens"], ["lm_head"], ["lm_head", "embed_tokens"]):
+        config = SparseConfig(target_modules=[*names, "q_proj"], density=0.1, init_weights=False)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("error", message=".*tie_word_embeddings")  # PEFT warns of tied targets
+            models.append(get_peft_model(tied_llama(), config))
+    files = []
+    for number, model in enumerate(models):
+        model.save_pretrained(tmp_path / str(number))
+        files.append(load_file(tmp_path / str(number) / "adapter_model.safetensors"))
+    positions = [name for name in files[0] if not name.endswith("values")]
+    assert files[0].keys() == files[1].keys() == files[2].keys()
+    assert not [name for name in files[0] if "lm_head" in name or name.endswith("weight")]
+    assert all(torch.equal(files[0][name], other[name]) for name in positions for other in files[1:])
+
+
+def test_the_head_alone_where_it_is_not_tied():
+    base = llama(tie_word_embeddings=False).double()
+    model, reference = adapted(base, ["lm_head"])
+    dense = with_deltas(reference, model)
+    for one in (model, dense):
+        one(IDS, labels=IDS).loss.backward()
+    ((name, wanted),) = wanted_gradients(dense, model).items()
+    assert name == "lm_head"
+    torch.testing.assert_close(values_of(model).grad, wanted)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("names", NAMES, ids=str)
+def test_merging_switching_and_deleting_keep_the_bits_and_the_tie(dtype, names):
+    model, reference = adapted(Words(tied=True).to(dtype), names)
+    other = SparseConfig(target_modules=["head"], density=0.2, init_weights=False, scale=1.0, seed=3)
+    model.add_adapter("other", other)
+    model.eval()
+    outputs = {name: with_deltas(reference, model, [name])(IDS) for name in ("default", "other")}
+    both = with_deltas(reference, model, ["default", "other"])(IDS)
+    base = model.base_model.model
+    for _ in range(2):
+        for name, wanted in outputs.items():
+            model.set_adapter(name)
+            assert torch.equal(model(IDS), wanted)
+            with model.disable_adapter():
+                assert torch.equal(model(IDS), reference(IDS))
+            model.merge_adapter()
+            assert torch.equal(model(IDS), wanted) and base.head.base_layer.weight is base.emb.base_layer.weight
+            model.unmerge_adapter()
+            assert torch.equal(base.emb.base_layer.weight, reference.emb.weight)
+    model.base_model.set_adapter(["default", "other"])
+    torch.testing.assert_close(model(IDS), both)
+    model.delete_adapter("default")
+    model.set_adapter("other")
+    assert torch.equal(model(IDS), outputs["other"])
+    twin = copy.deepcopy(model)
+    plain = model.unload()
+    assert plain.head.weight is plain.emb.weight and torch.equal(plain.emb.weight, reference.emb.weight)
+    assert type(plain.head) is nn.Linear and type(plain.emb) is nn.Embedding
+    merged = twin.merge_and_unload()
+    assert merged.head.weight is merged.emb.weight and torch.equal(merged(IDS), outputs["other"])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_mixed_batches(kind):
+    model, _ = adapted(KINDS[kind]().double())
+    model.add_adapter(
+        "other", SparseConfig(target_modules=["emb"], density=0.2, init_weights=False, scale=1.0, seed=3)
+    )
+    model.eval()
+    with torch.no_grad():
+        mixed = model(IDS, adapter_names=["other", "__base__", "default"])
+        for number, name in ((0, "other"), (2, "default")):
+            model.set_adapter(name)
+            torch.testing.assert_close(mixed[number], model(IDS)[number])
+        with model.disable_adapter():
+            torch.testing.assert_close(mixed[1], model(IDS)[1])
+
+
+@pytest.mark.parametrize("low_cpu_mem_usage", [False, True])
+def test_files_load_and_the_merged_model_is_saved_tied(tmp_path, low_cpu_mem_usage):
+    config = SparseConfig(target_modules=["lm_head", "q_proj"], density=0.1, init_weights=False, task_type="CAUSAL_LM")
+    model = get_peft_model(tied_llama(), config).eval()
+    expected = model(IDS).logits
+    model.save_pretrained(tmp_path / "adapter")
+    again = PeftModel.from_pretrained(tied_llama(), tmp_path / "adapter", low_cpu_mem_usage=low_cpu_mem_usage).eval()
+    assert torch.equal(again(IDS).logits, expected)
+    plain = tied_llama().eval()
+    plain.load_adapter(tmp_path / "adapter")
+    assert torch.equal(plain(IDS).logits, expected)
+    save_merged(model, tmp_path / "merged")
+    exported = type(tied_llama()).from_pretrained(tmp_path / "merged").eval()
+    assert exported.lm_head.weight is exported.model.embed_tokens.weight
+    assert torch.equal(exported(IDS).logits, expected)
+    merged = again.merge_and_unload()
+    assert merged.lm_head.weight is merged.model.embed_tokens.weight
+    merged.save_pretrained(tmp_path / "plain")
+    assert torch.equal(type(merged).from_pretrained(tmp_path / "plain").eval()(IDS).logits, expected)
+
+
+def test_copies_moves_and_checkpoints():
+    model, reference = adapted(Words(tied=True))
+    wanted = with_deltas(reference, model)
+    model.eval()(IDS)
+    twin = copy.deepcopy(model)
+    assert twin.base_model.model.head.base_layer.weight is twin.base_model.model.emb.base_layer.weight
+    with torch.no_grad():
+        values_of(twin).zero_()
+    assert torch.equal(twin(IDS), reference(IDS)) and torch.equal(model(IDS), wanted(IDS))
+    buffer = io.BytesIO()
+    torch.save(model, buffer)
+    buffer.seek(0)
+    assert torch.equal(torch.load(buffer, weights_only=False)(IDS), wanted(IDS))
+    other, _ = adapted(Words(tied=True), seed=7)
+    other.load_state_dict(model.state_dict())
+    assert torch.equal(other(IDS), wanted(IDS))
+    model.merge_adapter()
+    model.double()
+    torch.testing.assert_close(model(IDS).float(), wanted(IDS))
+    model.unmerge_adapter()
+    plain = model.unload()
+    assert plain.head.weight is plain.emb.weight and torch.equal(plain.emb.weight, reference.emb.weight.double())
+
+
+def test_compiled_passes():
+    model, reference = adapted(Words(tied=True).double())
+    dense = with_deltas(reference, model)
+    wanted = backward(dense)
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(backward(compiled), wanted)
+    torch.testing.assert_close(values_of(model).grad, wanted_gradients(dense, model)["emb"])
+
+
+def test_positions_from_data_see_both_gradients():
+    base = Words(tied=True)
+    dense = copy.deepcopy(base)
+    backward(dense)
+    for selection in ("gradient", "fisher"):
+        config = SparseConfig(target_modules=["head"], selection=selection, num_params=9)
+        by_data = select_support(base, config, [IDS], loss_fn=lambda model, ids: model(ids).square().sum())
+        best = dense.emb.weight.grad.abs().view(-1).topk(9).indices.sort().values
+        assert torch.equal(by_data.supports["emb"].indices.long(), best)
+        assert layers(get_peft_model(copy.deepcopy(base), by_data))["emb"].support("default").nnz == 9
+    wanda = SparseConfig(target_modules=["emb"], selection="wanda", num_params=9)
+    with pytest.raises(ValueError, match=r"selection='wanda' scores a weight by the norms of its inputs.* emb .*head"):
+        select_support(base, wanda, [IDS], loss_fn=lambda model, ids: model(ids))
+
+
+@pytest.mark.parametrize("selection", ["rigl", "accumulated_gradient"])
+@pytest.mark.parametrize("tied", [True, False])
+def test_reselection_grows_where_the_sum_of_the_gradients_is_largest(selection, tied):
+    config = SparseConfig(
+        target_modules=["emb"], selection=selection, num_params=12, reselect_every=1, accumulate=1, scale=1.0,
+        replace_rate=0.5, first_replace_rate=0.5, candidates=20.0, schedule="constant",
+    )  # fmt: skip
+    base = Words(tied=tied)
+    model = get_peft_model(base, config)
+    reference = copy.deepcopy(model.base_model.model)
+    layer = layers(model)["emb"]
+    optimizer = torch.optim.SGD([values_of(model)], lr=1e-3)
+    controller = SparsityController(model, optimizer, total_steps=4)
+    before = layer.support("default").indices.long()
+    dense = Words(tied=tied)
+    dense.emb.weight.data.copy_(reference.emb.base_layer.weight)
+    backward(dense)
+    backward(model)
+    optimizer.step()
+    controller.step()
+    after = layer.support("default").indices.long()
+    grown = after[~torch.isin(after, before)]
+    gradient = dense.emb.weight.grad.abs().view(-1).clone()
+    gradient[before] = -1
+    assert len(grown) == 6 and set(grown.tolist()) == set(gradient.topk(6).indices.tolist())
+
+
+def test_sara_trains_tied_weights():
+    model = get_peft_model(Words(tied=True), SaRAConfig(target_modules=["head"], num_params=8))
+    backward(model)
+    assert list(layers(model)) == ["emb"] and values_of(model).grad.abs().sum() > 0
+
+
+def test_three_layers_of_one_weight():
+    class Three(Words):
+        def __init__(self):
+            super().__init__(tied=True)
+            self.decoder = nn.Embedding(ROWS, COLS)
+            self.decoder.weight = self.emb.weight
+
+        def forward(self, ids):
+            return self.head(torch.tanh(self.emb(ids) * self.decoder(ids.flip(0))))
+
+    model, reference = adapted(Three().double(), ["decoder"])
+    dense = with_deltas(reference, model)
+    torch.testing.assert_close(backward(model), backward(dense))
+    torch.testing.assert_close(values_of(model).grad, wanted_gradients(dense, model)["emb"])
+    plain = model.unload()
+    assert plain.head.weight is plain.emb.weight is plain.decoder.weight
+
+
+# ---------------------------------------------------------------------- refusals
+
+
+def test_naming_one_and_leaving_out_the_other_is_refused():
+    with pytest.raises(ValueError, match=r"exclude_modules=.* leaves out emb, whose weight is that of head in target"):
+        get_peft_model(Words(tied=True), SparseConfig(target_modules=["head"], exclude_modules=["emb"], density=0.1))
+
+
+@pytest.mark.parametrize("field", [{"modules_to_save": ["lm_head"]}, {"trainable_token_indices": [1]}])
+def test_a_tied_weight_that_trains_in_two_ways_is_refused(field):
+    config = SparseConfig(target_modules=["embed_tokens", "q_proj"], density=0.1, **field)
+    with pytest.raises(ValueError, match=rf"{next(iter(field))}.*(tied weights|embed_tokens)"):
+        get_peft_model(tied_llama(), config)
+
+
+def test_a_weight_that_is_untied_later_is_noticed():
+    model, _ = adapted(Words(tied=True))
+    head = model.base_model.model.head
+    head.base_layer.weight = nn.Parameter(head.base_layer.weight.detach().clone())
+    with pytest.raises(RuntimeError, match=r"layer head: its weight was tied to that of emb"):
+        model(IDS)
+
+
+def test_nothing_is_left_of_a_refused_adapter():
+    model = Words(tied=True)
+    with pytest.raises(ValueError):
+        get_peft_model(model, SparseConfig(target_modules=["emb"], num_params=10**6))
+    assert type(model.emb) is nn.Embedding and type(model.head) is nn.Linear
+
+
+def test_a_model_without_a_tie_config_still_generates():
+    config = SparseConfig(target_modules=["lm_head"], density=0.05, init_weights=False, task_type="CAUSAL_LM")
+    model = get_peft_model(small_llama(tie_word_embeddings=True), config).eval()
+    ids = torch.tensor([[1, 2, 3]])
+    assert model.generate(input_ids=ids, max_new_tokens=4, do_sample=False).shape == (1, 7)
