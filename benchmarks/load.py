@@ -378,6 +378,8 @@ def main(
     console = Console(width=140)
     workload, tokenizer = prepared(model, d, depth)
     methods, chosen = served_methods(workload, rank), system or list(SYSTEMS)
+    if unknown := set(chosen) - set(SYSTEMS):
+        raise typer.BadParameter(f"--system {', '.join(unknown)}: {', '.join(SYSTEMS)} are known")
     draw, names = random.Random(0), [f"adapter{n}" for n in range(adapters)]
     words = workload.base.config.vocab_size
     prompts = {name: [draw.randrange(3, words) for _ in range(draw.randint(1, prompt))] for name in names}

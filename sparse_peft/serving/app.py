@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import json
-import socket
-import threading
 import time
-import uuid
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import aclosing, asynccontextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
+from .answers import Answer
 from .engine import Engine
 from .folders import AdapterFolders
 from .jobs import End, Event, Failure, Job
@@ -23,10 +21,6 @@ LOAD, UNLOAD = "/v1/load_lora_adapter", "/v1/unload_lora_adapter"
 HEALTH, METRICS = "/health", "/metrics"
 PATHS = (CHAT, TEXT, MODELS, LOAD, UNLOAD, HEALTH, METRICS)
 TEXT_TOKENS = 16  # OpenAI's default for completions
-OBJECTS = {
-    "chat": ("chatcmpl", "chat.completion", "chat.completion.chunk"),
-    "text": ("cmpl",) + 2 * ("text_completion",),
-}
 
 
 @dataclass(frozen=True)
@@ -65,6 +59,9 @@ def build_app(engine: Engine, folders: AdapterFolders | None = None, limits: Ser
         yield
         await asyncio.to_thread(engine.close)
 
+    handlers: dict[Any, Any] = {
+        RequestError: _refused, HTTPException: _refused_by_http, Exception: _failed,
+    }  # fmt: skip
     endpoints: list[tuple[str, str, Callable[[Any], Awaitable[Any]]]] = [
         ("POST", CHAT, api.chat), ("POST", TEXT, api.text), ("GET", MODELS, api.models),
         ("GET", MODELS + "/{name:path}", api.model), ("POST", LOAD, api.load), ("POST", UNLOAD, api.unload),
@@ -73,7 +70,7 @@ def build_app(engine: Engine, folders: AdapterFolders | None = None, limits: Ser
     return Starlette(
         routes=[Route(path, endpoint, methods=[method]) for method, path, endpoint in endpoints],
         middleware=[Middleware(_Measured, metrics=engine.metrics)],
-        exception_handlers={RequestError: _refused, HTTPException: _refused_by_http, Exception: _failed},
+        exception_handlers=handlers,
         lifespan=lifespan,
     )
 
@@ -143,7 +140,7 @@ class _Api:
         adapter = self.engine.adapter_of(wanted.model)
         ids = await asyncio.to_thread(self._ids, wanted.content)
         events = self._events(wanted, adapter, ids, self._most_tokens(wanted, len(ids), kind))
-        answer = _Answer(kind, wanted)
+        answer = Answer(kind, wanted)
         if wanted.stream:
             first = await anext(events)  # errors until here have a status of their own
             return StreamingResponse(answer.pieces(first, events), media_type="text/event-stream")
@@ -285,111 +282,3 @@ def _text(body: Any, field: str) -> str:
     if not isinstance(value, str) or not value:
         raise RequestError(f"{field}: a text is expected", param=field)
     return value
-
-
-class _Answer:
-    """Objects of OpenAI's API for one request.
-
-    Args:
-        kind: ``"chat"`` or ``"text"``.
-        wanted: the request.
-    """
-
-    def __init__(self, kind: str, wanted: Wanted):
-        self.kind, self.wanted = kind, wanted
-        prefix, self.object, self.chunk = OBJECTS[kind]
-        self.shared = {"id": f"{prefix}-{uuid.uuid4().hex}", "created": int(time.time()), "model": wanted.model}
-
-    def whole(self, end: Event) -> dict[str, Any]:
-        """An answer that is not streamed."""
-        assert isinstance(end, End)
-        said = {"message": {"role": "assistant", "content": end.text}} if self.kind == "chat" else {"text": end.text}
-        choice = {"index": 0, **said, "logprobs": None, "finish_reason": end.finish_reason}
-        return {**self.shared, "object": self.object, "choices": [choice], "usage": _usage(end)}
-
-    async def pieces(self, first: Event, rest: AsyncGenerator[Event, None]) -> AsyncIterator[str]:
-        """Server-sent events."""
-        async with aclosing(rest):
-            try:
-                if self.kind == "chat":
-                    yield self._piece({"role": "assistant", "content": ""})
-                for sent in self._of(first):
-                    yield sent
-                async for event in rest:
-                    for sent in self._of(event):
-                        yield sent
-            except RequestError as error:
-                yield _sent(error.content())
-        yield "data: [DONE]\n\n"
-
-    def _of(self, event: Event) -> list[str]:
-        if not isinstance(event, End):
-            assert not isinstance(event, Failure)
-            return [self._piece({"content": event.text})]
-        last = [self._piece({}, event.finish_reason)]
-        if self.wanted.include_usage:
-            last.append(_sent({**self.shared, "object": self.chunk, "choices": [], "usage": _usage(event)}))
-        return last
-
-    def _piece(self, delta: dict[str, str], reason: str | None = None) -> str:
-        said: dict[str, Any] = {"delta": delta} if self.kind == "chat" else {"text": delta.get("content", "")}
-        choice = {"index": 0, **said, "logprobs": None, "finish_reason": reason}
-        return _sent({**self.shared, "object": self.chunk, "choices": [choice]})
-
-
-def _usage(end: End) -> dict[str, int]:
-    total = end.prompt_tokens + end.completion_tokens
-    return {
-        "prompt_tokens": end.prompt_tokens, "completion_tokens": end.completion_tokens, "total_tokens": total,
-    }  # fmt: skip
-
-
-def _sent(content: dict[str, Any]) -> str:
-    return f"data: {json.dumps(content)}\n\n"
-
-
-# ---------------------------------------------------------------------- the server
-
-
-class HttpServer:
-    """An application at an address. ``run`` serves until a signal; as a block it serves in a thread.
-
-    Args:
-        app: an ASGI application.
-        host: address to listen on.
-        port: 0 for any free one.
-        grace: seconds that requests have to end in once the server stops.
-
-    Attributes:
-        url: where it listens.
-
-    Raises:
-        ImportError: uvicorn is not installed.
-        OSError: the address is taken.
-    """
-
-    def __init__(self, app: Any, host: str = "127.0.0.1", port: int = 0, grace: int = 120):
-        import uvicorn  # noqa: PLC0415  (an optional package)
-
-        self._socket = socket.create_server((host, port))
-        name = f"[{host}]" if ":" in host else host
-        self.url = f"http://{name}:{self._socket.getsockname()[1]}"
-        config = uvicorn.Config(
-            app, log_level="warning", access_log=False, timeout_graceful_shutdown=grace, lifespan="on"
-        )
-        self._server = uvicorn.Server(config)
-        self._thread: threading.Thread | None = None
-
-    def run(self) -> None:
-        """Serve until SIGTERM or Ctrl-C: requests in work are answered, new ones refused."""
-        self._server.run(sockets=[self._socket])
-
-    def __enter__(self) -> HttpServer:
-        self._thread = threading.Thread(target=self.run, name="sparse-peft-http", daemon=True)
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        assert self._thread is not None
-        self._server.should_exit = True
-        self._thread.join()

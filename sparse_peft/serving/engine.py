@@ -126,9 +126,10 @@ class Engine:
         Raises:
             RequestError: there is no such adapter (404).
         """
-        if name not in self.pool.names:
-            raise _no_model(name)
-        self.pool.remove(name)
+        try:
+            self.pool.remove(name)
+        except ValueError:
+            raise _no_model(name) from None
 
     # ------------------------------------------------------------------ requests
 

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sparse_peft.support import Support, check_indices, index_dtype
+from sparse_peft.support import ChannelSupport, Support, check_indices, index_dtype
 
 SHAPES = [(1, 1), (1, 7), (7, 1), (20, 2), (5, 13)]
 
@@ -51,6 +51,29 @@ def test_set_operations_match_the_masks(data):
     assert torch.equal(supports[0].contains(flat), parts[0].reshape(-1))
     assert torch.equal(supports[0].contains(flat.view(shape)), parts[0])
     assert torch.equal(supports[0].slots(supports[0].indices), torch.arange(supports[0].nnz))
+
+
+@settings(max_examples=80, deadline=None)
+@given(masks(), st.integers(0, 5))
+def test_free_positions_are_the_lowest_outside(mask, count):
+    support, outside = Support.from_mask(mask), (~mask).flatten().nonzero().flatten()
+    if count > outside.numel():
+        with pytest.raises(ValueError, match=f"{count} free places of {mask.numel()}"):
+            support.free(count)
+        return
+    assert support.free(count).indices.tolist() == outside[:count].tolist()
+
+
+@pytest.mark.parametrize("dim, width", [(0, 1), (1, 1), (1, 3)])
+def test_free_channels_are_the_lowest_outside(dim, width):
+    support = ChannelSupport((5, 12), dim, torch.tensor([0, 2]), width)
+    each = support.nnz // 2
+    assert support.free(2 * each).channels.tolist() == [1, 3]
+    assert support.free(0).nnz == 0
+    with pytest.raises(ValueError, match=f"{each + 1} entries: a channel has {each}"):
+        support.free(each + 1)
+    with pytest.raises(ValueError, match="free places"):
+        support.free(each * support.size)
 
 
 def test_union_of_one():
