@@ -4,6 +4,7 @@
 """
 
 from . import tuners
+from .compat import call_file_hooks
 from .numerics import panel_limit
 from .ops import use_backend
 from .other_names import other_name
@@ -24,6 +25,7 @@ from .version import __version__
 
 _of_methods = register_folders(tuners)
 globals().update(_of_methods)
+call_file_hooks()
 guard_adapter_writes()
 guard_model_cards()
 guard_refused_loads()

@@ -16,6 +16,7 @@ ROOT = Path(__file__).parents[1] / PACKAGE
 # Each may import those before it; the package itself only collects names.
 LAYERS = (
     "version",
+    "compat",
     "other_names",
     "constraints",
     "numerics",

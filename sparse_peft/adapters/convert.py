@@ -8,9 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import ShiraConfig, SupertuningConfig
+from peft import ShiraConfig
+from peft import __version__ as peft_version
 from torch import Tensor, nn
 
+from ..compat import SupertuningConfig
 from ..tuners.base_config import BaseSparseConfig
 from ..tuners.delta import SparseDelta
 from ..tuners.targets import stored_shape
@@ -58,6 +60,8 @@ def convert(
     """
     if to not in CONVERSION_TARGETS:
         raise ValueError(f"to={to!r}: one of {', '.join(CONVERSION_TARGETS)} is expected")
+    if to == "supertuning" and SupertuningConfig is None:
+        raise ValueError(f"to={to!r}: needs peft>=0.21, which has Super-Tuning; {peft_version} is installed")
     if others not in OTHERS:
         raise ValueError(f"others={others!r}: one of {', '.join(OTHERS)} is expected")
     form = source_format(source)

@@ -13,11 +13,10 @@ from typing import Any, ClassVar, Concatenate, Generic, NamedTuple, ParamSpec, S
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer, _get_in_out_features, check_adapters_to_merge
-from peft.utils import quantization_extra_repr, resolve_quantization_backend
-from peft.utils.quantization_utils import QuantizationBackend
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from ..compat import QuantizationBackend, quantization_extra_repr, resolve_quantization_backend
 from ..ops import CONVOLUTIONS, ConvProduct, EmbeddingProduct, LayerProduct, LinearProduct, is_convolution
 from .active_delta import ActiveDelta
 from .backups import SET_ASIDE, LayerBackup, PackedBackup, WeightBackup
@@ -200,9 +199,12 @@ class TunerLayer(BaseTunerLayer, nn.Module, Generic[StateT]):
 
     def placement(self) -> tuple[torch.device | None, torch.dtype | None]:
         """Device and dtype of the base layer, for adapters' states; None leaves them as they are."""
-        placement: tuple[torch.device | None, torch.dtype | None]
-        placement = self._get_base_layer_device_and_dtype(self.get_base_layer())
-        return placement
+        base = self.get_base_layer()
+        weight = getattr(base, "weight", None)
+        if weight is None:
+            weight = getattr(base, "qweight", None)  # GPTQ's
+        dtype = getattr(base, "compute_dtype", getattr(weight, "dtype", None))
+        return getattr(weight, "device", None), dtype
 
     def settled(self, adapter_name: str) -> StateT:
         """An adapter's trained state, of which nothing is left to be chosen."""
@@ -254,7 +256,7 @@ class TunerLayer(BaseTunerLayer, nn.Module, Generic[StateT]):
 
     def get_base_weight(self) -> Tensor:
         backend = self.quantization_backend
-        return super().get_base_weight() if backend is None else base_weight(self.get_base_layer(), backend)
+        return self.base_parameter.data if backend is None else base_weight(self.get_base_layer(), backend)
 
     def dequantised(self) -> Tensor:
         """The base weight as a fresh float tensor ``(out_features, in_features)``."""
@@ -514,7 +516,8 @@ class TunerLayer(BaseTunerLayer, nn.Module, Generic[StateT]):
             "outputs may differ slightly from the unmerged adapter's. Unmerging gives the packed weight back exactly.",
             stacklevel=9,
         )
-        self.ledger.merge(PackedBackup(self, self.get_base_layer()), lambda: self.set_base_weight(buffer), names)
+        backup = PackedBackup(self, self.get_base_layer())
+        self.ledger.merge(backup, lambda: backend.set_base_weight(self, buffer), names)
 
     def _add_deltas_(self, weight: Tensor, names: tuple[str, ...]) -> None:
         """Add adapters' deltas to a dense copy of the base weight."""

@@ -12,11 +12,12 @@ from operator import attrgetter
 from typing import Any, ClassVar, Generic, Protocol, TypeVar, cast
 
 import torch
-from peft.tuners.tuners_utils import BaseTuner, _ExcludedModule
-from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING, _get_submodules, get_quantization_kwargs
+from peft.tuners.tuners_utils import _ExcludedModule
+from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING, _get_submodules
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
+from ..compat import BaseTuner, get_quantization_kwargs
 from ..ops import Combination, kernel_backend
 from ..support import Support
 from .base_config import BaseSparseConfig
@@ -259,7 +260,9 @@ class BaseSparseModel(BaseTuner, Generic[ConfigT, StateT]):
         self, peft_config: Any, model: nn.Module, adapter_name: str, low_cpu_mem_usage: bool
     ) -> list[str]:
         # experts' parameters were injected as layers
-        return [name for name in self._plans if is_named(peft_config.target_parameters, name)]
+        names = [name for name in self._plans if is_named(peft_config.target_parameters, name)]
+        self.targeted_parameter_names += [name for name in names if name not in self.targeted_parameter_names]
+        return names
 
     @classmethod
     def checked_targets(cls, config: ConfigT, model: nn.Module) -> Targets:

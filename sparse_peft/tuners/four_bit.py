@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from peft.utils.quantization_utils import QuantizationBackend
 from torch import Tensor, nn
 
+from ..compat import QuantizationBackend
 from ..numerics import panels
 from ..ops import code_gather
 from .layer_parts import weight_of

@@ -15,13 +15,14 @@ from peft.tuners.tuners_utils import (
     _maybe_include_all_linear_layers,
     check_target_module_exists,
 )
-from peft.utils import _get_submodules, get_quantization_kwargs, resolve_quantization_backend
+from peft.utils import _get_submodules
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers.pytorch_utils import Conv1D
 
 from ..calibrate import LayerView
 from ..calibrate.layer_view import KeptTokens, See
+from ..compat import get_quantization_kwargs, resolve_quantization_backend
 from ..ops import EmbeddingProduct, is_convolution
 from .base_config import BaseSparseConfig
 from .base_layer import TunerLayer

@@ -6,13 +6,14 @@ import pickle
 import numpy as np
 import pytest
 import torch
-from peft import PeftModel, ShiraConfig, SupertuningConfig, get_peft_model
+from peft import PeftModel, ShiraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from sparse_peft import S2FTConfig, SaRAConfig, SoRAConfig, SparseConfig
 from sparse_peft.adapters import convert
 from sparse_peft.adapters.foreign import _decode
+from sparse_peft.compat import SupertuningConfig
 from tests.helpers.trained_adapters import deltas, llama, loaded, saved
 
 TARGETS = ["q_proj", "v_proj", "down_proj"]
@@ -21,6 +22,8 @@ FOREIGN = {
     "shira": lambda **k: ShiraConfig(r=2, **k),
     "supertuning": lambda **k: SupertuningConfig(sparsity=0.85, **k),
 }
+needs_supertuning = pytest.mark.skipif(SupertuningConfig is None, reason="PEFT before 0.21 has no Super-Tuning")
+PEFTS_OWN = ["shira", pytest.param("supertuning", marks=needs_supertuning)]
 X = torch.arange(12).view(2, 6)
 
 
@@ -37,7 +40,7 @@ def foreign(folder, method, **fields):
     return folder, logits(model)
 
 
-@pytest.mark.parametrize("method", FOREIGN)
+@pytest.mark.parametrize("method", PEFTS_OWN)
 def test_pefts_own_sparse_methods_in(tmp_path, method):
     """SHiRA parity and import (sft.md, 4.h 1 and 5)."""
     folder, expected = foreign(tmp_path / "a", method, task_type="CAUSAL_LM")
@@ -63,7 +66,7 @@ CONFIGS = {
 }
 
 
-@pytest.mark.parametrize("to", FOREIGN)
+@pytest.mark.parametrize("to", PEFTS_OWN)
 @pytest.mark.parametrize("config", CONFIGS)
 def test_pefts_own_sparse_methods_out(tmp_path, to, config):
     folder, model = saved(tmp_path / "a", CONFIGS[config](), base=llama, target_modules=TARGETS)
@@ -84,12 +87,14 @@ def test_pefts_own_sparse_methods_out(tmp_path, to, config):
     assert f"from {to.upper()}" in card
 
 
+@needs_supertuning
 def test_from_one_to_the_other(tmp_path):
     folder, expected = foreign(tmp_path / "a", "shira")
     convert(folder, tmp_path / "b", "supertuning", base=llama())
     assert torch.equal(logits(PeftModel.from_pretrained(llama(), tmp_path / "b")), expected)
 
 
+@needs_supertuning
 @pytest.mark.parametrize("density", [1 / 3, 0.07, 0.999, 1.0, 1e-3])
 def test_supertunings_share_survives_rounding(tmp_path, density):
     folder, model = saved(tmp_path / "a", SparseConfig(density=density), base=llama, target_modules=TARGETS)
@@ -301,16 +306,27 @@ def test_pickles_run_nothing(tmp_path, monkeypatch, name, zipped):
 # ---------------------------------------------------------------------------------------------------- damage
 
 
-@pytest.mark.parametrize("method, part, tensor, message", [
-    ("shira", "shira_indices", torch.zeros(3, 128).int(), r"shira_indices of shape \(3, 128\)"),
-    ("shira", "shira_indices", torch.full((2, 128), 32).int(), "outside of its 32 x 32 weight"),
-    ("shira", "shira_indices", torch.zeros(2, 128).int(), "0 occurs twice"),
-    ("shira", "shira_weight", torch.ones(5), r"\(5,\) values of .* for \(128,\) positions"),
-    ("supertuning", "supertuning_indices", torch.zeros(153).int(), "0 occurs twice"),
-    ("supertuning", "supertuning_indices", torch.arange(153).float(), "dtype torch.float32: integers"),
-    ("supertuning", "supertuning_values", torch.ones(153).int(), "values of torch.int32"),
+@pytest.mark.parametrize("part, tensor, message", [
+    ("shira_indices", torch.zeros(3, 128).int(), r"shira_indices of shape \(3, 128\)"),
+    ("shira_indices", torch.full((2, 128), 32).int(), "outside of its 32 x 32 weight"),
+    ("shira_indices", torch.zeros(2, 128).int(), "0 occurs twice"),
+    ("shira_weight", torch.ones(5), r"\(5,\) values of .* for \(128,\) positions"),
 ])  # fmt: skip
-def test_damaged_files_of_pefts_methods(tmp_path, method, part, tensor, message):
+def test_damaged_files_of_shira(tmp_path, part, tensor, message):
+    refused(tmp_path, "shira", part, tensor, message)
+
+
+@needs_supertuning
+@pytest.mark.parametrize("part, tensor, message", [
+    ("supertuning_indices", torch.zeros(153).int(), "0 occurs twice"),
+    ("supertuning_indices", torch.arange(153).float(), "dtype torch.float32: integers"),
+    ("supertuning_values", torch.ones(153).int(), "values of torch.int32"),
+])  # fmt: skip
+def test_damaged_files_of_supertuning(tmp_path, part, tensor, message):
+    refused(tmp_path, "supertuning", part, tensor, message)
+
+
+def refused(tmp_path, method, part, tensor, message):
     folder, _ = foreign(tmp_path / "a", method)
     tensors = load_file(folder / FILE)
     tensors[f"base_model.model.model.layers.0.self_attn.q_proj.{part}"] = tensor
@@ -320,6 +336,7 @@ def test_damaged_files_of_pefts_methods(tmp_path, method, part, tensor, message)
     assert not (tmp_path / "new").exists()
 
 
+@needs_supertuning
 def test_supertuning_that_has_more_or_less_than_positions(tmp_path):
     folder, _ = foreign(tmp_path / "a", "supertuning", r=2)
     with pytest.raises(ValueError, match=r"with low rank \(Supra\) is no sparse delta"):

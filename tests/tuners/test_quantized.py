@@ -6,7 +6,6 @@ import io
 import pytest
 import torch
 from peft import PeftModel, get_peft_model
-from peft.utils.quantization_utils import ForwardOnlyQuantizationBackend
 from torch import nn
 
 from sparse_peft import SparseConfig, SparsityController
@@ -133,10 +132,18 @@ def test_criteria_look_at_the_dequantised_weight(selection):
         assert chosen.min() >= score.sort(descending=True).values[chosen.numel() - 1]
 
 
+class ForwardOnly:
+    """PEFT's backend of packed weights that nothing can be written to."""
+
+    supports_merge, backend_name = False, "gptq"
+
+    def maybe_clone_base_result(self, x):
+        return x
+
+
 def test_backend_without_merge_uses_base_plus_delta(monkeypatch):
-    backend = ForwardOnlyQuantizationBackend("gptq")
     for module in (base_layer, targets):
-        monkeypatch.setattr(module, "resolve_quantization_backend", lambda base, **kw: backend)
+        monkeypatch.setattr(module, "resolve_quantization_backend", lambda base, **kw: ForwardOnly())
     model = get_peft_model(
         nn.Sequential(nn.Linear(9, 7)), SparseConfig(target_modules=["0"], density=0.3, init_weights=False)
     )

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import torch
 from peft import PeftModel, get_peft_model
-from torch import nn
+from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from .config import SLTrainConfig
@@ -60,8 +61,13 @@ def build_for_pretraining(
 
 @torch.no_grad()
 def materialise(model: PreTrainedModel, device: torch.device) -> None:
-    """Give a model's parameters and buffers that are on the meta device memory, and their first values."""
+    """Give a model's parameters and buffers that are on the meta device memory, and their first values.
+
+    Raises:
+        RuntimeError: transformers computes a buffer when its layer is made, and cannot compute it again.
+    """
     fresh: list[nn.Module] = []
+    buffers: list[tuple[nn.Module, str, Tensor]] = []
     for module in model.modules():
         tensors = [*module._parameters.values(), *module._buffers.values()]
         if not any(tensor is not None and tensor.device.type == "meta" for tensor in tensors):
@@ -72,10 +78,27 @@ def materialise(model: PreTrainedModel, device: torch.device) -> None:
                 module._parameters[name] = nn.Parameter(empty, requires_grad=parameter.requires_grad)
         for name, buffer in module._buffers.items():
             if buffer is not None and buffer.device.type == "meta":
-                module._buffers[name] = torch.empty_like(buffer, device=device)
+                module._buffers[name] = empty = torch.empty_like(buffer, device=device)
+                buffers.append((module, name, empty))
         fresh.append(module)
     for module in fresh:
         model._init_weights(module)
         if isinstance(module, WeightlessLinear):  # which transformers does not know as the linear layer it was
             nn.init.zeros_(module.bias)
+    for module, name, buffer in buffers:
+        if module._buffers[name] is buffer and buffer._version == 0:  # nothing was written to it
+            _compute_buffers(module, name, device)
     model.tie_weights()
+
+
+def _compute_buffers(module: nn.Module, name: str, device: torch.device) -> None:
+    """Make a layer's buffers anew from its config: rotary frequencies, which transformers initialises from 5.0 on."""
+    config = getattr(module, "config", None)
+    if config is None or next(module.parameters(), None) is not None:
+        raise RuntimeError(
+            f"{type(module).__name__}: its buffer {name!r} is computed when the layer is made, and this version of "
+            "transformers cannot do that again; install transformers>=5"
+        )
+    made: Any = type(module)(config, device=device)
+    module._buffers.update(made._buffers)
+    module.__dict__.update({key: value for key, value in made.__dict__.items() if isinstance(value, Tensor)})
