@@ -30,6 +30,8 @@ COMMANDS = (
     "compose",
     "convert",
     "serve",
+    "prune",
+    "curve",
     "doctor",
 )
 USAGE = 2

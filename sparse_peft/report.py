@@ -1,4 +1,4 @@
-"""Plots of trained entries and of their changes during training, as PNG files.
+"""Plots of trained entries, of their changes during training and of pruned models, as PNG files.
 
 Needs matplotlib, which the extra ``plot`` installs.
 """
@@ -19,6 +19,7 @@ from _sparse_peft_startup.install import install_advice
 
 from .dynamics.records import Record, kind_of_record, record_from_dict
 from .ops import plan_support_grad
+from .sparsify import SparsityCurve
 from .support import Support
 from .tuners.delta_layer import SparseTunerLayer
 from .tuners.traversal import tuner_layers
@@ -187,6 +188,37 @@ def _plot_records(kind: type[Record], history: Sequence[Record], path: str | os.
     _check_one_adapter(records, kind.plural)
     figure = _figure(*kind.plot_size)
     kind.draw(records, figure)
+    return _save(figure, path)
+
+
+def plot_sparsity_curve(
+    curve: SparsityCurve, path: str | os.PathLike, tolerance: float = 0.01, label: str = "metric"
+) -> Path:
+    """Plot a metric over the share of zeros, random pruning beside it, and the knee.
+
+    Args:
+        curve: of [`essential_sparsity`][sparse_peft.sparsify.essential_sparsity].
+        path: of the PNG file.
+        tolerance: of the knee: the loss, as a share of the dense model's metric, up to which weights count as free.
+        label: of the metric.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+    """
+    figure = _figure(6.0, 4.0)
+    axis = figure.subplots()
+    sparsity = [0.0, *(point.sparsity for point in curve.points)]
+    axis.plot(sparsity, [curve.dense, *(point.metric for point in curve.points)], "o-", label="pruned by scores")
+    random = [(point.sparsity, point.random) for point in curve.points if point.random is not None]
+    if random:
+        axis.plot(*zip((0.0, curve.dense), *random, strict=True), "s--", color="gray", label="pruned at random")
+    knee = curve.knee(tolerance)
+    axis.axvline(knee, color="tab:red", linestyle=":", label=f"knee at {knee:.2g} (within {tolerance:.2g} of dense)")
+    if min(curve.dense, *(point.metric for point in curve.points)) > 0 and not curve.higher_is_better:
+        axis.set_yscale("log")
+    axis.set_xlabel("share of zeros")
+    axis.set_ylabel(label)
+    axis.legend()
     return _save(figure, path)
 
 

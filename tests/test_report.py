@@ -10,12 +10,14 @@ from sparse_peft.report import (
     plot_allocation,
     plot_ranks,
     plot_report,
+    plot_sparsity_curve,
     plot_supports,
     plot_turnover,
     read_history,
     support_map,
     write_history,
 )
+from sparse_peft.sparsify import CurvePoint, SparsityCurve
 from sparse_peft.support import Support
 from sparse_peft.tuners.snella.records import Allocation, LayerAllocation
 from sparse_peft.tuners.sora.records import LayerRanks, Ranks
@@ -162,3 +164,14 @@ def test_the_path_of_each_layer_is_named_with_its_reason():
     assert all("crossover 0.12 (default)" in p.why for p in paths) and paths[1].density == pytest.approx(0.9, abs=1e-3)
     model.base_model.set_adapter([])
     assert report.layer_paths(model) == []
+
+
+@pytest.mark.parametrize("random", [None, 90.0])
+def test_a_curve_is_drawn(tmp_path, random):
+    points = tuple(CurvePoint(str(s), s, 10 + 40 * s**3, random) for s in (0.2, 0.5, 0.8))
+    path = plot_sparsity_curve(SparsityCurve(10.0, points, False), tmp_path / "curve.png", label="perplexity")
+    picture = image.imread(path)
+    assert picture.shape[:2] == (480, 720) and picture[..., :3].std() > 0.02
+    plot_sparsity_curve(SparsityCurve(0.0, points[:1], True), tmp_path / "other.png")
+    with pytest.raises(ValueError, match=r"ends in \.png"):
+        plot_sparsity_curve(SparsityCurve(10.0, points, False), tmp_path / "curve.svg")

@@ -4,29 +4,39 @@ Three notions make a pruning method. A *pattern* is the sets of weights that may
 *time plan* says when; here it is "once". Start reading at [`prune`][sparse_peft.sparsify.prune].
 """
 
+from .curve import GRID, CurvePoint, SparsityCurve, essential_sparsity, pruned
 from .dsnot import DSnoT
 from .masks import LayerMask, Masks, Removed, masks_of, restore
 from .patterns import NM, Blocks, Channels, Pattern, Unstructured, as_pattern
 from .prune import ALLOCATIONS, REFINEMENTS, prune
 from .scores import SCORES
+from .sensitivity import PARTS, Sensitivity, sensitivity
 from .sparsegpt import SparseGPT
 
 __all__ = [
     "ALLOCATIONS",
+    "GRID",
     "NM",
+    "PARTS",
     "REFINEMENTS",
     "SCORES",
     "Blocks",
     "Channels",
+    "CurvePoint",
     "DSnoT",
     "LayerMask",
     "Masks",
     "Pattern",
     "Removed",
+    "Sensitivity",
     "SparseGPT",
+    "SparsityCurve",
     "Unstructured",
     "as_pattern",
+    "essential_sparsity",
     "masks_of",
     "prune",
+    "pruned",
     "restore",
+    "sensitivity",
 ]

@@ -17,8 +17,8 @@ from ..calibrate.blockwise import change_blockwise
 from ..calibrate.gradient_sums import CandidateBudget, GradientSums
 from ..calibrate.layer_view import LayerView
 from ..calibrate.model_pass import ModelPass
-from ..constraints import OneOf, validated
-from ..support.budget import Budget, allocate, divide
+from ..constraints import OneOf, ShareOrZero, validated
+from ..support.budget import Budget, allocate, apportion, divide
 from ..support.criteria import CRITERIA
 from .dsnot import DSnoT
 from .layers import Names, layers_to_prune, rows_of, shape_of
@@ -40,7 +40,7 @@ def prune(
     pattern: PatternLike,
     score: str | SparseGPT = "magnitude",
     *,
-    allocation: str = "uniform",
+    allocation: str | Mapping[str, float] = "uniform",
     calibration: Iterable[Any] | None = None,
     refine: str | DSnoT | None = None,
     target_modules: Names = None,
@@ -72,7 +72,9 @@ def prune(
             [`SparseGPT`][sparse_peft.sparsify.SparseGPT] with other settings.
         allocation: how layers share the weights that stay. ``"uniform"``: the same share of each; ``"erk"``: in
             proportion to ``rows + cols``; ``"global"``: the best scores of all layers, all computed in the dense
-            model. Patterns other than unstructured ones and blocks take ``"uniform"``.
+            model; ``{layer name: density}``: in proportion to these densities, as
+            [`Sensitivity.densities`][sparse_peft.sparsify.Sensitivity.densities] finds them. The sum is always that
+            of the pattern. N:M patterns and channels take ``"uniform"`` alone.
         calibration: batches for scores and refinements that need data, each passed as ``model(**batch)`` or to
             ``loss_fn``. Tokens that an ``attention_mask`` leaves out do not count. 128 sequences are usual.
         refine: ``"dsnot"`` or a [`DSnoT`][sparse_peft.sparsify.DSnoT] with other settings: repairs each mask by the
@@ -128,7 +130,7 @@ class _Plan:
         score: of the weights.
         sparsegpt: settings, if that is the score.
         refine: repairs masks; None to leave them.
-        allocation: one of ``ALLOCATIONS``.
+        allocation: one of ``ALLOCATIONS``, or ``{layer name: density}``.
     """
 
     layers: dict[str, LayerView]
@@ -136,7 +138,7 @@ class _Plan:
     score: Score
     sparsegpt: SparseGPT | None
     refine: DSnoT | None
-    allocation: str
+    allocation: str | Mapping[str, float]
 
     @property
     def needs_inputs(self) -> bool:
@@ -145,21 +147,30 @@ class _Plan:
     def about(self) -> dict[str, str]:
         refine = {} if self.refine is None else {"refine": str(self.refine)}
         score = str(self.sparsegpt or self.score.name)
-        return {"pattern": str(self.pattern), "score": score, "allocation": self.allocation, **refine}
+        allocation = self.allocation if isinstance(self.allocation, str) else "given"
+        return {"pattern": str(self.pattern), "score": score, "allocation": allocation, **refine}
 
     def counts(self, scores: Callable[[str], Tensor] | None) -> dict[str, int]:
         """``{layer name: units that stay}``, in sum exactly the pattern's share."""
         grids = {name: self.pattern.grid(shape_of(layer)) for name, layer in self.layers.items()}
+        if not isinstance(self.allocation, str):
+            return self._in_proportion(grids, self.allocation)
         budget = Budget(density=self.pattern.density, allocation="numel")
         how = "numel" if self.allocation == "uniform" else self.allocation
         return allocate(divide(grids, budget), how, scores)
+
+    def _in_proportion(self, grids: Mapping[str, tuple[int, int]], densities: Mapping[str, float]) -> dict[str, int]:
+        units = [rows * cols for rows, cols in grids.values()]
+        weights = [densities[name] * count for name, count in zip(grids, units, strict=True)]
+        total = max(len(units), round(self.pattern.density * sum(units)))
+        return dict(zip(grids, apportion(weights, units, total), strict=True))
 
 
 def _plan(
     model: nn.Module,
     pattern: PatternLike,
     score: str | SparseGPT,
-    allocation: str,
+    allocation: str | Mapping[str, float],
     refine: str | DSnoT | None,
     data: ModelPass | None,
     target_modules: Names,
@@ -172,12 +183,18 @@ def _plan(
     scored = Score(name, seed)
     if name == SparseGPT.name:
         sparsegpt = sparsegpt or SparseGPT()
-    allocation = validated("allocation", allocation, Annotated[str, OneOf(ALLOCATIONS)])
+    allocation = validated("allocation", allocation, Annotated[str, OneOf(ALLOCATIONS)] | dict[str, ShareOrZero])
     made = as_pattern(pattern, "matrix" if allocation == "global" else scored.scope)
     if refine is not None and not isinstance(refine, DSnoT):
         validated("refine", refine, Annotated[str, OneOf(REFINEMENTS)])
         refine = DSnoT()
     layers = layers_to_prune(model, target_modules, exclude_modules)
+    if not isinstance(allocation, str) and set(allocation) != set(layers):
+        missing, extra = sorted(set(layers) - set(allocation)), sorted(set(allocation) - set(layers))
+        raise ValueError(
+            f"allocation: no density of layer {', '.join(missing[:2]) or '-'}, and one of "
+            f"{', '.join(map(repr, extra[:2])) or '-'}, which is not pruned; give one for each layer"
+        )
     plan = _Plan(layers, made, scored, sparsegpt, refine, allocation)
     _check_together(plan)
     if data is None and (plan.needs_inputs or scored.needs == "gradient"):

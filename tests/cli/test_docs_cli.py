@@ -17,13 +17,15 @@ COMMANDS = [
 ]
 
 
-def test_the_lines_of_the_page_run(world, run, tmp_path, monkeypatch):
+def test_the_lines_of_the_page_run(world, stand_in, run, tmp_path, monkeypatch):
     pytest.importorskip("matplotlib")
     for name, folder in {"base": "base", "adapter": "sparse", "other": "other", "channels": "s2ft"}.items():
         shutil.copytree(world / folder, tmp_path / name)
         if name != "base":
             path = tmp_path / name / "adapter_config.json"
             path.write_text(json.dumps({**json.loads(path.read_text()), "base_model_name_or_path": "base"}))
+    shutil.copytree(stand_in, tmp_path / "model")
+    (tmp_path / "text.txt").write_text("In the beginning God created the heaven and the earth. " * 400)
     (tmp_path / "llama-7b").mkdir()
     shutil.copy(world / "base" / "config.json", tmp_path / "llama-7b")
     monkeypatch.chdir(tmp_path)
