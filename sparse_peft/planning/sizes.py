@@ -14,6 +14,7 @@ from ..tuners.base_layer import TunerLayer
 from ..tuners.base_model import BaseSparseModel
 from ..tuners.base_state import TrainedState
 from ..tuners.forms import StateSizes
+from ..tuners.traversal import modules_beside_adapters
 
 OPTIMIZERS = ("adamw", "adamw8bit", "sgd")
 """Optimizers whose state is counted: AdamW, AdamW of bitsandbytes in 8 bits, and SGD without momentum."""
@@ -92,6 +93,7 @@ class LayerSize:
         in_dim: which dimension of the weight is the input's.
         state: sizes of the adapter's state.
         kept_bytes: the weight's own entries that are kept beside the values.
+        tied: names of the other layers that have the weight.
     """
 
     name: str
@@ -99,6 +101,7 @@ class LayerSize:
     in_dim: int
     state: StateSizes
     kept_bytes: int
+    tied: tuple[str, ...] = ()
 
     @property
     def entries(self) -> int:
@@ -145,8 +148,15 @@ def layer_sizes(model: nn.Module, config: BaseSparseConfig, adapter: str, form: 
         sizes = state.sizes(getattr(torch, config.save_dtype))
         holds = layer.resident and not form.is_quantised
         kept = form.dtype.itemsize * (sizes.entries or 0) if holds else 0
-        found.append(LayerSize(layer.name, layer.stored_shape, layer.product.in_dim, sizes, kept))
+        in_dim, tied = layer.product.in_dim, tuple(_tied_to(layer, model))
+        found.append(LayerSize(layer.name, layer.stored_shape, in_dim, sizes, kept, tied))
     return found
+
+
+def _tied_to(layer: TunerLayer, model: nn.Module) -> Iterator[str]:
+    for module in modules_beside_adapters(model):
+        if isinstance(module, TunerLayer) and module.owner is layer and module is not layer:
+            yield module.name
 
 
 def trains_entries(sizes: Iterable[LayerSize]) -> bool:

@@ -84,7 +84,8 @@ class Step:
         if self.trace is None:
             return {}
         layers = self.trace.layers
-        return {size.name: work(size, layers[size.name]) for size in sizes if size.name in layers}
+        names = ((name, size) for size in sizes for name in (size.name, *size.tied))
+        return {name: work(size, layers[name]) for name, size in names if name in layers}
 
     def sparse(self, sizes: Iterable[LayerSize], crossover: float) -> dict[str, Work]:
         """Of an adapter of this package."""

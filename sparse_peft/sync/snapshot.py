@@ -130,8 +130,9 @@ class AdapterSource:
         if self.config.bias == "none" or not isinstance(getattr(module, "bias", None), nn.Parameter):
             return False
         inside = any(part in ("modules_to_save", "original_module") for part in name.split("."))
-        own = f"{name.removesuffix('.base_layer')}.weight"
-        return not inside and (self.config.bias == "all" or own in self.layers)
+        layer = _inner(self.model).get_submodule(name.removesuffix(".base_layer"))
+        is_adapted = isinstance(layer, TunerLayer) and self.adapter_name in layer.deltas
+        return not inside and (self.config.bias == "all" or is_adapted)
 
 
 def _inner(model: nn.Module) -> nn.Module:

@@ -19,6 +19,7 @@ class Case:
         conv1d: whether transformers' Conv1D can be a target.
         convolutions: whether torch's convolutions can be targets.
         groups: whether convolutions of several groups can be.
+        embeddings: whether ``nn.Embedding`` can be a target.
         mixed_batches: whether ``adapter_names=`` is supported.
         low_rank: whether the output of the adapter rounds as LoRA's does, beside the base's and not within its weight.
         baseline: runs only when named; built into PEFT, to show what upstream's tests do without anything of ours.
@@ -31,6 +32,7 @@ class Case:
     conv1d: bool = True
     convolutions: bool = True
     groups: bool = True
+    embeddings: bool = False
     mixed_batches: bool = True
     low_rank: bool = False
     baseline: bool = False

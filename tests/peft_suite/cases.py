@@ -41,6 +41,8 @@ CUSTOM_LAYOUTS = (
     ("MLP, two layers", "MLP", {"target_modules": ["lin0", "lin1"]}, None),
     ("MLP, modules_to_save", "MLP", {"target_modules": ["lin0"], "modules_to_save": ["lin1"]}, None),
     ("Embedding and Conv1D", "EmbConv1D", {"target_modules": ["conv1d", "lin0"]}, "conv1d"),
+    ("Embedding alone", "EmbConv1D", {"target_modules": ["emb"]}, "embeddings"),
+    ("Embedding as a target and Conv1D", "EmbConv1D", {"target_modules": ["emb", "conv1d", "lin0"]}, "embeddings"),
     (
         "Trained tokens",
         "EmbConv1D",

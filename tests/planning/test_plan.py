@@ -152,3 +152,19 @@ def test_methods_with_factors_have_the_rate_of_lora(world):
     config = method_named("sora").config_class(r=4, alpha=8, target_modules="all-linear")
     plan = plan_training(read_model_config(world / "base"), config, GIVEN_SPEED)
     assert plan.scale == 2.0 and plan.recommended_rate == 2e-4
+
+
+def test_a_tied_weight_is_one_layer_whose_head_keeps_its_input(world):
+    base = AutoConfig.from_pretrained(world / "base")
+    base.tie_word_embeddings = True
+    plans = {
+        name: plan_training(base, SparseConfig(target_modules=[name], density=0.01), GIVEN_SPEED)
+        for name in ("embed_tokens", "lm_head")
+    }
+    (kind,) = plans["lm_head"].kinds
+    assert kind == plans["embed_tokens"].kinds[0] and kind.kind == "model.embed_tokens"
+    assert kind.shape == [base.vocab_size, base.hidden_size] and kind.layers == 1
+    base.tie_word_embeddings = False
+    alone = plan_training(base, SparseConfig(target_modules=["embed_tokens"], density=0.01), GIVEN_SPEED)
+    assert plans["lm_head"].needs[0].activation_bytes > alone.needs[0].activation_bytes
+    assert plans["lm_head"].needs[0].flops > alone.needs[0].flops

@@ -9,9 +9,20 @@ import torch
 from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file
 from torch import nn
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    BartConfig,
+    Gemma3TextConfig,
+    GPT2Config,
+    Qwen2Config,
+    T5Config,
+)
 
 from sparse_peft import SaRAConfig, SparseConfig, SparsityController, select_support
+from sparse_peft.adapters import AdapterPool, compose, extract, save_as_lora, soup
 from sparse_peft.adapters.export import save_merged
+from sparse_peft.sync import Publisher, Receiver
 from tests.helpers.embedding_models import (
     COLS,
     IDS,
@@ -272,6 +283,134 @@ def test_three_layers_of_one_weight():
     torch.testing.assert_close(values_of(model).grad, wanted_gradients(dense, model)["emb"])
     plain = model.unload()
     assert plain.head.weight is plain.emb.weight is plain.decoder.weight
+
+
+# ---------------------------------------------------------------------- architectures of transformers
+
+SIZES = {
+    "vocab_size": 32, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2,
+    "num_key_value_heads": 1, "head_dim": 8, "pad_token_id": 0,
+}  # fmt: skip
+ENCODER_DECODER = {
+    "vocab_size": 32, "d_model": 16, "encoder_layers": 1, "decoder_layers": 1, "encoder_attention_heads": 2,
+    "decoder_attention_heads": 2, "encoder_ffn_dim": 24, "decoder_ffn_dim": 24, "pad_token_id": 0,
+    "max_position_embeddings": 32, "scale_embedding": True,
+}  # fmt: skip
+GPT2 = {
+    "vocab_size": 32,
+    "n_embd": 16,
+    "n_layer": 1,
+    "n_head": 2,
+    "n_positions": 16,
+    "eos_token_id": 1,
+    "bos_token_id": 1,
+}
+T5 = {
+    "vocab_size": 32,
+    "d_model": 16,
+    "d_kv": 8,
+    "d_ff": 24,
+    "num_layers": 1,
+    "num_heads": 2,
+    "decoder_start_token_id": 0,
+}
+ARCHITECTURES = {
+    "gemma3": (AutoModelForCausalLM, Gemma3TextConfig(**SIZES), ["embed_tokens"], 1),
+    "qwen2": (AutoModelForCausalLM, Qwen2Config(**SIZES, tie_word_embeddings=True), ["lm_head"], 1),
+    "gpt2": (AutoModelForCausalLM, GPT2Config(**GPT2), ["wte", "wpe", "c_attn"], 3),
+    "t5": (AutoModelForSeq2SeqLM, T5Config(**T5), ["lm_head", "relative_attention_bias"], 3),
+    "bart": (AutoModelForSeq2SeqLM, BartConfig(**ENCODER_DECODER), ["shared", "embed_positions"], 3),
+}
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_models_of_transformers(name):
+    kind, settings, names, count = ARCHITECTURES[name]
+    torch.manual_seed(0)
+    base = kind.from_config(settings).double().eval()
+    for parameter in base.parameters():
+        nn.init.normal_(parameter, std=0.3)
+    model, reference = adapted(base, names)
+    model.eval()  # get_peft_model keeps the mode, but dropout must be off in both
+    dense = with_deltas(reference, model).eval()
+    assert len(layers(model)) == count
+    ids = torch.tensor([[1, 5, 5, 9], [3, 2, 8, 0]])
+    losses = [one(input_ids=ids, labels=ids).loss for one in (model, dense)]
+    torch.testing.assert_close(*losses, rtol=1e-12, atol=0)
+    for loss in losses:
+        loss.backward()
+    for layer, wanted in wanted_gradients(dense, model).items():
+        torch.testing.assert_close(layers(model)[layer].deltas["default"].values.grad, wanted, rtol=1e-9, atol=1e-12)
+    plain = model.unload()
+    assert plain.get_input_embeddings().weight is plain.get_output_embeddings().weight
+
+
+# ---------------------------------------------------------------------- adapters after training
+
+
+@pytest.fixture
+def saved(tmp_path):
+    """``(base, folders of two adapters, models that have them)``."""
+    base = tied_llama().eval()
+    folders, models = [], []
+    for seed in range(2):
+        config = SparseConfig(
+            target_modules=["lm_head", "q_proj"], density=0.1, init_weights=False, scale=1.0, seed=seed
+        )
+        models.append(get_peft_model(copy.deepcopy(base), config).eval())
+        folders.append(tmp_path / str(seed))
+        models[-1].save_pretrained(folders[-1])
+    return base, folders, models
+
+
+def delta_of(folder, base):
+    model = PeftModel.from_pretrained(copy.deepcopy(base), folder)
+    return layers(model)["model.embed_tokens"].get_delta_weight("default")
+
+
+def test_composing_averaging_and_adding(saved, tmp_path):
+    base, folders, models = saved
+    one, other = (delta_of(folder, base) for folder in folders)
+    compose(folders, tmp_path / "sum", weights=[0.5, 2.0])
+    torch.testing.assert_close(delta_of(tmp_path / "sum", base), 0.5 * one + 2 * other)
+    soup([folders[0], folders[0]], tmp_path / "soup")
+    torch.testing.assert_close(delta_of(tmp_path / "soup", base), one)
+    models[0].load_adapter(folders[1], "other")
+    models[0].base_model.add_weighted_adapter(["default", "other"], [0.5, 2.0], "both")
+    both = layers(models[0])["model.embed_tokens"].get_delta_weight("both")
+    torch.testing.assert_close(both, 0.5 * one + 2 * other)
+
+
+def test_extracting_from_a_tied_model(saved, tmp_path):
+    base, _, models = saved
+    expected = models[0](IDS).logits
+    merged = models[0].merge_and_unload()
+    found = extract(base, merged, tmp_path, density=1.0, target_modules=["embed_tokens", "q_proj"])
+    assert not found.others
+    again = PeftModel.from_pretrained(copy.deepcopy(base), tmp_path).eval()
+    assert torch.equal(again(IDS).logits, expected)
+
+
+def test_pools_and_lora(saved, tmp_path):
+    base, folders, models = saved
+    pool = AdapterPool(copy.deepcopy(base))
+    for name, folder in zip("ab", folders, strict=True):
+        pool.add(name, folder)
+    for name, model in zip("ab", models, strict=True):
+        with pool.use(name) as served:
+            assert torch.equal(served(IDS).logits, model(IDS).logits)
+    with pytest.raises(ValueError, match=r"layer model\.embed_tokens: an embedding's delta is not converted to LoRA"):
+        save_as_lora(models[0], tmp_path / "lora")
+
+
+def test_published_entries_reach_both_layers(saved):
+    base, _, models = saved
+    engine = copy.deepcopy(base)
+    receiver = Receiver(engine)
+    receiver.apply_(Publisher(models[0]).publish())
+    assert torch.equal(engine(IDS).logits, models[0](IDS).logits)
+    receiver.restore_()
+    assert torch.equal(engine(IDS).logits, base(IDS).logits)
 
 
 # ---------------------------------------------------------------------- refusals

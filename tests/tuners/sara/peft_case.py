@@ -7,4 +7,5 @@ CASE = Case(
     "sparse_peft:SaRAConfig",
     {"density": 0.4, "progressive": None, "nuclear_weight": 0.0},
     {"density": 0.2},
+    embeddings=True,
 )
