@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import signal
 import sys
 from importlib.util import find_spec
@@ -21,8 +20,6 @@ def main() -> None:
         raise SystemExit(2)
     # as exceptions, so that folders which are being written are removed
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(TERMINATED))
-    # bitsandbytes, which PEFT imports, warns of a kernel that no command uses
-    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     try:
         from .commands import app  # noqa: PLC0415  (it needs typer)
 

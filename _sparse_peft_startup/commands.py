@@ -15,6 +15,8 @@ import typer
 from typer.core import TyperCommand, TyperGroup
 from typer.main import get_command
 
+from .quiet import quieten, quieten_bitsandbytes
+
 # Each is a function in a module of its name in sparse_peft/cli/.
 COMMANDS = (
     "plan",
@@ -34,6 +36,9 @@ COMMANDS = (
     "curve",
     "doctor",
 )
+RUN_OTHER_PROGRAMS = ("run",)
+# Commands without options of another program, so that all of theirs are this one's.
+OWN_OPTIONS = tuple(name for name in COMMANDS if name not in ("run", "train"))
 USAGE = 2
 # typer brings its own copy of click, or not; this is the base of all errors in a command line
 CommandLineError: type[Any] = typer.BadParameter.__mro__[1]
@@ -75,6 +80,8 @@ class Commands(TyperGroup):
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
         name, _, rest = super().resolve_command(ctx, args)
         assert name is not None
+        if not ctx.params["verbose"]:
+            (quieten_bitsandbytes if name in RUN_OTHER_PROGRAMS else quieten)()
         return name, load(name), rest
 
     def main(
@@ -88,6 +95,9 @@ class Commands(TyperGroup):
     ) -> Any:
         arguments = list(sys.argv[1:] if args is None else args)
         answers_json = standalone_mode and "--json" in arguments
+        if "--verbose" in arguments[1:] and arguments[0] in OWN_OPTIONS:
+            arguments.remove("--verbose")
+            arguments.insert(0, "--verbose")
         try:
             code = super().main(
                 arguments, prog_name, complete_var, standalone_mode and not answers_json, windows_expand_args, **extra
@@ -126,5 +136,8 @@ def _version(wanted: bool) -> None:
 @app.callback()
 def _options(
     version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print it.")] = False,
+    verbose: Annotated[
+        bool, typer.Option("--verbose", help="Print other packages' notices and progress bars, too.")
+    ] = False,
 ) -> None:
     pass

@@ -20,6 +20,16 @@ from typing import Annotated
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # everything comes out of installed packages; read on import
 
+ROOT = Path(__file__).resolve().parents[1]
+if __name__ == "__main__" and not __package__:  # `python examples/quickstart.py` has examples/ on the path alone
+    sys.path.insert(0, str(ROOT))
+
+from _sparse_peft_startup.quiet import quieten
+
+if "--verbose" not in sys.argv:
+    quieten()
+    os.environ.setdefault("TQDM_DISABLE", "1")
+
 import torch
 import typer
 from datasets import Dataset
@@ -32,13 +42,9 @@ from transformers.trainer_callback import PrinterCallback
 from transformers.utils import logging as transformers_logging
 from trl import SFTConfig, SFTTrainer
 
-ROOT = Path(__file__).resolve().parents[1]
-if __name__ == "__main__" and not __package__:  # `python examples/quickstart.py` has examples/ on the path alone
-    sys.path.insert(0, str(ROOT))
-
-from examples.results import console, report_checks  # noqa: E402
-from examples.smollm2 import MODEL_ID, held_out_loss, kjv_blocks, load_model, load_tokenizer  # noqa: E402
-from sparse_peft import (  # noqa: E402
+from examples.results import console, report_checks
+from examples.smollm2 import MODEL_ID, held_out_loss, kjv_blocks, load_model, load_tokenizer
+from sparse_peft import (
     S2FTConfig,
     SaRAConfig,
     SketchConfig,
@@ -209,6 +215,7 @@ def quickstart(
         float | None, typer.Option(help="Of AdamW, falling linearly to 0; by default the method's.")
     ] = None,
     output: Annotated[Path, typer.Option(help="Folder for the adapter.")] = Path("quickstart-output"),
+    verbose: Annotated[bool, typer.Option("--verbose", help="Print other packages' notices, too.")] = False,
 ) -> None:
     """Train, save, reload and merge an adapter of SmolLM2-135M-Instruct on the King James Bible."""
     if context.invoked_subcommand is not None:

@@ -37,6 +37,7 @@ def test_quickstart_from_the_command_line(tmp_path, method):
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.count("passed") == 4 and "FAILED" not in done.stdout
+    assert "it/s" not in done.stderr and "examples/s" not in done.stderr and "deprecated" not in done.stderr
     assert (tmp_path / "adapter_model.safetensors").is_file()
 
 
