@@ -1,9 +1,13 @@
 """GRPO whose answers come from an engine in another process, on a tiny random model."""
 
+from dataclasses import asdict
+
 import pytest
 import torch
+import typer
 from datasets import Dataset
 from peft import LoraConfig
+from typer.testing import CliRunner
 
 from sparse_peft import SparseConfig
 from tests.helpers.language_models import llama, make_tokenizer
@@ -63,3 +67,26 @@ def test_completions_end_at_the_end_of_text_and_have_their_log_probabilities():
 def test_rows_are_padded():
     assert padded([[3], [4, 5]], 0).tolist() == [[3, 0], [4, 5]]
     assert padded([[3], [4, 5]], 0, left=True).tolist() == [[0, 3], [4, 5]]
+
+
+def test_runs_that_a_file_has_are_not_repeated(tmp_path, monkeypatch):
+    trained_plans = []
+
+    def train(plan, *_):
+        trained_plans.append((plan.method, plan.seed))
+        steps = [grpo.Step(10 + n, 0.1, True, 0.0, 1.0 if n == 0 else None, n / 4) for n in range(5)]
+        return grpo.Run(asdict(plan), steps, (100, 0.2), 1000, 0.25, 0.5, 60.0)
+
+    for name in ("load_tokenizer", "sums"):
+        monkeypatch.setattr(grpo, name, lambda *_: None)
+    monkeypatch.setattr(grpo, "train", train)
+    app = typer.Typer()
+    app.command()(grpo.main)
+    command = ["--steps", "5", "--seed", "0", "--seed", "1", "--output", str(tmp_path / "grpo.json")]
+    for methods in (["--method", "lora"], ["--method", "lora", "--method", "residual"]):
+        result = CliRunner().invoke(app, [*methods, *command])
+        assert result.exit_code == 0, result.output
+    assert trained_plans == [("lora", 0), ("lora", 1), ("residual", 0), ("residual", 1)]
+    *_, run = grpo.read_runs(tmp_path / "grpo.json")
+    expected = ["residual", "float32", "6e-05", "1", "0.00 -> 1.00", "0.25 -> 0.50", "0.00", "1.20%", "0.10", "0.10"]
+    assert grpo.row(run) == [*expected, "5/5", "0.0e+00", "1.0"]
