@@ -81,12 +81,12 @@ class Step:
     """What one step cost and gave.
 
     Attributes:
-        reward: mean over the answers that the step trained on.
         bytes: of the sync after it, as sent.
         seconds: of this sync, from the trainer's weights to the engine's.
         equal: whether trainer and engine give the answers' tokens the same log-probabilities, bit for bit.
         difference: the largest one between these log-probabilities.
         full_seconds: of sending the whole merged model instead; None where that was not measured.
+        reward: mean over the answers that the step trained on.
     """
 
     bytes: int
@@ -239,8 +239,8 @@ def settings(plan: Plan, folder: str) -> GRPOConfig:
     )
 
 
-class Rewards(TrainerCallback):
-    """Gathers the mean reward of each step's answers; TRL calls it as its reward function.
+class Rewards:
+    """TRL's reward function, which keeps the mean reward of each step's answers.
 
     Args:
         task: whose reward.
