@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
 
 # How transformers marks a module of experts, besides the class's name.
 _COUNTS = ("num_experts", "num_local_experts", "n_routed_experts")
@@ -94,8 +95,21 @@ def _multiplies_from_the_right(holder: nn.Module) -> bool:
 
 def holds_experts(module: nn.Module) -> bool:
     """Whether bare parameters of three dimensions in a module are those of experts."""
-    counted = any(isinstance(getattr(module, name, None), int) for name in _COUNTS)
-    return counted and bool(expert_parameters(module))
+    return _counts_experts(module) and bool(expert_parameters(module))
+
+
+def _counts_experts(module: nn.Module) -> bool:
+    return any(isinstance(getattr(module, name, None), int) for name in _COUNTS)
+
+
+def parametrised_experts(model: nn.Module) -> list[str]:
+    """The names of experts' parameters that are computed from others at each use."""
+    return [
+        f"{name}.{parameter}"
+        for name, module in model.named_modules()
+        if is_parametrized(module) and _counts_experts(module)
+        for parameter in cast("nn.ModuleDict", module.parametrizations)
+    ]
 
 
 def expert_parameters(module: nn.Module) -> dict[str, nn.Parameter]:

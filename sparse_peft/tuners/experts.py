@@ -22,6 +22,11 @@ BARE_WEIGHTS = (
     f"target_experts=True, where the method trains experts; else {CURE}"
 )
 
+QUANTISED = (
+    "quantised experts have no entries to train. Load them in bfloat16 (MXFP4: "
+    "quantization_config=Mxfp4Config(dequantize=True)), or leave experts out"
+)
+
 
 def bare_weights(model: nn.Module) -> dict[str, tuple[int, ...]]:
     """``{name: shape}`` of the parameters of three dimensions that no layer has as its ``weight``."""

@@ -28,8 +28,8 @@ from .base_config import BaseSparseConfig
 from .base_layer import TunerLayer
 from .expert_layer import ExpertsLayer
 from .expert_watch import watch_experts
-from .expert_weights import ExpertWeight, expert_parameters, holds_experts
-from .experts import BARE_WEIGHTS, bare_weights, check_target_parameters, is_named
+from .expert_weights import ExpertWeight, expert_parameters, holds_experts, parametrised_experts
+from .experts import BARE_WEIGHTS, QUANTISED, bare_weights, check_target_parameters, is_named
 from .four_bit import base_weight
 from .traversal import configs_of
 
@@ -136,6 +136,7 @@ def find_targets(
         prefix: what the names of the method's parameters start with.
         state_dict: tensors of an adapter file, whose layers are then the targets.
     """
+    check_no_quantised_experts(config, model)
     if state_dict is None:
         check_target_parameters(config, model)
     resolved = _with_all_linear(config, model)
@@ -179,6 +180,17 @@ def _expert_target(module: nn.Module, parameter: str) -> nn.Module:
     known = module._modules.get(parameter) if isinstance(module, ExpertsLayer) else None
     base = module.base_layer if isinstance(module, ExpertsLayer) else module
     return known or ExpertWeight(base, parameter)
+
+
+def check_no_quantised_experts(config: BaseSparseConfig, model: nn.Module) -> None:
+    """Refuse experts that a config names and a parametrisation computes, as of bitsandbytes' 4 bits.
+
+    Raises:
+        TypeError: names the parameter.
+    """
+    for name in parametrised_experts(model) if config.names_experts else ():
+        if config.target_experts or is_named(config.target_parameters, name):
+            raise TypeError(f"target_parameters: {name} is computed by a parametrisation of the module: {QUANTISED}")
 
 
 def hold_experts(model: nn.Module, targets: Targets) -> None:
@@ -318,6 +330,10 @@ def _check_experts(name: str, base: ExpertWeight) -> None:
         raise NotImplementedError(
             f"target_parameters: {name} is sharded over processes (FSDP2, tensor or expert parallelism), and adapters "
             f"need experts whole; use DDP, or leave experts out: fully_shard(model, ignored_params={{...}})"
+        )
+    if not weight.is_floating_point():
+        raise TypeError(
+            f"target_parameters: {name} of {type(base.holder).__name__} holds {weight.dtype} weights: {QUANTISED}"
         )
     if not weight.is_meta and not weight.is_contiguous():
         raise ValueError(

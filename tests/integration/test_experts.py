@@ -12,6 +12,7 @@ from sparse_peft import SaRAConfig, SparsityController
 from sparse_peft.adapters import compose, extract, save_merged, soup
 from sparse_peft.planning import plan_training
 from sparse_peft.tuners.base_layer import TunerLayer
+from tests.helpers import expert_models
 from tests.helpers.methods import METHODS, config
 
 SMALL = {
@@ -255,3 +256,20 @@ def test_a_resumed_run_is_the_uninterrupted_one(tmp_path, selection):
 
 def experts_of(model):
     return [one for one in model.modules() if isinstance(one, TunerLayer) and ".experts." in one.name]
+
+
+@pytest.mark.compile
+@pytest.mark.parametrize("implementation", ["eager", "grouped_mm"])
+def test_graph_breaks_of_a_compiled_model(implementation):
+    """One at each module of experts, in each of the modules around it; the base's loop has as many."""
+
+    def breaks(model):
+        torch._dynamo.reset()
+        return torch._dynamo.explain(model.train())(IDS, labels=IDS).graph_break_count
+
+    settings = {"num_hidden_layers": 1}
+    base = expert_models.mixture("qwen3_moe", implementation, **settings)
+    own = breaks(base)
+    adapted = breaks(get_peft_model(base, expert_models.config()))
+    assert own == (5 if implementation == "eager" else 0)
+    assert adapted == 5

@@ -6,7 +6,9 @@ import io
 import pytest
 import torch
 from peft import PeftModel, get_peft_model
+from safetensors.torch import save_file
 from torch import nn
+from transformers import AutoModelForCausalLM
 
 from benchmarks.measure import LargestTensor
 from sparse_peft import SparseConfig, SparsityController, panel_limit, select_support
@@ -557,6 +559,46 @@ def test_sharded_and_quantised_experts_are_refused():
     base = mixture()
     experts = base.model.layers[1].mlp.experts
     experts.down_proj = nn.Parameter(torch.zeros(5, 16, 12, dtype=torch.uint8), requires_grad=False)
-    with pytest.raises(TypeError, match=r"layers.1.mlp.experts.down_proj.*torch.uint8"):
+    with pytest.raises(TypeError, match=r"layers.1.mlp.experts.down_proj of Qwen3MoeExperts.*torch.uint8.*bfloat16"):
         get_peft_model(base, config())
     assert not any(isinstance(module, ExpertsLayer) for module in base.modules())
+
+
+def test_experts_in_four_bits_are_refused():
+    parametrize = pytest.importorskip("bitsandbytes.nn.parametrize")
+    base = mixture()
+    for layer in base.model.layers:
+        parametrize.replace_parameter_4bit(layer.mlp.experts, "down_proj")
+    for fields in ({}, {"target_experts": False, "target_parameters": ["experts.down_proj"]}):
+        with pytest.raises(TypeError, match=r"layers.0.mlp.experts.down_proj is computed by a param.*in bfloat16"):
+            get_peft_model(base, config(**fields))
+    some = {"target_experts": False, "target_parameters": ["experts.gate_up_proj"]}
+    assert all("gate_up_proj" in path for path in layers(get_peft_model(base, config(**some))))
+
+
+def test_experts_in_mxfp4_train_where_transformers_dequantises_them(tmp_path):
+    kind = pytest.importorskip("transformers").Mxfp4Config
+    sizes = {"hidden_size": 32, "intermediate_size": 32, "head_dim": 16, "num_hidden_layers": 1}
+    base = mixture("gpt_oss", **sizes).bfloat16()
+    state = {name: tensor.clone() for name, tensor in base.state_dict().items()}
+    for parameter, rows in (("gate_up_proj", 64), ("down_proj", 32)):
+        path = f"model.layers.0.mlp.experts.{parameter}"
+        del state[path]
+        state[f"{path}_blocks"] = torch.randint(0, 255, (5, rows, 1, 16), dtype=torch.uint8)
+        state[f"{path}_scales"] = torch.full((5, rows, 1), 124, dtype=torch.uint8)
+    base.config.quantization_config = {"quant_method": "mxfp4"}
+    base.config.save_pretrained(tmp_path)
+    save_file(state, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=kind(dequantize=True))
+    assert loaded.model.layers[0].mlp.experts.down_proj.dtype == torch.bfloat16
+    assert loaded.model.layers[0].mlp.experts.down_proj.any()
+    model = get_peft_model(loaded, config(init_weights=True))
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.05)
+    losses = []
+    for _ in range(6):
+        loss = model(IDS, labels=IDS).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0]
