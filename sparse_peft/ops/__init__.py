@@ -7,7 +7,7 @@ The public names are the ones in the documentation: [`Combination`][sparse_peft.
 sparse_peft and may change in any release.
 """
 
-from .backends import BACKENDS, kernel_backend, log_once, use_backend
+from .backends import BACKENDS, kernel_backend, kernels_possible, log_once, use_backend
 from .codebook_linear import CodedWeight, Codes, codebook_linear
 from .codes import code_gather, code_scatter_add, column_groups, pack_codes, packed_width, unpack_codes
 from .combine import (
@@ -138,6 +138,7 @@ __all__ = [
     "gradient_panels",
     "is_convolution",
     "kernel_backend",
+    "kernels_possible",
     "known_crossover",
     "log_once",
     "masked_dw",

@@ -85,6 +85,11 @@ def _check_device(forced: str | None, device: torch.device) -> None:
         raise RuntimeError(f"the backend 'cuda' is forced, but the tensors are on {device}; it runs on CUDA tensors")
 
 
+def kernels_possible(device: torch.device) -> bool:
+    """Whether any op may have a kernel on this device."""
+    return device.type != "cpu" or forced_backend() is not None
+
+
 def kernel_backend(op: str, dtype: torch.dtype, device: torch.device, index: torch.dtype = torch.int32) -> str | None:
     """The kernel that runs an op: ``"cuda"``, ``"triton"``, or None for PyTorch's operations.
 
@@ -98,7 +103,7 @@ def kernel_backend(op: str, dtype: torch.dtype, device: torch.device, index: tor
         RuntimeError: the forced backend cannot run on this device.
     """
     forced = forced_backend()
-    if forced not in (None, "triton", "cuda") or (device.type == "cpu" and forced is None):
+    if forced not in (None, "triton", "cuda") or not kernels_possible(device):
         return None
     _check_device(forced, device)
     if dtype not in cuda_kernels.FLOATS:

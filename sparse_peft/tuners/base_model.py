@@ -18,7 +18,7 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
 from ..compat import BaseTuner, get_quantization_kwargs
-from ..ops import Combination, kernel_backend
+from ..ops import Combination, kernel_backend, kernels_possible
 from ..support import Support
 from .base_config import BaseSparseConfig
 from .base_layer import TunerLayer
@@ -469,6 +469,8 @@ class BaseSparseModel(BaseTuner, Generic[ConfigT, StateT]):
         In training, that is one transition of the weights in place of one for each layer; on a GPU it is one launch.
         In inference on a CPU there is nothing to write, as a rule, and each layer sees that for itself.
         """
+        if not torch.is_grad_enabled() and not kernels_possible(next(self.model.parameters()).device):
+            return False
         layer = next(self.sparse_layers(self.model), None)
         if not isinstance(layer, SparseTunerLayer) or layer.quantization_backend is not None:
             return False

@@ -39,6 +39,14 @@ class _Plan(NamedTuple):
     wanted: ActiveDelta | Weight
 
 
+def _give_output(ledgers: list[Ledger]) -> bool:
+    """Whether the base's own products are the output of the active adapters."""
+    for ledger in ledgers:
+        if ledger.is_closed or ledger.content is None or not ledger.content.gives_output():
+            return False
+    return True
+
+
 class ExpertsLayer(nn.Module):
     """A module of fused experts, whose parameters have adapters.
 
@@ -83,7 +91,8 @@ class ExpertsLayer(nn.Module):
     @torch.compiler.disable  # graphs break here: the base's loop and its products are taken over outside of them
     def forward(self, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any) -> Any:
         """The base's output with the active adapters, or in a mixed batch with each input's own."""
-        if getattr(self.base_layer, "_is_fsdp_managed_module", False):
+        base = self._modules["base_layer"]
+        if base is not None and base.__dict__.get("_is_fsdp_managed_module"):
             raise NotImplementedError(
                 f"layer {self.name}: FSDP2 shards the parameters of experts, whose adapters need them whole; use DDP, "
                 "or leave experts out: fully_shard(model, ignored_params={...})"
@@ -94,19 +103,13 @@ class ExpertsLayer(nn.Module):
 
     def _run(self, names: tuple[str, ...] | None, args: Any, kwargs: Any) -> Any:
         """The base's output with the named adapters, or with the active ones."""
-        return read_all(self._ledgers, self._compute_settled, names, args, kwargs)
+        ledgers = self._ledgers
+        return read_all(ledgers, self._compute_settled, ledgers, names, args, kwargs)
 
-    def _compute_settled(self, names: tuple[str, ...] | None, args: Any, kwargs: Any) -> Any:
-        if names is None and not torch.is_grad_enabled() and self._gives_output():
+    def _compute_settled(self, ledgers: list[Ledger], names: tuple[str, ...] | None, args: Any, kwargs: Any) -> Any:
+        if names is None and not torch.is_grad_enabled() and _give_output(ledgers):
             return self.base_layer(*args, **kwargs)
         return self._compute(self._settled(names) or exclusively(self._prepared, names), args, kwargs)
-
-    def _gives_output(self) -> bool:
-        """Whether the base's own products are the output of the active adapters."""
-        for ledger in self._ledgers:
-            if ledger.is_closed or ledger.content is None or not ledger.content.gives_output():
-                return False
-        return True
 
     def _settled(self, names: tuple[str, ...] | None) -> list[_Plan] | None:
         """The plans, where all parameters are as they want them and no transition is under way."""
