@@ -71,7 +71,7 @@ def serve(
         answer.show = lambda console: show(console, server.url, names, host)
     sys.stdout.flush()  # a pipe's reader waits for the address
     # uvicorn raises the signal that ended it once more when all is done
-    signal.signal(signal.SIGTERM, lambda *_: None)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     server.run()
 
 

@@ -121,14 +121,20 @@ def parse(body: object, kind: str) -> Wanted:
     return Wanted(
         model=found["model"],
         content=_messages(found) if kind == "chat" else _prompt(found),
-        sampling=Sampling(
-            found.get("temperature", 1.0), found.get("top_p", 1.0), found.get("top_k", 0), found.get("seed")
-        ),
+        sampling=_sampling(found),
         max_tokens=found.get("max_completion_tokens", found.get("max_tokens")),
         stop=_stops([stop] if isinstance(stop, str) else stop),
         stream=found.get("stream", False),
         include_usage=found.get("stream_options", {}).get("include_usage") is True,
     )
+
+
+def _sampling(found: Mapping[str, Any]) -> Sampling:
+    """Greedy requests are alike, whatever else they say of draws."""
+    temperature = found.get("temperature", 1.0)
+    if temperature == 0:
+        return Sampling()
+    return Sampling(temperature, found.get("top_p", 1.0), found.get("top_k", 0), found.get("seed"))
 
 
 def _checked(name: str, value: Any, kind: str) -> Any:

@@ -221,6 +221,20 @@ def test_experts(tmp_path):
         assert torch.equal(output(model, IDS).logits, expected[number])
 
 
+def test_on_bases_that_hold_no_entries(tmp_path):
+    quantized = pytest.importorskip("tests.helpers.quantized")
+    for kind, made in (("4bit", lambda: quantized.build("4bit")), ("overlay", base)):
+        folders, x = [], torch.randn(3, 128 if kind == "4bit" else 17)
+        for seed in (1, 2):
+            config = SparseConfig(density=0.1 * seed, seed=seed, resident=kind == "4bit")
+            folders.append(saved(tmp_path / f"{kind}{seed}", config, made()))
+        model = loaded(folders[0], made())
+        expected = [output(loaded(folder, made()), x) for folder in folders]
+        for number in (1, 0, 1):
+            swap_adapter(model, folders[number])
+            assert torch.equal(output(model, x), expected[number])
+
+
 def test_in_inference_mode(tmp_path):
     folders = pair(tmp_path, unequal=True)
     model = loaded(folders[0])

@@ -160,3 +160,23 @@ def test_a_client_that_goes_away_does_not_hold_the_others_up(client, served):
         gone.sendall(f"{head}Content-Length: {len(content)}\r\n\r\n".encode() + content)
         gone.recv(200)
     assert client.complete("b", PROMPT, max_tokens=5)[1]["choices"][0]["text"] == served.answer("b", PROMPT, 5)[0]
+
+
+def test_adapters_come_and_go_beside_requests(client, served):
+    expected = {"guest": served.answer("c", PROMPT, 4)[0], "a": served.answer("a", PROMPT, 4)[0]}
+
+    def come_and_go():
+        for _ in range(4):
+            assert client.send("/v1/load_lora_adapter", {"lora_name": "guest", "lora_path": "c"})[0] == 200
+            assert client.send("/v1/unload_lora_adapter", {"lora_name": "guest"})[0] == 200
+
+    def ask(name):
+        return [(name, *client.complete(name, PROMPT, max_tokens=4)) for _ in range(8)]
+
+    with ThreadPoolExecutor(4) as threads:
+        changes = threads.submit(come_and_go)
+        found = [one for answers in threads.map(ask, ["guest", "a", "guest"]) for one in answers]
+        changes.result()
+    for name, status, answer in found:
+        assert status in ((200, 404) if name == "guest" else (200,)), answer
+        assert status == 404 or answer["choices"][0]["text"] == expected[name]

@@ -17,12 +17,14 @@ def test_defaults():
 
 def test_all_fields():
     fields = {
-        "max_completion_tokens": 5, "temperature": 0, "top_p": 0.5, "top_k": 3, "seed": 4, "stop": ["x", "y"],
+        "max_completion_tokens": 5, "temperature": 0.3, "top_p": 0.5, "top_k": 3, "seed": 4, "stop": ["x", "y"],
         "stream": True, "stream_options": {"include_usage": True}, "user": "me", "n": 1, "logprobs": False,
         "response_format": {"type": "text"}, "tools": None, "frequency_penalty": 0.0,
     }  # fmt: skip
     wanted = parse({**CHAT, **fields}, "chat")
-    assert wanted.sampling == Sampling(0, 0.5, 3, 4) and wanted.sampling.is_greedy
+    assert wanted.sampling == Sampling(0.3, 0.5, 3, 4) and not wanted.sampling.is_greedy
+    greedy = parse({**CHAT, **fields, "temperature": 0}, "chat").sampling
+    assert greedy == Sampling() and greedy.is_greedy
     assert (wanted.max_tokens, wanted.stop, wanted.stream, wanted.include_usage) == (5, ("x", "y"), True, True)
 
 
