@@ -310,11 +310,12 @@ def check_target(
 
 def _check_embedding(name: str, base: nn.Embedding, model: nn.Module) -> None:
     quantised = resolve_quantization_backend(base, **get_quantization_kwargs(model)) is not None
-    if quantised or not base.weight.is_floating_point():
+    is_plain = type(base.weight) in (nn.Parameter, Tensor, DTensor)
+    if quantised or not is_plain or not base.weight.is_floating_point():
         raise TypeError(
             f"Target module {name} of type {type(base).__module__}.{type(base).__name__} is a quantised embedding "
-            f"({base.weight.dtype}), whose rows have no entries to train; keep it in float16, bfloat16 or float32, or "
-            "leave it out with exclude_modules"
+            f"({type(base.weight).__name__}, {base.weight.dtype}), whose rows have no entries to train; keep it in "
+            "float16, bfloat16 or float32, or leave it out with exclude_modules"
         )
     if base.max_norm is not None:
         raise ValueError(

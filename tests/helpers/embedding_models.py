@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 
 import torch
-import torch.nn.functional as F
 from peft import get_peft_model
 from torch import nn
 
@@ -70,7 +69,3 @@ def wanted_gradients(dense, model, adapter="default"):
         gradient = dense.get_submodule(name).weight.grad
         found[name] = gradient.reshape(-1)[layer.support(adapter).indices.long()]
     return found
-
-
-def rows_of(weight, ids):
-    return F.embedding(ids, weight)

@@ -20,6 +20,8 @@ def cases():
     return {
         "support_grad": (left, right, *csr, 12, 12, 0),
         "masked_dw": (left, right, *csr, 12, 12, 7),
+        "embedding_rows": (torch.tensor([[3, 3], [0, 11]]), torch.randn(12, 12), entries, s.row_ptr, s.cols),
+        "embedding_grad": (torch.tensor([3, 3, 0, 11, 5]), left, *csr, 12, 5, True, 0),
         "delta_matmul_add_": (torch.randn(5, 12), right, values, s.row_ptr, s.cols),
         "scatter_add_": (torch.randn(12, 12), s.indices, values),
         "resync_": ([torch.randn(12, 12)], [s.indices], [entries], [values]),

@@ -342,7 +342,7 @@ def test_embeddings_that_change_their_weight_or_are_quantised_are_refused():
     quantised = Words()
     quantised.emb.weight = nn.Parameter(torch.zeros(ROWS, COLS, dtype=torch.int8), requires_grad=False)
     with pytest.raises(
-        TypeError, match=r"Target module emb of type .*Embedding is a quantised embedding \(torch\.int8\)"
+        TypeError, match=r"Target module emb of type .*Embedding is a quantised embedding \(Parameter, torch\.int8\)"
     ):
         adapted(quantised)
 

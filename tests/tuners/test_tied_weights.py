@@ -261,6 +261,48 @@ def test_reselection_grows_where_the_sum_of_the_gradients_is_largest(selection, 
     assert len(grown) == 6 and set(grown.tolist()) == set(gradient.topk(6).indices.tolist())
 
 
+def train(model, optimizer, controller, steps):
+    for step in steps:
+        torch.manual_seed(step)
+        model(torch.randint(0, ROWS, (2, 5))).square().mean().backward()
+        optimizer.step()
+        controller.step()
+        optimizer.zero_grad()
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("selection", ["accumulated_gradient", "rigl", "momentum", "set"])
+def test_a_resumed_run_is_the_uninterrupted_one(tmp_path, tied, selection):
+    config = SparseConfig(
+        target_modules=["emb", "head"],
+        selection=selection,
+        density=0.1,
+        reselect_every=3,
+        accumulate={"set": 0, "rigl": 1}.get(selection, 2),
+    )
+    model = get_peft_model(Words(tied=tied), config)
+    first = {name: layer.support("default").indices.clone() for name, layer in layers(model).items()}
+
+    def going_on(model):
+        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+        return optimizer, SparsityController(model, optimizer, total_steps=9)
+
+    optimizer, controller = going_on(model)
+    train(model, optimizer, controller, range(5))
+    model.save_pretrained(tmp_path)
+    state = copy.deepcopy(optimizer.state_dict())
+    resumed = PeftModel.from_pretrained(Words(tied=tied), tmp_path, is_trainable=True)
+    other, again = going_on(resumed)
+    other.load_state_dict(state)
+    for one in ((model, optimizer, controller), (resumed, other, again)):
+        train(*one, range(5, 8))
+    for name, layer in layers(model).items():
+        twin = layers(resumed)[name]
+        assert torch.equal(layer.support("default").indices, twin.support("default").indices)
+        assert torch.equal(layer.deltas["default"].values, twin.deltas["default"].values)
+        assert not torch.equal(layer.support("default").indices, first[name])
+
+
 def test_sara_trains_tied_weights():
     model = get_peft_model(Words(tied=True), SaRAConfig(target_modules=["head"], num_params=8))
     backward(model)

@@ -68,7 +68,7 @@ def accept_tensors(
     if not others:
         return
     base = model.state_dict()
-    embeddings = _names_of_embeddings(model, base)
+    embeddings = names_of_embeddings(model, base)
     if whole_model:
         others -= _with_file_names(set(base), name_in_file)
     elif others & embeddings and is_resized(model, config):
@@ -131,9 +131,9 @@ def _names_of_other_adapters(model: nn.Module, adapter_name: str) -> set[str]:
 # ---------------------------------------------------------------------- embeddings
 
 
-def _names_of_embeddings(model: nn.Module, names: Iterable[str]) -> set[str]:
+def names_of_embeddings(model: nn.Module, names: Iterable[str]) -> set[str]:
     """Which of these are tensors of the base's input and output embeddings."""
-    modules = {id(module) for module in _embeddings(model)}
+    modules = {id(module) for module in embeddings_of(model)}
     prefixes = tuple(
         f"{name.removeprefix(FSDP)}."
         for name, module in model.named_modules(remove_duplicate=False)
@@ -142,7 +142,8 @@ def _names_of_embeddings(model: nn.Module, names: Iterable[str]) -> set[str]:
     return {name for name in names if name.startswith(prefixes)}
 
 
-def _embeddings(model: nn.Module) -> Iterator[nn.Module]:
+def embeddings_of(model: nn.Module) -> Iterator[nn.Module]:
+    """The base's own input and output embeddings, below any adapters."""
     for getter in ("get_input_embeddings", "get_output_embeddings"):
         try:
             module = getattr(model, getter)()
