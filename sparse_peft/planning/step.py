@@ -11,7 +11,8 @@ import torch
 from .sizes import LayerSize
 from .trace import Kept, LayerPass, Trace
 
-GPU_SIZES = (8, 16, 24, 40, 48, 80, 141)  # GB of common GPUs
+GPU_SIZES = (8, 16, 24, 40, 48, 80, 141)
+"""Memory of common GPUs, in GB."""
 MEASURED_SIZE = 768  # of the matrices that a machine's speed is measured with
 
 

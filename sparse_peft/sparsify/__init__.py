@@ -7,10 +7,10 @@ Three notions make a pruning method. A *pattern* is the sets of weights that may
 from .curve import GRID, CurvePoint, SparsityCurve, essential_sparsity, pruned
 from .dsnot import DSnoT
 from .masks import LayerMask, Masks, Removed, masks_of, restore
+from .parts import PARTS, Sensitivity, sensitivity
 from .patterns import NM, Blocks, Channels, Pattern, Unstructured, as_pattern
-from .prune import ALLOCATIONS, REFINEMENTS, prune
+from .pruning import ALLOCATIONS, REFINEMENTS, prune
 from .scores import SCORES
-from .sensitivity import PARTS, Sensitivity, sensitivity
 from .sparsegpt import SparseGPT
 
 __all__ = [

@@ -15,7 +15,7 @@ from transformers.utils import logging
 from ..constraints import PositiveOrZero, validated
 from .masks import Masks, masks_of, record, restore
 from .patterns import PatternLike, as_pattern
-from .prune import prune
+from .pruning import prune
 from .sparsegpt import SparseGPT
 
 Evaluate = Callable[[nn.Module], float]
@@ -118,7 +118,9 @@ def pruned(
 
     Args:
         model: without adapters.
-        pattern, score, options: of [`prune`][sparse_peft.sparsify.prune].
+        pattern: of [`prune`][sparse_peft.sparsify.prune].
+        score: of [`prune`][sparse_peft.sparsify.prune].
+        options: of [`prune`][sparse_peft.sparsify.prune].
 
     Example:
         >>> import torch

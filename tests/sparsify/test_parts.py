@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from sparse_peft.sparsify import Sensitivity, masks_of, prune, sensitivity
-from sparse_peft.sparsify.sensitivity import skipped
+from sparse_peft.sparsify.parts import skipped
 from tests.sparsify.models import batches, gpt2, linear_layers, llama
 
 
