@@ -35,6 +35,7 @@ LAYERS = (
     "planning",
     "report",
     "doctor",
+    "integrations",
     PACKAGE,
     "cli",
 )

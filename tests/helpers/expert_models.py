@@ -1,5 +1,6 @@
 """Small random mixture-of-experts models, and their dense reference."""
 
+import pytest
 import torch
 from peft import get_peft_model
 from transformers import (
@@ -10,11 +11,15 @@ from transformers import (
     Llama4TextConfig,
     MixtralConfig,
     OlmoeConfig,
+    PreTrainedModel,
     Qwen3MoeConfig,
 )
 
 from sparse_peft import SparseConfig
 from sparse_peft.tuners.base_layer import TunerLayer
+
+if not hasattr(PreTrainedModel, "set_experts_implementation"):
+    pytest.skip("transformers before 5 has no fused experts", allow_module_level=True)
 
 SMALL = {
     "vocab_size": 32, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2,

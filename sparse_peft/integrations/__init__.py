@@ -1,0 +1,1 @@
+"""Plugins for programs that train by configuration files; each module imports its program."""
