@@ -4,6 +4,9 @@ import re
 import tomllib
 from pathlib import Path
 
+from hatchling.metadata.core import ProjectMetadata
+from hatchling.plugin.manager import PluginManager
+
 import sparse_peft
 
 ROOT = Path(__file__).parents[1]
@@ -28,3 +31,25 @@ def test_every_direct_dependency_is_pinned():
     wanted = names(PROJECT["dependencies"]).union(*map(names, PROJECT["optional-dependencies"].values()))
     pinned = names(line for line in (ROOT / "constraints.txt").read_text().splitlines() if not line.startswith("#"))
     assert wanted - {"sparse-peft"} <= pinned
+
+
+def described(**settings):
+    """The description of a wheel, as it is built."""
+    metadata = ProjectMetadata(str(ROOT), PluginManager())
+    metadata.hatch.metadata.hook_config["custom"].update(settings)
+    return metadata.core.readme
+
+
+def test_no_link_of_a_wheels_description_is_relative():
+    text = described()
+    links = re.findall(r"\]\(([^)]*)\)", text)
+    assert len(text) > 5000 and all(link.startswith(("https://", "http://", "#")) for link in links)
+    assert "](docs/" in (ROOT / "README.md").read_text()  # where they are relative
+
+
+def test_links_lead_into_the_repository_once_there_is_one():
+    text = described(repository="https://git.example/sparse_peft/")
+    links = re.findall(r"\]\(https://git\.example/sparse_peft/(blob|raw)/main/([^)#]*)", text)
+    assert len(links) > 20 and {kind for kind, _ in links} == {"blob", "raw"}
+    for kind, path in links:
+        assert (ROOT / path).exists() and (kind == "raw") == path.endswith(".png"), path
