@@ -226,7 +226,7 @@ def engine_of(
         engine.pool = MergedPool(base, folders, merged_models)  # type: ignore[assignment]
     else:
         for name, folder in folders.items():
-            engine.add(name, folder)
+            engine.load(name, folder)  # as PEFT's are: what is measured is serving
     return engine
 
 
