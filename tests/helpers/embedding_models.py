@@ -36,6 +36,20 @@ class Scaled(nn.Embedding):
         return super().forward(ids) * 3.0
 
 
+def hooked(model, name="emb"):
+    """The model with a hook in one layer, which has to run in every pass."""
+    getattr(model, name).register_forward_hook(lambda module, args, output: None)
+    return model
+
+
+def scaled(model):
+    """The model with an embedding of another class."""
+    weight = model.emb.weight
+    model.emb = Scaled(ROWS, COLS)
+    model.emb.weight = weight
+    return model
+
+
 IDS = torch.tensor([[1, 2, 2, 22], [5, 0, 1, 2], [2, 2, 2, 2]])
 
 
@@ -69,3 +83,10 @@ def wanted_gradients(dense, model, adapter="default"):
         gradient = dense.get_submodule(name).weight.grad
         found[name] = gradient.reshape(-1)[layer.support(adapter).indices.long()]
     return found
+
+
+def backward(model, ids=IDS):
+    """The output, after the backward pass of its sum of squares."""
+    out = model(ids)
+    out.square().sum().backward()
+    return out

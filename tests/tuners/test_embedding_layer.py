@@ -26,10 +26,12 @@ from tests.helpers.embedding_models import (
     COLS,
     IDS,
     ROWS,
-    Scaled,
     Words,
     adapted,
+    backward,
+    hooked,
     layers,
+    scaled,
     wanted_gradients,
     with_deltas,
 )
@@ -45,24 +47,6 @@ BASES = {
     "by frequency": ({"scale_grad_by_freq": True}, {}, "resident"),
     "sparse": ({"sparse": True}, {}, "resident"),
 }
-
-
-def hooked(model):
-    model.emb.register_forward_hook(lambda module, args, output: None)
-    return model
-
-
-def scaled(model):
-    weight = model.emb.weight
-    model.emb = Scaled(ROWS, COLS)
-    model.emb.weight = weight
-    return model
-
-
-def backward(model, ids):
-    out = model(ids)
-    out.square().sum().backward()
-    return out
 
 
 @pytest.mark.parametrize("case", BASES)

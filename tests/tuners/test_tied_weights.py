@@ -27,28 +27,18 @@ from tests.helpers.embedding_models import (
     COLS,
     IDS,
     ROWS,
-    Scaled,
     Words,
     adapted,
+    backward,
+    hooked,
     layers,
+    scaled,
     wanted_gradients,
     with_deltas,
 )
 from tests.helpers.language_models import llama, small_llama
 
 NAMES = [["emb"], ["head"], ["emb", "head"]]
-
-
-def hooked(model, name):
-    getattr(model, name).register_forward_hook(lambda module, args, output: None)
-    return model
-
-
-def scaled(model):
-    weight = model.emb.weight
-    model.emb = Scaled(ROWS, COLS)
-    model.emb.weight = weight
-    return model
 
 
 KINDS = {
@@ -63,12 +53,6 @@ KINDS = {
 
 def tied_llama():
     return llama(tie_word_embeddings=True)
-
-
-def backward(model, ids=IDS):
-    out = model(ids)
-    out.square().sum().backward()
-    return out
 
 
 def values_of(model, adapter="default"):
@@ -370,6 +354,8 @@ def test_models_of_transformers(name):
     kind, settings, names, count = ARCHITECTURES[name]
     torch.manual_seed(0)
     base = kind.from_config(settings).double().eval()
+    if name == "t5" and base.shared is base.encoder.embed_tokens:
+        pytest.skip("transformers 4 has one module under several names, which is refused")
     for parameter in base.parameters():
         nn.init.normal_(parameter, std=0.3)
     model, reference = adapted(base, names)
