@@ -8,6 +8,7 @@ from hatchling.metadata.core import ProjectMetadata
 from hatchling.plugin.manager import PluginManager
 
 import sparse_peft
+from _sparse_peft_startup.install import install_command
 
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
@@ -53,3 +54,23 @@ def test_links_lead_into_the_repository_once_there_is_one():
     assert len(links) > 20 and {kind for kind, _ in links} == {"blob", "raw"}
     for kind, path in links:
         assert (ROOT / path).exists() and (kind == "raw") == path.endswith(".png"), path
+
+
+def test_pages_install_the_package_with_the_one_command():
+    pages = [ROOT / "README.md", *(ROOT / "docs").rglob("*.md")]
+    found = {
+        (path.name, command)
+        for path in pages
+        for command in re.findall(r"pip install (?:--torch-backend=auto )?(\"?\.[^\s`]*)", path.read_text())
+    }
+    assert {"README.md", "index.md", "cli.md", "serving.md"} <= {name for name, _ in found}
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    for page, source in found:
+        named = source.strip('".').strip("[]")
+        assert f"pip install {source}" == install_command(named), page
+        assert set(filter(None, named.split(","))) <= set(extras), page
+
+
+def test_no_source_of_the_package_installs_it_in_another_way():
+    for path in (ROOT / "sparse_peft").rglob("*.py"):
+        assert not re.findall(r"pip install \"?(?:\.|sparse)", path.read_text()), path

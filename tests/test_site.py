@@ -122,3 +122,21 @@ def test_no_role_of_sphinx_is_printed(pages):
     assert not {str(path): found for path, page in pages.items() if (found := role.findall(page))}
     sources = [path for path in (ROOT / "sparse_peft").rglob("*.py") if role.search(path.read_text())]
     assert not sources
+
+
+def test_the_landing_page_has_tabs_pictures_and_a_footer(pages):
+    page = pages[Path("index.html")]
+    tabs = re.search(r'class="tabbed-labels">(.*?)</div>', page, flags=re.DOTALL)
+    assert tabs and re.findall(r"<label[^>]*>(.*?)</label>", tabs[1]) == ["CPU", "CUDA", "uv"]
+    assert page.count("<img ") == 2 and "md-footer__link--next" in page
+    assert all("md-footer__link" in pages[Path(name)] for name in ("cli.html", "api/configs.html"))
+
+
+def test_no_page_links_to_a_repository_that_nobody_has_named(pages):
+    assert not [path for path, page in pages.items() if "md-source" in page or 'rel="edit"' in page]
+
+
+def test_code_wraps_and_outputs_scroll(built, pages):
+    css = (built[0] / "stylesheets" / "code.css").read_text()
+    assert "white-space: pre-wrap" in css and all("stylesheets/code.css" in page for page in pages.values())
+    assert re.search(r'<div class="language-python[^>]*>.*?<pre>', pages[Path("index.html")], flags=re.DOTALL)

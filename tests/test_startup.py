@@ -10,7 +10,7 @@ from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from sparse_peft import SparseConfig
+from sparse_peft import SaRAConfig, SparseConfig
 from tests.helpers.environments import ROOT, environment
 from tests.helpers.lm_eval_task import log_likelihood, sums_task
 
@@ -110,6 +110,42 @@ def test_an_editable_install_does_the_same_and_uninstalling_ends_it(tmp_path):
     made.pip("uninstall", "--yes", "sparse-peft")
     assert made.run("-c", WAITS).stdout == "False\n"
     assert sorted(path.name for path in made.site.iterdir()) == ["shared.pth"]
+
+
+UNET = """
+import sys
+import torch
+from diffusers import UNet2DConditionModel
+from peft import PeftModel
+
+assert "sparse_peft" not in sys.modules
+unet = PeftModel.from_pretrained(UNet2DConditionModel.from_pretrained(sys.argv[1]), sys.argv[2]).eval()
+assert "sparse_peft" in sys.modules
+saved = torch.load(sys.argv[3])
+with torch.no_grad():
+    torch.testing.assert_close(unet(*saved["inputs"]).sample, saved["outputs"], atol=1e-5, rtol=0)
+try:
+    UNet2DConditionModel.from_pretrained(sys.argv[1]).load_lora_adapter(sys.argv[2])
+except Exception as error:
+    print(type(error).__name__)
+"""
+
+
+def test_a_unet_s_adapter_loads_without_an_import(installed, tmp_path):
+    diffusers = pytest.importorskip("diffusers")
+    torch.manual_seed(0)
+    unet = diffusers.UNet2DConditionModel(
+        sample_size=8, in_channels=3, out_channels=3, layers_per_block=1, block_out_channels=(16,), norm_num_groups=8,
+        down_block_types=("CrossAttnDownBlock2D",), up_block_types=("CrossAttnUpBlock2D",), cross_attention_dim=16,
+    )  # fmt: skip
+    unet.save_pretrained(tmp_path / "unet")
+    unet = get_peft_model(unet, SaRAConfig(density=0.1, init_weights=False)).eval()
+    unet.save_pretrained(tmp_path / "adapter")
+    inputs = (torch.randn(1, 3, 8, 8), torch.tensor([3]), torch.randn(1, 4, 16))
+    with torch.no_grad():
+        torch.save({"inputs": inputs, "outputs": unet(*inputs).sample}, tmp_path / "outputs.pt")
+    said = installed.run("-c", UNET, tmp_path / "unet", tmp_path / "adapter", tmp_path / "outputs.pt").stdout
+    assert said.strip(), "diffusers' loaders of LoRA refuse it"
 
 
 @pytest.mark.slow
