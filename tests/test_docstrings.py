@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import sparse_peft
-from sparse_peft import adapters, planning
+from sparse_peft import adapters, planning, sync
 
 PACKAGES = ("calibrate", "numerics", "ops", "sparsify", "support")
 # Those of methods: tests/tuners/test_docstrings.py.
@@ -20,6 +20,8 @@ PUBLIC = {
     for name in package.__all__
     if callable(getattr(package, name)) and not name.endswith(METHODS_CLASSES)
 }
+# Others of sync need an engine or a second process.
+OF_SYNC = ("WeightPatch", "apply_patches_", "checkpoint_shapes", "fingerprint", "from_bytes", "to_bytes")
 
 
 def modules():
@@ -49,6 +51,13 @@ def test_examples_of_public_objects_run(name):
     torch.manual_seed(0)
     for test in doctest.DocTestFinder(recurse=False).find(PUBLIC[name], name):
         run(test)
+
+
+@pytest.mark.parametrize("name", OF_SYNC)
+def test_examples_of_sync_run(name):
+    (test,) = doctest.DocTestFinder(recurse=False).find(getattr(sync, name), name)
+    assert test.examples
+    run(test)
 
 
 @pytest.mark.parametrize("name", [name for name in sparse_peft.__all__ if name in PUBLIC])

@@ -141,6 +141,23 @@ def save_merged(model: nn.Module, folder: str | os.PathLike, adapter_name: str =
 
     Raises:
         ValueError: no such adapter, adapters that are merged already, or values that are not finite.
+
+    Example:
+        >>> import tempfile, torch
+        >>> from peft import get_peft_model
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> from sparse_peft import SparseConfig
+        >>> from sparse_peft.adapters import save_merged
+        >>> small = LlamaConfig(vocab_size=32, hidden_size=16, intermediate_size=32, num_hidden_layers=1,
+        ...                     num_attention_heads=2)
+        >>> config = SparseConfig(density=0.1, init_weights=False, target_modules="all-linear")
+        >>> model = get_peft_model(LlamaForCausalLM(small), config).eval()
+        >>> ids = torch.arange(8)[None]
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     save_merged(model, folder)
+        ...     merged = LlamaForCausalLM.from_pretrained(folder).eval()
+        >>> torch.equal(merged(ids).logits, model(ids).logits)
+        True
     """
     config_of(model, adapter_name)
     layers = list(BaseSparseModel.sparse_layers(model))

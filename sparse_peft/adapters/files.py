@@ -161,6 +161,19 @@ def load_adapter(
 
     Raises:
         ValueError: no adapter in the folder, a damaged one, or one for another base model; the model is as before.
+
+    Example:
+        >>> import tempfile, torch
+        >>> from peft import get_peft_model
+        >>> from sparse_peft import SparseConfig
+        >>> from sparse_peft.adapters import load_adapter
+        >>> model = get_peft_model(torch.nn.Sequential(torch.nn.Linear(64, 32)), SparseConfig(target_modules=["0"]))
+        >>> fresh = torch.nn.Sequential(torch.nn.Linear(64, 32))
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     model.save_pretrained(folder)
+        ...     load_adapter(fresh, folder, "style")
+        >>> fresh[0].active_adapters
+        ['style']
     """
     check_adapter_name(adapter_name)
     config, tensors = read_adapter(folder)

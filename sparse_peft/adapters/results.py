@@ -56,6 +56,18 @@ def add_results(
     Raises:
         ValueError: no adapter in the folder, a metric that is no finite number, a task that is not known, or a plot
             that does not exist.
+
+    Example:
+        >>> import tempfile, torch
+        >>> from peft import get_peft_model
+        >>> from sparse_peft import SparseConfig
+        >>> from sparse_peft.adapters import add_results
+        >>> model = get_peft_model(torch.nn.Sequential(torch.nn.Linear(64, 32)), SparseConfig(target_modules=["0"]))
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     model.save_pretrained(folder)
+        ...     card = add_results(folder, {"accuracy": 0.75}, dataset="foxes", task="text-classification")
+        ...     "| accuracy | 0.75 | foxes |" in card.read_text()
+        True
     """
     folder = Path(folder)
     config = PeftConfig.from_pretrained(os.fspath(folder))

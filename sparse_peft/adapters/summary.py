@@ -202,6 +202,19 @@ def supports_of(adapter: StoredAdapter) -> dict[str, Support]:
 
     Raises:
         ValueError: an adapter without positions.
+
+    Example:
+        >>> import tempfile, torch
+        >>> from peft import get_peft_model
+        >>> from sparse_peft import SparseConfig
+        >>> from sparse_peft.adapters import read_stored, supports_of
+        >>> config = SparseConfig(num_params=9, target_modules=["0"])
+        >>> model = get_peft_model(torch.nn.Sequential(torch.nn.Linear(64, 32)), config)
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     model.save_pretrained(folder)
+        ...     supports = supports_of(read_stored(folder))
+        >>> {layer: support.nnz for layer, support in supports.items()}
+        {'0': 9}
     """
     found = {layer: adapter.delta(layer).support for layer in adapter.states}
     supports = {layer: support for layer, support in found.items() if support is not None and support.nnz}

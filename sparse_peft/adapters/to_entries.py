@@ -21,6 +21,17 @@ def to_sparse(model: nn.Module, adapter_name: str = "default") -> tuple[BaseSpar
 
     Raises:
         ValueError: no such adapter, one whose delta has no sparse form, or one without any entry.
+
+    Example:
+        >>> import torch
+        >>> from peft import get_peft_model
+        >>> from sparse_peft import SnellaConfig
+        >>> from sparse_peft.adapters import to_sparse
+        >>> config = SnellaConfig(r=2, sparsity=0.9, init_weights=False, target_modules=["0"])
+        >>> model = get_peft_model(torch.nn.Sequential(torch.nn.Linear(64, 32)), config)
+        >>> made, tensors = to_sparse(model)
+        >>> type(made).__name__, sorted(name.rpartition(".")[2] for name in tensors)
+        ('SparseConfig', ['cols', 'row_counts', 'values'])
     """
     config = config_of(model, adapter_name)
     layers = [layer for layer in BaseSparseModel.sparse_layers(model) if adapter_name in layer.deltas]
@@ -54,6 +65,18 @@ def save_as_sparse(model: nn.Module, folder: str | os.PathLike, adapter_name: st
 
     Raises:
         ValueError: as [`to_sparse`][sparse_peft.adapters.to_sparse].
+
+    Example:
+        >>> import tempfile, torch
+        >>> from peft import PeftConfig, get_peft_model
+        >>> from sparse_peft import SnellaConfig
+        >>> from sparse_peft.adapters import save_as_sparse
+        >>> config = SnellaConfig(r=2, sparsity=0.9, init_weights=False, target_modules=["0"])
+        >>> model = get_peft_model(torch.nn.Sequential(torch.nn.Linear(64, 32)), config)
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     _ = save_as_sparse(model, folder)
+        ...     type(PeftConfig.from_pretrained(folder)).__name__
+        'SparseConfig'
     """
     config, tensors = to_sparse(model, adapter_name)
     write_adapter(folder, config, tensors, "A sparse delta, written with `sparse_peft.adapters.save_as_sparse`.")

@@ -52,6 +52,11 @@ class PlanOptions:
 
     Raises:
         ValueError: a value that does not exist or is out of range.
+
+    Example:
+        >>> from sparse_peft.planning import PlanOptions
+        >>> PlanOptions(base="nf4", batch=4, checkpointing=True).optimizer
+        'adamw'
     """
 
     base: Annotated[str, OneOf(FORMATS)] | None = None
@@ -154,6 +159,16 @@ def plan_training(
 
     Raises:
         TypeError, ValueError: a config that does not fit the model, or whose sizes depend on the weights.
+
+    Example:
+        >>> from transformers import LlamaConfig
+        >>> from sparse_peft import SparseConfig
+        >>> from sparse_peft.planning import PlanOptions, plan_training
+        >>> llama = LlamaConfig(hidden_size=4096, intermediate_size=11008, num_hidden_layers=2, dtype="bfloat16")
+        >>> config = SparseConfig(density=0.01, target_modules="all-linear")
+        >>> plan = plan_training(llama, config, PlanOptions(flops=2e14))
+        >>> {need.name: need.smallest_gpu for need in plan.needs}
+        {'sparse': 8, 'LoRA r=16': 8, 'full': 16}
     """
     options = options or PlanOptions()
     form = base_format(model_config, options.base)

@@ -17,6 +17,15 @@ def fingerprint(parameters: Mapping[str, Tensor]) -> str:
 
     Args:
         parameters: ``{name: tensor}``.
+
+    Example:
+        >>> import torch
+        >>> from sparse_peft.sync import fingerprint
+        >>> weights = {"a": torch.zeros(3), "b": torch.ones(2)}
+        >>> fingerprint(weights) == fingerprint(dict(reversed(weights.items())))
+        True
+        >>> fingerprint(weights) == fingerprint({**weights, "b": torch.zeros(2)})
+        False
     """
     digest = hashlib.sha256()
     for name in sorted(parameters):

@@ -234,6 +234,16 @@ class FusedLayout:
 
 
 def checkpoint_shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
-    """``{name: shape}`` of a model's tensors without adapters, for ``FusedLayout``; of models with one as well."""
+    """``{name: shape}`` of a model's tensors without adapters, for ``FusedLayout``; of models with one as well.
+
+    Example:
+        >>> import torch
+        >>> from peft import get_peft_model
+        >>> from sparse_peft import SparseConfig
+        >>> from sparse_peft.sync import checkpoint_shapes
+        >>> model = torch.nn.Sequential(torch.nn.Linear(8, 4))
+        >>> checkpoint_shapes(get_peft_model(model, SparseConfig(density=0.5, target_modules=["0"])))
+        {'0.weight': (4, 8), '0.bias': (4,)}
+    """
     inner = model.get_base_model() if isinstance(model, PeftModel) else model
     return {name: tuple(tensor.shape) for name, tensor in plain_state(inner).items()}

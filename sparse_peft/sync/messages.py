@@ -31,6 +31,17 @@ def to_bytes(publication: Publication) -> bytes:
 
     Tensors are named ``<number>.values``, ``<number>.indices`` and ``<number>.given_up``. The metadata's only entry,
     ``sparse_peft``, is JSON: ``format``, the publication's fields, and ``name``, ``kind`` and ``shape`` of each patch.
+
+    Example:
+        >>> import torch
+        >>> from peft import get_peft_model
+        >>> from sparse_peft import SparseConfig
+        >>> config = SparseConfig(density=0.5, init_weights=False, target_modules=["0"])
+        >>> model = get_peft_model(torch.nn.Sequential(torch.nn.Linear(8, 4)), config)
+        >>> from sparse_peft.sync import Publisher, from_bytes, to_bytes
+        >>> publication = Publisher(model).publish()
+        >>> from_bytes(to_bytes(publication)).patches[0].name
+        '0.weight'
     """
     header = {
         "format": FORMAT,
@@ -55,6 +66,14 @@ def from_bytes(message: bytes) -> Publication:
 
     Raises:
         PatchError: the message was cut, damaged, or made by a newer version of this package.
+
+    Example:
+        >>> from sparse_peft.sync import PatchError, from_bytes
+        >>> try:
+        ...     from_bytes(b"half a message")
+        ... except PatchError as error:
+        ...     print("refused")
+        refused
     """
     header = _header(message)
     try:

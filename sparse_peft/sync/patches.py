@@ -37,6 +37,13 @@ class WeightPatch:
         indices: ``(entries,)`` flat row-major positions, strictly increasing, int32 or from 2**31 entries on int64;
             None where the kind says all.
         given_up: those of the indices that go back to the base's value and are no longer held; None for none.
+
+    Example:
+        >>> import torch
+        >>> from sparse_peft.sync import Kind, WeightPatch
+        >>> patch = WeightPatch("0.weight", Kind.WHOLE, (2, 3), torch.zeros(6))
+        >>> patch.nbytes
+        24
     """
 
     name: str

@@ -188,6 +188,22 @@ def apply_patches_(target: Target, publication: Publication, layout: Layout | No
 
     Raises:
         PatchError: see ``Receiver.apply_``.
+
+    Example:
+        >>> import torch
+        >>> from peft import get_peft_model
+        >>> from sparse_peft import SparseConfig
+        >>> from sparse_peft.sync import Publisher, apply_patches_
+        >>> _ = torch.manual_seed(0)
+        >>> engine = torch.nn.Sequential(torch.nn.Linear(8, 4))
+        >>> copied = torch.nn.Sequential(torch.nn.Linear(8, 4))
+        >>> _ = copied.load_state_dict(engine.state_dict())
+        >>> config = SparseConfig(density=0.5, init_weights=False, target_modules=["0"])
+        >>> model = get_peft_model(copied, config)
+        >>> _ = apply_patches_(engine, Publisher(model).publish())
+        >>> x = torch.randn(2, 8)
+        >>> torch.equal(engine(x), model(x))
+        True
     """
     receiver = Receiver(target, layout)
     receiver.apply_(publication)
