@@ -64,6 +64,7 @@ class Plan:
         questions: of a step.
         generations: answers to each.
         length: tokens of an answer.
+        unseen: questions that are answered greedily before and after.
     """
 
     method: str
@@ -74,6 +75,7 @@ class Plan:
     questions: int = 2
     generations: int = 8
     length: int = 8
+    unseen: int = 64
 
 
 @dataclass
@@ -364,12 +366,12 @@ def main(
     load = partial(load_model, DTYPES[dtype])
     for name in method or METHODS:
         for number in seed or [0]:
-            plan = Plan(name, dtype, number, learning_rate, steps, questions, generations)
+            plan = Plan(name, dtype, number, learning_rate, steps, questions, generations, unseen=unseen)
             if asdict(plan) in [run["plan"] for run in read_runs(output)]:
                 continue
             run = asdict(train(plan, METHODS[name](), load, tokenizer, task))
             machine, runs = environment(torch.device("cpu")), [*read_runs(output), run]  # others may run at once
-            write_json(output, {"format": 1, **machine, "options": {"unseen": unseen}, "runs": runs})
+            write_json(output, {"format": 1, **machine, "runs": runs})
             console.print(f"[dim]{name}, seed {number}: {run['seconds']:.0f} s")
     console.print(table(read_runs(output)))
     console.print(f"in {output}")
