@@ -16,8 +16,8 @@ THEIRS = ("lora-mlp", "rslora", "dora", "shira", "super-tuning")
 def draw(tables: dict[Comparison, list[Row]], path: Path) -> None:
     """A panel for each comparison: gain upwards, loss risen elsewhere to the right.
 
-    Bars are deviations over seeds. A thin line leads through the rates that a method tried with one seed, but for
-    far worse ones.
+    Bars are deviations over seeds. Thin lines lead through the rates that LoRA, random positions and full fine-tuning
+    tried with one seed, but for far worse ones.
 
     Args:
         tables: those with figures of forgetting are drawn.
@@ -39,23 +39,38 @@ def draw(tables: dict[Comparison, list[Row]], path: Path) -> None:
 
 
 def _panel(axis: Any, key: Comparison, rows: Sequence[Row]) -> None:
-    for number, row in enumerate(sorted(rows, key=lambda row: row.gained.mean)):
+    for row in rows:
         assert row.forgotten is not None
         colour, marker = _look(row.method)
-        # far worse rates would shrink all that matters
-        path = [(trial.forgotten, trial.gained) for trial in row.tried if trial.gained > row.gained.mean / 2]
-        axis.plot(*zip(*path, strict=True), color=colour, alpha=0.35, linewidth=0.8, marker=".", markersize=4)
+        if row.method in OTHERS:
+            # far worse rates would shrink all that matters
+            path = [(trial.forgotten, trial.gained) for trial in row.tried if trial.gained > row.gained.mean / 2]
+            axis.plot(*zip(*path, strict=True), color=colour, alpha=0.35, linewidth=0.8, marker=".", markersize=4)
         axis.errorbar(
             row.forgotten.mean, row.gained.mean, xerr=row.forgotten.spread, yerr=row.gained.spread,
-            fmt=marker, color=colour, capsize=2, elinewidth=0.8,
-        )  # fmt: skip
-        axis.annotate(
-            row.method, (row.forgotten.mean, row.gained.mean), xytext=(5, -11 if number % 2 else 4),
-            textcoords="offset points", fontsize=8, color=colour,
+            fmt=marker, color=colour, capsize=2, elinewidth=0.6, alpha=0.85,
         )  # fmt: skip
     axis.axvline(0, color="0.8", linewidth=0.8, zorder=0)
     unit = "fall of the held-out loss" if key.judged_by == "loss" else "rise of the accuracy"
     axis.set(title=key.title, xlabel="forgotten: rise of the loss on other domains", ylabel=f"gained: {unit}")
+    axis.figure.canvas.draw()  # fixes the limits, by which labels are placed
+    _label(axis, rows)
+
+
+def _label(axis: Any, rows: Sequence[Row]) -> None:
+    """Names beside the points, lower where one would cover another."""
+    taken: list[tuple[float, float, float]] = []  # left, right, height of labels, in points
+    for row in sorted(rows, key=lambda row: -row.gained.mean):
+        assert row.forgotten is not None
+        at = (row.forgotten.mean, row.gained.mean)
+        x, y = axis.transData.transform(at) * 72 / axis.figure.dpi
+        left, right, below = x + 5, x + 5 + 4.6 * len(row.method), 3
+        while any(left < end and start < right and abs(y + below - other) < 8 for start, end, other in taken):
+            below -= 1
+        taken.append((left, right, y + below))
+        axis.annotate(
+            row.method, at, xytext=(5, below), textcoords="offset points", fontsize=8, color=_look(row.method)[0],
+        )  # fmt: skip
 
 
 def _look(method: str) -> tuple[str, str]:
