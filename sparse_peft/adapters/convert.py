@@ -57,6 +57,18 @@ def convert(
 
     Raises:
         ValueError: an adapter that has no such form, is for another base, or is damaged; nothing is written then.
+
+    Example:
+        >>> import tempfile, torch
+        >>> from peft import ShiraConfig, get_peft_model
+        >>> from sparse_peft.adapters import convert
+        >>> base = torch.nn.Sequential(torch.nn.Linear(64, 32))
+        >>> model = get_peft_model(base, ShiraConfig(r=4, target_modules=["0"]))
+        >>> with tempfile.TemporaryDirectory() as shira, tempfile.TemporaryDirectory() as sparse:
+        ...     model.save_pretrained(shira)
+        ...     config = convert(shira, sparse, base=torch.nn.Sequential(torch.nn.Linear(64, 32)))
+        >>> config.num_entries
+        {'0': 384}
     """
     if to not in CONVERSION_TARGETS:
         raise ValueError(f"to={to!r}: one of {', '.join(CONVERSION_TARGETS)} is expected")

@@ -95,6 +95,23 @@ class AdapterPool:
     Raises:
         TypeError: the model has adapters already.
         ValueError: a budget that is not positive.
+
+    Example:
+        >>> import tempfile, torch
+        >>> from peft import get_peft_model
+        >>> from sparse_peft import SparseConfig
+        >>> from sparse_peft.adapters import AdapterPool
+        >>> def base():
+        ...     torch.manual_seed(0)
+        ...     return torch.nn.Sequential(torch.nn.Linear(64, 32))
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     get_peft_model(base(), SparseConfig(target_modules=["0"])).save_pretrained(folder)
+        ...     pool = AdapterPool(base(), max_bytes=2**20)
+        ...     pool.add("first", folder)
+        ...     with pool.use("first") as model:
+        ...         outputs = model(torch.ones(1, 64))
+        >>> pool.statistics.misses
+        1
     """
 
     def __init__(self, model: nn.Module, max_bytes: int | None = None, *, check_base_name: bool = True):

@@ -148,6 +148,21 @@ def greedy_soup(
 
     Raises:
         ValueError: see [`soup`][sparse_peft.adapters.soup].
+
+    Example:
+        >>> import tempfile, torch
+        >>> from peft import get_peft_model
+        >>> from sparse_peft import SparseConfig
+        >>> from sparse_peft.adapters import greedy_soup
+        >>> def save(folder, seed):
+        ...     config = SparseConfig(seed=seed, init_weights=False, target_modules=["0"])
+        ...     get_peft_model(torch.nn.Sequential(torch.nn.Linear(64, 32)), config).save_pretrained(folder)
+        ...     return folder
+        >>> with tempfile.TemporaryDirectory() as parent:
+        ...     members = [save(f"{parent}/{seed}", seed) for seed in (1, 2, 3)]
+        ...     found = greedy_soup(members, f"{parent}/soup", score=lambda folder: 0.0, on_mismatch="union")
+        >>> len(found.folders)
+        3
     """
     if not folders:
         raise ValueError("folders: none given; at least one adapter is expected")

@@ -129,6 +129,21 @@ def prepare_for_swaps(model: nn.Module, folders: Sequence[str | os.PathLike], ad
 
     Raises:
         TypeError, ValueError: as ``swap_adapter``; or the model is compiled already.
+
+    Example:
+        >>> import tempfile, torch
+        >>> from peft import get_peft_model
+        >>> from sparse_peft import SparseConfig
+        >>> from sparse_peft.adapters import prepare_for_swaps
+        >>> def model_of(density):
+        ...     base = torch.nn.Sequential(torch.nn.Linear(64, 32))
+        ...     return get_peft_model(base, SparseConfig(density=density, target_modules=["0"]))
+        >>> model = model_of(0.01)
+        >>> with tempfile.TemporaryDirectory() as larger:
+        ...     model_of(0.1).save_pretrained(larger)
+        ...     prepare_for_swaps(model, [larger])
+        >>> model.base_model.model[0].support("default").nnz
+        205
     """
     if hasattr(model, "_orig_mod") or getattr(model, "_compiled_call_impl", None) is not None:
         raise ValueError("model: it is compiled already, for the adapter's present sizes; call this before compiling")

@@ -114,10 +114,8 @@ class SparseTunerLayer(TunerLayer[DeltaT]):
 
     def _join(self, names: tuple[str, ...]) -> ActiveDelta:
         """The named adapters' common support; kept for each selection of them until one's own support changes."""
-        if self._owner:
-            return cast("SparseTunerLayer[DeltaT]", self.owner)._join(
-                names
-            )  # the weight holds one join, whichever layer asks
+        if self._owner:  # the weight holds one join, whichever layer asks
+            return cast("SparseTunerLayer[DeltaT]", self.owner)._join(names)
         known = self._joined
         # a compiled graph is traced with what set_adapter and loading left here
         if known is not None and known.names == names and (torch.compiler.is_compiling() or self._is_current(known)):
