@@ -28,6 +28,7 @@ LAYERS = (
     "tuners",
     "registry",
     "structure",
+    "procedures",
     "training",
     "adapters",
     "sync",

@@ -38,22 +38,12 @@ class TrainingContext(Generic[ConfigT, LayerT]):
     scaler: torch.amp.GradScaler | None = None
 
 
-class Dynamics(Generic[ConfigT, LayerT]):
-    """The changes of one adapter during training, besides the optimizer's steps.
+class Moments:
+    """What acts at the moments of an optimizer step, and travels with the optimizer's state.
 
-    A method overrides the moments that it acts in. Their order in optimizer step ``n``, counted from 1:
-    ``begin_step(n)``, backward passes, ``before_step(n)``, the optimizer's step, ``after_step(n)``.
-
-    Args:
-        context: see ``TrainingContext``.
-
-    Attributes:
-        adapter, config, layers, optimizer, collectives: those of the context.
+    The order in optimizer step ``n``, counted from 1: ``begin_step(n)``, backward passes, ``before_step(n)``, the
+    optimizer's step, ``after_step(n)``. A subclass overrides the moments that it acts in.
     """
-
-    def __init__(self, context: TrainingContext[ConfigT, LayerT]):
-        self.adapter, self.config, self.layers = context.adapter, context.config, context.layers
-        self.optimizer, self.collectives = context.optimizer, context.collectives
 
     def begin_step(self, step: int) -> None:
         """Act before the backward passes of a step."""
@@ -81,3 +71,20 @@ class Dynamics(Generic[ConfigT, LayerT]):
         Raises:
             ValueError: the state is of other layers or positions.
         """
+
+
+class Dynamics(Moments, Generic[ConfigT, LayerT]):
+    """The changes of one adapter during training, besides the optimizer's steps.
+
+    A method overrides the moments that it acts in; see ``Moments``.
+
+    Args:
+        context: see ``TrainingContext``.
+
+    Attributes:
+        adapter, config, layers, optimizer, collectives: those of the context.
+    """
+
+    def __init__(self, context: TrainingContext[ConfigT, LayerT]):
+        self.adapter, self.config, self.layers = context.adapter, context.config, context.layers
+        self.optimizer, self.collectives = context.optimizer, context.collectives

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from transformers import TrainerCallback
 
 from ..dynamics.records import Record
+from ..procedures.procedure import Procedure
 from .controller import SparsityController
 
 if TYPE_CHECKING:
@@ -29,6 +31,8 @@ class SparsityCallback(TrainerCallback):
 
     Args:
         trainer: the trainer that it is added to, for logging.
+        procedures: what acts around the training of any PEFT adapter, PEFT's own included, such as
+            [`LayerSampling`][sparse_peft.procedures.LayerSampling].
 
     Attributes:
         controller: the [`SparsityController`][sparse_peft.SparsityController] of the last or current training; None
@@ -41,8 +45,8 @@ class SparsityCallback(TrainerCallback):
         []
     """
 
-    def __init__(self, trainer: Trainer | None = None):
-        self.trainer = trainer
+    def __init__(self, trainer: Trainer | None = None, procedures: Sequence[Procedure] = ()):
+        self.trainer, self.procedures = trainer, tuple(procedures)
         self.controller: SparsityController | None = None
         self._unlogged: list[Record] = []
         self._settings: dict[str, float] = {}
@@ -57,7 +61,11 @@ class SparsityCallback(TrainerCallback):
     ) -> None:
         self._close()
         self.controller = SparsityController(
-            kwargs["model"], kwargs["optimizer"], total_steps=state.max_steps, completed_steps=state.global_step
+            kwargs["model"],
+            kwargs["optimizer"],
+            total_steps=state.max_steps,
+            completed_steps=state.global_step,
+            procedures=self.procedures,
         )
         self._settings = _settings_of(self.controller)
 

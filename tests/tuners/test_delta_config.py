@@ -243,7 +243,7 @@ def test_gradients_that_vanish_leave_the_scale_between_observed_and_used_ones():
     model, _ = adapted(scale=4.0, selection="accumulated_gradient", reselect_every=2, accumulate=1, init_weights=True)
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.0)
     controller = SparsityController(model, optimizer, total_steps=4)
-    (dynamics,) = controller._dynamics.values()
+    (dynamics,) = controller.parts["adapters"].values()
     windows = [(track.window, torch.zeros(track.support.nnz)) for track in dynamics.tracks.values()]
     assert dynamics._factor(windows) == 4.0
     controller.close()

@@ -410,7 +410,7 @@ def test_candidates_are_the_largest_gradients_of_each_expert():
     dense = reference("qwen3_moe", model)
     dense(IDS, labels=IDS).loss.backward()
     controller = SparsityController(model.train(), optimizer, total_steps=8)
-    tracks = controller._dynamics["default"].tracks
+    tracks = controller.parts["adapters"]["default"].tracks
     seen = {}
     for _ in range(2):
         model(IDS, labels=IDS).loss.backward()

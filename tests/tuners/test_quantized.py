@@ -196,7 +196,7 @@ def test_positions_change_on_a_quantised_base(kind):
         loss = (y - target).square().mean()
         loss.backward()
         if step == 0:  # the candidates are the dense gradient's largest outside the support
-            window = controller._dynamics["default"].tracks["second"].window
+            window = controller.parts["adapters"]["default"].tracks["second"].window
             hidden = torch.relu(layers[0](x)).detach()
             dense = (2 * (y - target) / y.numel()).detach().t() @ hidden
             dense = dense.reshape(-1).abs()

@@ -278,7 +278,7 @@ def test_frozen_entries_have_no_part_in_the_nuclear_norm():
     controller = SparsityController(model, optimizer)
     seen = gradients_seen(model, optimizer)
     train(model, optimizer, controller, range(2))
-    frozen = controller._dynamics["default"].parts["first"].frozen.mask
+    frozen = controller.parts["adapters"]["default"].parts["first"].frozen.mask
     assert frozen.any()
     expected = by_svd(model, reference, "first", frozen)
     for p in model.parameters():

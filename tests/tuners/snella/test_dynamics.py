@@ -52,7 +52,7 @@ def train(model, optimizer, controller, steps, micro=1):
 def dynamics(model, total_steps=20):
     optimizer = adamw(model)
     controller = SparsityController(model, optimizer, total_steps=total_steps)
-    return controller, controller._dynamics["default"], optimizer
+    return controller, controller.parts["adapters"]["default"], optimizer
 
 
 @pytest.mark.parametrize("initial, target", [(1000, 100), (500, 500), (7, 3)])

@@ -166,7 +166,7 @@ def test_momentum_needs_no_sm3():
     model = adapted("momentum")
     controller = SparsityController(model, optimizer_of(model), total_steps=30)
     train(model, controller.optimizer, controller, range(2))
-    for n, track in controller._dynamics["default"].tracks.items():
+    for n, track in controller.parts["adapters"]["default"].tracks.items():
         layer = layers_of(model)[n]
         for accumulator, size in zip(track.accumulators, (layer.out_features, layer.in_features), strict=True):
             assert bool((accumulator > 0).any()) and accumulator.shape == (size,)
@@ -236,7 +236,7 @@ def test_whatever_the_schedule_the_invariants_hold(
             for n, layer in layers_of(model).items():
                 assert torch.equal(layer.base_parameter, base[n]), "the base is the base"
         assert [r.step for r in records] == (
-            [step + 1] if controller._dynamics["default"].schedule.is_event(step + 1) else []
+            [step + 1] if controller.parts["adapters"]["default"].schedule.is_event(step + 1) else []
         )
     assert sum(controller.history[-1].ages) == total if controller.history else True
 
