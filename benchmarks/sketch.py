@@ -10,13 +10,10 @@ on those grids, which favours ways with small blocks.
 from __future__ import annotations
 
 import math
-import os
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
-
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import torch
 import typer
@@ -24,16 +21,15 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
-from examples.smollm2 import held_out_loss, kjv_blocks, load_model, load_tokenizer
+from examples.smollm2 import held_out_loss
 from sparse_peft import SketchConfig, sketch_model
 from sparse_peft.calibrate import Sketch, assign_codes, fit_codebooks
 from sparse_peft.ops import code_gather, pack_codes
 
-from .report import environment, write_json
+from .held_out import HeldOut, check_ways
 from .workloads import LLAMA_TARGETS
 
 RESULTS = Path(__file__).parent / "results" / "sketch-perplexity-smollm2-cpu.json"
-CPU = torch.device("cpu")
 TABLE_BITS = 16
 BLOCK = 64
 
@@ -153,10 +149,6 @@ def show(console: Console, dense: float, rows: list[Quality]) -> None:
     console.print(table)
 
 
-def as_batches(blocks: list[list[int]], size: int) -> list[dict[str, Tensor]]:
-    return [{"input_ids": torch.tensor(blocks[i : i + size]), "use_cache": False} for i in range(0, len(blocks), size)]
-
-
 def main(
     bits: Annotated[list[int] | None, typer.Option(help="Of a code; by default 4, 3 and 2.")] = None,
     only: Annotated[list[str] | None, typer.Option(help="Ways to measure.")] = None,
@@ -164,34 +156,14 @@ def main(
     held_out: Annotated[int, typer.Option(min=1, help="Blocks of held-out text.")] = 64,
     length: Annotated[int, typer.Option(min=2, help="Tokens of a block.")] = 128,
     out: Annotated[Path, typer.Option(help="Where the figures go, after each of them.")] = RESULTS,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Measure again what the file has.")] = False,
 ) -> None:
     """The loss of SmolLM2-135M on held-out text with its linear layers written in few bits."""
-    unknown = set(only or ()) - set(WAYS)
-    if unknown:
-        raise typer.BadParameter(f"--only {', '.join(map(repr, unknown))}: some of {', '.join(map(repr, WAYS))}")
-    console = Console()
-    tokenizer, model = load_tokenizer(), load_model()
-    data = as_batches(kjv_blocks(tokenizer, length, limit=calibration), 8)
-    unseen = kjv_blocks(tokenizer, length, "heldout", limit=held_out)
-    dense, rows = held_out_loss(model, unseen), []
-    for width in bits or [4, 3, 2]:
-        for name in only or WAYS:
-            rows.append(quality(model, name, width, data, unseen))
-            console.print(f"{name}, {width} bits: {rows[-1].loss:.4f} in {rows[-1].cpu_seconds:.0f} s")
-            write_json(
-                out,
-                {
-                    "format": 1,
-                    "environment": environment(CPU),
-                    "options": {
-                        "calibration_blocks": calibration, "held_out_blocks": held_out, "length": length,
-                        "table_bits": TABLE_BITS,
-                    },
-                    "dense_loss": dense,
-                    "rows": [asdict(row) for row in rows],
-                },
-            )  # fmt: skip
-    show(console, dense, rows)
+    ways, console = check_ways(only, WAYS), Console()
+    test = HeldOut.load(calibration, held_out, length)
+    cells = [(way, width) for width in bits or [4, 3, 2] for way in ways]
+    rows = test.measure(cells, quality, Quality, out, console, fresh, table_bits=TABLE_BITS)
+    show(console, test.dense_loss, rows)
 
 
 if __name__ == "__main__":

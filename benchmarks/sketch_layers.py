@@ -37,8 +37,9 @@ from sparse_peft.calibrate import (
 from sparse_peft.calibrate.activations import second_moments
 from sparse_peft.ops import code_gather, pack_codes
 
+from .held_out import as_batches
 from .report import environment, write_json
-from .sketch import BLOCK, as_batches
+from .sketch import BLOCK
 
 RESULTS = Path(__file__).parent / "results" / "sketch-layers-smollm2-cpu.json"
 KINDS = ["self_attn.q_proj", "self_attn.o_proj", "mlp.up_proj", "mlp.down_proj"]

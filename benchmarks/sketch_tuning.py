@@ -30,9 +30,9 @@ from examples.smollm2 import held_out_loss, kjv_blocks, load_model, load_tokeniz
 from sparse_peft import SketchConfig, sketch_model
 
 from .dynamic import downhill
+from .held_out import as_batches
 from .measure import bytes_of, measure_phases
 from .report import environment, write_json
-from .sketch import as_batches
 from .workloads import LLAMA_TARGETS, quantise_nf4
 
 RESULTS = Path(__file__).parent / "results" / "sketch-tuning-smollm2-cpu.json"

@@ -9,13 +9,10 @@ The model's file is itself quantised: a block of 32 weights has at most 16 value
 from __future__ import annotations
 
 import math
-import os
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
-
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import torch
 import typer
@@ -23,14 +20,13 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
-from examples.smollm2 import held_out_loss, kjv_blocks, load_model, load_tokenizer
+from examples.smollm2 import held_out_loss
 from sparse_peft.sparsify import prune, restore
 
-from .report import environment, write_json
-from .sketch import CPU, as_batches
+from .held_out import HeldOut, check_ways
 
 RESULTS = Path(__file__).parent / "results" / "sparsify-smollm2-cpu.json"
-PATTERNS: tuple[float | str, ...] = (0.5, 0.6, "2:4")
+PATTERNS = ("0.5", "0.6", "2:4")
 # {name: arguments of prune}
 WAYS: dict[str, dict[str, Any]] = {
     "random": {"score": "random"},
@@ -56,7 +52,7 @@ class Quality:
 
 @torch.no_grad()
 def quality(
-    model: nn.Module, name: str, pattern: float | str, data: list[dict[str, Tensor]], unseen: list[list[int]]
+    model: nn.Module, name: str, pattern: str, data: list[dict[str, Tensor]], unseen: list[list[int]]
 ) -> Quality:
     """The held-out loss of the pruned model, which comes back."""
     began = time.process_time()
@@ -66,7 +62,7 @@ def quality(
         loss = held_out_loss(model, unseen)
     finally:
         restore(model)
-    return Quality(name, str(pattern), masks.density, loss, math.exp(loss), seconds)
+    return Quality(name, pattern, masks.density, loss, math.exp(loss), seconds)
 
 
 def show(console: Console, dense: float, rows: list[Quality]) -> None:
@@ -90,35 +86,13 @@ def main(
     held_out: Annotated[int, typer.Option(min=1, help="Blocks of held-out text.")] = 16,
     length: Annotated[int, typer.Option(min=2, help="Tokens of a block.")] = 128,
     out: Annotated[Path, typer.Option(help="Where the figures go, after each of them.")] = RESULTS,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Measure again what the file has.")] = False,
 ) -> None:
     """The loss of SmolLM2-135M on held-out text with its linear layers pruned."""
-    unknown = set(only or ()) - set(WAYS)
-    if unknown:
-        raise typer.BadParameter(f"--only {', '.join(map(repr, unknown))}: some of {', '.join(map(repr, WAYS))}")
-    patterns = PATTERNS if pattern is None else [text if ":" in text else float(text) for text in pattern]
-    console = Console()
-    tokenizer, model = load_tokenizer(), load_model()
-    data = as_batches(kjv_blocks(tokenizer, length, limit=calibration), 8)
-    unseen = kjv_blocks(tokenizer, length, "heldout", limit=held_out)
-    dense, rows = held_out_loss(model, unseen), []
-    for wanted in patterns:
-        for name in only or WAYS:
-            rows.append(quality(model, name, wanted, data, unseen))
-            console.print(f"{name}, {wanted}: {rows[-1].loss:.4f} in {rows[-1].cpu_seconds:.0f} s")
-            write_json(
-                out,
-                {
-                    "format": 1,
-                    "environment": environment(CPU),
-                    "options": {"calibration_blocks": calibration, "held_out_blocks": held_out, "length": length},
-                    "dense_loss": dense,
-                    "rows": [asdict(row) for row in rows],
-                },
-            )
-    restored = held_out_loss(model, unseen)
-    if restored != dense:
-        raise RuntimeError(f"the restored model's loss is {restored}, the dense one's {dense}")
-    show(console, dense, rows)
+    ways, console = check_ways(only, WAYS), Console()
+    test = HeldOut.load(calibration, held_out, length)
+    cells = [(way, wanted) for wanted in pattern or PATTERNS for way in ways]
+    show(console, test.dense_loss, test.measure(cells, quality, Quality, out, console, fresh))
 
 
 if __name__ == "__main__":

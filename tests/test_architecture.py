@@ -19,6 +19,7 @@ LAYERS = (
     "compat",
     "other_names",
     "constraints",
+    "staging",
     "numerics",
     "support",
     "ops",

@@ -14,8 +14,8 @@ from peft import LoraConfig, PeftModel
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from ..staging import staging_folder
 from ..tuners.base_model import BaseSparseModel
-from ..tuners.files.writes import staging_folder
 from ..tuners.plain_state import plain_state
 from .files import config_of
 from .lora import to_lora, write_exact_lora

@@ -20,12 +20,12 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from ..staging import staging_folder
 from ..tuners.base_model import BaseSparseModel
 from ..tuners.files.adapter_file import AdapterFile
 from ..tuners.files.card import FRAMEWORK_HEADING, complete_card, new_card, write_card
 from ..tuners.files.checks import DAMAGED, check_adapter_name, read_config_file, shapes_in_file
 from ..tuners.files.refused_loads import undone_if_refused
-from ..tuners.files.writes import staging_folder
 from ..tuners.traversal import configs_of
 
 # Prefix of the names in PeftModel's state dicts, and so in every adapter file.

@@ -9,28 +9,28 @@ import typer
 from rich.console import Console
 
 from ..report import plot_sparsity_curve
-from ..sparsify import ALLOCATIONS, SCORES, SparsityCurve, essential_sparsity
+from ..sparsify import SparsityCurve, as_pattern, essential_sparsity
 from .eval import names_in
 from .folders import check_output, model_folder
 from .output import ForceOption, JsonOption, answering, asked, share_text, show_table, table
-from .prune import pattern_of
-from .texts import batches_of, load_language_model, perplexity
+from .prune import AllocationOption, CalibrationOption, ScoreOption
+from .texts import DeviceOption, DtypeOption, LengthOption, batches_of, load_language_model, perplexity
 
 
 def curve(
     model: Annotated[Path, typer.Argument(help="The model's folder.", metavar="MODEL")],
     text: Annotated[Path, typer.Argument(help="A text file that perplexity is measured on.", metavar="TEXT")],
     grid: Annotated[str, typer.Option(help="Shares of zeros and n:m, with commas.")] = "0.1,0.2,0.3,0.4,0.5,0.6,0.7",
-    score: Annotated[str, typer.Option(help=f"One of {', '.join(SCORES)}.")] = "magnitude",
-    allocation: Annotated[str, typer.Option(help=f"One of {', '.join(ALLOCATIONS)}.")] = "uniform",
-    calibration: Annotated[Path | None, typer.Option(help="A text file, for scores that need data.")] = None,
+    score: ScoreOption = "magnitude",
+    allocation: AllocationOption = "uniform",
+    calibration: CalibrationOption = None,
     tolerance: Annotated[float, typer.Option(min=0, help="Loss, as a share, that counts as free.")] = 0.01,
     baseline: Annotated[bool, typer.Option(help="Measure random pruning too.")] = True,
-    length: Annotated[int, typer.Option(min=2, help="Tokens of a sequence.")] = 2048,
+    length: LengthOption = 2048,
     sequences: Annotated[int, typer.Option(min=1, help="Most sequences of each text.")] = 32,
     plot: Annotated[Path | None, typer.Option(help="A PNG file to draw.")] = None,
-    dtype: Annotated[str, typer.Option(help="Of the model.")] = "auto",
-    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    dtype: DtypeOption = "auto",
+    device: DeviceOption = "cpu",
     force: ForceOption = False,
     as_json: JsonOption = False,
 ) -> None:
@@ -38,7 +38,7 @@ def curve(
     with answering("curve", as_json) as answer:
         model_folder(model)
         with asked():
-            patterns = [pattern_of(part) for part in names_in(grid)]
+            patterns = [as_pattern(part) for part in names_in(grid)]
         if plot is not None:
             check_output(plot, force)
         batches = batches_of(text, model, length, sequences)

@@ -11,7 +11,6 @@ from rich.markup import escape
 
 from ..sparsify import ALLOCATIONS, REFINEMENTS, SCORES, Masks, as_pattern
 from ..sparsify import prune as prune_model
-from ..sparsify.patterns import Pattern
 from .eval import names_in
 from .folders import model_folder, new_folder
 from .merge import copy_companions, files_in
@@ -27,27 +26,31 @@ from .output import (
     show_table,
     table,
 )
-from .texts import batches_of, load_language_model
+from .texts import DeviceOption, DtypeOption, LengthOption, batches_of, load_language_model
 
 MASKS = "masks.safetensors"
 LISTED = 10  # layers that are listed for people
+
+ScoreOption = Annotated[str, typer.Option(help=f"One of {', '.join(SCORES)}.")]
+AllocationOption = Annotated[str, typer.Option(help=f"One of {', '.join(ALLOCATIONS)}.")]
+CalibrationOption = Annotated[Path | None, typer.Option(help="A text file, for scores that need data.")]
 
 
 def prune(
     model: Annotated[Path, typer.Argument(help="The model's folder.", metavar="MODEL")],
     out: Annotated[Path, typer.Argument(help="The pruned model's folder.", metavar="OUT")],
     pattern: Annotated[str, typer.Option(help="A share of zeros, or n:m for n weights kept of m.")] = "0.5",
-    score: Annotated[str, typer.Option(help=f"One of {', '.join(SCORES)}.")] = "magnitude",
-    allocation: Annotated[str, typer.Option(help=f"One of {', '.join(ALLOCATIONS)}.")] = "uniform",
+    score: ScoreOption = "magnitude",
+    allocation: AllocationOption = "uniform",
     refine: Annotated[str | None, typer.Option(help=f"One of {', '.join(REFINEMENTS)}.")] = None,
-    calibration: Annotated[Path | None, typer.Option(help="A text file, for scores that need data.")] = None,
-    length: Annotated[int, typer.Option(min=2, help="Tokens of a sequence of it.")] = 2048,
+    calibration: CalibrationOption = None,
+    length: LengthOption = 2048,
     sequences: Annotated[int, typer.Option(min=1, help="Most sequences of it.")] = 128,
     target_modules: Annotated[str, typer.Option(help="Names with commas; by default all linear layers.")] = "",
     exclude_modules: Annotated[str, typer.Option(help="Names with commas.")] = "",
     seed: Annotated[int, typer.Option(help="Of random scores.")] = 0,
-    dtype: Annotated[str, typer.Option(help="Of the model.")] = "auto",
-    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    dtype: DtypeOption = "auto",
+    device: DeviceOption = "cpu",
     force: ForceOption = False,
     as_json: JsonOption = False,
 ) -> None:
@@ -55,7 +58,7 @@ def prune(
     with answering("prune", as_json) as answer:
         model_folder(model)
         with asked():
-            wanted = pattern_of(pattern)
+            wanted = as_pattern(pattern)
         data = None if calibration is None else batches_of(calibration, model, length, sequences)
         with new_folder(out, force) as staging:
             loaded = load_language_model(model, dtype, device)
@@ -69,18 +72,6 @@ def prune(
             copied = copy_companions(model, staging)
         answer.content = {"output": str(out), **content_of(masks), **files_in(out, copied)}
         answer.show = lambda console: show(console, masks, answer.content)
-
-
-def pattern_of(text: str) -> Pattern:
-    """A pattern from the command line.
-
-    Raises:
-        ValueError: neither a share of zeros nor n:m.
-    """
-    try:
-        return as_pattern(text if ":" in text else float(text))
-    except ValueError as error:
-        raise ValueError(f"pattern={text!r}: a share of zeros such as 0.5, or n:m such as 2:4 ({error})") from error
 
 
 def content_of(masks: Masks) -> dict[str, Any]:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+import typer
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -14,6 +15,10 @@ from .folders import model_folder
 from .output import UsageError
 
 BATCH = 4  # sequences at once
+
+LengthOption = Annotated[int, typer.Option(min=2, help="Tokens of a sequence.")]
+DtypeOption = Annotated[str, typer.Option(help="Of the model.")]
+DeviceOption = Annotated[str, typer.Option(help="cpu or cuda.")]
 
 
 def load_language_model(folder: Path, dtype: str, device: str) -> Any:

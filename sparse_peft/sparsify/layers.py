@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from ..calibrate.layer_view import LayerView
+from ..calibrate.weights import check_no_shared_weights
 from ..support.budget import matches_layer
 
 Names = str | list[str] | None
@@ -28,7 +29,7 @@ def layers_to_prune(
 
     Raises:
         TypeError: a quantised weight.
-        ValueError: a model with adapters, no layer, or two layers that share a weight.
+        ValueError: a model with adapters, no layer, or a weight that something else in the model has too.
     """
     check_without_adapters(model)
     wanted, unwanted = _patterns(target_modules), _patterns(exclude_modules) or []
@@ -45,7 +46,7 @@ def layers_to_prune(
             f"target_modules={target_modules!r}, exclude_modules={exclude_modules!r}: no linear layer of "
             f"{type(model).__name__} matches; give names such as ['q_proj'], or leave both out for all linear layers"
         )
-    _check_not_shared(found)
+    check_no_shared_weights(model, {name: layer.weight() for name, layer in found.items()})
     return found
 
 
@@ -102,14 +103,3 @@ def _checked_view(name: str, module: nn.Linear | Conv1D) -> LayerView:
     if weight.is_meta:
         raise ValueError(f"layer {name}: its weight is on the meta device and has no values; load the model first")
     return LayerView.of(name, module)
-
-
-def _check_not_shared(layers: dict[str, LayerView]) -> None:
-    owners: dict[int, str] = {}
-    for name, layer in layers.items():
-        first = owners.setdefault(layer.weight().data_ptr(), name)
-        if first != name:
-            raise ValueError(
-                f"layers {first} and {name} share a weight, which cannot have two masks; leave one of them out with "
-                "exclude_modules"
-            )

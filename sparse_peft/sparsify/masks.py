@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,6 +14,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
+
+from ..calibrate.weights import base_of
+from ..staging import staging_folder
 
 FORMAT = "sparse_peft_masks"
 SUFFIX = ".mask"
@@ -133,9 +135,7 @@ class Masks:
         modules = dict(model.named_modules())
         weights: dict[str, Tensor] = {}
         for name, mask in self.layers.items():
-            module = modules.get(name)
-            module = getattr(module, "base_layer", module)  # below an adapter
-            weight = getattr(module, "weight", None)
+            weight = getattr(base_of(modules[name]), "weight", None) if name in modules else None
             if not isinstance(weight, Tensor) or tuple(weight.shape) != mask.shape:
                 has = "no such weight" if not isinstance(weight, Tensor) else f"one of {tuple(weight.shape)}"
                 raise ValueError(
@@ -149,15 +149,13 @@ class Masks:
         """Write the masks as a safetensors file of one bit a weight; whole or not at all.
 
         Args:
-            path: of the file; it is replaced.
+            path: of the file, which is replaced; its folder is made if need be.
         """
         path = Path(path)
         content = {"format": 1, "about": self.about, "cols": {name: m.shape[1] for name, m in self.layers.items()}}
         tensors = {f"{name}{SUFFIX}": mask.bits for name, mask in self.layers.items()}
-        with tempfile.TemporaryDirectory(dir=path.absolute().parent, prefix=".saving-") as folder:
-            staged = Path(folder, "masks")
-            save_file(tensors, staged, metadata={FORMAT: json.dumps(content)})
-            staged.replace(path)
+        with staging_folder(path.parent) as staging:
+            save_file(tensors, staging / path.name, metadata={FORMAT: json.dumps(content)})
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> Masks:

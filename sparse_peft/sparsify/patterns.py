@@ -32,6 +32,9 @@ class Pattern(ABC):
     The smallest things that stay or go are *units*: single weights, or blocks of them.
     """
 
+    def __post_init__(self) -> None:
+        validate_fields(self)
+
     @property
     @abstractmethod
     def density(self) -> float:
@@ -101,7 +104,18 @@ def _best_of_each_row(scores: Tensor, counts: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Unstructured(Pattern):
+class _Share(Pattern):
+    """A share of the units becomes zero."""
+
+    sparsity: Sparsity
+
+    @property
+    def density(self) -> float:
+        return 1 - self.sparsity
+
+
+@dataclass(frozen=True)
+class Unstructured(_Share):
     """Single weights, anywhere.
 
     Args:
@@ -120,15 +134,7 @@ class Unstructured(Pattern):
         [[0, 0, 0, 0], [1, 1, 1, 1]]
     """
 
-    sparsity: Sparsity
     scope: Annotated[str, OneOf(SCOPES)] | None = None
-
-    def __post_init__(self) -> None:
-        validate_fields(self)
-
-    @property
-    def density(self) -> float:
-        return 1 - self.sparsity
 
     def block(self, shape: Shape) -> Shape:
         return 1, 1
@@ -166,7 +172,7 @@ class NM(Pattern):
     pad: bool = False
 
     def __post_init__(self) -> None:
-        validate_fields(self)
+        super().__post_init__()
         if self.n > self.m:
             raise ValueError(f"n={self.n}, m={self.m}: n of m weights stay, so n is at most m")
 
@@ -196,7 +202,7 @@ class NM(Pattern):
 
 
 @dataclass(frozen=True)
-class Blocks(Pattern):
+class Blocks(_Share):
     """Whole blocks of a grid.
 
     Args:
@@ -211,16 +217,8 @@ class Blocks(Pattern):
         [[0, 0, 1, 1]]
     """
 
-    sparsity: Sparsity
     outputs: Count
     inputs: Count
-
-    def __post_init__(self) -> None:
-        validate_fields(self)
-
-    @property
-    def density(self) -> float:
-        return 1 - self.sparsity
 
     def check(self, shape: Shape, name: str) -> None:
         if shape[0] % self.outputs or shape[1] % self.inputs:
@@ -235,7 +233,7 @@ class Blocks(Pattern):
 
 
 @dataclass(frozen=True)
-class Channels(Pattern):
+class Channels(_Share):
     """All weights of an input, or of an output.
 
     Args:
@@ -249,15 +247,7 @@ class Channels(Pattern):
         [[0, 1], [0, 1]]
     """
 
-    sparsity: Sparsity
     side: Literal["in", "out"] = "in"
-
-    def __post_init__(self) -> None:
-        validate_fields(self)
-
-    @property
-    def density(self) -> float:
-        return 1 - self.sparsity
 
     def block(self, shape: Shape) -> Shape:
         return (shape[0], 1) if self.side == "in" else (1, shape[1])
@@ -271,7 +261,7 @@ def as_pattern(pattern: PatternLike, scope: str | None = None) -> Pattern:
     """The pattern that a number or a text stands for.
 
     Args:
-        pattern: ``0.5`` for half of the weights at zero, ``"2:4"`` for two of four kept, or a pattern.
+        pattern: ``0.5`` or ``"0.5"`` for half of the weights at zero, ``"2:4"`` for two of four kept, or a pattern.
         scope: of unstructured patterns that have none.
 
     Raises:
@@ -284,10 +274,14 @@ def as_pattern(pattern: PatternLike, scope: str | None = None) -> Pattern:
         (NM(n=2, m=4, pad=False), Unstructured(sparsity=0.6, scope='row'))
     """
     if isinstance(pattern, str):
-        found = re.fullmatch(r"(\d+):(\d+)", pattern.strip())
-        if found is None:
-            raise ValueError(f"pattern={pattern!r}: a share of zeros such as 0.5, or n:m such as '2:4', is expected")
-        return NM(int(found[1]), int(found[2]))
+        if found := re.fullmatch(r"(\d+):(\d+)", pattern.strip()):
+            return NM(int(found[1]), int(found[2]))
+        try:
+            pattern = float(pattern)
+        except ValueError as error:
+            raise ValueError(
+                f"pattern={pattern!r}: a share of zeros such as 0.5, or n:m such as '2:4', is expected"
+            ) from error
     if isinstance(pattern, bool) or not isinstance(pattern, (int, float, Pattern)):
         raise TypeError(
             f"pattern={pattern!r}: a share of zeros such as 0.5, n:m such as '2:4', or a Pattern is expected"

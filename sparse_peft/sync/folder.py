@@ -6,7 +6,7 @@ import os
 import re
 from pathlib import Path
 
-from ..tuners.files.writes import staging_folder
+from ..staging import staging_folder
 from .messages import from_bytes, to_bytes
 from .patches import PatchError, Publication
 

@@ -19,12 +19,13 @@ from peft.utils import CONFIG_NAME, PeftType
 from _sparse_peft_startup.install import install_advice
 
 from ..constraints import Names, OneOf, Pattern, Positive, field_hints, validated
+from ..staging import staging_folder
 from ..support import Support
 from ..version import __version__
 from .experts import CURE
 from .files.card import complete_card, name_source
 from .files.checks import DAMAGED, read_config_file, shapes_in_file
-from .files.writes import staging_folder, write_compactly
+from .files.writes import write_compactly
 from .unknown_fields import VERSION_FIELD, settable_fields, unknown_fields_error
 
 if TYPE_CHECKING:

@@ -17,6 +17,7 @@ from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING, _get_
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
+from ..calibrate.weights import check_no_shared_weights
 from ..compat import BaseTuner, get_quantization_kwargs
 from ..ops import Combination, kernel_backend, kernels_possible
 from ..support import Support
@@ -36,7 +37,7 @@ from .forms import LoraFactors, weightless_layer
 from .four_bit import prepare_four_bit
 from .mixed_batches import mixed_batch
 from .residency import hold_layers, release_layers
-from .shared_memory import check_no_other_model, check_no_shared_weights, note_adapted, note_unloaded
+from .shared_memory import check_no_other_model, note_adapted, note_unloaded
 from .targets import (
     Targets,
     base_of,

@@ -22,6 +22,7 @@ from transformers.pytorch_utils import Conv1D
 
 from ..calibrate import LayerView
 from ..calibrate.layer_view import KeptTokens, See
+from ..calibrate.weights import base_of
 from ..compat import get_quantization_kwargs, resolve_quantization_backend
 from ..ops import EmbeddingProduct, is_convolution
 from .base_config import BaseSparseConfig
@@ -38,11 +39,6 @@ Targets = dict[str, nn.Module]  # {layer name: module}
 EMBEDDING_CURE = (
     " SparseConfig and SaRAConfig train embeddings; trainable_token_indices trains whole tokens beside any."
 )
-
-
-def base_of(module: nn.Module) -> Any:
-    """The layer that holds the weight, below any adapters."""
-    return module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
 
 
 def stored_shape(module: nn.Module) -> tuple[int, int]:

@@ -12,7 +12,7 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 from typer.testing import CliRunner
 
-from benchmarks import sketch, sketch_layers, sketch_tuning
+from benchmarks import held_out, sketch, sketch_layers, sketch_tuning
 from sparse_peft.ops import code_gather
 
 
@@ -40,7 +40,7 @@ def blocks(tokenizer, length, split="train", limit=None):
 
 @pytest.fixture
 def tiny_model(monkeypatch):
-    for module in (sketch, sketch_layers, sketch_tuning):
+    for module in (held_out, sketch_layers, sketch_tuning):
         monkeypatch.setattr(module, "load_model", tiny)
         monkeypatch.setattr(module, "load_tokenizer", lambda: None)
         monkeypatch.setattr(module, "kjv_blocks", blocks)
@@ -66,7 +66,7 @@ def run(module, *arguments):
     ],
 )
 def test_bits_are_counted_with_all_that_is_stored(way, bits, expected):
-    model, data = tiny(), sketch.as_batches(blocks(None, 16, limit=16), 8)
+    model, data = tiny(), held_out.as_batches(blocks(None, 16, limit=16), 8)
     sizes = [module.weight.shape for module in sketch.targets_of(model).values()]
 
     sketches = sketch.sketches_of(model, sketch.WAYS[way], bits, data)

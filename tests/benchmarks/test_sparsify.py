@@ -8,16 +8,16 @@ import pytest
 import torch
 import typer
 
-from benchmarks import sparsify
+from benchmarks import held_out, sparsify
 from sparse_peft.sparsify import masks_of
 from tests.benchmarks.test_sketch import blocks, run, tiny
 
 
 @pytest.fixture
 def tiny_model(monkeypatch):
-    monkeypatch.setattr(sparsify, "load_model", tiny)
-    monkeypatch.setattr(sparsify, "load_tokenizer", lambda: None)
-    monkeypatch.setattr(sparsify, "kjv_blocks", blocks)
+    monkeypatch.setattr(held_out, "load_model", tiny)
+    monkeypatch.setattr(held_out, "load_tokenizer", lambda: None)
+    monkeypatch.setattr(held_out, "kjv_blocks", blocks)
 
 
 def test_all_ways_and_patterns_are_measured(tmp_path, tiny_model):
@@ -35,7 +35,7 @@ def test_the_models_weights_come_back():
     model = tiny()
     before = {name: value.clone() for name, value in model.state_dict().items()}
     with pytest.raises(IndexError, match="out of range"):
-        sparsify.quality(model, "magnitude", 0.5, [], [[999] * 16])
+        sparsify.quality(model, "magnitude", "0.5", [], [[999] * 16])
     sparsify.quality(model, "magnitude", "2:4", [], blocks(None, 16, limit=2))
     assert masks_of(model) is None
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())

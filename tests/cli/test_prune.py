@@ -71,7 +71,7 @@ def test_perplexity_weighs_sequences_alike(stand_in, text):
 @pytest.mark.parametrize(
     "arguments, code, message",
     [
-        (["--pattern", "half"], 2, "a share of zeros such as 0.5, or n:m such as 2:4"),
+        (["--pattern", "half"], 2, "a share of zeros such as 0.5, or n:m such as '2:4'"),
         (["--pattern", "1.5"], 2, "a share of zeros"),
         (["--score", "wanda"], 1, "needs data: pass --calibration"),
         (["--score", "wand"], 1, "did you mean 'wanda'"),

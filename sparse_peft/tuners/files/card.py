@@ -12,6 +12,7 @@ from huggingface_hub import ModelCard, ModelCardData
 from peft import PeftModel
 
 from ...dynamics.records import plot_captions
+from ...staging import when_saved
 from .card_sections import (
     LOAD_HEADING,
     PLOTS_HEADING,
@@ -24,7 +25,7 @@ from .card_sections import (
 )
 from .saved_adapter import adapters_in
 from .wrapped import wrap_once
-from .writes import is_sparse, when_saved
+from .writes import is_sparse
 
 TAG = "sparse-peft"
 FRAMEWORK_HEADING = "### Framework versions"

@@ -13,9 +13,9 @@ from peft import PeftConfig
 
 from ...calibrate.codebooks import CODEBOOK_METHODS, Sketch
 from ...constraints import Count, OneOf, Pattern
+from ...staging import is_waiting
 from ...support import matches_layer
 from ..base_config import FLOAT_DTYPES, BaseSparseConfig, explains_fields
-from ..files.writes import is_waiting
 from .sidecar import SIDECAR, write_sketches
 
 SKETCH_MODES = ("delta", "replace")

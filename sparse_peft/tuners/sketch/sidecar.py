@@ -11,7 +11,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from ...calibrate.codebooks import Sketch
-from ..files.writes import staging_folder
+from ...staging import staging_folder
 
 SIDECAR = "sketch.safetensors"
 FORMAT = "sparse_peft_sketch"
