@@ -1,4 +1,4 @@
-"""Adapters after training: save, load, compose, average, extract, export, convert, compare, serve."""
+"""Adapters after training: save, load, compose, average, extract, lottery tickets, export, convert, compare, serve."""
 
 from .compose import compose
 from .convert import CONVERSION_TARGETS, convert
@@ -7,6 +7,7 @@ from .extract import EXTRACTION_CRITERIA, ExtractedLayer, Extraction, ExtractOpt
 from .files import load_adapter, save_adapter
 from .lora import save_as_lora, save_lora_as_s2ft
 from .lora_approximation import LowRankExport, save_low_rank
+from .lottery_ticket import lottery_ticket
 from .offline_adapter import StoredAdapter, read_stored
 from .pool import AdapterPool, PoolStatistics
 from .results import add_results
@@ -39,6 +40,7 @@ __all__ = [
     "extract",
     "greedy_soup",
     "load_adapter",
+    "lottery_ticket",
     "prepare_for_swaps",
     "read_stored",
     "save_adapter",

@@ -189,13 +189,11 @@ def extract(
         >>> found.config.num_entries
         {'0': 64}
     """
-    if options is not None and fields:
-        raise TypeError(f"options and {', '.join(fields)} are both given; put all fields into the options")
-    options = options or ExtractOptions(**fields)
+    options = options_of(options, fields)
     structure = structure_of(base)
-    targets = _targets(options, structure)
-    pair = _Pair(weights_of(base, structure), weights_of(finetuned, structure), targets)
-    found = _extract_layers(pair, targets, options)
+    targets = targets_of(options, structure)
+    pair = WeightPair(weights_of(base, structure), weights_of(finetuned, structure), targets)
+    found = extract_layers(pair, targets, options)
     states = {name: state for name, (_, state) in found.items()}
     changed = pair.others(set(pair.tensors.values()))
     whole = _whole_tensors(structure, pair.after, states, changed, options.others)
@@ -218,7 +216,14 @@ def extract(
     return result
 
 
-def _targets(options: ExtractOptions, structure: nn.Module) -> Targets:
+def options_of(options: ExtractOptions | None, fields: dict[str, Any]) -> ExtractOptions:
+    """The options, given as one object or by their fields."""
+    if options is not None and fields:
+        raise TypeError(f"options and {', '.join(fields)} are both given; put all fields into the options")
+    return options or ExtractOptions(**fields)
+
+
+def targets_of(options: ExtractOptions, structure: nn.Module) -> Targets:
     """The layers that are compared, in the model's order."""
     request = ENTRIES.config_class(
         target_modules=options.target_modules,
@@ -232,8 +237,8 @@ def _targets(options: ExtractOptions, structure: nn.Module) -> Targets:
     return targets
 
 
-def _extract_layers(
-    pair: _Pair, targets: Targets, options: ExtractOptions
+def extract_layers(
+    pair: WeightPair, targets: Targets, options: ExtractOptions
 ) -> dict[str, tuple[ExtractedLayer, SparseDelta]]:
     """``{layer name: its summary and delta}`` of the layers that changed."""
     shapes = {name: stored_shape(module) for name, module in targets.items()}
@@ -290,7 +295,7 @@ def _extract_layer(
     return layer, sparse_state(support, values)
 
 
-class _Pair:
+class WeightPair:
     """The weights before and after fine-tuning.
 
     Args:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 from abc import ABC, abstractmethod
@@ -38,25 +39,35 @@ class Weights(ABC):
 
 
 class ModelWeights(Weights):
-    """Those of a loaded model without adapters; shared tensors once, as in a file."""
+    """Those of a loaded model without adapters; shared tensors once, as in a file.
+
+    Attributes:
+        tensors: by name.
+    """
 
     def __init__(self, model: nn.Module):
         self.source = f"the given {type(model).__name__}"
-        self._tensors: dict[str, Tensor] = {}
+        self.tensors: dict[str, Tensor] = {}
         seen: set[int] = set()
         for name, tensor in model.state_dict(keep_vars=True).items():
             if id(tensor) not in seen:
                 seen.add(id(tensor))
-                self._tensors[name] = tensor
+                self.tensors[name] = tensor
 
     def names(self) -> set[str]:
-        return set(self._tensors)
+        return set(self.tensors)
 
     def shape(self, name: str) -> tuple[int, ...]:
-        return tuple(self._tensors[name].shape)
+        return tuple(self.tensors[name].shape)
 
     def read(self, name: str) -> Tensor:
-        return self._tensors[name].detach().cpu()
+        return self.tensors[name].detach().cpu()
+
+    def copied(self) -> ModelWeights:
+        """The same with copies of the tensors, on the CPU."""
+        made = copy.copy(self)
+        made.tensors = {name: tensor.detach().to("cpu", copy=True) for name, tensor in self.tensors.items()}
+        return made
 
 
 def known_name(stored: str, known: set[str], prefix: str) -> str:

@@ -18,7 +18,7 @@ from .blocks import (
 )
 from .budget import ALLOCATIONS, Budget, Caps, allocate, apportion, divide, matches_layer, resolve_counts
 from .channels import ChannelSupport, ExpertColumns
-from .criteria import CRITERIA, Criterion, Statistics, get_criterion, select
+from .criteria import CRITERIA, Criterion, Given, Statistics, get_criterion, select
 from .layout import Layout, RowGroup, layout_of
 from .regrowth import (
     RANDOM_SCORE,
@@ -51,6 +51,7 @@ __all__ = [
     "Criterion",
     "Exchange",
     "ExpertColumns",
+    "Given",
     "Layout",
     "Regrowth",
     "ReselectionSchedule",

@@ -18,7 +18,7 @@ from ..constraints import Count, validated
 from ..numerics.low_rank import principal_factors
 from .support import Support
 
-NEEDS = ("none", "weight", "gradient", "activation")
+NEEDS = ("none", "weight", "gradient", "activation", "positions")
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,8 @@ class Criterion(ABC):
 
     Attributes:
         name: as in ``selection=``.
-        needs: what the score is computed from: ``"none"``, ``"weight"``, ``"gradient"`` or ``"activation"``.
+        needs: what the score is computed from: ``"none"``, ``"weight"``, ``"gradient"`` or ``"activation"``;
+            ``"positions"`` if nothing is scored.
         largest: whether the largest scores train.
         decides_count: whether the criterion decides the number of entries, instead of a budget.
         draws: whether positions are drawn at random, without scores.
@@ -116,6 +117,29 @@ class Random(Criterion):
 
     def score(self, weight: Tensor | None, stats: Statistics | None = None, **options: Any) -> Tensor:
         raise ValueError(f"selection={self.name!r} draws positions and has no scores")
+
+
+class Given(Criterion):
+    """Positions that are handed in; nothing is scored or counted."""
+
+    name = "given"
+    needs = "positions"
+    decides_count = True
+    uses_weight = False
+
+    def score(self, weight: Tensor | None, stats: Statistics | None = None, **options: Any) -> Tensor:
+        raise self.missing()
+
+    def count(self, weight: Tensor, **options: Any) -> int:
+        raise self.missing()
+
+    def missing(self, where: str = "") -> ValueError:
+        """The error for positions that are not there; ``where`` names the layer."""
+        return ValueError(
+            f"{where}selection={self.name!r} takes positions from you, and there are none: call `config = "
+            "sparse_peft.select_support(model, config, supports={layer: positions})` before `get_peft_model(model, "
+            "config)`"
+        )
 
 
 class Nonzero(Random):
@@ -340,6 +364,7 @@ CRITERIA: dict[str, Criterion] = {
     criterion.name: criterion
     for criterion in (
         Random(),
+        Given(),
         Magnitude(),
         SmallestMagnitude(),
         Threshold(),

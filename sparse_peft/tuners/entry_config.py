@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Annotated, Any, ClassVar, Self
 
 from ..constraints import Count, OneOf, Pattern, Positive, Share
-from ..support import ALLOCATIONS, Block, Budget, Criterion
+from ..support import ALLOCATIONS, Block, Budget, Criterion, Given
 from .base_config import allocation_note, explains_fields, selection_note
 from .delta_config import DeltaConfig
 from .scale import Spread
@@ -62,14 +62,14 @@ class EntryConfig(DeltaConfig):
 
     def check(self) -> None:
         super().check()
-        if self.threshold is None:
+        if not self.criterion.decides_count and self.threshold is None:
             self.budget()
             return
-        budgets = [name for name in self.budget_fields if getattr(self, name) is not None]
-        if budgets or self.density_pattern:
+        budgets = [name for name in (*self.budget_fields, "density_pattern") if getattr(self, name)]
+        if budgets:
+            decides = f"threshold={self.threshold}" if self.threshold else f"selection={self.criterion.name!r}"
             raise ValueError(
-                f"threshold={self.threshold} and {', '.join(budgets) or 'density_pattern'} are both given: the "
-                "threshold alone decides how many entries train"
+                f"{decides} and {', '.join(budgets)} are both given: the former alone decides how many entries train"
             )
 
     @property
@@ -107,10 +107,12 @@ class EntryConfig(DeltaConfig):
                 "does not load; plan with the density that it comes to"
             )
         config, notes = super().countable()
+        if isinstance(self.criterion, Given) and not self.supports:
+            raise self.criterion.missing()
         if self.allocation == "global":
             config.allocation = "numel"
             notes.append(allocation_note(config.allocation))
-        if self.selection_needs != "none":
+        if self.selection_needs != "none" and not self.supports:
             notes.append(selection_note(self.criterion.name, self.selection_needs))
         return config, notes
 

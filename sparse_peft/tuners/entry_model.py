@@ -96,6 +96,8 @@ class EntryModel(BaseSparseModel[EntryConfigT, SparseDeltaT]):
 
     @classmethod
     def resolve_sizes(cls, config: EntryConfigT, model: nn.Module) -> None:
+        if config.supports:
+            return  # which have the sizes
         targets = cls.checked_targets(config, model)
         shapes = {name: stored_shape(module) for name, module in targets.items()}
         config.num_entries = cls._count(config, targets, shapes)

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ..support import Block, Criterion, Support, best_blocks, get_criterion, random_blocks, select
+from ..support import Block, Criterion, Given, Support, best_blocks, get_criterion, random_blocks, select
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class SupportRecipe:
             shape: of the stored weight.
 
         Raises:
-            ValueError: the criterion needs data.
+            ValueError: the criterion needs data, or positions that were not given.
         """
         criterion = get_criterion(self.selection)
         if criterion.needs == "none":
@@ -48,6 +48,8 @@ class SupportRecipe:
             return self._random(shape, criterion.eligible(weight()))
         if criterion.needs == "weight":
             return self._best(criterion, weight())
+        if isinstance(criterion, Given):
+            raise criterion.missing(f"layer {self.name}: ")
         raise ValueError(
             f"selection={self.selection!r} needs data to choose the positions of layer {self.name}: call "
             "`config = sparse_peft.select_support(model, config, dataloader)` before `get_peft_model(model, config)`"

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from sparse_peft.support import CRITERIA, Statistics, Support, get_criterion, select
+from sparse_peft.support.criteria import NEEDS
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 
@@ -35,7 +36,7 @@ def test_scores_match_their_formulas(dtype):
         "nowag": (Statistics(input_norms=norms), {}, by_both.abs() * norms.double()),
         "threshold": (None, {"threshold": 0.5}, w.abs().masked_fill(w.abs() >= 0.5, torch.inf)),
     }
-    assert set(expected) | {"random", "nonzero", "principal", "residual"} == set(CRITERIA)
+    assert set(expected) | {"random", "given", "nonzero", "principal", "residual"} == set(CRITERIA)
     for name, (stats, options, scores) in expected.items():
         found = CRITERIA[name].score(weight, stats, **options)
         assert found.dtype == torch.float32 and not found.requires_grad, name
@@ -110,12 +111,15 @@ def test_packed_weights_are_refused(name):
 
 def test_registry():
     for name, criterion in CRITERIA.items():
-        assert criterion.name == name and criterion.needs in ("none", "weight", "gradient", "activation")
-    with pytest.raises(ValueError, match="selection='magic' is not known; one of random, magnitude,"):
+        assert criterion.name == name and criterion.needs in NEEDS
+    with pytest.raises(ValueError, match="selection='magic' is not known; one of random, given, magnitude,"):
         get_criterion("magic")
     for name in ("random", "nonzero"):
         with pytest.raises(ValueError, match=f"selection='{name}' draws positions and has no scores"):
             get_criterion(name).score(weight_like())
+    for ask in (get_criterion("given").score, get_criterion("given").count):
+        with pytest.raises(ValueError, match=r"selection='given' takes positions from you.*supports="):
+            ask(weight_like())
     with pytest.raises(ValueError, match="selection='fisher' is computed from gradients"):
         get_criterion("fisher").score(weight_like(), Statistics(input_norms=torch.ones(5)))
     with pytest.raises(ValueError, match="selection='wanda' is computed from activations"):

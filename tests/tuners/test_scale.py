@@ -9,7 +9,7 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 
 from sparse_peft import S2FTConfig, SaRAConfig, SLTrainConfig, SoRAConfig, SparseConfig, select_support
-from sparse_peft.support import CRITERIA, REGROWTHS, get_criterion
+from sparse_peft.support import CRITERIA, REGROWTHS, Support, get_criterion
 from sparse_peft.tuners.scale import delta_norm, lora_norm, matched_scale
 
 WIDTH = 384
@@ -128,9 +128,12 @@ SPREADS = {
 
 @pytest.mark.parametrize("selection", SPREADS)
 def test_every_selection_has_the_documented_scale(selection):
-    base, fields = Three(), {"threshold": 0.01} if selection == "threshold" else {"r": 4}
+    base, fields = Three(), {"threshold": {"threshold": 0.01}, "given": {}}.get(selection, {"r": 4})
     config = SparseConfig(selection=selection, target_modules=["0", "1", "2"], **fields)
-    if config.selection_needs in ("gradient", "activation"):
+    if selection == "given":
+        supports = {f"{n}": Support.random(shape, 99, seed=n, name="") for n, shape in enumerate(SHAPES)}
+        config = select_support(base, SparseConfig(selection="given"), supports=supports)
+    elif config.selection_needs in ("gradient", "activation"):
         config = select_support(base, config, [torch.randn(8, 64)], loss_fn=lambda net, x: net(x).square().mean())
     model = get_peft_model(base, config)
     entries = sum(config.num_entries.values())

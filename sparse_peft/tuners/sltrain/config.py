@@ -117,7 +117,7 @@ class SLTrainConfig(SparseConfig):
             )
         if self.dropout:
             raise ValueError(f"dropout={self.dropout} with mode='pretrain': inputs cannot be left out of a part alone")
-        if self.criterion.needs != "none":
+        if self.criterion.needs not in ("none", "positions"):
             raise ValueError(
                 f"selection={self.selection!r} with mode='pretrain': it looks at weights or data that there are none "
                 "of yet; use 'random', or 'rigl', 'set', 'momentum' or 'accumulated_gradient' to change positions"

@@ -53,11 +53,11 @@ class SparseConfig(EntryConfig):
             of all layers together; needs a criterion with scores).
         selection: which entries train: ``"random"``, ``"magnitude"`` (largest), ``"magnitude_smallest"``,
             ``"threshold"``, ``"principal"``, ``"residual"``, ``"nonzero"`` (random among the entries that are not
-            zero), or, chosen from data by [`select_support`][sparse_peft.select_support] beforehand,
-            ``"gradient"``, ``"fisher"``, ``"gallop"``, ``"wanda"``, ``"movement"``. With ``"accumulated_gradient"``
-            (SpIEL-AG), ``"momentum"`` (SpIEL-MA), ``"set"`` or ``"rigl"`` they start at random and change during
-            training: add [`SparsityCallback`][sparse_peft.SparsityCallback] to the trainer, or drive a
-            [`SparsityController`][sparse_peft.SparsityController] in a loop of your own.
+            zero). [`select_support`][sparse_peft.select_support] chooses from data beforehand with ``"gradient"``,
+            ``"fisher"``, ``"gallop"``, ``"wanda"``, ``"movement"``, and takes positions of your own with ``"given"``.
+            With ``"accumulated_gradient"`` (SpIEL-AG), ``"momentum"`` (SpIEL-MA), ``"set"`` or ``"rigl"`` they start
+            at random and change during training: add [`SparsityCallback`][sparse_peft.SparsityCallback] to the
+            trainer, or drive a [`SparsityController`][sparse_peft.SparsityController] in a loop of your own.
         granularity: ``"entry"``: single entries train, or ``"block"``: whole blocks of the stored weight, chosen by
             the sums of their entries' scores. At densities of tens of percent the gradient of blocks is much cheaper.
         block_size: with blocks: their size, one number or ``[rows, cols]`` of the stored weight.
@@ -274,10 +274,10 @@ class SparseConfig(EntryConfig):
                 f"granularity='block' with selection={self.selection!r}: positions that change are single entries; "
                 "use a fixed selection for blocks, or granularity='entry'"
             )
-        if self.selection == "threshold":
+        if self.criterion.decides_count:
+            cure = "positions of whole blocks" if self.selection == "given" else "'magnitude_smallest' with a density"
             raise ValueError(
-                "granularity='block' with selection='threshold': a threshold is for single entries; "
-                "use selection='magnitude_smallest' with a density"
+                f"granularity='block' with selection={self.selection!r}: it is for single entries; use {cure} instead"
             )
 
     def _check_reselection(self, regrowth: Regrowth) -> None:
