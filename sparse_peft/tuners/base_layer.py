@@ -27,6 +27,7 @@ from .files.checks import BASE_ADAPTER
 from .four_bit import base_weight
 from .layer_parts import bias_of, weight_of
 from .ledger import READERS, Ledger, Merged, Weight, transition
+from .parallel import check_mergeable
 from .transitions import exclusive, exclusively
 
 STOCK_FORWARDS = {nn.Linear.forward, nn.Embedding.forward, Conv1D.forward, *(kind.forward for kind in CONVOLUTIONS)}
@@ -433,7 +434,10 @@ class TunerLayer(BaseTunerLayer, nn.Module, Generic[StateT]):
         Raises:
             ValueError: ``safe_merge`` found a value that is not finite, or the base's backend cannot be written.
             RuntimeError: something else wrote to the weight while other adapters were merged.
+            NotImplementedError: other processes hold parts of the weight.
         """
+        if self.quantization_backend is None:
+            check_mergeable(self.name, self.get_base_layer())
         new = tuple(name for name in check_adapters_to_merge(self, adapter_names) if name in self.deltas)
         if not new:
             return

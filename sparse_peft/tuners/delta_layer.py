@@ -32,6 +32,7 @@ from .contents import Contents
 from .delta import Delta
 from .layer_parts import weight_of
 from .ledger import Content, Held, Merged, Weight, Write, transition, write_all
+from .parallel import check_not_partitioned
 from .residency import note_holding
 from .sources import DeltaSource, DequantisedSource, LayerSource, OverlaySource, ResidentSource
 from .stacks import EntryStack, Stack
@@ -266,6 +267,7 @@ class SparseTunerLayer(TunerLayer[DeltaT]):
             return known[2]
         if known is not None and (own := known[0]()) is not None and own is not weight and not own.is_meta:
             return False  # another weight has its place for a while: torch.func.functional_call
+        check_not_partitioned(self.name, weight, type(self).__name__)
         self._writable = weakref.ref(weight), weight.data_ptr(), self._is_writable(weight)
         return self._writable[2]
 
@@ -372,6 +374,7 @@ class SparseTunerLayer(TunerLayer[DeltaT]):
         return self._product(x, ResidentSource(self, delta)) if trains else self.base_layer(x)
 
     def _overlay_forward(self, delta: ActiveDelta, x: Tensor) -> Tensor:
+        check_not_partitioned(self.name, self.base_parameter, type(self).__name__)
         log_once(f"layer {self.name}: the base weight cannot be written, its panels are copied in every pass")
         return self._product(x, OverlaySource(self, delta))
 

@@ -32,6 +32,7 @@ from .expert_watch import watch_experts
 from .expert_weights import ExpertWeight, expert_parameters, holds_experts, parametrised_experts
 from .experts import BARE_WEIGHTS, QUANTISED, bare_weights, check_target_parameters, is_named
 from .four_bit import base_weight
+from .parallel import check_not_partitioned, check_undivided
 from .traversal import configs_of
 
 Targets = dict[str, nn.Module]  # {layer name: module}
@@ -267,6 +268,7 @@ def check_target(
         TypeError: it has another method's adapters, is of no kind that the method trains, or is quantised in a way
             that PEFT has no backend for.
         ValueError: an embedding that changes its weight in each pass.
+        NotImplementedError: its weight is divided among processes.
     """
     base = base_of(module)
     weight = getattr(base, "weight", None)
@@ -275,6 +277,8 @@ def check_target(
             f"Target module {name} has adapters of another method already (it is a {type(module).__name__}), and a "
             f"layer takes those of one method only; unload() or merge_and_unload() them before {method} adapts it"
         )
+    if not isinstance(module, TunerLayer) and not isinstance(base, ExpertWeight):
+        check_undivided(name, base, method)
     if isinstance(base, nn.Embedding) and takes_embeddings:
         _check_embedding(name, base, model)
         return
@@ -323,6 +327,7 @@ def _check_embedding(name: str, base: nn.Embedding, model: nn.Module) -> None:
 
 def _check_experts(name: str, base: ExpertWeight) -> None:
     weight = base.weight
+    check_not_partitioned(name, weight, "an adapter")
     if isinstance(weight, DTensor):
         raise NotImplementedError(
             f"target_parameters: {name} is sharded over processes (FSDP2, tensor or expert parallelism), and adapters "
