@@ -23,7 +23,7 @@ def code_of(name):
 
 
 def test_there_are_notebooks():
-    assert NOTEBOOKS == ["first_fine_tune.ipynb"]
+    assert NOTEBOOKS == ["first_fine_tune.ipynb", "many_adapters.ipynb"]
 
 
 @pytest.mark.parametrize("name", NOTEBOOKS)
