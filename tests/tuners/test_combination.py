@@ -3,8 +3,10 @@
 import copy
 import warnings
 
+import peft
 import pytest
 import torch
+from packaging.version import Version
 from peft.utils import merge_utils
 from torch import nn
 
@@ -101,6 +103,8 @@ def test_pruned_combinations_against_dense_references(method, kind, sign):
 
 @pytest.mark.parametrize("kind", ["ties", "magnitude_prune", "dare_linear", "dare_ties"])
 def test_on_full_supports_it_is_what_peft_computes_of_dense_tensors(kind, monkeypatch):
+    if kind.startswith("dare") and Version(peft.__version__) < Version("0.19.1"):
+        pytest.skip("PEFT 0.18 does not scale what DARE keeps")
     # dropped at random: by a mask that is no matter of chance
     monkeypatch.setattr(torch, "bernoulli", lambda p: (torch.arange(p.numel()).view(p.shape) % 3 != 1).to(p))
     shape = (6, 7)

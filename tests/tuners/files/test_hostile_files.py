@@ -5,7 +5,7 @@ import json
 import re
 import shutil
 import struct
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
@@ -13,7 +13,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from peft import PeftModel, get_peft_model, inject_adapter_in_model
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load, load_file, save, save_file
 
 from sparse_peft.adapters import load_adapter
 from tests.helpers.methods import METHODS
@@ -287,15 +287,17 @@ def test_headers_that_announce_more_than_there_is(workbench, loader):
 
 # ---------------------------------------------------------------------- weights: the tensors
 
-DTYPES = [torch.float32, torch.float16, torch.float8_e4m3fn, torch.int64, torch.int32, torch.uint16, torch.bool,
-          torch.complex64]  # fmt: skip
+DTYPES = [torch.float32, torch.float16, torch.float8_e4m3fn, torch.int64, torch.int32, torch.uint16, torch.bool]
+with suppress(KeyError):  # safetensors before 0.7
+    save({"x": torch.zeros(1, dtype=torch.complex64)})
+    DTYPES.append(torch.complex64)
 
 
 @pytest.mark.parametrize("loader", LOADERS)
 @pytest.mark.parametrize("method", METHODS)
 def test_tensors_with_anything_in_them(workbench, method, loader):
     folder = workbench(method)
-    honest = load_file(folder / WEIGHTS)
+    honest = load((folder / WEIGHTS).read_bytes())  # no views of the file, which is written over
     shapes = st.sampled_from(["same", "shorter", "longer", "empty", "2-D", "0-D"])
 
     def tensor_of(old, dtype, shape, seed):
