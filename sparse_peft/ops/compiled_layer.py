@@ -44,21 +44,20 @@ class _Linear(torch.autograd.Function):
         weight: Tensor,
         positions: Tensor,
         originals: Tensor,
-        row_ptr: Tensor | None,
-        cols: Tensor | None,
         dim: int,
         in_dim: int,
         key: int,
+        *stored: Tensor,
     ) -> Tensor:
         kept = x.index_select(-1, positions) if dim == in_dim else x
-        ctx.save_for_backward(kept, values, weight, positions, originals, row_ptr, cols)
+        ctx.save_for_backward(kept, values, weight, positions, originals, *stored)
         ctx.dim, ctx.in_dim, ctx.key = dim, in_dim, key
         effective = _effective(weight, values, positions, originals, dim).to(x.dtype)
         return F.linear(x, effective if in_dim == 1 else effective.t(), bias)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        kept, values, weight, positions, originals, row_ptr, cols = ctx.saved_tensors
+        kept, values, weight, positions, originals, *stored = ctx.saved_tensors
         grad_x = grad_values = grad_bias = None
         if ctx.needs_input_grad[0]:
             effective = _effective(weight, values, positions, originals, ctx.dim).to(grad.dtype)
@@ -69,14 +68,14 @@ class _Linear(torch.autograd.Function):
             if ctx.in_dim == 0:
                 left, right = right, left
             if ctx.dim == ENTRIES:
-                grad_values = support_grad(left, right, row_ptr, cols, positions, *weight.shape, ctx.key)
+                grad_values = support_grad(left, right, stored, *weight.shape, ctx.key)
             else:
                 dtype = accumulation_dtype(left.dtype)
                 grad_values = (left.t().to(dtype) @ right.to(dtype)).reshape(-1)
             grad_values = grad_values.to(values.dtype)
         if ctx.needs_input_grad[2]:
             grad_bias = flatten_tokens(grad).sum(0)
-        return grad_x, grad_values, grad_bias, *(None,) * 8
+        return grad_x, grad_values, grad_bias, *(None,) * (6 + len(stored))
 
 
 class _Conv(torch.autograd.Function):
@@ -121,7 +120,6 @@ def functional_layer(
     weight: Tensor,
     originals: Tensor,
     support: Support,
-    csr: tuple[Tensor, Tensor] | None,
     product: LayerProduct,
     key: int,
 ) -> Tensor:
@@ -136,19 +134,17 @@ def functional_layer(
         weight: the base weight.
         originals: ``(entries,)`` entries of the base model at the support.
         support: of the values.
-        csr: row pointers and columns of the support, computed beforehand; None for whole channels.
         product: of the layer.
         key: of the layer, for observers.
     """
     if isinstance(support, ChannelSupport):
-        positions, dim = support.channels, support.dim
+        positions, dim, stored = support.channels, support.dim, tuple[Tensor, ...]()
     else:
-        positions, dim = support.indices, ENTRIES
+        positions, dim, stored = support.indices, ENTRIES, support.stored
     if isinstance(product, ConvProduct):
         out = _Conv.apply(product.enter(x), values, bias, weight, positions, originals, dim, product)
         return product.leave(out, x)
-    row_ptr, cols = csr or (None, None)
-    return _Linear.apply(x, values, bias, weight, positions, originals, row_ptr, cols, dim, product.in_dim, key)
+    return _Linear.apply(x, values, bias, weight, positions, originals, dim, product.in_dim, key, *stored)
 
 
 class _Embedding(torch.autograd.Function):
@@ -159,24 +155,22 @@ class _Embedding(torch.autograd.Function):
         values: Tensor,
         weight: Tensor,
         originals: Tensor,
-        positions: Tensor,
-        row_ptr: Tensor,
-        cols: Tensor,
         product: EmbeddingProduct,
         key: int,
+        *stored: Tensor,
     ) -> Tensor:
-        ctx.save_for_backward(ids, row_ptr, cols, positions)
+        ctx.save_for_backward(ids, *stored)
         ctx.product, ctx.key, ctx.dtype = product, key, values.dtype
-        return embedding_rows(ids, weight, effective_entries(originals, values), row_ptr, cols)
+        return embedding_rows(ids, weight, effective_entries(originals, values), stored)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        ids, row_ptr, cols, positions = ctx.saved_tensors
+        ids, *stored = ctx.saved_tensors
         product, grad_values = ctx.product, None
         if ctx.needs_input_grad[1]:
             how = product.rows, product.padding, product.by_frequency
-            grad_values = embedding_grad(ids, grad, row_ptr, cols, positions, *how, ctx.key).to(ctx.dtype)
-        return None, grad_values, *(None,) * 7
+            grad_values = embedding_grad(ids, grad, stored, *how, ctx.key).to(ctx.dtype)
+        return None, grad_values, *(None,) * (4 + len(stored))
 
 
 def functional_embedding(
@@ -184,9 +178,7 @@ def functional_embedding(
     values: Tensor,
     weight: Tensor,
     originals: Tensor,
-    positions: Tensor,
-    row_ptr: Tensor,
-    cols: Tensor,
+    support: Support,
     product: EmbeddingProduct,
     key: int,
 ) -> Tensor:
@@ -197,9 +189,8 @@ def functional_embedding(
         values: ``(entries,)`` trained delta, differentiable.
         weight: the base weight, which may hold the entries already.
         originals: ``(entries,)`` entries of the base model at the support.
-        positions: ``(entries,)`` of the support.
-        row_ptr, cols: of the support.
+        support: of the values.
         product: of the layer.
         key: of the layer, for observers.
     """
-    return _Embedding.apply(ids, values, weight, originals, positions, row_ptr, cols, product, key)
+    return _Embedding.apply(ids, values, weight, originals, product, key, *support.stored)

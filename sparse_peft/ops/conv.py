@@ -214,7 +214,7 @@ class ConvProduct:
                 inputs = x[:, start // a_group * channels : stop // a_group * channels]
                 part = replace(self, groups=(stop - start) // a_group)
             panel = part.dense_grad(grad[:, start:stop], inputs).reshape(-1)
-            values[first:last] = panel.index_select(0, support.indices[first:last] - start * cols)
+            values[first:last] = panel.index_select(0, support.part(start, stop, first, last).indices)
         return values
 
     def _unfolded(self, grad: Tensor, x: Tensor) -> Iterator[tuple[Tensor, Tensor]]:

@@ -83,20 +83,21 @@ class EmbeddingProduct:
         return F.embedding(x, matrix.t())
 
 
-def set_row_entries_(rows: Tensor, ids: Tensor, entries: Tensor, row_ptr: Tensor, cols: Tensor) -> None:
+def set_row_entries_(rows: Tensor, ids: Tensor, entries: Tensor, support: Support) -> None:
     """Overwrite the entries of a sparse matrix in rows that were looked up; in place.
 
     Args:
         rows: ``(tokens, cols)``, contiguous.
         ids: ``(tokens,)`` int64, the rows' numbers in the matrix.
         entries: ``(entries,)`` of the matrix, in the dtype of ``rows``.
-        row_ptr, cols: of the matrix.
+        support: of the matrix.
     """
+    row_ptr = support.row_ptr
     lengths = row_ptr.index_select(0, ids + 1) - row_ptr.index_select(0, ids)
     longest = int(lengths.max()) if lengths.numel() else 0
     for start, stop in panels(ids.numel(), max(1, longest) * 4 * torch.int64.itemsize):
         found, place = entries_of_rows(row_ptr, ids[start:stop])
-        at = place * rows.shape[1] + cols.index_select(0, found)
+        at = place * rows.shape[1] + support.cols_of(found)
         rows[start:stop].view(-1).scatter_(0, at, entries.index_select(0, found))
 
 
@@ -108,7 +109,7 @@ class _Delta(torch.autograd.Function):
         ctx.save_for_backward(ids)
         ctx.support, ctx.product, ctx.key, ctx.dtype = support, product, key, values.dtype
         rows = values.new_zeros(ids.numel(), support.shape[1])
-        set_row_entries_(rows, ids.reshape(-1).long(), values, support.row_ptr, support.cols)
+        set_row_entries_(rows, ids.reshape(-1).long(), values, support)
         return rows.view(*ids.shape, support.shape[1])
 
     @staticmethod

@@ -10,7 +10,7 @@ matrix ``(out, everything else)``.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -20,7 +20,7 @@ from torch.autograd.graph import increment_version
 from ..numerics.panels import panels
 from ..support import ChannelSupport, Support
 from . import cuda_kernels, triton_kernels
-from .backends import forced_backend, kernel_backend
+from .backends import forced_backend, kernel_backend, kernels_possible
 
 # ---------------------------------------------------------------------------------------------------- flat positions
 
@@ -35,15 +35,19 @@ def read_entries(weight: Tensor, indices: Tensor, out: Tensor | None = None) -> 
 
 def write_entries_(weight: Tensor, indices: Tensor, entries: Tensor) -> None:
     """Overwrite the weight's entries at flat row-major ``indices``, in place; all others keep their bits."""
+    bounds = panels(indices.numel(), torch.int64.itemsize)
+    _write_pieces_(weight, ((start, stop, indices[start:stop].long()) for start, stop in bounds), entries)
+
+
+def _write_pieces_(weight: Tensor, pieces: Iterable[tuple[int, int, Tensor]], entries: Tensor) -> None:
+    """Overwrite entries whose positions come in pieces of at most a panel: ``(first, last, int64 positions)``."""
     weight, entries = weight.detach(), entries.detach()
-    # index_copy_, on a CPU in bfloat16 three times as fast as scatter_, takes int64 positions; they are converted in
-    # pieces of at most a panel
-    for start, stop in panels(indices.numel(), torch.int64.itemsize):
-        piece = indices[start:stop].long()
+    for first, last, piece in pieces:
+        # on a CPU in bfloat16 three times as fast as scatter_; it takes int64 positions only
         if weight.is_contiguous():
-            weight.view(-1).index_copy_(0, piece, entries[start:stop])
+            weight.view(-1).index_copy_(0, piece, entries[first:last])
         else:
-            weight[torch.unravel_index(piece, weight.shape)] = entries[start:stop]
+            weight[torch.unravel_index(piece, weight.shape)] = entries[first:last]
 
 
 def effective_entries(originals: Tensor, values: Tensor) -> Tensor:
@@ -245,7 +249,14 @@ def read_support(weight: Tensor, support: Support) -> Tensor:
     """The weight's entries at the support, as a new tensor ``(entries,)`` of the weight's dtype."""
     if isinstance(support, ChannelSupport):
         return _read_channels(weight, support)
-    return read_entries(weight, support.indices)
+    return _read_entries_of(weight, support)
+
+
+def _read_entries_of(weight: Tensor, support: Support) -> Tensor:
+    if kernels_possible(weight.device):
+        return read_entries(weight, support.indices)
+    found = [read_entries(weight, piece) for _, _, piece in support.flat_pieces()]
+    return found[0] if len(found) == 1 else torch.cat(found)
 
 
 def write_support_(weight: Tensor, support: Support, entries: Tensor) -> None:
@@ -253,7 +264,7 @@ def write_support_(weight: Tensor, support: Support, entries: Tensor) -> None:
     if isinstance(support, ChannelSupport):
         _write_channels_(weight, support, entries)
     else:
-        write_entries_(weight, support.indices, entries)
+        _write_pieces_(weight, support.flat_pieces(), entries)
 
 
 def add_to_support_(weight: Tensor, support: Support, values: Tensor) -> None:
@@ -261,7 +272,17 @@ def add_to_support_(weight: Tensor, support: Support, values: Tensor) -> None:
     if isinstance(support, ChannelSupport):
         _write_channels_(weight, support, effective_entries(_read_channels(weight.detach(), support), values.detach()))
     else:
+        _scatter_add_to_(weight, support, values)
+
+
+def _scatter_add_to_(weight: Tensor, support: Support, values: Tensor) -> None:
+    if kernels_possible(weight.device):
         scatter_add_(weight, support.indices, values)
+        return
+    values = values.detach()
+    for first, last, piece in support.flat_pieces():
+        entries = effective_entries(read_entries(weight.detach(), piece), values[first:last])
+        _write_pieces_(weight, [(0, last - first, piece)], entries)
 
 
 @torch.no_grad()
@@ -271,6 +292,8 @@ def read_supports(weights: Sequence[Tensor], supports: Sequence[Support]) -> lis
     for weight, support in zip(weights, supports, strict=True):
         if isinstance(support, ChannelSupport):
             found.append(_read_channels(weight.detach(), support))
+        elif not kernels_possible(weight.device):
+            found.append(_read_entries_of(weight.detach(), support))
         else:
             found.append(weight.new_empty(support.nnz))
             reads.append(_Write("take", weight, support.indices, found[-1]))
@@ -294,6 +317,8 @@ def resync_supports_(
     for weight, support, own, value in zip(weights, supports, originals, values, strict=True):
         if isinstance(support, ChannelSupport):
             _write_channels_(weight, support, effective_entries(own, value))
+        elif not kernels_possible(weight.device):
+            _write_pieces_(weight, support.flat_pieces(), effective_entries(own, value.detach()))
         else:
             writes.append(_Write("resync", weight, support.indices, own, value.detach()))
     _write_many(writes)
@@ -306,6 +331,8 @@ def restore_supports_(weights: Sequence[Tensor], supports: Sequence[Support], or
     for weight, support, own in zip(weights, supports, originals, strict=True):
         if isinstance(support, ChannelSupport):
             _write_channels_(weight, support, own)
+        elif not kernels_possible(weight.device):
+            _write_pieces_(weight, support.flat_pieces(), own)
         else:
             writes.append(_Write("restore", weight, support.indices, own))
     _write_many(writes)

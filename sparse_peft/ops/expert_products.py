@@ -234,14 +234,13 @@ def expert_parts(support: Support, experts: int) -> list[tuple[Support, int, int
 
 
 def _divide(support: Support, experts: int) -> list[tuple[Support, int, int]]:
-    rows, cols = support.shape[0] // experts, support.shape[1]
+    rows = support.shape[0] // experts
     if type(support) is not Support:
         return [support.of_rows(number * rows, (number + 1) * rows) for number in range(experts)]
     ranges = support.entry_ranges([(number * rows, (number + 1) * rows) for number in range(experts)])
     found = []
     for number, (first, last) in enumerate(ranges):
-        flat = support.indices[first:last] - number * rows * cols
-        found.append((Support((rows, cols), flat, validate=False, name=support.name), first, last))
+        found.append((support.part(number * rows, (number + 1) * rows, first, last), first, last))
     return found
 
 

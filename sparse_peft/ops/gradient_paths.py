@@ -84,7 +84,8 @@ def _by_panels(left: Tensor, right: Tensor, layout: Layout) -> Tensor:
     for (start, stop), (first, last) in zip(bounds, support.entry_ranges(bounds), strict=True):
         if first < last:
             panel = transposed_product(left[:, start:stop], right)
-            values[first:last] = panel.reshape(-1).index_select(0, support.indices[first:last] - start * cols)
+            within = support.part(start, stop, first, last).indices
+            values[first:last] = panel.reshape(-1).index_select(0, within)
     return values
 
 

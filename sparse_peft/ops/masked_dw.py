@@ -51,10 +51,8 @@ def _by_panels(left: Factor, right: Tensor, support: Support, limit: int) -> tup
     panels = gradient_panels([(left, right)], (rows, cols), PANEL_BYTES_PER_WEIGHT * dtype.itemsize // 4)
     for start, stop, panel in panels:
         flat = panel.reshape(-1)
-        first, last = torch.searchsorted(
-            support.indices, support.indices.new_tensor([start * cols, stop * cols])
-        ).tolist()
-        local = support.indices[first:last] - start * cols
+        part, first, last = support.of_rows(start, stop)
+        local = part.indices
         values[first:last] = flat[local]
         scores = flat.abs()
         scores[local] = -1  # below all others

@@ -79,7 +79,7 @@ def nuclear_norm(entries: Tensor, support: Support) -> tuple[Tensor, Tensor]:
 
     def each_panel() -> Iterator[tuple[Tensor, Tensor, int, int]]:
         for (start, stop), (first, last) in zip(bounds, support.entry_ranges(bounds), strict=True):
-            at = support.indices[first:last].long() - start * cols
+            at = support.part(start, stop, first, last).indices.long()
             panel = entries.new_zeros((stop - start) * cols).scatter_(0, at, values[first:last])
             yield panel.view(-1, cols), at, first, last
 

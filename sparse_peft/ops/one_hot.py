@@ -86,7 +86,7 @@ def row_grad(left: OneHot, right: Tensor, support: Support) -> Tensor:
     trains = (left.ids >= 0) & (row_ptr[ids + 1] > row_ptr[ids])
     for found, sums in _row_sums(left, right, trains.nonzero().squeeze(1)):
         entries, place = entries_of_rows(row_ptr, found)
-        at = place * cols + support.cols.index_select(0, entries)
+        at = place * cols + support.cols_of(entries)
         values.index_add_(0, entries, sums.view(-1).index_select(0, at))
     return values
 
@@ -114,7 +114,7 @@ class FoundRows:
             rows, place = rows[1:], place - 1
         entries, at = entries_of_rows(support.row_ptr, rows)
         shape = rows.numel(), support.shape[1]
-        inner = Support(shape, at * shape[1] + support.cols.index_select(0, entries), validate=False)
+        inner = Support(shape, at * shape[1] + support.cols_of(entries), validate=False)
         return cls(OneHot(place, rows.numel()), inner, rows, entries)
 
     def positions_in_whole(self, positions: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ visible to the compiler. The ops need no autocast rules: they run below autograd
 from __future__ import annotations
 
 import weakref
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -31,58 +32,57 @@ _supports: weakref.WeakValueDictionary[int, Support] = weakref.WeakValueDictiona
 
 def remember(support: Support) -> None:
     """Let compiled graphs find a support by its tensors while it is alive."""
-    _supports[support.indices.data_ptr()] = support
+    if support.device.type != "cpu":
+        _ = support.indices  # kept there; a graph, which asks for them, keeps nothing
+    _supports[support.stored[-1].data_ptr()] = support
 
 
-def _recall(shape: tuple[int, int], indices: Tensor, row_ptr: Tensor, cols: Tensor) -> Support:
-    support = _supports.get(indices.data_ptr())
-    if support is not None and support.shape == shape and support.nnz == indices.numel():
+def _recall(shape: tuple[int, int], stored: Sequence[Tensor]) -> Support:
+    support = _supports.get(stored[-1].data_ptr())
+    if support is not None and support.shape == shape and support.nnz == stored[-1].numel():
         return support
-    return Support.from_csr(shape, indices, row_ptr, cols)
+    return Support.of_stored(shape, stored)
 
 
 @torch.library.custom_op("sparse_peft::support_grad", mutates_args=())
-def support_grad(
-    left: Tensor, right: Tensor, row_ptr: Tensor, cols: Tensor, indices: Tensor, rows: int, columns: int, key: int
-) -> Tensor:
+def support_grad(left: Tensor, right: Tensor, stored: Sequence[Tensor], rows: int, columns: int, key: int) -> Tensor:
     """``support_grad``, passed through the observer under ``key``."""
-    return observed_support_grad(left, right, _recall((rows, columns), indices, row_ptr, cols), key)
+    return observed_support_grad(left, right, _recall((rows, columns), stored), key)
 
 
 @support_grad.register_fake
-def _(
-    left: Tensor, right: Tensor, row_ptr: Tensor, cols: Tensor, indices: Tensor, rows: int, columns: int, key: int
-) -> Tensor:
-    return left.new_empty(indices.shape, dtype=accumulation_dtype(left.dtype))
+def _(left: Tensor, right: Tensor, stored: Sequence[Tensor], rows: int, columns: int, key: int) -> Tensor:
+    return left.new_empty(stored[-1].shape, dtype=accumulation_dtype(left.dtype))
 
 
 @torch.library.custom_op("sparse_peft::masked_dw", mutates_args=())
 def masked_dw(
-    left: Tensor, right: Tensor, row_ptr: Tensor, cols: Tensor, indices: Tensor, rows: int, columns: int, limit: int
+    left: Tensor, right: Tensor, stored: Sequence[Tensor], rows: int, columns: int, limit: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The op ``masked_dw``, registered with torch."""
-    return _masked_dw(left, right, _recall((rows, columns), indices, row_ptr, cols), limit)
+    return _masked_dw(left, right, _recall((rows, columns), stored), limit)
 
 
 @masked_dw.register_fake
 def _(
-    left: Tensor, right: Tensor, row_ptr: Tensor, cols: Tensor, indices: Tensor, rows: int, columns: int, limit: int
+    left: Tensor, right: Tensor, stored: Sequence[Tensor], rows: int, columns: int, limit: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     dtype = accumulation_dtype(left.dtype)
-    gradients = [left.new_empty(count, dtype=dtype) for count in (indices.shape[0], limit)]
+    gradients = [left.new_empty(count, dtype=dtype) for count in (stored[-1].shape[0], limit)]
     return gradients[0], left.new_empty(limit, dtype=torch.int64), gradients[1]
 
 
 @torch.library.custom_op("sparse_peft::embedding_rows", mutates_args=())
-def embedding_rows(ids: Tensor, weight: Tensor, entries: Tensor, row_ptr: Tensor, cols: Tensor) -> Tensor:
+def embedding_rows(ids: Tensor, weight: Tensor, entries: Tensor, stored: Sequence[Tensor]) -> Tensor:
     """Rows of a weight, looked up by ids, with the entries of a support set in them."""
     rows = torch.nn.functional.embedding(ids, weight)
-    set_row_entries_(rows.view(-1, weight.shape[1]), ids.reshape(-1).long(), entries, row_ptr, cols)
+    support = _recall((weight.shape[0], weight.shape[1]), stored)
+    set_row_entries_(rows.view(-1, weight.shape[1]), ids.reshape(-1).long(), entries, support)
     return rows
 
 
 @embedding_rows.register_fake
-def _(ids: Tensor, weight: Tensor, entries: Tensor, row_ptr: Tensor, cols: Tensor) -> Tensor:
+def _(ids: Tensor, weight: Tensor, entries: Tensor, stored: Sequence[Tensor]) -> Tensor:
     return weight.new_empty(*ids.shape, weight.shape[1])
 
 
@@ -90,16 +90,14 @@ def _(ids: Tensor, weight: Tensor, entries: Tensor, row_ptr: Tensor, cols: Tenso
 def embedding_grad(
     ids: Tensor,
     grad: Tensor,
-    row_ptr: Tensor,
-    cols: Tensor,
-    indices: Tensor,
+    stored: Sequence[Tensor],
     rows: int,
     padding: int,
     by_frequency: bool,
     key: int,
 ) -> Tensor:
     """The gradient of an embedding's weight at a support, passed through the observer under ``key``."""
-    support = _recall((rows, grad.shape[-1]), indices, row_ptr, cols)
+    support = _recall((rows, grad.shape[-1]), stored)
     return EmbeddingProduct(rows, padding, by_frequency).support_grad(grad, ids, support, key)
 
 
@@ -107,15 +105,13 @@ def embedding_grad(
 def _(
     ids: Tensor,
     grad: Tensor,
-    row_ptr: Tensor,
-    cols: Tensor,
-    indices: Tensor,
+    stored: Sequence[Tensor],
     rows: int,
     padding: int,
     by_frequency: bool,
     key: int,
 ) -> Tensor:
-    return grad.new_empty(indices.shape, dtype=accumulation_dtype(grad.dtype))
+    return grad.new_empty(stored[-1].shape, dtype=accumulation_dtype(grad.dtype))
 
 
 delta_matmul_add_ = torch.library.custom_op("sparse_peft::delta_matmul_add_", _delta_matmul_add_, mutates_args={"out"})

@@ -32,7 +32,7 @@ from .regrowth import (
     random_inactive,
 )
 from .schedules import DECAYS, BudgetSchedule, ReselectionSchedule, steps_of
-from .support import Support, check_indices, index_dtype
+from .support import Support, check_indices, check_stored, compact_layout, index_dtype, layout_bytes
 from .topk_outer import topk_outer
 
 __all__ = [
@@ -64,12 +64,15 @@ __all__ = [
     "best_blocks",
     "block_scores",
     "check_indices",
+    "check_stored",
+    "compact_layout",
     "divide",
     "exchange",
     "exchange_for",
     "expand_blocks",
     "get_criterion",
     "index_dtype",
+    "layout_bytes",
     "layout_of",
     "matches_layer",
     "principal_factors",

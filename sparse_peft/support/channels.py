@@ -97,9 +97,9 @@ class ChannelSupport(Support):
             return channels
         return (channels[:, None] * self.width + torch.arange(self.width, device=self.device)).reshape(-1)
 
-    @cached_property
+    @property
     def indices(self) -> Tensor:
-        """``(entries,)`` flat positions, computed at first use."""
+        """``(entries,)`` flat positions, computed whenever they are asked for."""
         rows, cols = self.shape
         if self.dim == 0:
             flat = self.lines[:, None] * cols + torch.arange(cols, device=self.device)
@@ -227,9 +227,9 @@ class ExpertColumns(Support):
     def device(self) -> torch.device:
         return self.channels.device
 
-    @cached_property
+    @property
     def indices(self) -> Tensor:
-        """``(entries,)`` flat positions, computed at first use."""
+        """``(entries,)`` flat positions, computed whenever they are asked for."""
         channels, cols = self.channels.long(), self.shape[1]
         rows = torch.div(channels, cols, rounding_mode="floor") * self.height
         rows = rows + torch.arange(self.height, device=self.device)[:, None]

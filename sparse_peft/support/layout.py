@@ -76,22 +76,22 @@ class Layout:
         row = torch.searchsorted(used_rows, support.rows.long())
         col = torch.searchsorted(used_cols, support.cols.long())
         shape = (used_rows.numel(), used_cols.numel())
-        self.inner = Support(shape, row * shape[1] + col, validate=False, name=support.name)
+        self.inner = Support(shape, row * shape[1] + col, validate=False, name=support.name).compact()
 
     @cached_property
     def groups(self) -> tuple[RowGroup, ...]:
         """The inner support as row groups; empty if the groups are too small for dense products."""
         inner = self.inner
-        counts = inner.row_ptr.diff()
+        counts, rows, cols = inner.row_ptr.diff(), inner.rows.long(), inner.cols
         if inner.nnz == 0 or int((counts > 0).sum()) < MIN_GROUP_HEIGHT:
             return ()
         # a row belongs to the group of the row above if it has as many entries, in the same columns
         same = torch.zeros_like(counts, dtype=torch.bool)
         same[1:] = counts[1:] == counts[:-1]
-        per_entry = counts[inner.rows.long()]
+        per_entry = counts[rows]
         above = (torch.arange(inner.nnz, device=inner.device) - per_entry).clamp_(min=0)
-        differs = (inner.cols != inner.cols[above]) & same[inner.rows.long()]
-        same[inner.rows[differs].long()] = False
+        differs = (cols != cols[above]) & same[rows]
+        same[rows[differs]] = False
         starts = (~same).nonzero().squeeze(1)
         filled = int((counts[starts] > 0).sum())
         if filled * MIN_GROUP_HEIGHT > int((counts > 0).sum()):
@@ -99,7 +99,7 @@ class Layout:
         bounds = [*starts.tolist(), inner.shape[0]]
         offsets = inner.row_ptr[torch.tensor(bounds, device=inner.device)].tolist()
         return tuple(
-            RowGroup(start, stop, first, last, self._columns(first, (last - first) // (stop - start)))
+            RowGroup(start, stop, first, last, self._columns(cols, first, (last - first) // (stop - start)))
             for start, stop, first, last in zip(bounds[:-1], bounds[1:], offsets[:-1], offsets[1:], strict=True)
             if first < last
         )
@@ -119,8 +119,8 @@ class Layout:
             self._work = build(self.groups, self.inner.device)
         return self._work
 
-    def _columns(self, first: int, count: int) -> Tensor | None:
-        return None if count == self.inner.shape[1] else self.inner.cols[first : first + count].long()
+    def _columns(self, cols: Tensor, first: int, count: int) -> Tensor | None:
+        return None if count == self.inner.shape[1] else cols[first : first + count].long()
 
 
 def layout_of(support: Support) -> Layout:

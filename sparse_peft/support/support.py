@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cached_property
 from math import prod
 from typing import Any
@@ -13,11 +13,14 @@ from torch import Tensor
 
 from ..constraints import Count, validated
 from ..numerics.errors import layer_prefix
+from ..numerics.panels import panel_bytes, panels
 from ..numerics.rng import sample_without_replacement
 from ..numerics.sorted import among
 from ..numerics.topk import topk_indices
 
 INT32_LIMIT = 2**31
+UINT16_LIMIT = 2**16
+COORDINATE_BYTES = 2 * torch.int64.itemsize  # of a row and a column, from which a flat position is computed
 
 
 def index_dtype(shape: Sequence[int]) -> torch.dtype:
@@ -31,6 +34,29 @@ def index_dtype(shape: Sequence[int]) -> torch.dtype:
         (torch.int32, torch.int64)
     """
     return torch.int32 if prod(shape) < INT32_LIMIT else torch.int64
+
+
+def compact_layout(shape: Sequence[int], entries: int) -> tuple[tuple[int, torch.dtype], ...]:
+    """The least memory that holds positions.
+
+    Args:
+        shape: ``(rows, cols)`` of the weight.
+        entries: number of positions.
+
+    Returns:
+        ``(length, dtype)`` of the flat positions, or of the row pointers and of the columns, two bytes each where
+        they can.
+    """
+    rows, cols = shape
+    pointers = rows + 1, torch.int32 if entries < INT32_LIMIT else torch.int64
+    columns = entries, torch.uint16 if cols <= UINT16_LIMIT else torch.int32
+    flat = entries, index_dtype(shape)
+    return min(((flat,), (pointers, columns)), key=layout_bytes)
+
+
+def layout_bytes(layout: Iterable[tuple[int, torch.dtype]]) -> int:
+    """Bytes of tensors of these lengths and dtypes."""
+    return sum(length * dtype.itemsize for length, dtype in layout)
 
 
 def _check_shape(shape: Sequence[int], name: str) -> tuple[int, int]:
@@ -119,6 +145,28 @@ def check_sorted(indices: Tensor, size: int, what: str, extent: str, name: str =
         )
 
 
+def check_stored(shape: tuple[int, int], stored: tuple[Tensor, Tensor], name: str = "") -> None:
+    """Check row pointers and columns against their weight.
+
+    Args:
+        shape: ``(rows, cols)`` of the weight as stored.
+        stored: ``(rows + 1,)`` row pointers and ``(entries,)`` columns.
+        name: the layer's name.
+
+    Raises:
+        ValueError: pointers or columns that are out of range, not sorted or repeated.
+    """
+    pointers, cols = stored[0], stored[1].to(torch.int32)
+    counts = pointers.diff()
+    if int(pointers[0]) != 0 or int(pointers[-1]) != cols.numel() or bool((counts < 0).any()):
+        raise ValueError(
+            f"{layer_prefix(name)}row pointers do not lead from 0 to {cols.numel()} entries; they were made for "
+            "another weight, or the state that they come from is damaged"
+        )
+    _check_range(cols, shape[1], "columns", f"a {shape[0]} x {shape[1]} weight", name)
+    check_indices(Support.of_stored(shape, stored).indices, shape, name)
+
+
 class Support:
     """Positions of the trained entries of one weight matrix as it is stored.
 
@@ -147,23 +195,31 @@ class Support:
         [1, 2]
     """
 
+    shape: tuple[int, int]
+    name: str
+    # flat positions, or row pointers and columns
+    _flat: Tensor | None = None
+    _row_ptr: Tensor | None = None
+    _cols: Tensor | None = None
+
     def __init__(self, shape: tuple[int, int], indices: Tensor, *, validate: bool = True, name: str = ""):
         self.shape = shape
         if validate:
             self.shape = _check_shape(shape, name)
             check_indices(indices, self.shape, name)
-        self._indices = indices.to(index_dtype(self.shape))
         self.name = name
+        self._flat = indices.to(index_dtype(self.shape))
 
     @property
     def indices(self) -> Tensor:
-        """``(entries,)`` flat positions, ascending."""
-        return self._indices
+        """``(entries,)`` flat positions, ascending; computed where rows and columns are kept, see ``compact``."""
+        flat = self._flat
+        return flat if flat is not None else self._computed("indices", self._narrow_flat)
 
     @property
     def nnz(self) -> int:
         """Number of entries."""
-        return self.indices.numel()
+        return self._stored.numel()
 
     @property
     def density(self) -> float:
@@ -173,24 +229,125 @@ class Support:
     @property
     def device(self) -> torch.device:
         """Device of the positions."""
-        return self.indices.device
+        return self._stored.device
 
-    @cached_property
+    @property
     def row_ptr(self) -> Tensor:
         """``(rows + 1,)`` CSR row pointers: entries ``row_ptr[i]`` to ``row_ptr[i + 1]`` lie in row ``i``."""
-        rows, cols = self.shape
-        starts = torch.arange(rows + 1, dtype=torch.int64, device=self.device).mul_(cols).to(self.indices.dtype)
-        return torch.searchsorted(self.indices, starts, out_int32=self.nnz < INT32_LIMIT)
+        return self._row_ptr if self._row_ptr is not None else self._computed("row_ptr", self._pointers)
 
-    @cached_property
+    @property
     def cols(self) -> Tensor:
         """``(entries,)`` int32 column of each entry."""
-        return (self.indices % self.shape[1]).to(torch.int32)
+        cols = self._cols
+        return cols if cols is not None and cols.dtype == torch.int32 else self._computed("cols", self._wide_cols)
 
-    @cached_property
+    def cols_of(self, entries: Tensor) -> Tensor:
+        """``(chosen,)`` int64 columns of some entries, given by their numbers ``(chosen,)``."""
+        if self._cols is None:
+            return self.indices.index_select(0, entries).long() % self.shape[1]
+        if self._cols.dtype != torch.uint16:
+            return self._cols.index_select(0, entries).long()
+        # torch selects no unsigned numbers, but their bits
+        return self._cols.view(torch.int16).index_select(0, entries).view(torch.uint16).long()
+
+    @property
     def rows(self) -> Tensor:
         """``(entries,)`` int32 row of each entry."""
+        if self._cols is not None:
+            return self._coordinates(out_int32=True)[0]
         return torch.div(self.indices, self.shape[1], rounding_mode="floor").to(torch.int32)
+
+    # ------------------------------------------------------------------ how positions are stored
+
+    @property
+    def stored(self) -> tuple[Tensor, ...]:
+        """The positions as they are kept: ``(indices,)``, or ``(row_ptr, cols)``; ``of_stored`` takes them."""
+        return (self.indices,) if self._cols is None else (self.row_ptr, self._cols)
+
+    @property
+    def _stored(self) -> Tensor:
+        """A tensor that has a number for each entry."""
+        stored = self._flat if self._cols is None else self._cols
+        assert stored is not None
+        return stored
+
+    @classmethod
+    def of_stored(cls, shape: tuple[int, int], stored: Sequence[Tensor], name: str = "") -> Support:
+        """The support of what ``stored`` returns; nothing is checked or copied.
+
+        Args:
+            shape: ``(rows, cols)`` of the stored weight.
+            stored: ``(indices,)``, or ``(row_ptr, cols)``: int32 or int64, and uint16 or int32.
+            name: the layer's name.
+        """
+        support = cls.__new__(Support)
+        support.shape, support.name = shape, name
+        if len(stored) == 1:
+            support._flat = stored[0]
+        else:
+            support._row_ptr, support._cols = stored
+        return support
+
+    def compact(self) -> Support:
+        """The same positions in the least memory: two bytes an entry and four a row, or flat where that is less.
+
+        Flat positions are then computed whenever they are asked for, and kept on a GPU only, whose kernels address
+        weights by them.
+        """
+        layout = compact_layout(self.shape, self.nnz)
+        if [tensor.dtype for tensor in self.stored] == [dtype for _, dtype in layout]:
+            return self
+        if len(layout) == 1:
+            return Support.of_stored(self.shape, (self.indices,), self.name)
+        found = self.row_ptr.to(layout[0][1]), self.cols.to(layout[1][1])
+        return Support.of_stored(self.shape, found, self.name)
+
+    def _computed(self, name: str, compute: Callable[[], Tensor]) -> Tensor:
+        """What is computed from the positions; kept on a GPU."""
+        if self.device.type == "cpu":
+            return compute()
+        if name not in self.derived:
+            self.derived[name] = compute()
+        return self.derived[name]
+
+    def _pointers(self) -> Tensor:
+        (rows, cols), indices = self.shape, self.indices
+        starts = torch.arange(rows + 1, dtype=torch.int64, device=indices.device).mul_(cols).to(indices.dtype)
+        return torch.searchsorted(indices, starts, out_int32=indices.numel() < INT32_LIMIT)
+
+    def _wide_cols(self) -> Tensor:
+        return (self.indices % self.shape[1] if self._cols is None else self._cols).to(torch.int32)
+
+    def _narrow_flat(self) -> Tensor:
+        rows, cols = self._coordinates(out_int32=index_dtype(self.shape) == torch.int32).unbind()
+        return cols.add_(rows, alpha=self.shape[1])
+
+    def _coordinates(self, out_int32: bool = False) -> Tensor:
+        """``(2, entries)`` rows and columns, from row pointers and columns."""
+        assert self._cols is not None
+        pointers, cols = self.row_ptr, self._cols.to(self.row_ptr.dtype)
+        return torch._convert_indices_from_csr_to_coo(pointers, cols, out_int32=out_int32)
+
+    def _flatten(self) -> Tensor:
+        """Flat positions as a new int64 tensor."""
+        if self._cols is None:
+            return self.indices.long()
+        rows, cols = self._coordinates().unbind()
+        return cols.add_(rows, alpha=self.shape[1])
+
+    def flat_pieces(self) -> Iterator[tuple[int, int, Tensor]]:
+        """``(first, last, flat positions of these entries)``, int64 and of at most a panel's size."""
+        if self.nnz * COORDINATE_BYTES <= panel_bytes():
+            yield 0, self.nnz, self._flatten()
+        elif self._cols is None:
+            for first, last in panels(self.nnz, torch.int64.itemsize):
+                yield first, last, self.indices[first:last].long()
+        else:
+            rows, cols = self.shape
+            bounds = panels(rows, cols * COORDINATE_BYTES)
+            for (start, stop), (first, last) in zip(bounds, self.entry_ranges(bounds), strict=True):
+                yield first, last, self.part(start, stop, first, last)._flatten().add_(start * cols)
 
     def entry_ranges(self, row_ranges: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
         """The half-open range of entries in each of several consecutive ranges of rows.
@@ -207,8 +364,15 @@ class Support:
     def of_rows(self, start: int, stop: int) -> tuple[Support, int, int]:
         """The part in rows ``start`` to ``stop`` as a support of these rows, and the range of its entries."""
         ((first, last),) = self.entry_ranges([(start, stop)])
-        flat = self.indices[first:last] - start * self.shape[1]
-        return Support((stop - start, self.shape[1]), flat, validate=False, name=self.name), first, last
+        return self.part(start, stop, first, last), first, last
+
+    def part(self, start: int, stop: int, first: int, last: int) -> Support:
+        """The part in rows ``start`` to ``stop`` as a support of these rows, where its range of entries is known."""
+        shape = stop - start, self.shape[1]
+        if self._cols is None:
+            return Support(shape, self.indices[first:last] - start * shape[1], validate=False, name=self.name)
+        pointers = self.row_ptr[start : stop + 1] - first
+        return Support.of_stored(shape, (pointers, self._stored[first:last]), self.name)
 
     @cached_property
     def _entry_ranges(self) -> dict[tuple[tuple[int, int], ...], list[tuple[int, int]]]:
@@ -223,18 +387,10 @@ class Support:
     def transposed(self) -> tuple[Support, Tensor]:
         """The support of the transposed weight, and the int64 slot of each of its entries in this support."""
         rows, cols = self.shape
-        order = (self.cols.long() * rows + self.rows).argsort()
-        flat = (self.cols.long() * rows + self.rows)[order]
-        return Support((cols, rows), flat, validate=False, name=self.name), order
+        flat, order = (self.cols.long() * rows + self.rows).sort()
+        return Support((cols, rows), flat, validate=False, name=self.name).compact(), order
 
     # ------------------------------------------------------------------ constructors
-
-    @classmethod
-    def from_csr(cls, shape: tuple[int, int], indices: Tensor, row_ptr: Tensor, cols: Tensor) -> Support:
-        """A support whose CSR view is known already; nothing is checked."""
-        support = cls(shape, indices, validate=False)
-        support.__dict__.update(row_ptr=row_ptr, cols=cols)
-        return support
 
     @classmethod
     def from_indices(cls, shape: tuple[int, int], indices: Tensor, name: str = "") -> Support:
@@ -360,8 +516,8 @@ class Support:
 
     def to(self, device: torch.device | str) -> Support:
         """The same support on another device; itself if it is there already."""
-        indices = self.indices.to(device)
-        return self if indices is self.indices else Support(self.shape, indices, validate=False, name=self.name)
+        stored = tuple(tensor.to(device) for tensor in self.stored)
+        return self if stored[-1] is self.stored[-1] else Support.of_stored(self.shape, stored, self.name)
 
     # ------------------------------------------------------------------ sets
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..ops import remember
-from ..support import ChannelSupport, Support
+from ..support import ChannelSupport, ExpertColumns, Support
 
 
 @dataclass(frozen=True, eq=False)
@@ -23,15 +23,12 @@ class ActiveDelta:
         parts: their supports.
         support: the union of these.
         slots: for each adapter the places of its entries in the union; None where it is alone.
-        csr: the union's row pointers and columns, made beforehand because a compiled graph cannot; None for whole
-            channels.
     """
 
     names: tuple[str, ...]
     parts: tuple[Support, ...]
     support: Support
     slots: tuple[Tensor | None, ...]
-    csr: tuple[Tensor, Tensor] | None
 
     @classmethod
     def join(cls, supports: Mapping[str, Support]) -> ActiveDelta:
@@ -40,10 +37,10 @@ class ActiveDelta:
         union, slots = parts[0], cast("list[Tensor | None]", [None])
         if len(parts) > 1:
             union, slots[:] = parts[0].union(*parts[1:])
-        if isinstance(union, ChannelSupport):
-            return cls(names, parts, union, tuple(slots), None)
-        remember(union)
-        return cls(names, parts, union, tuple(slots), (union.row_ptr, union.cols))
+        if not isinstance(union, ChannelSupport | ExpertColumns):
+            union = union.compact()
+            remember(union)
+        return cls(names, parts, union, tuple(slots))
 
     def sum_values(self, values: list[Tensor]) -> Tensor:
         """Values at the union, overlaps added: ``(support.nnz,)``, differentiable."""

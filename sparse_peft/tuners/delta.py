@@ -11,10 +11,23 @@ import torch
 from torch import Tensor, nn
 
 from ..ops import ENTRY_COMBINATIONS, Combination, combine_on_supports
-from ..support import ChannelSupport, ExpertColumns, Support, index_dtype
-from .base_state import UNSET, TrainedState
+from ..support import Support
+from .base_state import TrainedState
 from .files.checks import check_loaded_entries
-from .files.positions import FLAT, NAMES, file_layout, pack, unpack
+from .files.positions import (
+    FLAT,
+    NAMES,
+    PACKED,
+    UNSET,
+    file_layout,
+    is_unset,
+    memory_bytes,
+    memory_form,
+    pack,
+    support_of,
+    unpack,
+    unset_form,
+)
 from .forms import Entries, StateSizes
 from .support_recipe import SupportRecipe
 
@@ -112,9 +125,7 @@ class Delta(TrainedState):
 
     def sizes(self, save_dtype: torch.dtype) -> StateSizes:
         entries = self.values.numel()
-        # flat positions, and the columns and row pointers of their compressed sparse rows
-        positions = entries * (index_dtype(self.shape).itemsize + 4) + 4 * (self.shape[0] + 1)
-        return replace(super().sizes(save_dtype), entries=entries, position_bytes=positions)
+        return replace(super().sizes(save_dtype), entries=entries, position_bytes=memory_bytes(self.shape, entries))
 
     # ------------------------------------------------------------------ positions
 
@@ -149,7 +160,7 @@ class Delta(TrainedState):
         if self._support_of is not None and self._support_of[0] is buffer and self._support_of[1] == writes:
             return
         self._support = None
-        if buffer.device.type != "meta" and not (buffer.numel() and int(buffer[0]) == UNSET):
+        if buffer.device.type != "meta" and not is_unset(buffer):
             self._support = self.support_from(buffer)
         self._support_of = buffer, writes
 
@@ -159,12 +170,11 @@ class Delta(TrainedState):
         return self._support
 
     def kept_tensors(self) -> Iterator[Tensor]:
-        self._refresh()  # positions that lie as in a file become flat
+        self._refresh()  # positions that lie as in a file are packed
         yield from super().kept_tensors()
-        # made with the first pass, if not before
         support = self.known_support()
-        if support is not None and not isinstance(support, ChannelSupport | ExpertColumns):
-            yield from (support.row_ptr, support.cols)
+        if support is not None:  # what a GPU computed from the positions
+            yield from (tensor for tensor in support.derived.values() if isinstance(tensor, Tensor))
 
     @property
     def is_set(self) -> bool:
@@ -228,7 +238,6 @@ class SparseDelta(Delta):
     """
 
     position_names = NAMES
-    indices: Tensor  # while positions are flat
 
     def entry_support(self) -> Support:
         return self.support
@@ -254,27 +263,27 @@ class SparseDelta(Delta):
             {name: torch.zeros(size, dtype=kind) for name, (size, kind) in self.position_layout().items()}
         )
         if FLAT in self._buffers:
-            self.indices.fill_(UNSET)
+            self.own_buffers[FLAT].fill_(UNSET)
 
     def position_layout(self) -> dict[str, tuple[int, torch.dtype]]:
         return file_layout(self.shape, self.values.numel())
 
-    def _keep_flat(self, indices: Tensor) -> None:
-        self.keep_positions({FLAT: indices})
-
     def keep_support(self, support: Support) -> None:
-        self._keep_flat(support.indices.to(self.values.device).clone())
+        self.keep_positions(memory_form(support.to(self.values.device)))
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
-        # states have positions as they are in memory, files of transformers' adapters as they are on disk
-        if f"{prefix}{FLAT}" in state_dict and FLAT not in self._buffers:
-            self._keep_flat(torch.full((self.values.numel(),), UNSET, dtype=index_dtype(self.shape)))
-        elif f"{prefix}cols" in state_dict and FLAT in self._buffers and FLAT not in self.position_layout():
-            self._await_file()
+        # states have positions as they are in memory, now or in earlier versions, files of transformers' adapters as
+        # they are on disk
+        found = {name for name in NAMES if f"{prefix}{name}" in state_dict}
+        if found and found != {name for name in NAMES if name in self._buffers}:
+            self.keep_positions(unset_form(found, self.shape, self.values.numel()))
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+        flat = self._buffers.get(FLAT)
+        if flat is not None and flat.device.type != "meta" and not is_unset(flat):
+            self.keep_support(Support(self.shape, flat, name=self.name))
 
     def train(self, mode: bool = True) -> Self:
-        self._refresh()  # before any wrapper for distributed training, which has no operations on uint16
+        self._refresh()  # before any wrapper for distributed training, which has no operations on a file's uint16
         return super().train(mode)
 
     def resize(self, entries: int) -> None:
@@ -285,16 +294,19 @@ class SparseDelta(Delta):
         if entries == self.values.numel():
             return
         self.values = nn.Parameter(self.values.new_zeros(entries), requires_grad=self.values.requires_grad)
-        self._keep_flat(torch.full((entries,), UNSET, dtype=index_dtype(self.shape)))
+        self.keep_positions(unset_form({PACKED}, self.shape, entries))
 
     def position_buffer(self) -> Tensor | None:
-        return self.indices if FLAT in self._buffers or self._unpack() else None
+        buffers = self._buffers
+        if PACKED not in buffers and FLAT not in buffers and not self._unpack():
+            return None
+        return buffers[PACKED if PACKED in buffers else FLAT]
 
     def support_from(self, buffer: Tensor) -> Support:
-        return Support(self.shape, buffer, name=self.name)
+        return support_of(buffer, self.shape, self.values.numel(), self.name)
 
     def _unpack(self) -> bool:
-        """Positions that lie as in a file become flat; False if none were loaded."""
+        """Positions that lie as in a file become those in memory; False if none were loaded."""
         tensors = {name: buffer for name, buffer in self.own_buffers.items() if name in NAMES}
         if self.values.device.type == "meta" or any(t.device.type == "meta" for t in tensors.values()):
             return False
@@ -303,7 +315,7 @@ class SparseDelta(Delta):
         indices = unpack(tensors, self.shape, self.name)
         if indices is None:
             return False
-        self._keep_flat(indices)
+        self.keep_support(Support(self.shape, indices, name=self.name))
         return True
 
     def file_positions(self, support: Support) -> dict[str, Tensor]:
@@ -313,4 +325,4 @@ class SparseDelta(Delta):
         indices = unpack(positions, self.shape, self.name)
         found = self._required(values=parameters.get("values"), positions=indices)
         check_loaded_entries(self.name, found["values"], found["positions"], self.shape, self.values.numel())
-        return {FLAT: found["positions"].to(index_dtype(self.shape))}
+        return memory_form(Support(self.shape, found["positions"], validate=False, name=self.name))

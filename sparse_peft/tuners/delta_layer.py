@@ -388,7 +388,6 @@ class SparseTunerLayer(TunerLayer[DeltaT]):
             weight,
             backup.originals if isinstance(backup, EntriesBackup) else read_support(weight, delta.support),
             delta.support,
-            delta.csr,
             self.product,
             self.observer_key,
         )

@@ -66,13 +66,10 @@ class EmbeddingTunerLayer(SparseTunerLayer[DeltaT]):
         return result
 
     def _traced_forward(self, delta: ActiveDelta, x: Tensor) -> Tensor:
-        weight, backup, csr = self.base_parameter, self.ledger.backup, delta.csr
-        assert csr is not None  # of single entries
+        weight, backup = self.base_parameter, self.ledger.backup
         originals = backup.originals if isinstance(backup, EntriesBackup) else read_support(weight, delta.support)
         values = self.sum_values(delta)
-        return functional_embedding(
-            x, values, weight, originals, delta.support.indices, *csr, self.product, self.observer_key
-        )
+        return functional_embedding(x, values, weight, originals, delta.support, self.product, self.observer_key)
 
     def _transformed_forward(self, delta: ActiveDelta, x: Tensor) -> Tensor:
         return F.embedding(x, self._transformed_weight(delta))

@@ -13,15 +13,15 @@ def spread(density, size=100):
 
 def cases():
     s = spread(0.1, 12)
-    csr = (s.row_ptr, s.cols, s.indices)
+    packed = list(s.compact().stored)
     left, right = torch.randn(5, 12), torch.randn(5, 12)
     values, entries = torch.randn(s.nnz), torch.randn(s.nnz)
     codes = torch.randint(0, 255, (3, 4), dtype=torch.uint8)
     return {
-        "support_grad": (left, right, *csr, 12, 12, 0),
-        "masked_dw": (left, right, *csr, 12, 12, 7),
-        "embedding_rows": (torch.tensor([[3, 3], [0, 11]]), torch.randn(12, 12), entries, s.row_ptr, s.cols),
-        "embedding_grad": (torch.tensor([3, 3, 0, 11, 5]), left, *csr, 12, 5, True, 0),
+        "support_grad": (left, right, packed, 12, 12, 0),
+        "masked_dw": (left, right, packed, 12, 12, 7),
+        "embedding_rows": (torch.tensor([[3, 3], [0, 11]]), torch.randn(12, 12), entries, packed),
+        "embedding_grad": (torch.tensor([3, 3, 0, 11, 5]), left, [s.indices], 12, 5, True, 0),
         "delta_matmul_add_": (torch.randn(5, 12), right, values, s.row_ptr, s.cols),
         "scatter_add_": (torch.randn(12, 12), s.indices, values),
         "resync_": ([torch.randn(12, 12)], [s.indices], [entries], [values]),

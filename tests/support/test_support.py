@@ -8,7 +8,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sparse_peft.support import ChannelSupport, Support, check_indices, index_dtype
+from sparse_peft import panel_limit
+from sparse_peft.support import ChannelSupport, Support, check_indices, check_stored, index_dtype
 
 SHAPES = [(1, 1), (1, 7), (7, 1), (20, 2), (5, 13)]
 
@@ -152,9 +153,63 @@ def test_the_largest_weight_with_narrow_positions():
     assert support.indices.dtype == torch.int32 and support.row_ptr.tolist() == [0, 2]
 
 
-def test_views_are_computed_once():
-    support = Support.random((9, 9), 5, seed=0, name="a")
-    assert support.row_ptr is support.row_ptr and support.cols is support.cols and support.rows is support.rows
+@pytest.mark.parametrize(
+    ("shape", "entries", "dtypes"),
+    [
+        ((9, 9), 40, [torch.int32, torch.uint16]),
+        ((9, 9), 20, [torch.int32]),  # flat: fewer than two entries a row
+        ((7, 65_536), 30, [torch.int32, torch.uint16]),
+        ((7, 65_537), 30, [torch.int32]),  # columns of four bytes, with pointers, would take more
+        ((1, 2**31), 30, [torch.int32, torch.int32]),  # flat positions would have eight
+        ((1, 1), 0, [torch.int32]),
+    ],
+)
+def test_compact_positions_are_the_same(shape, entries, dtypes):
+    flat = Support.random(shape, entries, seed=0, name="a")
+    compact = flat.compact()
+    assert [tensor.dtype for tensor in compact.stored] == dtypes and compact.compact() is compact
+    assert compact == flat and compact.name == "a" and compact.nnz == entries and compact.device == flat.device
+    for view in ("indices", "row_ptr", "cols", "rows"):
+        own, other = getattr(compact, view), getattr(flat, view)
+        assert own.dtype == other.dtype and torch.equal(own, other), view
+    chosen = torch.randperm(entries)[:7]
+    assert torch.equal(compact.cols_of(chosen), flat.cols.long()[chosen])
+    assert torch.equal(flat.cols_of(chosen), flat.cols.long()[chosen])
+    middle = shape[0] // 2
+    (part, *bounds), (expected, *others) = compact.of_rows(middle, shape[0]), flat.of_rows(middle, shape[0])
+    assert part == expected and bounds == others
+    assert compact.to("meta").stored[-1].dtype == dtypes[-1]
+
+
+@pytest.mark.parametrize("entries", [20, 40])
+@pytest.mark.parametrize("limit", [8, 100, 2**20])
+def test_flat_pieces_are_no_larger_than_a_panel(entries, limit):
+    support = Support.random((9, 9), entries, seed=0, name="a")
+    for kind in (support, support.compact()):
+        with panel_limit(limit):
+            pieces = list(kind.flat_pieces())
+        assert torch.equal(torch.cat([flat for *_, flat in pieces]), support.indices.long())
+        assert all(last - first == flat.numel() for first, last, flat in pieces)
+        # one row's entries are not divided
+        assert all(flat.numel() * 8 <= max(limit, 9 * 8) for *_, flat in pieces)
+
+
+@pytest.mark.parametrize(
+    ("pointers", "columns", "message"),
+    [
+        ([0, 2, 3], [0, 1, 5], "columns contain 5, but a 2 x 4 weight"),
+        ([0, 2, 3], [1, 1, 0], "1 occurs twice"),
+        ([0, 2, 3], [2, 1, 0], "1 stands after 2"),
+        ([0, 4, 3], [0, 1, 2], "row pointers do not lead from 0 to 3"),
+        ([1, 2, 3], [0, 1, 2], "row pointers do not lead from 0 to 3"),
+        ([0, 2, 4], [0, 1, 2], "row pointers do not lead from 0 to 3"),
+    ],
+)
+def test_damaged_row_pointers_and_columns(pointers, columns, message):
+    stored = torch.tensor(pointers, dtype=torch.int32), torch.tensor(columns).to(torch.uint16)
+    check_stored((2, 4), (torch.tensor([0, 2, 3], dtype=torch.int32), torch.tensor([0, 1, 2]).to(torch.uint16)))
+    with pytest.raises(ValueError, match=message):
+        check_stored((2, 4), stored, name="layer")
 
 
 def test_same_device_is_the_same_object():

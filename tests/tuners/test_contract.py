@@ -21,6 +21,7 @@ from transformers import (
 )
 
 from sparse_peft import SparseConfig, SparseLinear, SparseModel
+from sparse_peft.support import Support
 from tests.helpers.methods import METHODS
 from tests.helpers.processes import run_code
 from tests.helpers.two_layers import TwoLayers, adapted, effective_weights, layers_of, oracle_output
@@ -185,7 +186,7 @@ def test_a_saved_config_used_for_a_new_adapter_draws_its_positions_at_first_use(
     assert not any(d.is_set for _, d in _deltas(later))
     later(tokens())
     for (_, a), (_, b) in zip(_deltas(fresh), _deltas(later), strict=True):
-        assert torch.equal(a.indices, b.indices)
+        assert a.support == b.support
     again = get_peft_model(llama(), PeftConfig.from_pretrained(tmp_path))
     state = get_peft_model_state_dict(again)  # saving counts as use
     assert all((v >= 0).all() for k, v in state.items() if k.endswith("indices"))
@@ -196,11 +197,12 @@ def test_same_config_object_under_a_second_name_trains_the_same_positions():
     with torch.no_grad():  # as after a reselection
         for _, delta in _deltas(model):
             rows, cols = delta.shape
-            delta.indices = torch.arange(delta.indices.numel(), dtype=torch.int32) + (rows * cols) // 2
+            delta.support = Support((rows, cols), torch.arange(delta.values.numel()) + (rows * cols) // 2)
     model.add_adapter("ref", model.peft_config["default"])
     for (_, a), (_, b) in zip(_deltas(model), _deltas(model, "ref"), strict=True):
-        assert torch.equal(a.indices, b.indices)
-        assert a.indices is not b.indices
+        assert a.support == b.support
+        own, other = (next(iter(delta.support.stored)).data_ptr() for delta in (a, b))
+        assert own != other
 
 
 def test_trl_reference_copy_by_name_copies_the_adapter():

@@ -1,5 +1,7 @@
 """What a step keeps and what it allocates, counted: nothing of a weight's size, no temporary above a panel."""
 
+import gc
+
 import pytest
 import torch
 from peft import LoraConfig, ShiraConfig, get_peft_model
@@ -38,6 +40,31 @@ def test_only_the_inputs_are_saved(resident, names):
     slots = 0 if names == "one adapter" else 6 * 8 * (round(0.05 * WIDTH * WIDTH) + 1)
     assert nbytes <= 2 * TOKENS * WIDTH * 4 + slots
     y.sum().backward()
+
+
+def storages_alive():
+    """``{address: bytes}`` of all memory that Python's tensors have."""
+    gc.collect()
+    tensors = [found for found in gc.get_objects() if issubclass(type(found), torch.Tensor)]
+    return {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors if t.layout is torch.strided}
+
+
+@pytest.mark.parametrize(("dtype", "original"), [(torch.float32, 4), (torch.bfloat16, 2)])
+def test_bytes_that_live_for_an_entry(dtype, original):
+    model = Stack(2).to(dtype)
+    x = torch.randn(TOKENS, WIDTH, dtype=dtype, requires_grad=True)
+    x.grad = torch.zeros_like(x)
+    before = storages_alive()
+    model = get_peft_model(model, SparseConfig(density=0.05, target_modules=r"layers\.\d"))
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3, foreach=True)
+    for _ in range(2):
+        optimizer.step()
+        model(x).float().square().sum().backward()
+    # the weights hold their entries, whose originals are kept; gradients and moments are there
+    found = sum(nbytes for address, nbytes in storages_alive().items() if address not in before)
+    entries = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    # value, gradient, two moments, column, original; a row pointer for each row, and a few numbers for each layer
+    assert entries * (16 + 2 + original) < found <= entries * (16 + 2 + original) + 2 * (4 * (WIDTH + 1) + 64)
 
 
 def test_shira_saves_a_merged_weight_per_layer_and_we_do_not():

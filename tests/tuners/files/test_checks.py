@@ -265,5 +265,5 @@ def test_best_model_reload_into_a_living_adapter(saved):
     model.load_adapter(folder, "default", is_trainable=True)
     tensors = load_file(folder / NAME)
     layer = layers_of(model)["first"]
-    assert torch.equal(layer.deltas["default"].indices, positions(folder, layer))
+    assert torch.equal(layer.deltas["default"].support.indices, positions(folder, layer))
     assert torch.equal(layers_of(model)["first"].deltas["default"].values, tensors[KEY + "values"])
