@@ -41,7 +41,11 @@ def support_of_file_ignored() -> None:
     original = SparseDelta._load_from_state_dict
 
     def load(self: SparseDelta, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        original(self, {**state_dict, f"{prefix}indices": self.indices}, prefix, *args)
+        own = {f"{prefix}{name}": self._buffers[name] for name in self.position_names if name in self._buffers}
+        given = {
+            key: tensor for key, tensor in state_dict.items() if key.removeprefix(prefix) not in self.position_names
+        }
+        original(self, {**given, **own}, prefix, *args)
 
     support_redrawn()
     _replace(SparseDelta, "_load_from_state_dict", load)

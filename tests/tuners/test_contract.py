@@ -103,8 +103,8 @@ def test_same_seed_same_positions_another_seed_others():
         for s in (0, 0, 1)
     )
     for name in first:
-        assert torch.equal(first[name].indices, second[name].indices)
-        assert not torch.equal(first[name].indices, third[name].indices)
+        assert torch.equal(first[name].support.indices, second[name].support.indices)
+        assert not torch.equal(first[name].support.indices, third[name].support.indices)
 
 
 @pytest.mark.parametrize("make", [llama, gpt2])
@@ -163,7 +163,7 @@ def test_a_loaded_adapter_keeps_its_counts_and_positions_whatever_its_config_wou
     again = PeftModel.from_pretrained(other_base, tmp_path)
     assert again.peft_config["default"].num_entries == counts
     for (_, a), (_, b) in zip(_deltas(model), _deltas(again), strict=True):
-        assert torch.equal(a.indices, b.indices) and torch.equal(a.values, b.values)
+        assert torch.equal(a.support.indices, b.support.indices) and torch.equal(a.values, b.values)
 
 
 def test_changing_a_budget_field_resolves_anew():
