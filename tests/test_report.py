@@ -154,14 +154,15 @@ def test_a_history_that_cannot_be_written_leaves_the_old_one(tmp_path, monkeypat
 def test_the_path_of_each_layer_is_named_with_its_reason():
     torch.manual_seed(0)
     model = get_peft_model(
-        nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64), nn.Linear(64, 64)),
+        nn.Sequential(nn.Linear(1024, 1024), nn.Linear(1024, 64), nn.Linear(64, 64)),
         SparseConfig(target_modules=["0", "1"], density_pattern={"0": 0.02, "1": 0.9}),
     )
     paths = report.layer_paths(model)
     assert [(p.layer, p.forward, p.gradient) for p in paths] == [
         ("0", "resident", "sampled"), ("1", "resident", "panels"),
     ]  # fmt: skip
-    assert all("crossover 0.12 (default)" in p.why for p in paths) and paths[1].density == pytest.approx(0.9, abs=1e-3)
+    assert "below the crossover 0.12 (default)" in paths[0].why and "above the crossover" in paths[1].why
+    assert paths[1].density == pytest.approx(0.9, abs=1e-3)
     model.base_model.set_adapter([])
     assert report.layer_paths(model) == []
 

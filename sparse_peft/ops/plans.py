@@ -48,7 +48,7 @@ def _plan(support: Support, dtype: torch.dtype, device: torch.device) -> Gradien
     return (
         _forced_plan(support, layout, dtype, device)
         or _tiles_plan(layout, dtype, device)
-        or _density_plan(support, layout.inner.density, dtype, device)
+        or _density_plan(layout.inner, dtype, device)
     )
 
 
@@ -75,12 +75,12 @@ def _tiles_plan(layout: Layout, dtype: torch.dtype, device: torch.device) -> Gra
     return GradientPlan("tiles", f"{len(layout.groups)} groups of rows that train the same columns")
 
 
-def _density_plan(support: Support, density: float, dtype: torch.dtype, device: torch.device) -> GradientPlan:
-    on_cpu = device.type == "cpu"
+def _density_plan(support: Support, dtype: torch.dtype, device: torch.device) -> GradientPlan:
+    density, on_cpu = support.density, device.type == "cpu"
     kernel = "sampled" if on_cpu else kernel_backend("support_grad", dtype, device, support.indices.dtype)
     if kernel is None:
         return GradientPlan("panels", "no kernel for this device and dtype")
-    found = crossover(device, dtype, density)
+    found = crossover(device, dtype, support.shape, density)
     side = "below" if density <= found.density else "above"
     path = found.path if side == "below" else "panels"
     return GradientPlan(path, f"density {density:.3g} {side} the crossover {found.density:.3g} ({found.source})")

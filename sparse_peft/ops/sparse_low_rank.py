@@ -15,7 +15,7 @@ from torch import Tensor
 from ..numerics.panels import panels
 from ..numerics.tokens import flatten_tokens
 from ..support import Support
-from .crossover import crossover
+from .crossover import LARGEST, crossover
 from .delta_matmul import delta_matmul_add_
 from .entries import add_to_support_, read_support
 from .gradient_observers import UNOBSERVED, observer_of
@@ -137,7 +137,8 @@ def cheaper_way(rank: int, support: Support, tokens: int, dtype: torch.dtype, de
     """
     rows, cols = support.shape
     # at the crossover, a product with these entries takes as long as the dense one
-    sparse = support.nnz / crossover(device, dtype, support.density).density + LAYOUT_COST * (rows + cols)
+    at_crossover = crossover(device, dtype, LARGEST, support.density).density
+    sparse = support.nnz / at_crossover + LAYOUT_COST * (rows + cols)
     factored = 6 * (rank * (rows + cols) + sparse)
     composed = rows * cols * (6 + 8 * rank / max(1, tokens))
     return "factored" if factored < composed else "composed"

@@ -29,7 +29,7 @@ from .sizes import (
     optimizer_bytes,
     trains_entries,
 )
-from .step import MEASURED_SIZE, Need, Step, Work, measure_flops
+from .step import MEASURED_SIZE, CrossoverOf, Need, Step, Work, measure_flops
 from .trace import trace_forward
 
 ADAPTER = "default"
@@ -176,7 +176,8 @@ def plan_training(
     model = build_on_meta(model_config, form.dtype).requires_grad_(False)
     frozen = _Frozen.of(model, options, form)
     adapted = _Adapted.of(model, counted, form)
-    crossover = known_crossover(torch.device(options.device), form.dtype)
+    device = torch.device(options.device)
+    largest = known_crossover(device, form.dtype)
     method = method_of(config).name
     return TrainingPlan(
         architecture=type(model).__name__,
@@ -195,11 +196,15 @@ def plan_training(
         kinds=kinds_of(adapted.sizes, options.optimizer),
         beside=sum(tensor.numel() for tensor in adapted.beside.values()),
         needs=[
-            _adapter_need(method, frozen, adapted, crossover),
+            _adapter_need(method, frozen, adapted, lambda shape: known_crossover(device, form.dtype, shape).density),
             _lora_need(frozen, adapted),
             _full_need(frozen),
         ],
-        assumptions=[*notes, *frozen.notes, *_assumptions(options, form, crossover, adapted.sizes)],
+        assumptions=[
+            *notes,
+            *frozen.notes,
+            *_assumptions(options, form, largest, adapted.sizes),
+        ],
     )
 
 
@@ -310,12 +315,12 @@ class _Adapted:
         return max(size.weights for size in self.sizes)
 
 
-def _adapter_need(method: str, frozen: _Frozen, adapted: _Adapted, crossover: Crossover) -> Need:
+def _adapter_need(method: str, frozen: _Frozen, adapted: _Adapted, crossover: CrossoverOf) -> Need:
     step, sizes, beside = frozen.step, adapted.sizes, adapted.beside.values()
     return frozen.need(
         method,
         [n for size in sizes for n in size.state.parameters] + [tensor.numel() for tensor in beside],
-        {**step.dense(adapted.modules_beside), **step.sparse(sizes, crossover.density)},
+        {**step.dense(adapted.modules_beside), **step.sparse(sizes, crossover)},
         adapted.base_bytes,
         adapted.unpacked_bytes(frozen.form) + adapted.panel_bytes,
         position_bytes=sum(size.position_bytes for size in sizes),
@@ -363,8 +368,8 @@ def _assumptions(options: PlanOptions, form: BaseFormat, crossover: Crossover, s
     ]
     if trains_entries(sizes):
         sentences.append(
-            f"Gradients at single entries take as long as dense ones from a density of {crossover.density:.2g} "
-            f"({crossover.source}, {options.device}), below it in proportion."
+            f"Gradients at single entries of large weights take as long as dense ones from a density of "
+            f"{crossover.density:.2g} ({crossover.source}, {options.device}), below it in proportion."
         )
     unknown = next((size.name for size in sizes if not size.is_known), None)
     if unknown is not None:

@@ -16,6 +16,10 @@ GPU_SIZES = (8, 16, 24, 40, 48, 80, 141)
 MEASURED_SIZE = 768  # of the matrices that a machine's speed is measured with
 
 
+# The density from which gradients at single entries of a weight take as long as dense ones, by the weight's shape.
+CrossoverOf = Callable[[tuple[int, int]], float]
+
+
 @dataclass(frozen=True)
 class Work:
     """Addition of one trained layer to a step of the frozen model.
@@ -38,7 +42,7 @@ def low_rank_work(rank: int, sides: int, tokens: int, itemsize: int) -> Work:
     return Work(True, itemsize < 4, tokens * rank * itemsize, 6.0 * tokens * rank * sides)
 
 
-def sparse_work(size: LayerSize, product: LayerPass, itemsize: int, crossover: float) -> Work:
+def sparse_work(size: LayerSize, product: LayerPass, itemsize: int, crossover: CrossoverOf) -> Work:
     """Of a layer of one of this package's methods."""
     tokens = product.tokens
     keeps, own, extra, flops = False, False, 0, 0.0
@@ -51,7 +55,8 @@ def sparse_work(size: LayerSize, product: LayerPass, itemsize: int, crossover: f
         flops += 2.0 * tokens * size.entries
     elif size.entries:
         keeps = True
-        flops += product.flops * min(1.0, size.entries / size.weights / crossover if crossover else 1.0)
+        density, at_crossover = size.entries / size.weights, crossover(size.shape)
+        flops += product.flops * min(1.0, density / at_crossover if at_crossover else 1.0)
     if size.rank:
         low = low_rank_work(size.rank, sum(size.shape), tokens, itemsize)
         # a sparse part beside it keeps the input itself as well
@@ -88,7 +93,7 @@ class Step:
         names = ((name, size) for size in sizes for name in (size.name, *size.tied))
         return {name: work(size, layers[name]) for name, size in names if name in layers}
 
-    def sparse(self, sizes: Iterable[LayerSize], crossover: float) -> dict[str, Work]:
+    def sparse(self, sizes: Iterable[LayerSize], crossover: CrossoverOf) -> dict[str, Work]:
         """Of an adapter of this package."""
         return self._works(lambda size, product: sparse_work(size, product, self.itemsize, crossover), sizes)
 

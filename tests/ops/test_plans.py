@@ -10,7 +10,7 @@ from sparse_peft.support import Support
 CPU = torch.device("cpu")
 
 
-def spread(density, size=100):
+def spread(density, size=1024):
     return Support.random((size, size), round(density * size * size), seed=0, name="layer")
 
 
