@@ -9,7 +9,8 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from ..sparsify import ALLOCATIONS, REFINEMENTS, SCORES, Masks, as_pattern
+from ..constraints import OneOf, validated
+from ..sparsify import ALLOCATIONS, LAYOUTS, REFINEMENTS, SCORES, Masks, as_pattern, save_sparse
 from ..sparsify import prune as prune_model
 from .eval import names_in
 from .folders import model_folder, new_folder
@@ -28,7 +29,8 @@ from .output import (
 )
 from .texts import DeviceOption, DtypeOption, LengthOption, batches_of, load_language_model
 
-MASKS = "masks.safetensors"
+MASKS, WEIGHTS = "masks.safetensors", "sparse.safetensors"
+DENSE = "dense"
 LISTED = 10  # layers that are listed for people
 
 ScoreOption = Annotated[str, typer.Option(help=f"One of {', '.join(SCORES)}.")]
@@ -48,6 +50,13 @@ def prune(
     sequences: Annotated[int, typer.Option(min=1, help="Most sequences of it.")] = 128,
     target_modules: Annotated[str, typer.Option(help="Names with commas; by default all linear layers.")] = "",
     exclude_modules: Annotated[str, typer.Option(help="Names with commas.")] = "",
+    layout: Annotated[
+        str,
+        typer.Option(
+            help=f"{DENSE}: the model with its zeros, for any program; {' or '.join(LAYOUTS)}: "
+            f"{WEIGHTS} without them, for load_sparse."
+        ),
+    ] = DENSE,
     seed: Annotated[int, typer.Option(help="Of random scores.")] = 0,
     dtype: DtypeOption = "auto",
     device: DeviceOption = "cpu",
@@ -59,6 +68,7 @@ def prune(
         model_folder(model)
         with asked():
             wanted = as_pattern(pattern)
+            layout = validated("layout", layout, Annotated[str, OneOf((DENSE, *LAYOUTS))])
         data = None if calibration is None else batches_of(calibration, model, length, sequences)
         with new_folder(out, force) as staging:
             loaded = load_language_model(model, dtype, device)
@@ -67,11 +77,22 @@ def prune(
                 target_modules=names_in(target_modules) or None, exclude_modules=names_in(exclude_modules) or None,
                 progress=not as_json,
             )  # fmt: skip
-            loaded.save_pretrained(staging)
-            masks.save(staging / MASKS)
+            write(loaded, masks, staging, layout)
             copied = copy_companions(model, staging)
         answer.content = {"output": str(out), **content_of(masks), **files_in(out, copied)}
         answer.show = lambda console: show(console, masks, answer.content)
+
+
+def write(model: Any, masks: Masks, folder: Path, layout: str) -> None:
+    """Write a pruned model's files into a folder."""
+    if layout == DENSE:
+        model.save_pretrained(folder)
+        masks.save(folder / MASKS)
+        return
+    model.config.save_pretrained(folder)
+    if model.can_generate():
+        model.generation_config.save_pretrained(folder)
+    save_sparse(model, folder / WEIGHTS, layout)
 
 
 def content_of(masks: Masks) -> dict[str, Any]:

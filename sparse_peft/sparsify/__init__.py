@@ -6,16 +6,19 @@ Three notions make a pruning method. A *pattern* is the sets of weights that may
 
 from .curve import GRID, CurvePoint, SparsityCurve, essential_sparsity, pruned
 from .dsnot import DSnoT
+from .files import LAYOUTS, load_sparse, save_sparse, sparse_sizes, zeros_of
 from .masks import LayerMask, Masks, Removed, masks_of, restore
 from .parts import PARTS, Sensitivity, sensitivity
 from .patterns import NM, Blocks, Channels, Pattern, Unstructured, as_pattern
 from .pruning import ALLOCATIONS, REFINEMENTS, prune
 from .scores import SCORES
+from .semi_structured import to_semi_structured
 from .sparsegpt import SparseGPT
 
 __all__ = [
     "ALLOCATIONS",
     "GRID",
+    "LAYOUTS",
     "NM",
     "PARTS",
     "REFINEMENTS",
@@ -34,9 +37,14 @@ __all__ = [
     "Unstructured",
     "as_pattern",
     "essential_sparsity",
+    "load_sparse",
     "masks_of",
     "prune",
     "pruned",
     "restore",
+    "save_sparse",
     "sensitivity",
+    "sparse_sizes",
+    "to_semi_structured",
+    "zeros_of",
 ]

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -42,7 +43,7 @@ class LayerMask:
     @classmethod
     def of(cls, mask: Tensor) -> LayerMask:
         """From ``(rows, cols)`` booleans in the layout of the stored weight."""
-        packed = np.packbits(mask.cpu().numpy(), axis=1)
+        packed = np.packbits(mask.cpu().contiguous().numpy(), axis=1)
         return cls(torch.from_numpy(packed), (mask.shape[0], mask.shape[1]))
 
     def to_bool(self, device: torch.device | str = "cpu") -> Tensor:
@@ -116,7 +117,7 @@ class Masks:
         Raises:
             ValueError: a layer that the model does not have, or of another shape; nothing is changed then.
         """
-        weights = self._weights_in(model)
+        weights = self.weights_in(model)
         for name, weight in weights.items():
             weight.masked_fill_(~self.layers[name].to_bool(weight.device), 0)
         record(model, Masks(dict(self.layers), dict(self.about)))
@@ -125,13 +126,18 @@ class Masks:
     def broken(self, model: nn.Module) -> dict[str, int]:
         """``{layer name: number of masked weights that are not zero}`` of a model; empty if all are."""
         found = {}
-        for name, weight in self._weights_in(model).items():
+        for name, weight in self.weights_in(model).items():
             count = int(torch.count_nonzero(weight.masked_fill(self.layers[name].to_bool(weight.device), 0)))
             if count:
                 found[name] = count
         return found
 
-    def _weights_in(self, model: nn.Module) -> dict[str, Tensor]:
+    def weights_in(self, model: nn.Module) -> dict[str, Tensor]:
+        """``{layer name: weight}`` of a model, below any adapters.
+
+        Raises:
+            ValueError: a layer that the model does not have, or of another shape.
+        """
         modules = dict(model.named_modules())
         weights: dict[str, Tensor] = {}
         for name, mask in self.layers.items():
@@ -165,37 +171,59 @@ class Masks:
             FileNotFoundError: there is no such file.
             ValueError: it is damaged, or no file of masks.
         """
-        if not Path(path).is_file():
-            raise FileNotFoundError(f"{os.fspath(path)}: no such file; one that Masks.save wrote is expected")
-        try:
-            with safe_open(path, "pt") as file:
-                content = _checked_header(os.fspath(path), (file.metadata() or {}).get(FORMAT), set(file.keys()))
-                layers = {
-                    name: _checked_mask(os.fspath(path), name, file.get_tensor(f"{name}{SUFFIX}"), cols)
-                    for name, cols in content["cols"].items()
-                }
-        except (SafetensorError, OSError) as error:
-            raise ValueError(f"{os.fspath(path)}: no valid safetensors file ({error}); {DAMAGED}") from error
+        text = os.fspath(path)
+        with opened(path, "Masks.save") as file:
+            content = description(text, file, FORMAT)
+            cols, tensors = content.get("cols"), set(file.keys())
+            if not isinstance(cols, dict) or not 0 < len(cols) <= MOST_LAYERS:
+                raise ValueError(f"{text}: `cols` is not the columns of each layer; {DAMAGED}")
+            if {f"{name}{SUFFIX}" for name in cols} != tensors:
+                raise ValueError(f"{text}: other layers are described than it has masks of; {DAMAGED}")
+            layers = {name: checked_mask(text, name, file.get_tensor(f"{name}{SUFFIX}"), cols[name]) for name in cols}
         return cls(layers, content["about"])
 
 
-def _checked_header(path: str, text: str | None, tensors: set[str]) -> dict[str, Any]:
-    """The file's description, if it is one."""
+@contextmanager
+def opened(path: str | os.PathLike, writer: str) -> Iterator[Any]:
+    """A safetensors file, open for reading.
+
+    Raises:
+        FileNotFoundError: there is no such file; says which function writes one.
+        ValueError: it is damaged.
+    """
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"{os.fspath(path)}: no such file; one that {writer} wrote is expected")
     try:
-        content = json.loads(text or "null")
+        with safe_open(path, "pt") as file:
+            yield file
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{os.fspath(path)}: no valid safetensors file ({error}); {DAMAGED}") from error
+
+
+def description(path: str, file: Any, key: str) -> dict[str, Any]:
+    """What a file's metadata says about its content.
+
+    Raises:
+        ValueError: it says nothing under this key, or something of another form.
+    """
+    try:
+        content = json.loads((file.metadata() or {}).get(key) or "null")
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: its description is no JSON ({error}); {DAMAGED}") from error
     if not isinstance(content, dict) or content.get("format") != 1:
-        raise ValueError(f"{path}: its metadata has no {FORMAT} of format 1; {DAMAGED}")
-    cols, about = content.get("cols"), content.get("about")
-    if not isinstance(cols, dict) or not 0 < len(cols) <= MOST_LAYERS or {f"{n}{SUFFIX}" for n in cols} != tensors:
-        raise ValueError(f"{path}: other layers are described than it has masks of; {DAMAGED}")
+        raise ValueError(f"{path}: its metadata has no {key} of format 1; {DAMAGED}")
+    about = content.get("about")
     if not isinstance(about, dict) or not all(isinstance(value, str) for value in about.values()):
         raise ValueError(f"{path}: `about` is not a list of texts; {DAMAGED}")
     return content
 
 
-def _checked_mask(path: str, name: str, bits: Tensor, cols: Any) -> LayerMask:
+def checked_mask(path: str, name: str, bits: Tensor, cols: Any) -> LayerMask:
+    """A mask of which the bits come from a file.
+
+    Raises:
+        ValueError: bits of another type or shape, or behind the last column.
+    """
     if isinstance(cols, bool) or not isinstance(cols, int) or not 0 < cols <= MOST_SIDE:
         raise ValueError(f"{path}: layer {name}: {cols!r} columns; {DAMAGED}")
     if bits.dtype != torch.uint8 or bits.ndim != 2 or bits.shape[0] < 1 or bits.shape[1] != -(-cols // 8):
@@ -248,7 +276,7 @@ def restore(model: nn.Module) -> None:
         raise ValueError(f"{type(model).__name__} has no masks; it was not pruned, or restored already")
     if not masks.removed:
         raise ValueError("the original weights were not kept; prune(..., restorable=True) keeps them, on the CPU")
-    put_back(masks._weights_in(model), masks.layers, masks.removed)
+    put_back(masks.weights_in(model), masks.layers, masks.removed)
     delattr(model, ATTRIBUTE)
 
 

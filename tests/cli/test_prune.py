@@ -4,10 +4,10 @@ import json
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from sparse_peft.cli.texts import batches_of, perplexity
-from sparse_peft.sparsify import Masks, prune
+from sparse_peft.sparsify import Masks, load_sparse, masks_of, prune
 
 TEXT = "In the beginning God created the heaven and the earth. " * 60
 
@@ -38,6 +38,16 @@ def test_a_pruned_model_is_the_librarys(run, stand_in, text, tmp_path):
     for name, tensor in reference.state_dict().items():
         assert torch.equal(pruned.state_dict()[name], tensor), name
     assert not Masks.load(out / "masks.safetensors").broken(pruned)
+
+
+def test_a_model_is_written_without_its_zeros(run, stand_in, tmp_path):
+    out = tmp_path / "out"
+    said = run("prune", stand_in, out, "--pattern", "0.8", "--layout", "bitmask", "--json").said
+    assert "sparse.safetensors" in said["files"] and "model.safetensors" not in said["files"]
+    expected, read = load(stand_in), AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(out))
+    prune(expected, 0.8, progress=False)
+    assert load_sparse(read, out / "sparse.safetensors").kept == masks_of(expected).kept
+    assert all(torch.equal(tensor, read.state_dict()[name]) for name, tensor in expected.state_dict().items())
 
 
 def test_people_see_the_layers_of_which_least_stays(run, stand_in, tmp_path):
@@ -73,6 +83,7 @@ def test_perplexity_weighs_sequences_alike(stand_in, text):
     [
         (["--pattern", "half"], 2, "a share of zeros such as 0.5, or n:m such as '2:4'"),
         (["--pattern", "1.5"], 2, "a share of zeros"),
+        (["--layout", "coo"], 2, "--layout"),
         (["--score", "wanda"], 1, "needs data: pass --calibration"),
         (["--score", "wand"], 1, "did you mean 'wanda'"),
         (["--score", "wanda", "--calibration", "TEXT", "--length", "100000"], 2, "too few for one sequence"),

@@ -35,6 +35,12 @@ def test_files_come_back_equal(tmp_path, cols):
     assert path.stat().st_size - header == sum(5 * -(-mask.shape[1] // 8) for mask in plain.values())
 
 
+def test_masks_of_transposed_weights_are_saved(tmp_path):
+    mask = (torch.rand(9, 12) < 0.5).t()
+    Masks({"c_attn": LayerMask.of(mask)}).save(tmp_path / "masks")
+    assert torch.equal(Masks.load(tmp_path / "masks").layers["c_attn"].to_bool(), mask)
+
+
 def damaged(path, tensors=None, **changes):
     """An example's file with other tensors or another description."""
     _, masks = example()
@@ -53,7 +59,7 @@ def damaged(path, tensors=None, **changes):
         ({"format": 2}, "format 1"),
         ({"about": {"score": 3}}, "`about` is not a list of texts"),
         ({"cols": {"layers.0": 13}}, "other layers are described"),
-        ({"cols": []}, "other layers are described"),
+        ({"cols": []}, "`cols` is not the columns"),
         ({"cols": {"layers.0": 13, "layers.1": -1}}, "layer layers.1: -1 columns"),
         ({"cols": {"layers.0": 13, "layers.1": True}}, "layer layers.1: True columns"),
         ({"cols": {"layers.0": 13, "layers.1": 10**30}}, "columns"),
