@@ -14,6 +14,7 @@ from .training.attach import attach
 from .training.callback import SparsityCallback
 from .training.controller import SparsityController
 from .training.sm3 import SM3
+from .training.step_in_backward import StepInBackward, step_in_backward
 from .tuners.files.card import guard_model_cards
 from .tuners.files.refused_loads import guard_refused_loads
 from .tuners.files.saved_embeddings import guard_saved_embeddings
@@ -44,12 +45,14 @@ __all__ = [
     "SparseAdamW",
     "SparsityCallback",
     "SparsityController",
+    "StepInBackward",
     "__version__",
     "attach",
     "base_weights",
     "panel_limit",
     "register_method",
     "select_support",
+    "step_in_backward",
     "use_backend",
     *_of_methods,
 ]

@@ -8,6 +8,8 @@ from .training.attach import attach as attach
 from .training.callback import SparsityCallback as SparsityCallback
 from .training.controller import SparsityController as SparsityController
 from .training.sm3 import SM3 as SM3
+from .training.step_in_backward import StepInBackward as StepInBackward
+from .training.step_in_backward import step_in_backward as step_in_backward
 from .tuners.method import Method as Method
 from .tuners.residency import base_weights as base_weights
 from .tuners.s2ft import S2FTConfig as S2FTConfig

@@ -57,8 +57,17 @@ class StepDriver:
 
         Args:
             parts: ``{kind: {name: part}}``; kinds and names are those of the state, and parts act in this order.
+
+        Raises:
+            ValueError: an optimizer that steps in the backward pass.
         """
         self.parts = {kind: dict(found) for kind, found in parts.items()}
+        if getattr(self.optimizer, "steps_in_backward", False) and not self._is_idle:
+            names = ", ".join(repr(name) for found in self.parts.values() for name in found)
+            raise ValueError(
+                f"{type(self.optimizer).__name__} steps in the backward pass, and {names} must act before and after a "
+                "step of all parameters; use the plain optimizer, or a static adapter"
+            )
         self._handles = [
             self.optimizer.register_step_pre_hook(self._before_step),
             self.optimizer.register_step_post_hook(self._after_step),
