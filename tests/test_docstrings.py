@@ -9,14 +9,14 @@ import pytest
 import torch
 
 import sparse_peft
-from sparse_peft import adapters, planning, sync
+from sparse_peft import adapters, planning, procedures, sync
 
 PACKAGES = ("calibrate", "numerics", "ops", "sparsify", "support")
 # Those of methods: tests/tuners/test_docstrings.py.
 METHODS_CLASSES = ("Config", "Model", "Linear")
 PUBLIC = {
     name: getattr(package, name)
-    for package in (sparse_peft, adapters, planning)
+    for package in (sparse_peft, adapters, planning, procedures)
     for name in package.__all__
     if callable(getattr(package, name)) and not name.endswith(METHODS_CLASSES)
 }

@@ -13,6 +13,7 @@ import sparse_peft
 import sparse_peft.adapters
 import sparse_peft.calibrate
 import sparse_peft.planning
+import sparse_peft.procedures
 import sparse_peft.sparsify
 import sparse_peft.support
 
@@ -100,6 +101,7 @@ def documented(pages):
         sparse_peft.adapters,
         sparse_peft.calibrate,
         sparse_peft.planning,
+        sparse_peft.procedures,
         sparse_peft.sparsify,
         sparse_peft.support,
     ],

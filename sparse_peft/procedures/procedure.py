@@ -13,15 +13,16 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
 
+from ..calibrate.model_pass import model_loss, to_device
 from ..constraints import validate_fields
 from ..dynamics.collectives import Collectives
 from ..dynamics.protocol import Moments
 
-# loss(model, batch) -> scalar
-Loss = Callable[[nn.Module, Any], Tensor]
+# loss_fn(model, batch) -> scalar; None for model(**batch).loss
+LossFn = Callable[[nn.Module, Any], Tensor]
 
 
-@dataclass(frozen=True)
+@dataclass
 class TrainingRun:
     """One training, as a procedure sees it.
 
@@ -32,6 +33,7 @@ class TrainingRun:
         collectives: the processes whose gradients are averaged.
         scaler: the loss scaler of the run; None without one.
         discard_step: forgets backward passes that are not part of the training.
+        is_aside: whether a pass beside the training is being made.
     """
 
     model: nn.Module
@@ -40,6 +42,7 @@ class TrainingRun:
     collectives: Collectives
     scaler: torch.amp.GradScaler | None
     discard_step: Callable[[], None]
+    is_aside: bool = False
 
     @property
     def unwrapped(self) -> nn.Module:
@@ -66,15 +69,22 @@ class TrainingRun:
     def aside(self) -> Iterator[nn.Module]:
         """Passes beside the training: the model in evaluation mode, of which no part of the training learns."""
         modes = {module: module.training for module in self.unwrapped.modules()}
+        self.is_aside = True
         try:
             yield self.unwrapped.eval()
         finally:
+            self.is_aside = False
             for module, mode in modes.items():
                 module.training = mode
             self.discard_step()
 
+    def loss(self, model: nn.Module, batch: Any, loss_fn: LossFn | None) -> Tensor:
+        """The loss of a batch, moved to the model's device."""
+        device = next(model.parameters()).device
+        return (loss_fn or model_loss)(model, to_device(batch, device))
+
     def gradients(
-        self, batches: Iterable[Any], loss: Loss, parameters: Mapping[str, nn.Parameter]
+        self, batches: Iterable[Any], loss_fn: LossFn | None, parameters: Mapping[str, nn.Parameter]
     ) -> Iterator[dict[str, Tensor]]:
         """The gradients of a loss for each batch, which leave ``.grad`` alone.
 
@@ -88,10 +98,23 @@ class TrainingRun:
             )
         tensors = list(parameters.values())
         for batch in batches:
-            with self.aside() as model, torch.enable_grad():
-                found = torch.autograd.grad(loss(model, batch), tensors, allow_unused=True)
+            with self.aside() as model, torch.enable_grad(), _all_train(tensors):
+                found = torch.autograd.grad(self.loss(model, batch, loss_fn), tensors, allow_unused=True)
             pairs = zip(parameters, tensors, found, strict=True)
             yield {name: torch.zeros_like(t) if g is None else g.detach() for name, t, g in pairs}
+
+
+@contextmanager
+def _all_train(parameters: Sequence[nn.Parameter]) -> Iterator[None]:
+    """Parameters that rest have gradients, too, as importance is of all."""
+    rest = [parameter for parameter in parameters if not parameter.requires_grad]
+    for parameter in rest:
+        parameter.requires_grad_(True)
+    try:
+        yield
+    finally:
+        for parameter in rest:
+            parameter.requires_grad_(False)
 
 
 class Procedure:
@@ -119,6 +142,28 @@ class Procedure:
         raise NotImplementedError(f"{type(self).__name__} has no start()")
 
 
+class Resting:
+    """Entries of parameters, and of their optimizer state, that an optimizer's step leaves as they are."""
+
+    def __init__(self, optimizer: torch.optim.Optimizer):
+        self.optimizer = optimizer
+        self._kept: list[tuple[Tensor, Tensor, Tensor]] = []
+
+    @torch.no_grad()
+    def keep(self, parameter: Tensor, rests: Tensor) -> None:
+        """Before the step: keep these entries, ``parameter.shape`` bool."""
+        state = self.optimizer.state.get(parameter) or {}
+        moments = [t for t in state.values() if isinstance(t, Tensor) and t.shape == parameter.shape]
+        self._kept += [(tensor, rests, tensor[rests].clone()) for tensor in (parameter, *moments)]
+
+    @torch.no_grad()
+    def give_back(self) -> None:
+        """After the step: restore them."""
+        for tensor, rests, values in self._kept:
+            tensor[rests] = values
+        self._kept = []
+
+
 def started(procedures: Sequence[Procedure], run: TrainingRun) -> dict[str, Moments]:
     """``{name: part}`` of the procedures of a run.
 
@@ -130,12 +175,6 @@ def started(procedures: Sequence[Procedure], run: TrainingRun) -> dict[str, Mome
     if twice is not None:
         raise ValueError(f"procedures: {twice} is given twice; give one of each kind")
     return {procedure.name: procedure.start(run) for procedure in procedures}
-
-
-def output_loss(model: nn.Module, batch: Any) -> Tensor:
-    """``model(**batch).loss``."""
-    found: Tensor = model(**batch).loss
-    return found
 
 
 def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
