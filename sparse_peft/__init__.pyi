@@ -11,6 +11,12 @@ from .training.sm3 import SM3 as SM3
 from .training.step_in_backward import StepInBackward as StepInBackward
 from .training.step_in_backward import step_in_backward as step_in_backward
 from .tuners.method import Method as Method
+from .tuners.prune import PruneConfig as PruneConfig
+from .tuners.prune import PruneLinear as PruneLinear
+from .tuners.prune import PruneModel as PruneModel
+from .tuners.prune import adapter_masks as adapter_masks
+from .tuners.prune import release_masks as release_masks
+from .tuners.prune import set_masks as set_masks
 from .tuners.residency import base_weights as base_weights
 from .tuners.s2ft import S2FTConfig as S2FTConfig
 from .tuners.s2ft import S2FTLinear as S2FTLinear

@@ -4,6 +4,7 @@ k-means, sorted vectors, checksums.
 Except for [`panel_limit`][sparse_peft.panel_limit], all exports are internal to sparse_peft.
 """
 
+from .bits import count_bits, pack_bits, unpack_bits
 from .checksums import bits, checksum
 from .order_statistics import order_statistics
 from .panels import panel_bytes, panel_limit, panels
@@ -18,8 +19,10 @@ __all__ = [
     "among",
     "bits",
     "checksum",
+    "count_bits",
     "flatten_tokens",
     "order_statistics",
+    "pack_bits",
     "panel_bytes",
     "panel_limit",
     "panels",
@@ -27,4 +30,5 @@ __all__ = [
     "topk_indices",
     "transposed_product",
     "uniform",
+    "unpack_bits",
 ]

@@ -57,6 +57,7 @@ from .expert_products import (
 from .gradient_observers import UNOBSERVED, GradientObserver, new_key, observe
 from .gradient_paths import gradient_panels
 from .masked_dw import PANEL_BYTES_PER_WEIGHT, masked_dw
+from .masked_linear import MaskedPart, MaskedWeight, masked_linear, sums_of_runs
 from .mixed_batch import BatchOrder, add_channel_deltas_, add_entry_deltas_, diagonal_of, suits_one_product
 from .nuclear import nuclear_norm
 from .one_hot import Factor, OneHot
@@ -98,6 +99,8 @@ __all__ = [
     "InitialDelta",
     "LayerProduct",
     "LinearProduct",
+    "MaskedPart",
+    "MaskedWeight",
     "MatrixProduct",
     "OneExpert",
     "OneHot",
@@ -142,6 +145,7 @@ __all__ = [
     "known_crossover",
     "log_once",
     "masked_dw",
+    "masked_linear",
     "new_key",
     "nuclear_norm",
     "observe",
@@ -162,6 +166,7 @@ __all__ = [
     "soft_threshold",
     "sparse_low_rank_linear",
     "suits_one_product",
+    "sums_of_runs",
     "support_grad",
     "support_layer",
     "take_",

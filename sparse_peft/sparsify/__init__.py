@@ -8,6 +8,7 @@ from .curve import GRID, CurvePoint, SparsityCurve, essential_sparsity, pruned
 from .dsnot import DSnoT
 from .files import LAYOUTS, load_sparse, save_sparse, sparse_sizes, zeros_of
 from .masks import LayerMask, Masks, Removed, masks_of, restore
+from .panelwise import keep_in_panels
 from .parts import PARTS, Sensitivity, sensitivity
 from .patterns import NM, Blocks, Channels, Pattern, Unstructured, as_pattern
 from .pruning import ALLOCATIONS, REFINEMENTS, prune
@@ -37,6 +38,7 @@ __all__ = [
     "Unstructured",
     "as_pattern",
     "essential_sparsity",
+    "keep_in_panels",
     "load_sparse",
     "masks_of",
     "prune",

@@ -10,13 +10,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ..calibrate.weights import base_of
+from ..numerics.bits import count_bits, pack_bits, unpack_bits
 from ..staging import staging_folder
 
 FORMAT = "sparse_peft_masks"
@@ -43,18 +43,16 @@ class LayerMask:
     @classmethod
     def of(cls, mask: Tensor) -> LayerMask:
         """From ``(rows, cols)`` booleans in the layout of the stored weight."""
-        packed = np.packbits(mask.cpu().contiguous().numpy(), axis=1)
-        return cls(torch.from_numpy(packed), (mask.shape[0], mask.shape[1]))
+        return cls(pack_bits(mask).cpu(), (mask.shape[0], mask.shape[1]))
 
     def to_bool(self, device: torch.device | str = "cpu") -> Tensor:
         """``(rows, cols)`` bool: True where a weight stays."""
-        unpacked = np.unpackbits(self.bits.numpy(), axis=1, count=self.shape[1])
-        return torch.from_numpy(unpacked).to(device, torch.bool)
+        return unpack_bits(self.bits.to(device), self.shape[1])
 
     @property
     def kept(self) -> int:
         """Number of weights that stay."""
-        return int(np.bitwise_count(self.bits.numpy()).sum(dtype=np.int64))
+        return count_bits(self.bits)
 
     @property
     def density(self) -> float:

@@ -396,12 +396,16 @@ class TunerLayer(BaseTunerLayer, nn.Module, Generic[StateT]):
 
     def _mixed_deltas_(self, result: Tensor, x: Tensor, adapter_names: list[str]) -> None:
         """Add to each item's result what its adapter makes of its input."""
-        for name in dict.fromkeys(adapter_names):
-            if name == BASE_ADAPTER or name not in self.deltas:
-                continue
-            rows = torch.tensor([i for i, other in enumerate(adapter_names) if other == name], device=x.device)
+        for name, rows in self._items_of(adapter_names, x.device):
             part = self.adapter_output(x.index_select(0, rows), name)
             result.index_add_(0, rows, part.to(result.dtype))
+
+    def _items_of(self, adapter_names: list[str], device: torch.device) -> Iterator[tuple[str, Tensor]]:
+        """The adapters of a mixed batch, each with the places of its items."""
+        for name in dict.fromkeys(adapter_names):
+            if name != BASE_ADAPTER and name in self.deltas:
+                places = [i for i, other in enumerate(adapter_names) if other == name]
+                yield name, torch.tensor(places, device=device)
 
     # ------------------------------------------------------------------ what the weight holds
 

@@ -2,7 +2,16 @@
 
 import pytest
 
-from sparse_peft import S2FTConfig, SaRAConfig, SketchConfig, SLTrainConfig, SnellaConfig, SoRAConfig, SparseConfig
+from sparse_peft import (
+    PruneConfig,
+    S2FTConfig,
+    SaRAConfig,
+    SketchConfig,
+    SLTrainConfig,
+    SnellaConfig,
+    SoRAConfig,
+    SparseConfig,
+)
 
 METHODS = {
     "sparse": (SparseConfig, {"density": 0.1, "target_modules": "all-linear"}),
@@ -15,6 +24,7 @@ METHODS = {
     "snella": (SnellaConfig, {"r": 4, "target_modules": "all-linear", "threshold": "hard_ste"}),
     "sltrain": (SLTrainConfig, {"r": 4, "density": 0.1, "target_modules": "all-linear"}),
     "sketch": (SketchConfig, {"bits": 3, "target_modules": "all-linear"}),
+    "prune": (PruneConfig, {"pattern": 0.5, "r": 4, "target_modules": "all-linear"}),
 }
 
 # What of a method changes during training besides its values, soon and often; the others change nothing.
@@ -24,6 +34,7 @@ MOVING = {
     "sora": {"penalty": 4.0, "prox_start": 0},
     "snella": {"target_sparsity": 0.5, "allocate_start": 0, "allocate_stop": 6, "allocate_every": 2},
     "sltrain": {"selection": "rigl", "reselect_every": 2, "accumulate": 1},
+    "prune": {"recipe": "pst", "pattern": 0.5, "start": 0, "stop": 6, "mask_every": 2},
 }
 
 # Where one of each family will do for every run of the tests, the others are slow.

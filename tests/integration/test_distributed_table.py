@@ -44,7 +44,10 @@ METHODS = {
     "S2FTConfig": (partial(S2FTConfig, ratio=0.3), None),
     "SLTrainConfig": (partial(SLTrainConfig, r=2, density=0.1), REGROWTH),
     "SoRAConfig": (partial(SoRAConfig, r=2), {"penalty": 4.0, "prox_start": 0}),
-    "SnellaConfig": (partial(SnellaConfig, r=2, init_weights=False), {"target_sparsity": 0.5, "allocate_start": 0, "allocate_every": 1}),
+    "SnellaConfig": (
+        partial(SnellaConfig, r=2, init_weights=False),
+        {"target_sparsity": 0.5, "allocate_start": 0, "allocate_every": 1},
+    ),
     "SketchConfig": (partial(SketchConfig, bits=2), None),
 }
 

@@ -26,6 +26,7 @@ CLAIMS = {
     "sara": ({"num_entries": None, "num_params": None, "density": 0.9}, "num_entries: "),
     "s2ft": ({"num_channels": None, "sides": None, "ratio": 0.9}, "num_channels: "),
     "sketch": ({"groups": 8}, "groups: 8"),
+    "prune": ({"trains": "low_rank+sparse", "density": 0.5}, "density: "),
 }
 
 
