@@ -54,11 +54,22 @@ def set_masks(model: nn.Module, masks: Masks, adapter_name: str = "default") -> 
 
 @torch.no_grad()
 def adapter_masks(model: nn.Module, adapter_name: str = "default") -> Masks:
-    """An adapter's masks, to save or to [`export`][sparse_peft.sparsify.Masks.save] with its merged model.
+    """An adapter's masks, to save or to compare.
 
     Args:
         model: with a ``PruneConfig`` adapter.
         adapter_name: the adapter's.
+
+    Raises:
+        ValueError: the model has no such adapter.
+
+    Example:
+        >>> import torch
+        >>> from peft import get_peft_model
+        >>> from sparse_peft import PruneConfig, adapter_masks
+        >>> base = torch.nn.Sequential(torch.nn.Linear(8, 4))
+        >>> adapter_masks(get_peft_model(base, PruneConfig(pattern="2:4", target_modules=["0"]))).density
+        0.5
     """
     found = states_of(model, adapter_name)
     config = next(state.config for _, state in found.values())
@@ -88,6 +99,16 @@ def release_masks(
     Raises:
         ValueError: a low-rank delta, whose product has no single entries to set to zero; or a mask whose zeros are
             not closed yet.
+
+    Example:
+        >>> import torch
+        >>> from peft import get_peft_model
+        >>> from sparse_peft import PruneConfig, release_masks
+        >>> base = torch.nn.Sequential(torch.nn.Linear(8, 4))
+        >>> model = get_peft_model(base, PruneConfig(trains="weights", target_modules=["0"]))
+        >>> release_masks(model)
+        >>> bool(model.base_model.model[0].deltas["default"].released)
+        True
     """
     found = states_of(model, adapter_name)
     for name, (_, state) in found.items():
