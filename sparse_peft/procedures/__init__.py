@@ -8,7 +8,9 @@ from importlib import import_module
 from pkgutil import iter_modules
 
 from .driver import StepDriver
+from .expansion import Expansion, expand_layers
 from .procedure import Procedure, TrainingRun
+from .samples import SampleHistory
 
 
 def _procedures() -> dict[str, type[Procedure]]:
@@ -21,4 +23,12 @@ def _procedures() -> dict[str, type[Procedure]]:
 _found = _procedures()
 globals().update(_found)
 
-__all__ = ["Procedure", "StepDriver", "TrainingRun", *(name for name in _found if name != "Procedure")]
+__all__ = [
+    "Expansion",
+    "Procedure",
+    "SampleHistory",
+    "StepDriver",
+    "TrainingRun",
+    "expand_layers",
+    *(name for name in _found if name != "Procedure"),
+]

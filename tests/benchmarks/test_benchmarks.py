@@ -19,6 +19,7 @@ import benchmarks.kernels
 import benchmarks.nuclear
 import benchmarks.plot
 import benchmarks.pretrain
+import benchmarks.procedures
 import benchmarks.reselection
 import benchmarks.step
 import benchmarks.weightless
@@ -599,3 +600,10 @@ def test_pretraining_runs_all_methods(tmp_path, monkeypatch):
     assert costs["full"]["state_bytes"] >= 12 * (layer + rest)
     assert costs["sltrain"]["state_bytes"] < costs["full"]["state_bytes"]
     assert all(cost["peak_extra_bytes"] > 0 and cost["tokens_per_second"] > 0 for cost in costs.values())
+
+
+@pytest.mark.slow
+def test_costs_of_procedures_are_measured():
+    costs = benchmarks.procedures.measure("lora", width=16, blocks=2, tokens=8, rounds=1)
+    assert [cost.procedure for cost in costs][0] == "none" and costs[0].step.median == 1.0
+    assert all(cost.peak > 0 and cost.step.median > 0 for cost in costs)
