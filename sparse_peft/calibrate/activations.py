@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ..numerics.panels import panels
 from ..numerics.tokens import flatten_tokens, transposed_product
 from ..ops.expert_products import Routing
-from .layer_view import LayerView
+from .layer_view import LayerView, whole_features
 from .model_pass import ModelPass, layer_input, token_mask
 
 
@@ -73,7 +73,7 @@ class FeatureSums:
             if isinstance(module, nn.Embedding) and name not in self.outputs:
                 self._add(name, *self._occurrences(x, module))
             else:
-                self._add(name, *self._measured(x))
+                self._add(name, *self._measured(whole_features(x, module, name not in self.outputs)))
 
         return see
 

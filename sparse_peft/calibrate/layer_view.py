@@ -8,9 +8,11 @@ from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from transformers.pytorch_utils import Conv1D
 
 from ..numerics.tokens import flatten_tokens
+from ..ops.communication import gather_features
 from ..ops.embedding import EmbeddingProduct
 from ..ops.expert_products import Routing
 from ..ops.one_hot import Factor
@@ -28,6 +30,21 @@ KeptTokens = Callable[[], Tensor | None]
 
 def _all_tokens() -> None:
     return None
+
+
+def whole_features(x: Tensor, module: nn.Module, is_input: bool) -> Tensor:
+    """An input or output of a layer with all of its features, where tensor parallelism divides them.
+
+    Args:
+        x: ``(..., features)``.
+        module: the layer.
+        is_input: whether ``x`` is its input.
+    """
+    weight = module._parameters.get("weight")
+    if not isinstance(weight, DTensor) or not isinstance(module, nn.Linear):
+        return x
+    features = module.in_features if is_input else module.out_features
+    return x if x.shape[-1] == features else gather_features(x, features, weight.device_mesh.get_group())
 
 
 @dataclass(frozen=True)
@@ -83,7 +100,8 @@ class LayerView:
         """
         if self.lookup is not None:
             return self.lookup.factors(x, grad)
-        x, grad = flatten_tokens(x), flatten_tokens(grad)
+        x = flatten_tokens(whole_features(x, self.module, True))
+        grad = flatten_tokens(whole_features(grad, self.module, False))
         return (grad, x) if self.in_dim == 1 else (x, grad)
 
     @property

@@ -23,6 +23,13 @@ class Collectives:
         running = dist.is_available() and dist.is_initialized()
         self.size = dist.get_world_size(group) if running else 1
 
+    @classmethod
+    def of_one(cls) -> Collectives:
+        """This process alone, in a run whose processes all have one batch."""
+        found = cls()
+        found.size = 1
+        return found
+
     @property
     def alone(self) -> bool:
         """Whether there is one process only."""

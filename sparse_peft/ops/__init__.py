@@ -19,6 +19,14 @@ from .combine import (
     combine_factors,
     combine_on_supports,
 )
+from .communication import (
+    gather_features,
+    gathered_features,
+    own_entries,
+    own_features,
+    sum_gradients,
+    sum_parts,
+)
 from .compiled_layer import functional_embedding, functional_layer
 from .conv import CONVOLUTIONS, ConvProduct, is_convolution
 from .crossover import Crossover, cache_file, known_crossover
@@ -138,6 +146,8 @@ __all__ = [
     "full_precision",
     "functional_embedding",
     "functional_layer",
+    "gather_features",
+    "gathered_features",
     "gradient_panels",
     "is_convolution",
     "kernel_backend",
@@ -149,6 +159,8 @@ __all__ = [
     "new_key",
     "nuclear_norm",
     "observe",
+    "own_entries",
+    "own_features",
     "pack_codes",
     "packed_width",
     "plan_support_grad",
@@ -166,6 +178,8 @@ __all__ = [
     "soft_threshold",
     "sparse_low_rank_linear",
     "suits_one_product",
+    "sum_gradients",
+    "sum_parts",
     "sums_of_runs",
     "support_grad",
     "support_layer",

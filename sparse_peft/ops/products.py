@@ -189,8 +189,8 @@ class LinearProduct:
         return x.index_select(-1, support.channels) if trains_input_channels(support, self.in_dim) else x
 
     def support_grad(self, grad: Tensor, kept: Tensor, support: Support, key: int) -> Tensor:
-        if support.nnz == 0:  # an empty tensor was kept, whose number of tokens is unknown
-            return grad.new_zeros(0)
+        if trains_input_channels(support, self.in_dim) and support.nnz == 0:
+            return grad.new_zeros(0)  # an empty tensor was kept, whose number of tokens is unknown
         left, right = flatten_tokens(grad), flatten_tokens(kept)
         if self.in_dim == 0:
             left, right = right, left

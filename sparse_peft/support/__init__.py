@@ -32,6 +32,7 @@ from .regrowth import (
     random_inactive,
 )
 from .schedules import DECAYS, BudgetSchedule, ReselectionSchedule, steps_of
+from .shards import Shard
 from .support import Support, check_indices, check_stored, compact_layout, index_dtype, layout_bytes
 from .topk_outer import topk_outer
 
@@ -56,6 +57,7 @@ __all__ = [
     "Regrowth",
     "ReselectionSchedule",
     "RowGroup",
+    "Shard",
     "Statistics",
     "Support",
     "allocate",

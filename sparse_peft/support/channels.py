@@ -123,6 +123,21 @@ class ChannelSupport(Support):
         part = ChannelSupport(shape, 0, channels[first:last] - start, validate=False, name=self.name)
         return part, first * shape[1], last * shape[1]
 
+    def of_columns(self, start: int, stop: int) -> tuple[Support, Tensor]:
+        if self.width > 1:
+            return super().of_columns(start, stop)
+        shape, channels, place = (
+            (self.shape[0], stop - start),
+            self.channels,
+            torch.arange(self.nnz, device=self.device),
+        )
+        place = place.view(self.matrix_shape)
+        if self.dim == 0:
+            return ChannelSupport(shape, 0, channels, validate=False, name=self.name), place[:, start:stop].reshape(-1)
+        first, last = torch.searchsorted(channels, channels.new_tensor([start, stop])).tolist()
+        part = ChannelSupport(shape, 1, channels[first:last] - start, validate=False, name=self.name)
+        return part, place[:, first:last].reshape(-1)
+
     def union(self, *others: Support) -> tuple[Support, list[Tensor]]:
         for other in others:
             self._check_same_shape(other)

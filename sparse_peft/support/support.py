@@ -374,6 +374,13 @@ class Support:
         pointers = self.row_ptr[start : stop + 1] - first
         return Support.of_stored(shape, (pointers, self._stored[first:last]), self.name)
 
+    def of_columns(self, start: int, stop: int) -> tuple[Support, Tensor]:
+        """The part in columns ``start`` to ``stop`` as a support of these columns, and its entries' int64 slots."""
+        slots = ((self.cols >= start) & (self.cols < stop)).nonzero().squeeze(1)
+        shape = (self.shape[0], stop - start)
+        flat = self.rows[slots].long() * shape[1] + (self.cols[slots] - start)
+        return Support(shape, flat, validate=False, name=self.name), slots
+
     @cached_property
     def _entry_ranges(self) -> dict[tuple[tuple[int, int], ...], list[tuple[int, int]]]:
         return {}

@@ -20,6 +20,7 @@ from ..tuners.base_model import BaseSparseModel
 from ..tuners.base_state import TrainedState
 from ..tuners.changes import stepped_by
 from ..tuners.controller_warning import mark_controlled
+from ..tuners.tensor_parallel import averaging_processes
 from ..tuners.traversal import configs_of
 from .rates import check_rates, suited_rates
 
@@ -84,6 +85,7 @@ class SparsityController(StepDriver):
         procedures: Sequence[Procedure] = (),
     ):
         super().__init__(optimizer, completed_steps, process_group)
+        self.collectives = averaging_processes(model, process_group)
         self._scaler = scaler_of(optimizer) if scaler is None else scaler
         dynamics = self._find(model, total_steps)
         self.suited_rates = suited_rates(model, self.optimizer)

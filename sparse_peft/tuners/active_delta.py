@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..ops import remember
-from ..support import ChannelSupport, ExpertColumns, Support
+from ..support import ChannelSupport, ExpertColumns, Shard, Support
 
 
 @dataclass(frozen=True, eq=False)
@@ -21,29 +21,38 @@ class ActiveDelta:
     Attributes:
         names: the adapters, in order.
         parts: their supports.
-        support: the union of these.
+        support: the union of these, within the part of the weight that this process has.
+        own: for each adapter the slots of its entries that lie in this part; None where all do.
         slots: for each adapter the places of its entries in the union; None where it is alone.
     """
 
     names: tuple[str, ...]
     parts: tuple[Support, ...]
     support: Support
+    own: tuple[Tensor | None, ...]
     slots: tuple[Tensor | None, ...]
 
     @classmethod
-    def join(cls, supports: Mapping[str, Support]) -> ActiveDelta:
-        """Of adapters' supports ``{name: support}``."""
+    def join(cls, supports: Mapping[str, Support], shard: Shard | None = None) -> ActiveDelta:
+        """Of adapters' supports ``{name: support}``, in the part of the weight that this process has."""
         names, parts = tuple(supports), tuple(supports.values())
-        union, slots = parts[0], cast("list[Tensor | None]", [None])
-        if len(parts) > 1:
-            union, slots[:] = parts[0].union(*parts[1:])
+        own, within = cast("tuple[Tensor | None, ...]", (None,) * len(parts)), parts
+        if shard is not None:
+            within, own = zip(*map(shard.cut, parts), strict=True)
+        union, slots = within[0], cast("list[Tensor | None]", [None])
+        if len(within) > 1:
+            union, slots[:] = within[0].union(*within[1:])
         if not isinstance(union, ChannelSupport | ExpertColumns):
             union = union.compact()
             remember(union)
-        return cls(names, parts, union, tuple(slots))
+        return cls(names, parts, union, own, tuple(slots))
 
     def sum_values(self, values: list[Tensor]) -> Tensor:
-        """Values at the union, overlaps added: ``(support.nnz,)``, differentiable."""
+        """Values at the union, overlaps added: ``(support.nnz,)``, differentiable.
+
+        Args:
+            values: of each adapter, its entries in this process's part of the weight.
+        """
         if len(values) == 1:
             return values[0]
         dtype = functools.reduce(torch.promote_types, (part.dtype for part in values))

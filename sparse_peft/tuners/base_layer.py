@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from ..compat import QuantizationBackend, quantization_extra_repr, resolve_quantization_backend
+from ..dynamics.full_tensor import full_tensor
 from ..ops import CONVOLUTIONS, ConvProduct, EmbeddingProduct, LayerProduct, LinearProduct, is_convolution
 from .active_delta import ActiveDelta
 from .backups import SET_ASIDE, LayerBackup, PackedBackup, WeightBackup
@@ -28,6 +29,7 @@ from .four_bit import base_weight
 from .layer_parts import bias_of, weight_of
 from .ledger import READERS, Ledger, Merged, Weight, transition
 from .parallel import check_mergeable
+from .tensor_parallel import LocalParameters, TensorParallel, local_part
 from .transitions import exclusive, exclusively
 
 STOCK_FORWARDS = {nn.Linear.forward, nn.Embedding.forward, Conv1D.forward, *(kind.forward for kind in CONVOLUTIONS)}
@@ -73,6 +75,7 @@ class TunerLayer(BaseTunerLayer, nn.Module, Generic[StateT]):
             that PEFT has a backend for, or ``nn.Embedding`` in layers that train it.
         name: the layer's full name in the model, for errors and for what is drawn at random.
         owner: the layer that has the adapters, if this one's weight is tied to that layer's.
+        parallel: the part of the weight that this process has; None for the whole.
 
     A method's subclass names its ``config_cls``, from which the name of the container of trained states is derived,
     and defines an adapter's output and its weight.
@@ -84,6 +87,7 @@ class TunerLayer(BaseTunerLayer, nn.Module, Generic[StateT]):
     product: LayerProduct
     weight_shape: tuple[int, ...]  # of the base weight, (rows, cols) or a convolution's
     stored_shape: tuple[int, int]  # (rows, cols) of the base weight as a matrix
+    parallel: TensorParallel | None  # the part of it that this process has, where tensor parallelism divides it
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -92,9 +96,15 @@ class TunerLayer(BaseTunerLayer, nn.Module, Generic[StateT]):
             cls.adapter_layer_names = (cls.delta_container,)
 
     def __init__(
-        self, base_layer: nn.Module, name: str, owner: TunerLayer[StateT] | None = None, **kwargs: Any
+        self,
+        base_layer: nn.Module,
+        name: str,
+        owner: TunerLayer[StateT] | None = None,
+        parallel: TensorParallel | None = None,
+        **kwargs: Any,
     ) -> None:
         super().__init__()
+        self.parallel = parallel
         self.base_layer = base_layer
         self.name = name
         self._owner = () if owner is None else (owner,)  # in a tuple: it is no submodule
@@ -146,12 +156,12 @@ class TunerLayer(BaseTunerLayer, nn.Module, Generic[StateT]):
 
     @property
     def base_parameter(self) -> Tensor:
-        """The base layer's weight."""
+        """The base layer's weight, or what this process has of it."""
         # the usual case without get_base_layer's search, which every layer would pay for several times a pass
         base: Any = self._modules["base_layer"]
         weight = base._parameters.get("weight")
         if weight is not None:
-            return cast("Tensor", weight)
+            return cast("Tensor", weight if self.parallel is None else weight._local_tensor)
         return weight_of(base if "base_layer" not in base._modules else self.get_base_layer())
 
     @property
@@ -162,13 +172,20 @@ class TunerLayer(BaseTunerLayer, nn.Module, Generic[StateT]):
 
     @property
     def base_bias(self) -> Tensor | None:
-        """The base layer's bias."""
-        return bias_of(self.base_layer)
+        """The base layer's bias, or what this process has of it."""
+        return bias_of(self.base_layer) if self.parallel is None else local_part(bias_of(self.base_layer))
+
+    @property
+    def held_shape(self) -> tuple[int, int]:
+        """``(rows, cols)`` of ``base_parameter`` as a matrix."""
+        return self.stored_shape if self.parallel is None else self.parallel.shard.local_shape
 
     @property
     def base_parameters(self) -> Mapping[str, Tensor | None]:
         """The parameters of the module that has the base weight, which is called ``"weight"`` here."""
         base = self.base_layer
+        if self.parallel is not None:
+            return LocalParameters(base)
         return base.by_name if isinstance(base, ExpertWeight) else base._parameters
 
     @transition
@@ -220,7 +237,7 @@ class TunerLayer(BaseTunerLayer, nn.Module, Generic[StateT]):
         """Whether more happens in the base layer than its own forward: hooks, offloading, another tuner's layer."""
         base = self.base_layer
         return bool(
-            "forward" in base.__dict__
+            base.__dict__.get("forward") is not (None if self.parallel is None else self.parallel.forward)
             or base._forward_hooks
             or base._forward_pre_hooks
             or base._backward_hooks
@@ -235,7 +252,7 @@ class TunerLayer(BaseTunerLayer, nn.Module, Generic[StateT]):
             return False
         weight = weight_of(base)
         return (
-            type(weight) in (nn.Parameter, Tensor)
+            (type(weight) in (nn.Parameter, Tensor) or self.parallel is not None)
             and not (weight.requires_grad and torch.is_grad_enabled())
             and (
                 x is None
@@ -250,9 +267,11 @@ class TunerLayer(BaseTunerLayer, nn.Module, Generic[StateT]):
         return self.base_layer.__dict__.get("_is_fsdp_managed_module", False)
 
     def dense_base_weight(self) -> Tensor:
-        """The base weight in floats as a matrix in its stored layout, for criteria to look at."""
+        """The base weight in floats as a matrix in its stored layout, for criteria to look at; whole."""
         if self.quantization_backend is not None:
             return self.dequantised()
+        if self.parallel is not None:
+            return full_tensor(weight_of(self.base_layer))
         return self.base_parameter.detach().reshape(self.stored_shape)
 
     def get_base_weight(self) -> Tensor:
@@ -440,7 +459,7 @@ class TunerLayer(BaseTunerLayer, nn.Module, Generic[StateT]):
             RuntimeError: something else wrote to the weight while other adapters were merged.
             NotImplementedError: other processes hold parts of the weight.
         """
-        if self.quantization_backend is None:
+        if self.quantization_backend is None and self.parallel is None:
             check_mergeable(self.name, self.get_base_layer())
         new = tuple(name for name in check_adapters_to_merge(self, adapter_names) if name in self.deltas)
         if not new:

@@ -51,6 +51,7 @@ from .targets import (
     own_weights,
     release_empty_experts,
 )
+from .tensor_parallel import TensorParallel
 from .ties import check_not_saved_whole, owners_of, tied_layers
 from .traversal import modules_beside_adapters, tuner_layers
 
@@ -379,7 +380,13 @@ class BaseSparseModel(BaseTuner, Generic[ConfigT, StateT]):
         self, config: Any, base: nn.Module, name: str, owner: TunerLayer[Any] | None = None
     ) -> TunerLayer[Any]:
         kind, options = self.layer_class_of(base), self.layer_options(config)
-        return kind(base, name, owner=owner, **options, **get_quantization_kwargs(self.model))
+        parallel = TensorParallel.of(self.model, name, base)
+        if parallel is not None and config.bias != "none":
+            raise NotImplementedError(
+                f"bias={config.bias!r}: tensor parallelism (tp_plan) divides the biases of layer {name} and others, "
+                'which stay frozen then; use bias="none", FSDP2 or DDP'
+            )
+        return kind(base, name, owner=owner, parallel=parallel, **options, **get_quantization_kwargs(self.model))
 
     def _tie(self, config: Any, owner: TunerLayer[Any]) -> None:
         """Put the other layers with the owner's weight into layers that compute with its adapters."""

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from ..ops import (
     UNOBSERVED,
     BatchOrder,
+    GradientObserver,
     LinearProduct,
     add_to_support_,
     delta_matmul,
@@ -20,6 +21,7 @@ from ..ops import (
     functional_layer,
     log_once,
     new_key,
+    own_entries,
     read_support,
     support_layer,
 )
@@ -36,6 +38,7 @@ from .parallel import check_not_partitioned
 from .residency import note_holding
 from .sources import DeltaSource, DequantisedSource, LayerSource, OverlaySource, ResidentSource
 from .stacks import EntryStack, Stack
+from .tensor_parallel import WholeObserver
 from .transitions import exclusive, exclusively
 
 DeltaT = TypeVar("DeltaT", bound=Delta)
@@ -127,7 +130,8 @@ class SparseTunerLayer(TunerLayer[DeltaT]):
         known = self._joins.get(names)
         if known is None or not self._is_current(known):
             with torch.inference_mode(False):
-                known = ActiveDelta.join({name: self.settled(name).support for name in names})
+                shard = None if self.parallel is None else self.parallel.shard
+                known = ActiveDelta.join({name: self.settled(name).support for name in names}, shard)
             unions = [other for other in self._joins if len(other) > 1 and other != names]
             if len(names) > 1 and len(unions) >= KEPT_UNIONS:
                 del self._joins[unions[0]]
@@ -160,9 +164,16 @@ class SparseTunerLayer(TunerLayer[DeltaT]):
             stamp: of a pass whose parameters are meant, where they were replaced since.
         """
         if stamp is None or stamp.is_in_place():
-            return delta.sum_values([self.deltas[name]() for name in delta.names])
+            return delta.sum_values(self._own(delta, [self.deltas[name]() for name in delta.names]))
         marks = zip(delta.names, stamp.marks, strict=True)
-        return delta.sum_values([self.deltas[name].scaled(mark.tensor) for name, mark in marks])
+        return delta.sum_values(self._own(delta, [self.deltas[name].scaled(mark.tensor) for name, mark in marks]))
+
+    def _own(self, delta: ActiveDelta, values: list[Tensor]) -> list[Tensor]:
+        """Of each adapter's values those in this process's part of the weight; their gradients are summed."""
+        if self.parallel is None:
+            return values
+        slots = cast("tuple[Tensor, ...]", delta.own)
+        return [own_entries(part, own, self.parallel.group) for part, own in zip(values, slots, strict=True)]
 
     def stamp(self, delta: ActiveDelta | None) -> Stamp | None:
         """What the values of the joined adapters are now."""
@@ -208,7 +219,9 @@ class SparseTunerLayer(TunerLayer[DeltaT]):
         """What makes the base weight hold adapters' entries."""
         assert stamp is not None
         weight, parameters = self.base_parameter, self.base_parameters
-        held = Held(delta, stamp, parameters, weight, self.adds_entries_only)
+        # of a divided layer, processes whose weights may not be written must exchange the same as the others
+        is_all = self.adds_entries_only and self.parallel is None
+        held = Held(delta, stamp, parameters, weight, is_all)
         with torch.no_grad():
             values = self.sum_values(delta, stamp)
         return Write(self.ledger, weight, delta.support, values.detach(), lambda _: held)
@@ -271,10 +284,9 @@ class SparseTunerLayer(TunerLayer[DeltaT]):
         self._writable = weakref.ref(weight), weight.data_ptr(), self._is_writable(weight)
         return self._writable[2]
 
-    @staticmethod
-    def _is_writable(weight: Tensor) -> bool:
+    def _is_writable(self, weight: Tensor) -> bool:
         return (
-            isinstance(weight, nn.Parameter)
+            (isinstance(weight, nn.Parameter) or self.parallel is not None)
             and weight.dtype in WRITABLE_DTYPES
             and is_dense(weight)
             and not weight.is_inference()
@@ -316,10 +328,19 @@ class SparseTunerLayer(TunerLayer[DeltaT]):
     def _path_now(self, x: Tensor, has_more: bool) -> str:
         """``path``, where graphs and transforms that record the pass have one of their own."""
         path = "additive" if has_more else self.path(x)
-        if path in ("resident", "overlay") and torch._C._are_functorch_transforms_active():
+        if self.parallel is None and path in ("resident", "overlay") and torch._C._are_functorch_transforms_active():
             return "transformed"
+        if self.parallel is not None:
+            self._refuse_compiling()
         self._refuse_transforms()
         return "traced" if path == "resident" and torch.compiler.is_compiling() else path
+
+    def _refuse_compiling(self) -> None:
+        if torch.compiler.is_compiling():
+            raise NotImplementedError(
+                f"layer {self.name}: tensor parallelism (tp_plan) and adapters are not compiled together; do without "
+                "torch.compile, or use FSDP2 or DDP"
+            )
 
     def path(self, x: Tensor | None = None) -> str:
         """How the forward pass of one adapter, or of several that act together, is computed.
@@ -339,24 +360,22 @@ class SparseTunerLayer(TunerLayer[DeltaT]):
         return "resident" if torch.compiler.is_compiling() or self._may_be_resident() else "overlay"
 
     def _product(self, x: Tensor, source: LayerSource) -> Tensor:
-        dtype, delta = self._compute_dtype(x), source.delta
-        bias = self.base_bias
+        dtype, delta, parallel = self._compute_dtype(x), source.delta, self.parallel
+        bias = None if self.base_bias is None else self.base_bias.to(dtype)
         values, scale = (None, 1.0) if delta is None else self._trained(delta)
-        return support_layer(
-            x.to(dtype),
-            values,
-            None if bias is None else bias.to(dtype),
-            source,
-            None if delta is None else delta.support,
-            scale,
-        )
+        support = None if delta is None else delta.support
+        if parallel is None:
+            return support_layer(x.to(dtype), values, bias, source, support, scale)
+        within = bias if parallel.is_colwise else None
+        out = support_layer(parallel.enter(x).to(dtype), values, within, source, support, scale)
+        return parallel.leave(out, None if parallel.is_colwise else bias)
 
     def _trained(self, delta: ActiveDelta) -> tuple[Tensor, float]:
         """What a pass differentiates by, and its scale: one adapter's values, or the sum of several deltas."""
         if len(delta.names) > 1:
             return self.sum_values(delta), 1.0
         state = self.deltas[delta.names[0]]
-        return state(scaled=False), state.value_scale
+        return self._own(delta, [state(scaled=False)])[0], state.value_scale
 
     def _base_forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """The base layer without any adapter, such that an adapter may act before this pass's backward."""
@@ -368,8 +387,9 @@ class SparseTunerLayer(TunerLayer[DeltaT]):
         return self._product(x, ResidentSource(self, None))
 
     def _resident_forward(self, delta: ActiveDelta, x: Tensor) -> Tensor:
-        trains = torch.is_grad_enabled() and (
-            x.requires_grad or any(self.deltas[name].values.requires_grad for name in delta.names)
+        trains = self.parallel is not None or (
+            torch.is_grad_enabled()
+            and (x.requires_grad or any(self.deltas[name].values.requires_grad for name in delta.names))
         )
         return self._product(x, ResidentSource(self, delta)) if trains else self.base_layer(x)
 
@@ -419,7 +439,10 @@ class SparseTunerLayer(TunerLayer[DeltaT]):
         return result + part.to(result.dtype)
 
     def _delta_product(self, x: Tensor, values: Tensor, support: Support, key: int = UNOBSERVED) -> Tensor:
-        """What a delta alone makes of the input."""
+        """What a delta alone makes of the input; both are those of this process's part of the weight."""
+        if self.parallel is not None:
+            part = delta_matmul(self.parallel.enter(x), values, support, self.product.in_dim, key)
+            return self.parallel.leave(part)
         if isinstance(self.product, LinearProduct):
             return delta_matmul(x, values, support, self.product.in_dim, key)
         source = DeltaSource(self.stored_shape, support, values, self.product, key)
@@ -427,7 +450,16 @@ class SparseTunerLayer(TunerLayer[DeltaT]):
 
     def adapter_output(self, x: Tensor, adapter_name: str) -> Tensor:
         delta = self.settled(adapter_name)
-        return self._delta_product(x, delta(), delta.support)
+        if self.parallel is None:
+            return self._delta_product(x, delta(), delta.support)
+        support, slots = self.parallel.shard.cut(delta.support)
+        return self._delta_product(x, own_entries(delta(), slots, self.parallel.group), support)
+
+    def whole_observer(self, observer: GradientObserver | None) -> GradientObserver | None:
+        """An observer that sees the factors of the whole weight's gradient, of which this process forms a part."""
+        if observer is None or self.parallel is None:
+            return observer
+        return WholeObserver(observer, self.parallel, lambda: list(self._joins.values()))
 
     # ------------------------------------------------------------------ mixed batches
 
@@ -436,7 +468,7 @@ class SparseTunerLayer(TunerLayer[DeltaT]):
         names = tuple(name for name in self.deltas if name in used)
         trains = torch.is_grad_enabled() and any(self.deltas[name].values.requires_grad for name in names)
         # FSDP2 gathers values anew in each pass: nothing tells whether they are those that a stack was made of
-        stacks = isinstance(self.product, LinearProduct) and not self._is_sharded()
+        stacks = isinstance(self.product, LinearProduct) and not (self._is_sharded() or self.parallel)
         if not names or trains or not stacks or self.stack_cls is None:
             super()._mixed_deltas_(result, x, adapter_names)
             return
@@ -505,6 +537,11 @@ class SparseTunerLayer(TunerLayer[DeltaT]):
 
     @transition
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        if self.parallel is not None and self.merged:
+            raise RuntimeError(
+                f"layer {self.name}: adapters {self.merged_adapters} are merged into a weight that tensor parallelism "
+                "divides, which cannot be moved or cast then; unmerge_adapter() before"
+            )
         self._stack = self._writable = None
         super()._apply(fn, recurse)
         self.rejoin()

@@ -7,15 +7,21 @@ from typing import Any
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from .tensor_parallel import TensorParallel
+
 CURE = "use DDP, or wrap the model in FSDP2 (fully_shard) after the adapter is made"
 
 
-def check_undivided(name: str, base: nn.Module, method: str) -> None:
+def check_undivided(name: str, base: nn.Module, model: nn.Module, layer_cls: type[Any], method: str) -> None:
     """Refuse a target whose weight, or a part of it, lies in other processes.
+
+    Tensor parallelism is for methods that train entries of linear layers.
 
     Args:
         name: of the layer.
         base: it, without adapters.
+        model: that has it.
+        layer_cls: the method's layers.
         method: for messages.
 
     Raises:
@@ -25,6 +31,9 @@ def check_undivided(name: str, base: nn.Module, method: str) -> None:
     if isinstance(weight, Tensor):
         check_not_partitioned(name, weight, method)
     if isinstance(weight, DTensor):
+        takes_parts = getattr(layer_cls, "adds_entries_only", False) and isinstance(base, nn.Linear)
+        if takes_parts and TensorParallel.of(model, name, base) is not None:
+            return
         raise NotImplementedError(f"Target module {name}: {_divided_by(base)}, and {method} needs it whole; {CURE}")
 
 

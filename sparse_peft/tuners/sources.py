@@ -32,7 +32,9 @@ class AdaptedLayer(Protocol):
 
     ledger: Ledger
     product: LayerProduct
-    stored_shape: tuple[int, int]
+
+    @property
+    def held_shape(self) -> tuple[int, int]: ...
 
     @property
     def observer_key(self) -> int: ...
@@ -61,7 +63,7 @@ class LayerSource(ABC):
 
     def __init__(self, layer: AdaptedLayer, delta: ActiveDelta | None):
         self.layer, self.delta, self.stamp = layer, delta, layer.stamp(delta)
-        self.shape, self.product, self.key = layer.stored_shape, layer.product, layer.observer_key
+        self.shape, self.product, self.key = layer.held_shape, layer.product, layer.observer_key
 
     @property
     def dtype(self) -> torch.dtype:

@@ -24,6 +24,7 @@ from ..calibrate import LayerView
 from ..calibrate.layer_view import KeptTokens, See
 from ..calibrate.weights import base_of
 from ..compat import get_quantization_kwargs, resolve_quantization_backend
+from ..dynamics.full_tensor import full_tensor
 from ..ops import EmbeddingProduct, is_convolution
 from .base_config import BaseSparseConfig
 from .base_layer import TunerLayer
@@ -76,12 +77,12 @@ def experts_among(targets: Targets) -> list[str]:
 
 
 def dense_weight(module: nn.Module) -> Tensor:
-    """The base weight of a target in floats, as the matrix that is stored."""
+    """The base weight of a target in floats, as the matrix that is stored; whole, where processes divide it."""
     if isinstance(module, TunerLayer):
         return module.dense_base_weight()
     base = base_of(module)
     backend = resolve_quantization_backend(base)
-    return base.weight.detach().reshape(stored_shape(module)) if backend is None else base_weight(base, backend)
+    return full_tensor(base.weight).reshape(stored_shape(module)) if backend is None else base_weight(base, backend)
 
 
 def layer_views(targets: Targets, ties: Iterable[Targets] = ()) -> list[LayerView]:
@@ -278,7 +279,7 @@ def check_target(
             f"layer takes those of one method only; unload() or merge_and_unload() them before {method} adapts it"
         )
     if not isinstance(module, TunerLayer) and not isinstance(base, ExpertWeight):
-        check_undivided(name, base, method)
+        check_undivided(name, base, model, layer_cls, method)
     if isinstance(base, nn.Embedding) and takes_embeddings:
         _check_embedding(name, base, model)
         return

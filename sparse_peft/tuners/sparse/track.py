@@ -55,7 +55,7 @@ class LayerTrack:
         self.window = window
         observers = [None] * self.layer.matrices if window is None else window.observers
         for number, observer in enumerate(observers):
-            observe(self.layer.observer_key + number, observer)
+            observe(self.layer.observer_key + number, self.layer.whole_observer(observer))
 
     def new_window(self, limit: int, length: int) -> Window:
         """A window of candidates of the present positions.
