@@ -35,6 +35,7 @@ WAYS: dict[str, dict[str, Any]] = {
     "NoWag": {"score": "nowag"},
     "Wanda, DSnoT": {"score": "wanda", "refine": "dsnot"},
     "SparseGPT": {"score": "sparsegpt"},
+    "NoWag, ARMOR": {"score": "nowag", "refine": "armor"},
 }
 
 
@@ -48,6 +49,11 @@ class Quality:
     loss: float
     perplexity: float
     cpu_seconds: float
+
+
+def fits(way: str, pattern: str) -> bool:
+    """ARMOR has n:m weights alone."""
+    return WAYS[way].get("refine") != "armor" or ":" in pattern
 
 
 @torch.no_grad()
@@ -91,7 +97,7 @@ def main(
     """The loss of SmolLM2-135M on held-out text with its linear layers pruned."""
     ways, console = check_ways(only, WAYS), Console()
     test = HeldOut.load(calibration, held_out, length)
-    cells = [(way, wanted) for wanted in pattern or PATTERNS for way in ways]
+    cells = [(way, wanted) for wanted in pattern or PATTERNS for way in ways if fits(way, wanted)]
     show(console, test.dense_loss, test.measure(cells, quality, Quality, out, console, fresh))
 
 

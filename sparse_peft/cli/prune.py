@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from ..constraints import OneOf, validated
-from ..sparsify import ALLOCATIONS, LAYOUTS, REFINEMENTS, SCORES, Masks, as_pattern, save_sparse
+from ..sparsify import ALLOCATIONS, LAYOUTS, REFINEMENTS, SCORES, Armor, Masks, as_pattern, save_sparse
 from ..sparsify import prune as prune_model
 from .eval import names_in
 from .folders import model_folder, new_folder
@@ -18,6 +18,7 @@ from .merge import copy_companions, files_in
 from .output import (
     ForceOption,
     JsonOption,
+    UsageError,
     answering,
     asked,
     bytes_text,
@@ -69,6 +70,11 @@ def prune(
         with asked():
             wanted = as_pattern(pattern)
             layout = validated("layout", layout, Annotated[str, OneOf((DENSE, *LAYOUTS))])
+        if refine == Armor.name and layout == DENSE:
+            raise UsageError(
+                f"refine={refine!r} with layout={layout!r}: a transformers checkpoint cannot hold its layers; use "
+                f"layout={LAYOUTS[0]!r}"
+            )
         data = None if calibration is None else batches_of(calibration, model, length, sequences)
         with new_folder(out, force) as staging:
             loaded = load_language_model(model, dtype, device)

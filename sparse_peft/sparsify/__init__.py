@@ -4,6 +4,7 @@ Three notions make a pruning method. A *pattern* is the sets of weights that may
 *time plan* says when; here it is "once". Start reading at [`prune`][sparse_peft.sparsify.prune].
 """
 
+from .armor import Armor, ArmorLinear
 from .curve import GRID, CurvePoint, SparsityCurve, essential_sparsity, pruned
 from .dsnot import DSnoT
 from .files import LAYOUTS, load_sparse, save_sparse, sparse_sizes, zeros_of
@@ -24,6 +25,8 @@ __all__ = [
     "PARTS",
     "REFINEMENTS",
     "SCORES",
+    "Armor",
+    "ArmorLinear",
     "Blocks",
     "Channels",
     "CurvePoint",

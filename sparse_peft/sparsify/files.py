@@ -11,12 +11,15 @@ from typing import Annotated, Any
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from ..calibrate.weights import Memory
 from ..constraints import OneOf, Share, validated
 from ..staging import staging_folder
+from .armor import ArmorLinear
 from .layers import check_without_adapters, layers_to_prune
 from .masks import DAMAGED, LayerMask, Masks, checked_mask, description, masks_of, opened, record
+from .replaced import replaced_layers, weight_name_of
 
 LAYOUTS = ("bitmask", "csr")
 """How positions are stored; see [`save_sparse`][sparse_peft.sparsify.save_sparse]."""
@@ -103,18 +106,21 @@ def save_sparse(model: nn.Module, path: str | os.PathLike, layout: str = "bitmas
         ValueError: a model with adapters, or without zeros.
 
     Example:
+        >>> import tempfile
         >>> import torch
         >>> from sparse_peft.sparsify import load_sparse, prune, save_sparse
         >>> model, other = (torch.nn.Sequential(torch.nn.Linear(8, 4)) for _ in range(2))
         >>> _ = prune(model, 0.5, progress=False)
-        >>> save_sparse(model, "/tmp/docs-sparse.safetensors")
-        >>> masks = load_sparse(other, "/tmp/docs-sparse.safetensors")
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     save_sparse(model, f"{folder}/sparse.safetensors")
+        ...     masks = load_sparse(other, f"{folder}/sparse.safetensors")
         >>> torch.equal(other[0].weight, model[0].weight), masks.density
         (True, 0.5)
     """
     layout = validated("layout", layout, Annotated[str, OneOf(LAYOUTS)])
     tensors, masks, path = _tensors_of(model), _masks_by_tensor(model), Path(path)
-    content: dict[str, Any] = {"format": 1, "layout": layout, "shapes": {}, "about": {}}
+    replaced = {name: layer.block for name, layer in _armor_layers(model).items()}
+    content: dict[str, Any] = {"format": 1, "layout": layout, "shapes": {}, "replaced": replaced, "about": {}}
     stored: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
         if name not in masks:
@@ -136,7 +142,8 @@ def load_sparse(model: nn.Module, path: str | os.PathLike) -> Masks:
     """Read what [`save_sparse`][sparse_peft.sparsify.save_sparse] wrote into a model, bit for bit.
 
     Args:
-        model: with the same tensors, such as ``AutoModelForCausalLM.from_config(config, dtype=...)``.
+        model: with the same tensors, such as ``AutoModelForCausalLM.from_config(config, dtype=...)``. Layers that
+            ARMOR replaced are linear ones in it, and are replaced.
         path: of the file.
 
     Returns:
@@ -146,26 +153,44 @@ def load_sparse(model: nn.Module, path: str | os.PathLike) -> Masks:
         FileNotFoundError: there is no such file.
         ValueError: it is damaged, of another kind, or of another model; the model is unchanged then.
     """
-    where, tensors = os.fspath(path), _tensors_of(model)
+    where = os.fspath(path)
     with opened(path, "save_sparse") as file:
-        content = _checked_content(where, file, tensors)
+        content = description(where, file, FORMAT)
+        replaced = _checked_replaced(where, content.get("replaced"), model)
+        tensors = _tensors_of(model, replaced)
+        _check_names(where, content, set(file.keys()), tensors)
         masks = {name: _checked_positions(where, file, name, content) for name in content["shapes"]}
         for name, tensor in tensors.items():
             _check_values(where, file, name, tensor, masks.get(name))
         for name, tensor in tensors.items():
-            if name in masks:
-                tensor.zero_()[masks[name].to_bool(tensor.device)] = file.get_tensor(f"{name}.values").to(
-                    tensor.device
-                )
-            else:
-                tensor.copy_(file.get_tensor(name))
-    made = Masks({name.removesuffix(".weight"): mask for name, mask in masks.items()}, content["about"])
+            _read(file, name, tensor, masks.get(name))
+        for layer, module in replaced.items():
+            sides = (file.get_tensor(f"{layer}.{side}").to(module.weight.device) for side in ("left", "right"))
+            model.set_submodule(layer, ArmorLinear(module.original, *sides))
+    made = Masks({name.rpartition(".")[0]: mask for name, mask in masks.items()}, content["about"])
     record(model, made)
     return made
 
 
-def _tensors_of(model: nn.Module) -> dict[str, Tensor]:
+def _read(file: Any, name: str, tensor: Tensor, mask: LayerMask | None) -> None:
+    """Overwrite a tensor, unless it is one of a layer that is made anew."""
+    if mask is not None:
+        values = file.get_tensor(f"{name}.values").to(tensor.device)
+        tensor.zero_()[mask.to_bool(tensor.device)] = values
+    elif not tensor.is_meta:
+        tensor.copy_(file.get_tensor(name))
+
+
+def _armor_layers(model: nn.Module) -> dict[str, ArmorLinear]:
+    return {name: layer for name, layer in replaced_layers(model).items() if isinstance(layer, ArmorLinear)}
+
+
+def _tensors_of(model: nn.Module, replaced: Mapping[str, ArmorLinear] | None = None) -> dict[str, Tensor]:
     """A model's state, each tensor once: of tied ones the first.
+
+    Args:
+        model: without adapters.
+        replaced: layers that take the places of others, with factors on the meta device.
 
     Raises:
         ValueError: a model with adapters, or on the meta device.
@@ -177,7 +202,11 @@ def _tensors_of(model: nn.Module) -> dict[str, Tensor]:
             raise ValueError(f"{name} is on the meta device and has no values; use model.to_empty(device='cpu') first")
         key = (Memory.of(tensor), tensor.shape, tensor.stride()) if tensor.numel() else name
         found.setdefault(key, (name, tensor))
-    return dict(found.values())
+    tensors = dict(found.values())
+    for layer, module in (replaced or {}).items():
+        tensors[f"{layer}.{module.weight_name}"] = tensors.pop(f"{layer}.weight")
+        tensors |= {f"{layer}.left": module.left, f"{layer}.right": module.right}
+    return tensors
 
 
 def masks_for(model: nn.Module) -> Masks:
@@ -188,7 +217,7 @@ def masks_for(model: nn.Module) -> Masks:
 def _masks_by_tensor(model: nn.Module) -> dict[str, LayerMask]:
     masks = masks_for(model)
     masks.weights_in(model)  # checked
-    return {f"{name}.weight": mask for name, mask in masks.layers.items()}
+    return {f"{name}.{weight_name_of(model.get_submodule(name))}": mask for name, mask in masks.layers.items()}
 
 
 def _bitmask(kept: Tensor) -> dict[str, Tensor]:
@@ -208,9 +237,30 @@ def _csr(kept: Tensor) -> dict[str, Tensor]:
 _PARTS: Mapping[str, tuple[str, ...]] = {"bitmask": ("bits", "values"), "csr": ("offsets", "columns", "values")}
 
 
-def _checked_content(path: str, file: Any, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
-    """The file's description, if it is one of a model with these tensors."""
-    content = description(path, file, FORMAT)
+def _checked_replaced(path: str, blocks: Any, model: nn.Module) -> dict[str, ArmorLinear]:
+    """The layers that take the places of linear ones, with factors on the meta device."""
+    if not isinstance(blocks, dict):
+        raise ValueError(f"{path}: `replaced` is not the block of each layer; {DAMAGED}")
+    modules, there = dict(model.named_modules()), _armor_layers(model)
+    found: dict[str, ArmorLinear] = {}
+    for name, block in blocks.items():
+        if name in there:
+            continue
+        module = modules.get(name)
+        sizes = tuple(module.weight.shape) if isinstance(module, (nn.Linear, Conv1D)) else ()
+        if module is None or not sizes or type(block) is not int or block < 1 or any(size % block for size in sizes):
+            raise ValueError(
+                f"{path}: layer {name} is in blocks of {block!r}, and the model's of {list(sizes)}; give the same "
+                "model"
+            )
+        rows, cols = sizes[::-1] if isinstance(module, Conv1D) else sizes
+        sides = (torch.empty(n // block, block, block, dtype=module.weight.dtype, device="meta") for n in (rows, cols))
+        found[name] = ArmorLinear(module, *sides)
+    return found
+
+
+def _check_names(path: str, content: Mapping[str, Any], names: set[str], tensors: Mapping[str, Tensor]) -> None:
+    """Refuse a file of a model with other tensors."""
     shapes, layout = content.get("shapes"), content.get("layout")
     if layout not in LAYOUTS or not isinstance(shapes, dict):
         raise ValueError(f"{path}: layout {layout!r}, and {', '.join(LAYOUTS)} are known; {DAMAGED}")
@@ -219,12 +269,11 @@ def _checked_content(path: str, file: Any, tensors: Mapping[str, Tensor]) -> dic
             has = f"of {list(tensors[name].shape)}" if name in tensors else "not there"
             raise ValueError(f"{path}: {name} is {shape!r} in the file and {has} in the model; give the same model")
     expected = set(tensors) - set(shapes) | {f"{name}.{part}" for name in shapes for part in _PARTS[layout]}
-    if expected != (names := set(file.keys())):
+    if expected != names:
         raise ValueError(
             f"{path}: no {', '.join(sorted(expected - names)[:2]) or '-'} in the file, and no "
             f"{', '.join(sorted(names - expected)[:2]) or '-'} in the model; give a model of the same architecture"
         )
-    return content
 
 
 def _checked_positions(path: str, file: Any, name: str, content: Mapping[str, Any]) -> LayerMask:

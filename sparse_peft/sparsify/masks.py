@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from ..calibrate.weights import base_of
 from ..numerics.bits import count_bits, pack_bits, unpack_bits
 from ..staging import staging_folder
+from .replaced import replaced_layers
 
 FORMAT = "sparse_peft_masks"
 SUFFIX = ".mask"
@@ -251,7 +252,7 @@ def masks_of(model: nn.Module) -> Masks | None:
 def restore(model: nn.Module) -> None:
     """Give a pruned model its weights back, bit for bit, and forget its masks.
 
-    Weights that stayed are not touched, unless the score changed them (SparseGPT).
+    Weights that stayed are not touched, unless pruning changed them (SparseGPT, ARMOR).
 
     Args:
         model: pruned with ``restorable=True``.
@@ -274,6 +275,9 @@ def restore(model: nn.Module) -> None:
         raise ValueError(f"{type(model).__name__} has no masks; it was not pruned, or restored already")
     if not masks.removed:
         raise ValueError("the original weights were not kept; prune(..., restorable=True) keeps them, on the CPU")
+    for name, layer in replaced_layers(model).items():
+        if name in masks.removed:
+            model.set_submodule(name, layer.original)
     put_back(masks.weights_in(model), masks.layers, masks.removed)
     delattr(model, ATTRIBUTE)
 

@@ -20,6 +20,7 @@ from ..calibrate.model_pass import ModelPass
 from ..constraints import OneOf, ShareOrZero, validated
 from ..support.budget import Budget, allocate, apportion, divide
 from ..support.criteria import CRITERIA
+from .armor import Armor, ArmorLinear
 from .dsnot import DSnoT
 from .layers import Names, layers_to_prune, rows_of, shape_of
 from .masks import LayerMask, Masks, Removed, masks_of, record
@@ -29,8 +30,8 @@ from .sparsegpt import SparseGPT
 
 ALLOCATIONS = ("uniform", "erk", "global")
 """How layers share the weights that stay; see [`prune`][sparse_peft.sparsify.prune]."""
-REFINEMENTS = (DSnoT.name,)
-"""What repairs masks; see [`prune`][sparse_peft.sparsify.prune]."""
+REFINEMENTS = (DSnoT.name, Armor.name)
+"""What improves on a mask; see [`prune`][sparse_peft.sparsify.prune]."""
 
 LossFn = Callable[[nn.Module, Any], Any]
 
@@ -42,7 +43,7 @@ def prune(
     *,
     allocation: str | Mapping[str, float] = "uniform",
     calibration: Iterable[Any] | None = None,
-    refine: str | DSnoT | None = None,
+    refine: str | DSnoT | Armor | None = None,
     target_modules: Names = None,
     exclude_modules: Names = None,
     loss_fn: LossFn | None = None,
@@ -78,15 +79,16 @@ def prune(
         calibration: batches for scores and refinements that need data, each passed as ``model(**batch)`` or to
             ``loss_fn``. Tokens that an ``attention_mask`` leaves out do not count. 128 sequences are usual.
         refine: ``"dsnot"`` or a [`DSnoT`][sparse_peft.sparsify.DSnoT] with other settings: repairs each mask by the
-            means of the layer's inputs.
+            means of the layer's inputs. ``"armor"`` or an [`Armor`][sparse_peft.sparsify.Armor]: replaces each layer
+            by one with N:M weights between block-diagonal matrices, fitted to it; the authors' score is ``"nowag"``.
         target_modules: names, suffixes or regular expressions of layers; by default all linear layers but the head.
         exclude_modules: likewise, of layers to leave out.
         loss_fn: ``loss_fn(model, batch)``: the loss for scores from gradients; otherwise it only runs the model.
         sequential: True prunes block by block or says why it cannot; False takes the dense model's inputs; None does
             the first where it can.
         seed: of random scores.
-        restorable: keep the removed values on the CPU, for [`restore`][sparse_peft.sparsify.restore]. SparseGPT
-            changes weights that stay, so that whole layers are kept.
+        restorable: keep the removed values on the CPU, for [`restore`][sparse_peft.sparsify.restore]. SparseGPT and
+            ARMOR change weights that stay, so that whole layers are kept.
         progress: show a bar that counts layers.
 
     Returns:
@@ -129,7 +131,7 @@ class _Plan:
         pattern: of all layers.
         score: of the weights.
         sparsegpt: settings, if that is the score.
-        refine: repairs masks; None to leave them.
+        refine: improves on masks; None to leave them.
         allocation: one of ``ALLOCATIONS``, or ``{layer name: density}``.
     """
 
@@ -137,7 +139,7 @@ class _Plan:
     pattern: Pattern
     score: Score
     sparsegpt: SparseGPT | None
-    refine: DSnoT | None
+    refine: DSnoT | Armor | None
     allocation: str | Mapping[str, float]
 
     @property
@@ -171,7 +173,7 @@ def _plan(
     pattern: PatternLike,
     score: str | SparseGPT,
     allocation: str | Mapping[str, float],
-    refine: str | DSnoT | None,
+    refine: str | DSnoT | Armor | None,
     data: ModelPass | None,
     target_modules: Names,
     exclude_modules: Names,
@@ -185,9 +187,8 @@ def _plan(
         sparsegpt = sparsegpt or SparseGPT()
     allocation = validated("allocation", allocation, Annotated[str, OneOf(ALLOCATIONS)] | dict[str, ShareOrZero])
     made = as_pattern(pattern, "matrix" if allocation == "global" else scored.scope)
-    if refine is not None and not isinstance(refine, DSnoT):
-        validated("refine", refine, Annotated[str, OneOf(REFINEMENTS)])
-        refine = DSnoT()
+    if refine is not None and not isinstance(refine, (DSnoT, Armor)):
+        refine = DSnoT() if validated("refine", refine, Annotated[str, OneOf(REFINEMENTS)]) == DSnoT.name else Armor()
     layers = layers_to_prune(model, target_modules, exclude_modules)
     if not isinstance(allocation, str) and set(allocation) != set(layers):
         missing, extra = sorted(set(layers) - set(allocation)), sorted(set(allocation) - set(layers))
@@ -198,10 +199,12 @@ def _plan(
     plan = _Plan(layers, made, scored, sparsegpt, refine, allocation)
     _check_together(plan)
     if data is None and (plan.needs_inputs or scored.needs == "gradient"):
-        asking = f"score={name!r}" if scored.needs not in ("none", "weight") else f"refine={DSnoT.name!r}"
+        asking = f"score={name!r}" if scored.needs not in ("none", "weight") else f"refine={refine.name!r}"  # type: ignore[union-attr]
         raise ValueError(f"{asking} needs data: pass calibration=, batches of text like the model's own")
     for layer_name, layer in layers.items():
         made.check(shape_of(layer), layer_name)
+        if isinstance(refine, Armor):
+            refine.check_layer(shape_of(layer), layer_name)
     return plan
 
 
@@ -230,8 +233,8 @@ def _check_sparsegpt(plan: _Plan) -> None:
         raise ValueError("allocation='global': SparseGPT scores a layer while it prunes it; use 'uniform' or 'erk'")
     if plan.refine is not None:
         raise ValueError(
-            "refine='dsnot' restores original weights, and score='sparsegpt' changes those that stay; use one of the "
-            "two, or another score"
+            f"refine={plan.refine.name!r} starts from original weights, and score='sparsegpt' changes those that "
+            "stay; use one of the two, or another score"
         )
 
 
@@ -337,23 +340,44 @@ class _Run:
             if self.plan.sparsegpt is not None:
                 self._compensated(name, data)
             else:
-                self._masked(name, data)
+                self._chosen(name, data)
             self.done()
 
-    def _masked(self, name: str, data: LayerData) -> None:
-        """Choose a layer's mask and set its other weights to zero."""
-        layer, pattern = self.plan.layers[name], self.plan.pattern
+    def _chosen(self, name: str, data: LayerData) -> None:
+        """Choose a layer's mask, and set its other weights to zero."""
+        pattern, refine = self.plan.pattern, self.plan.refine
+        weight = self.plan.layers[name].weight()
         kept = pattern.keep(self._scores(name, data), self.counts[name], name=name)
-        if self.plan.refine is not None:
-            assert data.sums is not None
-            mean, square = data.sums / data.tokens
-            kept = self.plan.refine.refine(rows_of(layer, layer.weight()), kept, mean, square, pattern)
-        gone = ~rows_of(layer, kept)
-        weight = layer.weight()
+        if refine is None:
+            return self._masked(name, weight, kept)
+        assert data.sums is not None
+        mean, square = data.sums / data.tokens
+        if isinstance(refine, DSnoT):
+            rows = rows_of(self.plan.layers[name], weight)
+            return self._masked(name, weight, refine.refine(rows, kept, mean, square, pattern))
+        return self._wrapped(name, weight, kept, square, refine)
+
+    def _masked(self, name: str, weight: Tensor, kept: Tensor) -> None:
+        gone = ~rows_of(self.plan.layers[name], kept)
         if self.restorable:
             self.removed[name] = Removed(weight[gone].cpu(), whole=False)
         self.masks[name] = LayerMask.of(~gone)
         weight.masked_fill_(gone, 0)
+
+    def _wrapped(self, name: str, weight: Tensor, kept: Tensor, square: Tensor, armor: Armor) -> None:
+        """Replace a layer by its factors."""
+        layer, pattern = self.plan.layers[name], self.plan.pattern
+        assert isinstance(pattern, NM) and self.data is not None
+        made = armor.refine(rows_of(layer, weight), kept, square, pattern)
+        self._replace(name, weight, rows_of(layer, made.core), rows_of(layer, made.kept))
+        self.data.model.set_submodule(name, ArmorLinear(layer.module, made.left, made.right))
+
+    def _replace(self, name: str, weight: Tensor, new: Tensor, kept: Tensor) -> None:
+        """Write a weight of which the entries that stay have other values."""
+        if self.restorable:
+            self.removed[name] = Removed(weight.to("cpu", copy=True), whole=True)
+        self.masks[name] = LayerMask.of(kept)
+        weight.copy_(new)
 
     def _compensated(self, name: str, data: LayerData) -> None:
         """Prune a layer by SparseGPT."""
@@ -363,10 +387,7 @@ class _Run:
         if data.tokens < shape_of(layer)[1]:
             self._scarce[name] = data.tokens
         new, kept = sparsegpt.prune(rows_of(layer, weight), data.moment, self.plan.pattern, self.counts[name], name)
-        if self.restorable:
-            self.removed[name] = Removed(weight.to("cpu", copy=True), whole=True)
-        self.masks[name] = LayerMask.of(rows_of(layer, kept))
-        weight.copy_(rows_of(layer, new))
+        self._replace(name, weight, rows_of(layer, new), rows_of(layer, kept))
 
     def _warn_if_scarce(self) -> None:
         if self._scarce:

@@ -9,6 +9,7 @@ from torch.sparse import to_sparse_semi_structured
 from ..calibrate.weights import base_of
 from .files import masks_for
 from .masks import masks_of
+from .replaced import ReplacedLinear, weight_name_of
 
 _GROUP, _MOST = 4, 2
 
@@ -49,12 +50,13 @@ def to_semi_structured(model: nn.Module) -> list[str]:
             made = to_sparse_semi_structured(weight)
         except RuntimeError as error:
             raise ValueError(f"layer {name}: {error}; leave it out of pruning with exclude_modules") from error
-        base_of(model.get_submodule(name)).weight = nn.Parameter(made, requires_grad=False)
+        module = base_of(model.get_submodule(name))
+        setattr(module, weight_name_of(module), nn.Parameter(made, requires_grad=False))
     return list(weights)
 
 
 def _check(name: str, module: nn.Module, weight: Tensor) -> None:
-    if not isinstance(module, nn.Linear):
+    if not isinstance(module.original if isinstance(module, ReplacedLinear) else module, nn.Linear):
         raise ValueError(
             f"layer {name} is a {type(module).__name__}, which multiplies its weight transposed; nn.Linear is expected"
         )

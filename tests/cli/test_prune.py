@@ -83,6 +83,7 @@ def test_perplexity_weighs_sequences_alike(stand_in, text):
     [
         (["--pattern", "half"], 2, "a share of zeros such as 0.5, or n:m such as '2:4'"),
         (["--pattern", "1.5"], 2, "a share of zeros"),
+        (["--refine", "armor", "--pattern", "2:4"], 2, "cannot hold its layers; use --layout"),
         (["--layout", "coo"], 2, "--layout"),
         (["--score", "wanda"], 1, "needs data: pass --calibration"),
         (["--score", "wand"], 1, "did you mean 'wanda'"),

@@ -178,8 +178,9 @@ def test_models_that_cannot_be_stored_are_refused(tmp_path):
     prune(model, 0.5, progress=False)
     with pytest.raises(ValueError, match="has adapters"):
         save_sparse(get_peft_model(model, LoraConfig(target_modules=["q_proj"])), tmp_path / "a")
-    with torch.device("meta"), pytest.raises(ValueError, match="on the meta device"):
-        load_sparse(nn.Sequential(nn.Linear(3, 2)), tmp_path / "a")
     with pytest.raises(FileNotFoundError, match="one that save_sparse wrote"):
         load_sparse(llama(), tmp_path / "a")
     assert not list(tmp_path.iterdir())
+    damaged(tmp_path / "a", "csr")
+    with torch.device("meta"), pytest.raises(ValueError, match="on the meta device"):
+        load_sparse(nn.Sequential(nn.Linear(11, 3)), tmp_path / "a")

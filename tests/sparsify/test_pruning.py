@@ -235,7 +235,7 @@ def test_a_second_pruning_goes_on_from_the_first():
         ({"score": "random", "allocation": "global"}, ValueError, "random ones say nothing"),
         ({"score": "sparsegpt", "pattern": Blocks(0.5, 2, 2)}, ValueError, "score='sparsegpt' prunes n:m or single"),
         ({"score": "sparsegpt", "allocation": "global"}, ValueError, "scores a layer while it prunes"),
-        ({"score": "sparsegpt", "refine": "dsnot"}, ValueError, "refine='dsnot' restores original weights"),
+        ({"score": "sparsegpt", "refine": "dsnot"}, ValueError, "refine='dsnot' starts from original weights"),
         ({"pattern": Blocks(0.5, 2, 2), "refine": "dsnot"}, ValueError, "does not allow; use n:m"),
         ({"pattern": Unstructured(0.5, "column"), "refine": "dsnot"}, ValueError, "scope 'row' or 'matrix'"),
         ({"pattern": NM(3, 5)}, ValueError, r"layer model\.layers\.0\.self_attn\.q_proj: 32 inputs are no multiple"),
