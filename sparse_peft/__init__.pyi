@@ -11,6 +11,11 @@ from .training.sm3 import SM3 as SM3
 from .training.step_in_backward import StepInBackward as StepInBackward
 from .training.step_in_backward import step_in_backward as step_in_backward
 from .tuners.method import Method as Method
+from .tuners.monarch import MonarchConfig as MonarchConfig
+from .tuners.monarch import MonarchFactors as MonarchFactors
+from .tuners.monarch import MonarchLinear as MonarchLinear
+from .tuners.monarch import MonarchModel as MonarchModel
+from .tuners.monarch import monarch_project as monarch_project
 from .tuners.prune import PruneConfig as PruneConfig
 from .tuners.prune import PruneLinear as PruneLinear
 from .tuners.prune import PruneModel as PruneModel

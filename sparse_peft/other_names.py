@@ -12,10 +12,11 @@ OTHER_NAMES = {
     "sift": "SparseConfig(selection='gradient')",
     "fish": "SparseConfig(selection='fisher')",
     "lift": "SparseConfig(selection='principal')",
-    "ltsft": "sparse_peft.adapters.lottery_ticket, then SparseConfig(selection='given'); convert reads LT-SFT's files",
+    "ltsft": "SparseConfig(selection='given') with the positions of sparse_peft.adapters.lottery_ticket",
     "rosa": "SLTrainConfig(selection='gradient') is RoSA, a sparse delta beside low rank",
     "dsee": "SLTrainConfig(selection='residual') has DSEE's form, a sparse delta beside low rank",
     "snell": "SnellaConfig without target_sparsity is SNELL",
+    "more": "MonarchConfig",
     "sketchtune": "SketchConfig",
 }
 

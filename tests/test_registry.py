@@ -97,7 +97,7 @@ def test_a_type_a_name_or_a_prefix_that_is_taken_is_refused(monkeypatch):
         register_method(method_like())
     with pytest.raises(RuntimeError, match="method 'sara' of SPARSE_PEFT_X: SPARSE_PEFT_SARA has this name already"):
         register_method(method_like(name="sara"))
-    with pytest.raises(ValueError, match="peft_type='LORA': the sparse methods are SPARSE_PEFT_S2FT"):
+    with pytest.raises(ValueError, match="peft_type='LORA': the sparse methods are SPARSE_PEFT_MONARCH"):
         method_of(LoraConfig())
 
 

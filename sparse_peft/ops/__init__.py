@@ -67,6 +67,7 @@ from .gradient_paths import gradient_panels
 from .masked_dw import PANEL_BYTES_PER_WEIGHT, masked_dw
 from .masked_linear import MaskedPart, MaskedWeight, masked_linear, sums_of_runs
 from .mixed_batch import BatchOrder, add_channel_deltas_, add_entry_deltas_, diagonal_of, suits_one_product
+from .monarch import block_sizes, monarch_dense, monarch_factors, monarch_product, monarch_projection, monarch_sum
 from .nuclear import nuclear_norm
 from .one_hot import Factor, OneHot
 from .plans import GradientPlan, plan_support_grad
@@ -120,6 +121,7 @@ __all__ = [
     "add_channel_deltas_",
     "add_entry_deltas_",
     "add_to_support_",
+    "block_sizes",
     "cache_file",
     "cheaper_way",
     "check_weights",
@@ -156,6 +158,11 @@ __all__ = [
     "log_once",
     "masked_dw",
     "masked_linear",
+    "monarch_dense",
+    "monarch_factors",
+    "monarch_product",
+    "monarch_projection",
+    "monarch_sum",
     "new_key",
     "nuclear_norm",
     "observe",

@@ -78,6 +78,7 @@ class BaseSparseModel(BaseTuner, Generic[ConfigT, StateT]):
     layer_cls: ClassVar[type[TunerLayer[Any]]]
     embedding_cls: ClassVar[type[TunerLayer[Any]] | None] = None  # None: the method trains no embeddings
     takes_groups = True  # whether convolutions of several groups, which are no one matrix, can be targets
+    why_no_convolutions: ClassVar[str | None] = None  # None: the method trains convolutions
     counted_tensor = "values"  # which of a layer's tensors in a file says by its size what the layer trains
     needs_base_weights = False  # whether what an adapter adds is a function of its base's weights as well
     target_module_mapping: dict[str, list[str]] = cast(
@@ -319,6 +320,7 @@ class BaseSparseModel(BaseTuner, Generic[ConfigT, StateT]):
                 cls.layer_class_of(module),
                 cls.__name__,
                 takes_groups=cls.takes_groups,
+                why_no_convolutions=cls.why_no_convolutions,
                 takes_embeddings=cls.embedding_cls is not None,
             )
         check_no_shared_weights(model, own_weights(targets), cls._tied_layers(model))

@@ -252,6 +252,7 @@ def check_target(
     method: str,
     *,
     takes_groups: bool,
+    why_no_convolutions: str | None,
     takes_embeddings: bool,
 ) -> None:
     """Refuse a layer of a kind that the method cannot train.
@@ -263,6 +264,7 @@ def check_target(
         layer_cls: the method's layers.
         method: for messages.
         takes_groups: whether the method trains convolutions of several groups.
+        why_no_convolutions: why it trains no convolutions at all; None if it does.
         takes_embeddings: whether it trains embeddings.
 
     Raises:
@@ -295,6 +297,11 @@ def check_target(
             f"{'`Embedding` ' if takes_embeddings else ''}and the quantised linear layers that PEFT has a backend "
             "for; name other target_modules, or leave this one out with exclude_modules."
             + (EMBEDDING_CURE if isinstance(base, nn.Embedding) else "")
+        )
+    if is_convolution(base) and why_no_convolutions is not None:
+        raise TypeError(
+            f"Target module {name} of type {type(base).__name__}: {why_no_convolutions}; leave convolutions out with "
+            "exclude_modules"
         )
     if is_convolution(base) and base.groups > 1 and not takes_groups:
         raise TypeError(

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from ...calibrate.codebooks import Sketch
-from ...ops import Combination, check_weights, is_convolution
+from ...ops import Combination, check_weights
 from ..base_model import BaseSparseModel
 from ..combination import check_combination, combinable_configs
 from ..files.adapter_state import named_states
@@ -72,6 +72,7 @@ class SketchModel(BaseSparseModel[SketchConfig, SketchState]):
 
     layer_cls = SketchLinear
     counted_tensor = "codebook"
+    why_no_convolutions = "a sketch has tables for the rows of linear layers only"
     needs_base_weights = True
 
     @classmethod
@@ -89,12 +90,6 @@ class SketchModel(BaseSparseModel[SketchConfig, SketchState]):
     @classmethod
     def check_targets(cls, model: nn.Module, targets: Targets) -> None:
         super().check_targets(model, {n: m for n, m in targets.items() if not isinstance(base_of(m), SketchedLinear)})
-        for name, module in targets.items():
-            if is_convolution(base_of(module)):
-                raise TypeError(
-                    f"Target module {name} of type {type(base_of(module)).__name__}: a sketch has tables for the rows "
-                    "of linear layers only; leave convolutions out with exclude_modules"
-                )
 
     def plan_layers(
         self,
