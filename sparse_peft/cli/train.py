@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import MISSING, fields
 from importlib import import_module
@@ -27,6 +27,7 @@ from ..report import plot_report
 from ..training.callback import SparsityCallback
 from ..tuners.base_config import BaseSparseConfig
 from ..tuners.delta import Delta
+from ..tuners.files.card import name_source
 from ..tuners.unknown_fields import settable_fields
 from .fields import METHOD_HELP, parse_value
 from .output import bytes_text, console_for_people, count_text, fields_text, refuse, share_text
@@ -222,22 +223,35 @@ def run_script(script: Any, arguments: list[Any], config: BaseSparseConfig) -> P
     scripted, training, model, _ = arguments
     if training.process_index == 0:
         show_plan(console_for_people(), plan_of(config, model, training))
-    report = Report()
-    with adapted(config, report):
+    report, folder = Report(), Path(training.output_dir)
+
+    def write_card(trainer: Any, *_: Any, **__: Any) -> None:
+        # TRL asks for a card with each checkpoint, and before it uploads the finished adapter
+        if report.loss is not None and trainer.is_world_process_zero():
+            complete(folder, report, scripted)
+            name_source(folder, trainer.hub_model_id)
+
+    with adapted(config, report, write_card):
         script.main(*arguments)
-    folder = Path(training.output_dir)
-    if training.process_index == 0:
+    if training.process_index == 0 and not training.push_to_hub:
         complete(folder, report, scripted)
     return folder
 
 
 @contextmanager
-def adapted(config: BaseSparseConfig, callback: SparsityCallback) -> Iterator[None]:
-    """Inside, TRL's scripts train this adapter, and every trainer has the callback; they offer no argument for it."""
+def adapted(
+    config: BaseSparseConfig, callback: SparsityCallback, write_card: Callable[..., None]
+) -> Iterator[None]:
+    """Inside, TRL's scripts train this adapter, and every trainer has the callback; they offer no argument for it.
+
+    TRL's own card begins with an example for a whole model of its own.
+    """
     callbacks = [*transformers.trainer.DEFAULT_CALLBACKS, callback]
+    trainer = import_module("trl.trainer.base_trainer")._BaseTrainer
     with ExitStack() as stack:
         stack.enter_context(replaced(import_module("trl"), "get_peft_config", lambda _: config))
         stack.enter_context(replaced(transformers.trainer, "DEFAULT_CALLBACKS", callbacks))
+        stack.enter_context(replaced(trainer, "create_model_card", write_card))
         yield
 
 
@@ -255,4 +269,5 @@ def complete(folder: Path, report: Report, scripted: Any) -> None:
     """Put plots and the last losses into the adapter's folder and card."""
     drawn = plot_report(report.model, report.history, folder) if find_spec("matplotlib") is not None else []
     metrics = {} if report.loss is None else {"train_loss": report.loss}
-    add_results(folder, metrics, dataset=scripted.dataset_name or "a mixture", plots=drawn)
+    data = Path(scripted.dataset_name or "a mixture")
+    add_results(folder, metrics, dataset=data.name if data.exists() else str(data), plots=drawn)

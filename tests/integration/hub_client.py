@@ -10,6 +10,7 @@ from peft import AutoPeftModelForCausalLM, PeftConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, DataCollatorForLanguageModeling, Trainer, TrainingArguments
 
 import sparse_peft
+from _sparse_peft_startup.commands import app
 from sparse_peft.adapters import add_results
 from sparse_peft.report import plot_report
 from tests.helpers.language_models import llama, make_tokenizer, text
@@ -80,6 +81,17 @@ def push_trained(folder):
     torch.save({"logits": logits(model), "metrics": metrics}, folder / "trained.pt")
     model.push_to_hub("tester/with-results")  # a later push keeps the results
     trainer.push_to_hub()
+
+
+def push_by_command(folder):
+    """``sparse-peft train sft --push_to_hub``."""
+    make_tokenizer().push_to_hub(BASE)
+    (folder / "data").mkdir()
+    text().to_json(folder / "data" / "train.jsonl")
+    where = ["--model_name_or_path", BASE, "--dataset_name", folder / "data", "--output_dir", folder / "by-command"]
+    push = ["--push_to_hub", "--hub_model_id", "tester/by-command"]
+    short = ["--max_steps", 2, "--report_to", "none", "--use_cpu", "--bf16", "false", "--target_modules", "q_proj"]
+    app([*map(str, ("train", "sft", *where, *push, *short))], standalone_mode=False)
 
 
 def refuse_hostile():

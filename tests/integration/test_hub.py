@@ -14,7 +14,10 @@ from _sparse_peft_startup.install import install_command
 from tests.integration.hub_client import BASE, METHOD_REPOS
 from tests.integration.hub_stand_in import TOKEN, running_hub
 
+pytest.importorskip("trl")
+pytest.importorskip("typer")
 ROOT = Path(__file__).parents[2]
+PUSHES = ("push_config", "push_hostile", "push_trained", "push_by_command")
 
 
 def environment(hub, home, token=TOKEN):
@@ -36,7 +39,7 @@ def pushed(tmp_path_factory):
     """``(hub, folder)`` after everything was pushed."""
     folder = tmp_path_factory.mktemp("hub")
     with running_hub() as hub:
-        done = client(hub, folder, "pushing", "push_every_method", "push_config", "push_hostile", "push_trained")
+        done = client(hub, folder, "pushing", "push_every_method", *PUSHES)
         assert done.returncode == 0, done.stderr[-3000:]
         yield hub, folder
 
@@ -125,6 +128,17 @@ def test_the_trainer_pushes_a_card_that_explains_the_adapter(pushed):
     assert card.text.count("import sparse_peft") == 1
     assert "## Training procedure" in card.text, "the trainer's own part is there too"
     assert hub.files("tester/by-trainer")["adapter_model.safetensors"].lfs
+
+
+def test_the_command_pushes_an_adapter_with_its_own_card(pushed):
+    hub, _ = pushed
+    files, card = hub.files("tester/by-command"), hub.card("tester/by-command")
+    assert {"adapter_model.safetensors", "supports.png", "tokenizer.json"} <= set(files)
+    assert card.data.base_model == BASE and {"sparse-peft", "trl", "sft"} <= set(card.data.tags)
+    assert 'adapter = "tester/by-command"' in card.text
+    (result,) = card.data.eval_results
+    assert (result.metric_type, result.dataset_name) == ("train_loss", "data"), "no path of this machine"
+    assert "pipeline(" not in card.text, "TRL's card has an example for a whole model"
 
 
 STRANGER = """
