@@ -6,6 +6,7 @@ import ast
 import runpy
 import sys
 from collections.abc import Sequence
+from difflib import get_close_matches
 from importlib import import_module
 from importlib.machinery import PathFinder
 from pathlib import Path
@@ -78,7 +79,12 @@ class Commands(TyperGroup):
         return TyperCommand(cmd_name, help=summary(cmd_name)) if cmd_name in COMMANDS else None
 
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
-        name, _, rest = super().resolve_command(ctx, args)
+        try:
+            name, _, rest = super().resolve_command(ctx, args)
+        except CommandLineError as error:
+            close = get_close_matches(args[0], COMMANDS, n=1)
+            error.message += f" Did you mean {close[0]!r}?" if close else ""
+            raise
         assert name is not None
         if not ctx.params["verbose"]:
             (quieten_bitsandbytes if name in RUN_OTHER_PROGRAMS else quieten)()

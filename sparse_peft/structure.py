@@ -24,12 +24,13 @@ SECONDS = 10.0  # that the Hub may take to answer
 HUB_NAME = re.compile(r"\w[\w.-]*(/[\w.-]+)?")  # of a repository, with or without its owner
 
 
-def read_model_config(model: str | os.PathLike) -> PretrainedConfig:
+def read_model_config(model: str | os.PathLike, revision: str | None = None) -> PretrainedConfig:
     """A model's config from its folder, its ``config.json`` or the Hub; no code of it is run.
 
     Args:
         model: path of the folder or file; where it does not exist, the model's name on the Hub. Of that only
             ``config.json`` is downloaded, or taken from the cache.
+        revision: branch, tag or commit on the Hub.
 
     Raises:
         FileNotFoundError: there is no such file or folder, and the Hub does not have it or is out of reach.
@@ -37,7 +38,7 @@ def read_model_config(model: str | os.PathLike) -> PretrainedConfig:
     """
     path = Path(model)
     if not path.exists():
-        path = _config_on_hub(os.fspath(model))
+        path = _config_on_hub(os.fspath(model), revision)
     file = path / "config.json" if path.is_dir() else path
     if not file.is_file():
         is_adapter = (path / "adapter_config.json").is_file()
@@ -60,17 +61,17 @@ def read_model_config(model: str | os.PathLike) -> PretrainedConfig:
         raise ValueError(f"{file}: transformers {transformers.__version__} cannot use it ({reason})") from error
 
 
-def _config_on_hub(name: str) -> Path:
+def _config_on_hub(name: str, revision: str | None) -> Path:
     """The file of a model's config: of the Hub's cache, or else downloaded."""
     if HUB_NAME.fullmatch(name) is None:
         raise FileNotFoundError(f"{name}: no such file or folder; {EXPECTED}")
     try:
-        return Path(hf_hub_download(name, "config.json", local_files_only=True))
+        return Path(hf_hub_download(name, "config.json", revision=revision, local_files_only=True))
     except LocalEntryNotFoundError:
         pass
     try:
         model_info(name, timeout=SECONDS)  # one attempt, where a download makes six
-        return Path(hf_hub_download(name, "config.json"))
+        return Path(hf_hub_download(name, "config.json", revision=revision))
     except Exception as error:  # of whichever HTTP client huggingface_hub uses
         raise FileNotFoundError(f"{name}: no such folder, and {_why_not(error)}; {EXPECTED}") from error
 

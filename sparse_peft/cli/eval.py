@@ -15,8 +15,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from _sparse_peft_startup.install import install_advice
 
+from ..structure import read_model_config
 from .folders import adapter_folder
-from .output import JsonOption, UsageError, answering, show_table, table
+from .output import JsonOption, UsageError, answering, asked, show_table, table
 
 
 def eval(
@@ -56,11 +57,13 @@ def load(folder: Path, base: str | None, dtype: str, device: str) -> tuple[Any, 
     """The model with the adapter, and its tokenizer: the adapter's own if it has one.
 
     Raises:
-        UsageError: the adapter names no base model.
+        UsageError: the adapter names no base model, or one that is not there.
     """
     name = base or PeftConfig.from_pretrained(str(folder)).base_model_name_or_path
     if not name:
         raise UsageError(f"{folder}: the adapter names no base model; give --base")
+    with asked():
+        read_model_config(name)
     model: Any = AutoModelForCausalLM.from_pretrained(name, dtype=dtype)
     own = (folder / "tokenizer_config.json").is_file()
     return PeftModel.from_pretrained(model.to(device), folder).eval(), AutoTokenizer.from_pretrained(

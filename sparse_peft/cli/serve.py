@@ -17,8 +17,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from _sparse_peft_startup.install import install_advice
 
 from ..serving import AdapterFolders, Engine, HttpServer, RequestError, ServerLimits, build_app
+from ..structure import read_model_config
 from .folders import adapter_folder
-from .output import JsonOption, UsageError, answering, working
+from .output import JsonOption, UsageError, answering, asked, working
 
 MIB = 2**20
 
@@ -56,6 +57,8 @@ def serve(
             raise UsageError(f"serve needs {' and '.join(missing)}: {install_advice('serve')}")
         folders = _adapters(adapter or [])
         roots = AdapterFolders([*(adapter_root or []), *folders.values()])
+        with asked():
+            read_model_config(model)
         with working("loading"):
             base: Any = AutoModelForCausalLM.from_pretrained(model, dtype=dtype, use_safetensors=True)
             tokenizer = AutoTokenizer.from_pretrained(model)

@@ -11,11 +11,12 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any
 
+import torch
 import transformers.trainer
 import typer
 from rich.console import Console
 from rich.markup import escape
-from transformers import AutoConfig, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from _sparse_peft_startup.install import install_advice
 
@@ -24,6 +25,7 @@ from ..constraints import describe, field_hints
 from ..planning import PlanOptions, TrainingPlan, plan_training
 from ..registry import method_named, methods
 from ..report import plot_report
+from ..structure import read_model_config
 from ..training.callback import SparsityCallback
 from ..tuners.base_config import BaseSparseConfig
 from ..tuners.delta import Delta
@@ -46,9 +48,13 @@ def train(
     try:
         script = script_of(trainer)
         arguments, config = parse(script, context.args, TRAINERS[trainer])
+        plan = plan_of(config, *arguments)
     except (ValueError, TypeError, OSError) as error:
         refuse("train", error)
-    folder = run_script(script, arguments, config)
+    try:
+        folder = run_script(script, arguments, config, plan)
+    except (FileNotFoundError, ConnectionError) as error:  # a data set, or weights
+        refuse("train", error)
     console_for_people().print(f"[bold]{escape(str(folder))}[/]: the adapter", soft_wrap=True)
 
 
@@ -81,18 +87,21 @@ def parse(script: Any, given: Sequence[str], task_type: str) -> tuple[list[Any],
     """The arguments of the script's ``main``, and the adapter's config.
 
     Raises:
-        ValueError: an unknown option, a value of another type, options of LoRA, or no model.
+        ValueError: an unknown option, a value of another type, options of LoRA, no model or no data.
     """
     name = script.__name__.rpartition(".")[2]
     parser = script.make_parser(prog=f"sparse-peft train {name}")
     parser.usage = f"sparse-peft train {name} [--config FILE.yaml] [options]"
+    parser.set_defaults(use_cpu=not torch.accelerator.is_available())
     config_class = method_named(chosen_method(given)).config_class
     names = add_options(parser, config_class)
     *arguments, ours = parser.parse_args_and_config(list(given))
-    model = next(part for part in arguments if hasattr(part, "model_name_or_path"))
+    data, _, model, mixture = arguments
     refuse_lora(model)
     if model.model_name_or_path is None:
         raise ValueError("--model_name_or_path: a model's folder, or its name on the Hub, is expected")
+    if data.dataset_name is None and not mixture.datasets:
+        raise ValueError("--dataset_name: a data set's folder, or its name on the Hub, is expected")
     hints = field_hints(config_class)
     values = {name: getattr(ours, option) for option, name in names.items()}
     chosen = {
@@ -205,9 +214,19 @@ def show_plan(console: Console, plan: TrainingPlan) -> None:
     console.print(f"[bold]peak memory[/] of a step (estimate): {needs}")
 
 
-def plan_of(config: BaseSparseConfig, model: Any, training: Any) -> TrainingPlan:
-    """What the first step takes; the longest row counts where the trainer limits it."""
-    model_config = AutoConfig.from_pretrained(model.model_name_or_path, revision=model.model_revision)
+def plan_of(config: BaseSparseConfig, _: Any, training: Any, model: Any, *__: Any) -> TrainingPlan | None:
+    """What the first step takes; the longest row counts where the trainer limits it.
+
+    Returns:
+        None on processes that print nothing, and for a model with code of its own.
+
+    Raises:
+        FileNotFoundError, ValueError: there is no such model, or it has no such layers.
+    """
+    own_code = any(getattr(part, "trust_remote_code", False) for part in (training, model))
+    if own_code or training.process_index != 0:
+        return None
+    model_config = read_model_config(model.model_name_or_path, model.model_revision)
     options = PlanOptions(
         base=BYTES_OF.get(str(model.dtype)),
         batch=training.per_device_train_batch_size,
@@ -218,11 +237,11 @@ def plan_of(config: BaseSparseConfig, model: Any, training: Any) -> TrainingPlan
     return plan_training(model_config, config, options)
 
 
-def run_script(script: Any, arguments: list[Any], config: BaseSparseConfig) -> Path:
+def run_script(script: Any, arguments: list[Any], config: BaseSparseConfig, plan: TrainingPlan | None) -> Path:
     """Train, save and draw; returns the adapter's folder."""
-    scripted, training, model, _ = arguments
-    if training.process_index == 0:
-        show_plan(console_for_people(), plan_of(config, model, training))
+    scripted, training, *_ = arguments
+    if plan is not None:
+        show_plan(console_for_people(), plan)
     report, folder = Report(), Path(training.output_dir)
 
     def write_card(trainer: Any, *_: Any, **__: Any) -> None:
@@ -239,9 +258,7 @@ def run_script(script: Any, arguments: list[Any], config: BaseSparseConfig) -> P
 
 
 @contextmanager
-def adapted(
-    config: BaseSparseConfig, callback: SparsityCallback, write_card: Callable[..., None]
-) -> Iterator[None]:
+def adapted(config: BaseSparseConfig, callback: SparsityCallback, write_card: Callable[..., None]) -> Iterator[None]:
     """Inside, TRL's scripts train this adapter, and every trainer has the callback; they offer no argument for it.
 
     TRL's own card begins with an example for a whole model of its own.

@@ -50,6 +50,7 @@ from .targets import (
     layer_of,
     own_weights,
     release_empty_experts,
+    which_layers,
 )
 from .tensor_parallel import TensorParallel
 from .ties import check_not_saved_whole, owners_of, tied_layers
@@ -283,7 +284,10 @@ class BaseSparseModel(BaseTuner, Generic[ConfigT, StateT]):
                 raise ValueError(f"target_modules: none given, and none is known for model type {model_type!r}")
         targets = cls.find_targets(config, model)
         if not targets:
-            raise ValueError(f"target_modules={config.target_modules!r} match no layer of {type(model).__name__}")
+            raise ValueError(
+                f"target_modules={config.target_modules!r} match no layer of {type(model).__name__}"
+                f"{which_layers(config, model)}"
+            )
         cls.check_targets(model, targets)
         return targets
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
+from difflib import get_close_matches
 from functools import partial
 from typing import Any
 
@@ -38,6 +39,7 @@ from .traversal import configs_of
 
 Targets = dict[str, nn.Module]  # {layer name: module}
 
+MOST_NAMED = 20  # layers in an error
 EMBEDDING_CURE = (
     " SparseConfig and SaRAConfig train embeddings; trainable_token_indices trains whole tokens beside any."
 )
@@ -148,6 +150,16 @@ def find_targets(
             if full in in_file if in_file is not None else _trains_experts(config, full, module):
                 found[full] = _expert_target(module, parameter)
     return found
+
+
+def which_layers(config: BaseSparseConfig, model: nn.Module) -> str:
+    """The cure for target modules that match nothing: names of layers, the one that was meant first."""
+    layers = (name for name, module in model.named_modules() if isinstance(module, (nn.Linear, Conv1D)))
+    names = sorted({name.rpartition(".")[2] for name in layers})
+    given = [] if isinstance(config.target_modules, str) else list(config.target_modules or ())
+    close = [meant for name in given for meant in get_close_matches(name, names, n=1)]
+    hint = f"; did you mean {close[0]!r}?" if close else ""
+    return f"{hint}; its linear layers are {', '.join(names[:MOST_NAMED])}" if names else hint
 
 
 def _with_all_linear(config: BaseSparseConfig, model: nn.Module) -> BaseSparseConfig:

@@ -32,7 +32,10 @@ def test_scores_of_tasks_that_must_not_be_forgotten():
     assert [s.forgotten for s in compared(after, RESULT, ["text"])] == [None, 0.0]
 
 
-def test_invalid_requests(run, world, monkeypatch):
+def test_invalid_requests(run, world, tmp_path, monkeypatch):
+    pytest.importorskip("lm_eval")
+    missing = ["--tasks", "x", "--base", tmp_path / "none", "--json"]
+    assert "none: no such" in run("eval", world / "sparse", *missing, expect=2).said["error"]["message"]
     monkeypatch.setattr("sparse_peft.cli.eval.find_spec", lambda name: None)
     assert "lm-eval" in run("eval", world / "sparse", "--tasks", "x", "--json", expect=2).said["error"]["message"]
 

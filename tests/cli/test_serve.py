@@ -78,6 +78,11 @@ def test_adapters_that_are_none(run, stand_in, adapter, given, message, monkeypa
     assert message in run("serve", stand_in, *options, "--json", expect=2).said["error"]["message"]
 
 
+def test_a_base_that_is_not_there(run, tmp_path, monkeypatch):
+    monkeypatch.setattr(command, "find_spec", lambda name: name)
+    assert "none: no such" in run("serve", tmp_path / "none", "--json", expect=2).said["error"]["message"]
+
+
 def test_adapters_that_do_not_fit(run, stand_in, adapter, world, monkeypatch):
     monkeypatch.setattr(command, "find_spec", lambda name: name)
     said = run("serve", stand_in, "--adapter", f"keys={adapter}", "--json", expect=1).said

@@ -26,7 +26,7 @@ EXTRA = {
     "kto": ["--per_device_train_batch_size", "2"],
 }
 ON_CPU = ["--use_cpu", "--bf16", "false"]
-MODEL = ["--model_name_or_path", "m", *ON_CPU]
+MODEL = ["--model_name_or_path", "m", "--dataset_name", "d", *ON_CPU]
 SHORT = ["--max_steps", "2", "--report_to", "none", *ON_CPU]
 
 
@@ -77,7 +77,7 @@ def test_every_trainer_trains_and_saves_an_adapter(run, stand_in, data, tmp_path
 @pytest.mark.parametrize("method", METHODS)
 def test_options_are_the_fields_of_the_method(method, tmp_path):
     config_class = METHODS[method][0]
-    given = ["--model_name_or_path", "m", "--output_dir", str(tmp_path), *ON_CPU, "--target_modules", "q_proj"]
+    given = [*MODEL, "--output_dir", str(tmp_path), "--target_modules", "q_proj"]
     seeded = "seed" in settable_fields(config_class)
     given += ["--seed", "5", *(["--adapter_seed", "7"] if seeded else [])]  # the first is TRL's
     (_, training, *_), config = parse(script_of("sft"), [*given, "--method", method], "CAUSAL_LM")
@@ -87,7 +87,7 @@ def test_options_are_the_fields_of_the_method(method, tmp_path):
 
 def test_a_yaml_file_has_options_of_both(tmp_path):
     content = {"model_name_or_path": "m", "output_dir": str(tmp_path), "learning_rate": 0.003, "method": "s2ft"}
-    content |= {"use_cpu": True, "bf16": False}
+    content |= {"use_cpu": True, "bf16": False, "dataset_name": "d"}
     file = tmp_path / "train.yaml"
     file.write_text(yaml.safe_dump({**content, "ratio": 0.1, "target_modules": ["v_proj", "o_proj"], "seed": 3}))
     arguments, config = parse(script_of("dpo"), ["--config", str(file), "--ratio", "0.2"], "CAUSAL_LM")
@@ -104,9 +104,17 @@ def test_a_yaml_file_has_options_of_both(tmp_path):
         (["sft", "--densty", "0.1", *MODEL], "--densty"),
         (["sft", "--density", "3", *MODEL], "density=3.0: a share in (0, 1]"),
         (["sft", "--lora_r", "8", *MODEL], "--lora_r: options of LoRA"),
-        (["sft", *ON_CPU], "--model_name_or_path: a model's folder"),
+        (["sft"], "--model_name_or_path: a model's folder"),
+        (["sft", "--model_name_or_path", "m"], "--dataset_name: a data set's folder"),
+        (["sft", *MODEL], "m: no such folder"),
         (["sft", "--config", "no.yaml"], "no.yaml: no such file"),
     ],
 )
 def test_invalid_requests(run, arguments, words):
     assert words in run("train", *arguments, expect=2).err.replace("\n", " ")
+
+
+@pytest.mark.parametrize(("target", "words"), [("q_prj", "did you mean 'q_proj'?"), ("q_proj", "nodata")])
+def test_requests_that_do_not_fit_the_model_or_the_data(run, stand_in, tmp_path, target, words):
+    where = ["--model_name_or_path", stand_in, "--dataset_name", tmp_path / "nodata", "--output_dir", tmp_path]
+    assert words in run("train", "sft", *where, "--target_modules", target, *SHORT, expect=2).err.replace("\n", " ")

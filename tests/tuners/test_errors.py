@@ -97,8 +97,11 @@ def test_criteria_that_need_data_say_how_to_give_it():
         match="needs data or gradients, and one source only; given are none",
     ):
         select_support(TwoLayers(), config)
-    with pytest.raises(ValueError, match=r"target_modules=\{'nothing'\} match no layer of TwoLayers"):
-        select_support(TwoLayers(), SparseConfig(selection="gradient", target_modules=["nothing"]), [1])
+    with pytest.raises(
+        ValueError,
+        match=r"\{'fist'\} match no layer of TwoLayers; did you mean 'first'\?; its linear layers are first, second",
+    ):
+        select_support(TwoLayers(), SparseConfig(selection="gradient", target_modules=["fist"]), [1])
 
 
 def test_positions_for_another_model():
