@@ -7,6 +7,7 @@ it. ``__init__.pyi`` has the same names for type checkers; a test compares the t
 from importlib import import_module
 from pkgutil import iter_modules
 
+from .distillation import DistillationLoss
 from .driver import StepDriver
 from .expansion import Expansion, expand_layers
 from .procedure import Procedure, TrainingRun
@@ -24,6 +25,7 @@ _found = _procedures()
 globals().update(_found)
 
 __all__ = [
+    "DistillationLoss",
     "Expansion",
     "Procedure",
     "SampleHistory",

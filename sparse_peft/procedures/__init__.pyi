@@ -1,5 +1,6 @@
 """The names of ``sparse_peft.procedures`` for type checkers and editors; at run time its files are looked through."""
 
+from .distillation import DistillationLoss as DistillationLoss
 from .driver import StepDriver as StepDriver
 from .expansion import Expansion as Expansion
 from .expansion import expand_layers as expand_layers
