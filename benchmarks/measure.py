@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import random
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from math import sqrt
@@ -245,24 +245,31 @@ def bytes_of(tensors: Iterable[Tensor]) -> int:
     return sum(storages(tensors).values())
 
 
-def saved_bytes(forward: Callable[[], object], exclude: Iterable[Tensor] = ()) -> int:
+def saved_bytes(forward: Callable[[], Tensor], exclude: Iterable[Tensor] = ()) -> int:
     """Bytes that autograd keeps for backward, each storage once, without the storages of ``exclude``.
 
-    Only what goes through autograd's saved tensors is counted; what a function keeps by other means shows in
-    ``measure_phases`` as bytes alive after the forward pass.
+    The tensors are those of the graph's nodes. Nothing may pack them, as gradient checkpointing does. What a function
+    keeps by other means shows in ``measure_phases`` as bytes alive after the forward pass.
     """
-    saved: list[Tensor] = []
-
-    def pack(tensor: Tensor) -> Tensor:
-        saved.append(tensor)  # also keeps its storage, and so its address, from being reused
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        output = forward()
+    output = forward()
     excluded = storages(exclude)
-    total = sum(size for address, size in storages(saved).items() if address not in excluded)
-    del output
-    return total
+    return sum(size for address, size in storages(saved_tensors(output)).items() if address not in excluded)
+
+
+def saved_tensors(output: Tensor) -> Iterator[Tensor]:
+    """The tensors that the nodes of an output's graph keep."""
+    seen, waiting = set(), [output.grad_fn]
+    while waiting:
+        node = waiting.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        waiting.extend(following for following, _ in node.next_functions)
+        yield from getattr(node, "saved_tensors", ())  # of Python's functions
+        for name in dir(node):
+            if name.startswith("_saved_"):
+                found = getattr(node, name)
+                yield from (t for t in (found if isinstance(found, tuple) else (found,)) if isinstance(t, Tensor))
 
 
 class LargestTensor(TorchDispatchMode):

@@ -64,6 +64,7 @@ from .expert_products import (
 )
 from .gradient_observers import UNOBSERVED, GradientObserver, new_key, observe
 from .gradient_paths import gradient_panels
+from .kept_inputs import COMPRESSIONS, Compression
 from .masked_dw import PANEL_BYTES_PER_WEIGHT, masked_dw
 from .masked_linear import MaskedPart, MaskedWeight, masked_linear, sums_of_runs
 from .mixed_batch import BatchOrder, add_channel_deltas_, add_entry_deltas_, diagonal_of, suits_one_product
@@ -75,12 +76,13 @@ from .products import LayerProduct, LinearProduct, MatrixProduct, WeightSource
 from .proximal import PROXIMAL_OPERATORS, reference_threshold, soft_threshold
 from .sparse_low_rank import cheaper_way, compose_weight, sparse_low_rank_linear
 from .support_grad import support_grad
-from .support_layer import support_layer
+from .support_layer import How, support_layer
 from .torch_library import remember
 
 __all__ = [
     "BACKENDS",
     "COMBINATIONS",
+    "COMPRESSIONS",
     "CONVOLUTIONS",
     "ENTRY_COMBINATIONS",
     "FACTOR_COMBINATIONS",
@@ -95,6 +97,7 @@ __all__ = [
     "Codes",
     "Combination",
     "Competition",
+    "Compression",
     "ConvProduct",
     "Crossover",
     "EmbeddingProduct",
@@ -105,6 +108,7 @@ __all__ = [
     "Factors",
     "GradientObserver",
     "GradientPlan",
+    "How",
     "InitialDelta",
     "LayerProduct",
     "LinearProduct",

@@ -248,6 +248,9 @@ class BaseSparseConfig(PeftConfig):
             self.forget_resolved()
         super().__setattr__(name, value)
 
+    def equip(self, state: TrainedState) -> None:
+        """Give a new adapter's state in one layer what it computes with besides its tensors."""
+
     def forget_resolved(self) -> None:
         """Void what was resolved from fields that are set again."""
         for resolved in self.resolved_fields:

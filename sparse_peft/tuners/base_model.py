@@ -368,9 +368,11 @@ class BaseSparseModel(BaseTuner, Generic[ConfigT, StateT]):
             layer = self._new_layer(peft_config, target, current_key)
             layer._active_adapter = adapter_name
             note_adapted(layer)
+        state = plan.make_delta(current_key)
+        peft_config.equip(state)
         layer.add_delta(
             adapter_name,
-            plan.make_delta(current_key),
+            state,
             init_weights=peft_config.init_weights,
             inference_mode=peft_config.inference_mode,
         )

@@ -10,7 +10,7 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Tensor, nn
 
-from ..ops import ENTRY_COMBINATIONS, Combination, combine_on_supports
+from ..ops import ENTRY_COMBINATIONS, Combination, Compression, combine_on_supports
 from ..support import Support
 from .base_state import TrainedState
 from .files.checks import check_loaded_entries
@@ -50,6 +50,7 @@ class Delta(TrainedState):
     Attributes:
         value_scale: this factor.
         capacity: entries that swaps pad it to; None for as many as there are.
+        compression: rounding of the layer's input that is kept for the values' gradient.
     """
 
     combinations: ClassVar[tuple[str, ...]] = ENTRY_COMBINATIONS
@@ -57,6 +58,7 @@ class Delta(TrainedState):
         "a sparse delta is no product of factors; 'linear' is the exact sum on the union of the supports"
     )
     capacity: int | None = None
+    compression: Compression | None = None
 
     def __init__(
         self,

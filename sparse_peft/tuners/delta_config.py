@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Self, cast
 from torch import Tensor
 
 from ..constraints import Limits, OneOf
+from ..ops import COMPRESSIONS, Compression
 from .base_config import BaseSparseConfig, explains_fields
 from .scale import LORA_RATE, Spread, matched_scale
 
@@ -34,6 +35,11 @@ class DeltaConfig(BaseSparseConfig):
     scale: Annotated[str, OneOf((AUTO,))] | Scale = field(
         default=AUTO,
         metadata={"help": "Factor between the trained values and the delta; 'auto' suits LoRA's learning rate."},
+    )
+
+    compress_inputs: Annotated[str, OneOf(COMPRESSIONS)] | None = field(
+        default=None,
+        metadata={"help": "Rounding of the inputs kept for the values' gradient in training: bf16, int8 or none."},
     )
 
     @classmethod
@@ -70,6 +76,9 @@ class DeltaConfig(BaseSparseConfig):
     def scale_for(self, entries: int) -> float:
         """The scale that ``"auto"`` stands for, of this many trained entries in all layers."""
         return matched_scale(entries, (self.weight_shapes or {}).values(), self._spread or self.spread)
+
+    def equip(self, state: TrainedState) -> None:
+        cast("Delta", state).compression = cast("Compression | None", self.compress_inputs)
 
     def forget_resolved(self) -> None:
         super().forget_resolved()

@@ -14,6 +14,7 @@ from ..ops import (
     UNOBSERVED,
     BatchOrder,
     GradientObserver,
+    How,
     LinearProduct,
     add_to_support_,
     delta_matmul,
@@ -362,20 +363,23 @@ class SparseTunerLayer(TunerLayer[DeltaT]):
     def _product(self, x: Tensor, source: LayerSource) -> Tensor:
         dtype, delta, parallel = self._compute_dtype(x), source.delta, self.parallel
         bias = None if self.base_bias is None else self.base_bias.to(dtype)
-        values, scale = (None, 1.0) if delta is None else self._trained(delta)
+        values, how = (None, How(dtype=dtype)) if delta is None else self._trained(delta, dtype)
         support = None if delta is None else delta.support
         if parallel is None:
-            return support_layer(x.to(dtype), values, bias, source, support, scale)
+            return support_layer(x, values, bias, source, support, how)
         within = bias if parallel.is_colwise else None
-        out = support_layer(parallel.enter(x).to(dtype), values, within, source, support, scale)
+        out = support_layer(parallel.enter(x), values, within, source, support, how)
         return parallel.leave(out, None if parallel.is_colwise else bias)
 
-    def _trained(self, delta: ActiveDelta) -> tuple[Tensor, float]:
-        """What a pass differentiates by, and its scale: one adapter's values, or the sum of several deltas."""
-        if len(delta.names) > 1:
-            return self.sum_values(delta), 1.0
-        state = self.deltas[delta.names[0]]
-        return self._own(delta, [state(scaled=False)])[0], state.value_scale
+    def _trained(self, delta: ActiveDelta, dtype: torch.dtype) -> tuple[Tensor, How]:
+        """What a pass differentiates by, and how: one adapter's values, or the sum of several deltas."""
+        states = [self.deltas[name] for name in delta.names]
+        compression = states[0].compression
+        if len(states) > 1:
+            alike = all(state.compression == compression for state in states)
+            return self.sum_values(delta), How(1.0, dtype, compression if alike else None)
+        (state,) = states
+        return self._own(delta, [state(scaled=False)])[0], How(state.value_scale, dtype, compression)
 
     def _base_forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """The base layer without any adapter, such that an adapter may act before this pass's backward."""
@@ -446,7 +450,7 @@ class SparseTunerLayer(TunerLayer[DeltaT]):
         if isinstance(self.product, LinearProduct):
             return delta_matmul(x, values, support, self.product.in_dim, key)
         source = DeltaSource(self.stored_shape, support, values, self.product, key)
-        return support_layer(x.to(self._compute_dtype(x)), values, None, source, support)
+        return support_layer(x, values, None, source, support, How(dtype=self._compute_dtype(x)))
 
     def adapter_output(self, x: Tensor, adapter_name: str) -> Tensor:
         delta = self.settled(adapter_name)

@@ -1,19 +1,15 @@
 """Memory that a pass keeps for backward."""
 
-import torch
-from torch.autograd.graph import saved_tensors_hooks
+from benchmarks.measure import saved_bytes as bytes_of_graph
 
 
 def saved_bytes(model, x):
-    """Bytes kept for backward, each storage once, parameters and the input not counted."""
-    own = {p.untyped_storage().data_ptr() for p in model.parameters()} | {x.untyped_storage().data_ptr()}
-    kept = {}
+    """Bytes kept for backward, each storage once, parameters and the input not counted; and the output."""
+    outputs = []
 
-    def pack(t):
-        if t.layout == torch.strided and t.untyped_storage().data_ptr() not in own:
-            kept[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
-        return t
+    def forward():
+        outputs.append(model(x))
+        return outputs[0]
 
-    with saved_tensors_hooks(pack, lambda t: t):
-        y = model(x)
-    return sum(kept.values()), y
+    nbytes = bytes_of_graph(forward, [*model.parameters(), x])
+    return nbytes, outputs[0]

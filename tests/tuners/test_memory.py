@@ -1,11 +1,13 @@
 """What a step keeps and what it allocates, counted: nothing of a weight's size, no temporary above a panel."""
 
+import functools
 import gc
 
 import pytest
 import torch
 from peft import LoraConfig, ShiraConfig, get_peft_model
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from benchmarks.measure import LargestTensor
 from sparse_peft import SparseConfig, panel_limit, use_backend
@@ -74,6 +76,129 @@ def test_shira_saves_a_merged_weight_per_layer_and_we_do_not():
     lora = get_peft_model(Stack(), LoraConfig(r=4, target_modules=r"layers\.\d"))
     assert saved_bytes(shira, x)[0] > WIDTH * WIDTH * 4
     assert saved_bytes(ours, x)[0] < saved_bytes(lora, x)[0]
+
+
+class Block(nn.Module):
+    """A norm, two layers of its output, their gated product, and a layer of that: Llama's feed-forward."""
+
+    def __init__(self, norm=True):
+        super().__init__()
+        self.norm = nn.Parameter(torch.rand(WIDTH), requires_grad=False) if norm else None
+        self.gate, self.up, self.down = (nn.Linear(WIDTH, WIDTH, bias=False) for _ in range(3))
+
+    def forward(self, x):
+        hidden = x + 1 if self.norm is None else self.norm * (x * x.pow(2).mean(-1, keepdim=True).rsqrt())
+        return self.down(nn.functional.silu(self.gate(hidden)) * self.up(hidden))
+
+
+NAMES = ["gate", "up", "down"]
+
+
+def saved_for_values(model, x):
+    """Bytes kept beyond those of the frozen model."""
+    nbytes = saved_bytes(model, x)[0]
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    return nbytes - saved_bytes(model, x)[0]
+
+
+@pytest.mark.parametrize(("compression", "itemsize"), [(None, 4), ("bf16", 2), ("int8", 1)])
+def test_inputs_that_are_products_of_kept_tensors_are_not_kept(compression, itemsize):
+    config = SparseConfig(density=0.05, target_modules=NAMES, compress_inputs=compression)
+    x = torch.randn(TOKENS, WIDTH, requires_grad=True)
+    assert saved_for_values(get_peft_model(Block(), config), x) == 0
+    # a sum is kept, once for both of its layers; each rounds a copy of its own
+    copies, scales = (1, 0) if compression is None else (2, 2 * 4 * TOKENS * (compression == "int8"))
+    model = get_peft_model(Block(norm=False), config)
+    assert saved_for_values(model, x) == copies * itemsize * TOKENS * WIDTH + scales
+
+
+@pytest.mark.parametrize("checkpointed", [False, True])
+def test_layers_of_one_input_keep_one_cast_of_it(checkpointed):
+    model = get_peft_model(Block(norm=False), SparseConfig(density=0.05, target_modules=NAMES))
+    kept, x = [], torch.randn(TOKENS, WIDTH, requires_grad=True)
+
+    def pack(tensor):
+        kept.append(tensor)
+        return tensor
+
+    def run(x):
+        with torch.autocast("cpu", torch.bfloat16), torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+            return model(x).float()
+
+    out = checkpoint(run, x, use_reentrant=False) if checkpointed else run(x)
+    own = {p.data_ptr() for p in model.parameters()}
+    casts = {t.data_ptr() for t in kept if t.dtype == torch.bfloat16 and t.data_ptr() not in own}
+    # one of the input of gate and up; theirs and silu's outputs; one of the product
+    assert len(casts) == 5
+    out.sum().backward()
+    assert x.grad is not None
+
+
+def gradients(model, x, autocast):
+    x = x.detach().requires_grad_()
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        model(x).float().square().mean().backward()
+    return {"x": x.grad, **{name: p.grad for name, p in model.named_parameters() if p.grad is not None}}
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_gradients_are_those_of_kept_inputs(dtype, autocast):
+    """With packed tensors, as under checkpointing, every input is kept."""
+    config = SparseConfig(density=0.05, target_modules=NAMES, init_weights=False)
+    model, x = get_peft_model(Block().to(dtype), config), torch.randn(TOKENS, WIDTH, dtype=dtype)
+    found = gradients(model, x, autocast)
+    model.zero_grad()
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t):
+        kept = gradients(model, x, autocast)
+    assert found.keys() == kept.keys() and len(found) == 4
+    assert all(torch.equal(found[name], kept[name]) for name in found)
+
+
+@pytest.mark.parametrize("compression", ["bf16", "int8"])
+def test_the_gradient_s_error_is_bounded_by_the_rounding(compression):
+    torch.manual_seed(0)
+    config = SparseConfig(density=0.05, target_modules=["0"], compress_inputs=compression, init_weights=False)
+    model = get_peft_model(nn.Sequential(nn.Linear(WIDTH, WIDTH)), config)
+    layer = model.base_model.model[0]
+    x, out = torch.randn(TOKENS, WIDTH, dtype=torch.float32), torch.randn(TOKENS, WIDTH)
+    delta, support = layer.deltas["default"], layer.support("default")
+    wanted = (out.double().t() @ x.double()).view(-1)[support.indices.long()] * delta.value_scale
+    (model(x) * out).sum().backward()
+    error = (delta.values.grad.double() - wanted).abs()
+    step = x.abs().amax(-1, keepdim=True) / 127 if compression == "int8" else x.abs() * 2**-7
+    worst = (out.abs().double().t() @ step.expand_as(x).double()).view(-1)[support.indices.long()] * delta.value_scale
+    assert (error <= worst * 1.001).all() and error.max() > 0
+    # at random, most of it cancels
+    assert error.square().mean().sqrt() < worst.square().mean().sqrt() / 2
+
+
+@functools.cache
+def losses(compression, seed, steps=200):
+    torch.manual_seed(seed)
+    base = nn.Sequential(nn.Linear(24, 48), nn.Tanh(), nn.Linear(48, 8))
+    model = get_peft_model(base, SparseConfig(density=0.2, target_modules=["0", "2"], compress_inputs=compression))
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=2e-3)
+    data, found = torch.Generator().manual_seed(seed), []
+    goal = torch.randn(24, 8, generator=data)
+    for _ in range(steps):
+        x = torch.randn(32, 24, generator=data)
+        loss = (model(x) - (x @ goal).tanh()).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        found.append(loss.item())
+    return torch.tensor(found)
+
+
+@pytest.mark.parametrize("compression", ["bf16", "int8"])
+def test_the_loss_of_200_steps_is_that_of_exact_inputs(compression):
+    """Within the difference that other data make."""
+    exact, rounded = (torch.stack([losses(how, seed) for seed in range(3)]) for how in (None, compression))
+    assert (exact[:, -20:].mean(1) < exact[:, :20].mean(1) / 2).all()
+    noise = exact[:, -50:].mean(1).std()
+    assert (exact[:, -50:].mean(1) - rounded[:, -50:].mean(1)).abs().max() < noise
 
 
 def test_frozen_adapter_saves_nothing():

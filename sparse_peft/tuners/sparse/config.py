@@ -87,6 +87,8 @@ class SparseConfig(EntryConfig):
             forward pass as fast as the base's. ``False`` never writes to the base; it changes speed, not results.
         scale: factor between the trained values and the delta: a number, or ``"auto"``, with which LoRA's learning
             rate of 2e-4 suits the selection and the density (``docs/learning_rate.md``); 1.0 is the papers'.
+        compress_inputs: rounding of the inputs that are kept for the values' gradient in training: ``"bf16"``,
+            ``"int8"``, or None (``docs/memory.md``).
         num_entries: resolved number of entries per layer; filled in when the adapter is made, and used to rebuild a
             saved adapter. Not for setting by hand.
         weight_shapes: resolved ``[rows, cols]`` of the layers' stored weights; likewise.

@@ -1,0 +1,208 @@
+"""How a layer's input is kept for the gradient of its values.
+
+In this order: nothing, where the input is a product of tensors that autograd keeps anyway (a norm's output, a gated
+activation), which is formed again in backward with the same bits; a rounded copy, where the adapter asks for one; else
+the input as the layer multiplies it, one tensor for all layers that have the same input.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterator
+from threading import local
+from typing import Any, Literal, NamedTuple, get_args
+
+import torch
+from torch import Tensor
+
+Compression = Literal["bf16", "int8"]
+COMPRESSIONS: tuple[str, ...] = get_args(Compression)
+
+BLOCK = 256  # inputs that share a scale, in one row
+# Steps of a recipe: more than a norm (a product with its weight, a cast, a product) has.
+MOST_STEPS = 8
+
+
+class Kept(NamedTuple):
+    """What is kept of an input.
+
+    Attributes:
+        tensors: for autograd to save.
+        restore: the input from these.
+    """
+
+    tensors: tuple[Tensor, ...]
+    restore: Callable[..., Tensor]
+
+
+def keep_input(x: Tensor, computed: Tensor, compression: Compression | None) -> Kept:
+    """What is kept of a layer's input.
+
+    Args:
+        x: the input, with the autograd node that made it.
+        computed: its values in the dtype that the layer computes in.
+        compression: the rounding of what has to be kept.
+    """
+    recipe = _recipe_of(x)
+    if recipe is not None:
+        tensors = tuple(recipe.leaves())
+        return Kept(tensors, lambda *saved: recipe.evaluate(iter(saved)).to(computed.dtype))
+    if compression is None or not computed.is_floating_point():
+        return Kept((computed,), _itself)
+    return (_as_int8 if compression == "int8" else _as_bfloat16)(computed)
+
+
+def _itself(x: Tensor) -> Tensor:
+    return x
+
+
+# --------------------------------------------------------------------------------------------------- one cast for all
+
+_thread = local()
+
+
+def cast_once(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """``x`` in a dtype, without gradient: layers called one after the other with one input get the same tensor."""
+    if x.dtype == dtype:
+        return x
+    known = getattr(_thread, "cast", None)
+    if known is not None:
+        source, version, result = known[0](), known[1], known[2]()
+        if source is x and version == x._version and result is not None and result.dtype == dtype:
+            return result
+    result = x.detach().to(dtype)
+    if not x.is_inference():
+        _thread.cast = weakref.ref(x), x._version, weakref.ref(result)
+    return result
+
+
+# ------------------------------------------------------------------------------------------------------------ recipes
+
+
+class _Leaf(NamedTuple):
+    """A tensor that autograd keeps anyway."""
+
+    tensor: Tensor
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.tensor.dtype
+
+    def leaves(self) -> Iterator[Tensor]:
+        yield self.tensor
+
+    def evaluate(self, saved: Iterator[Tensor]) -> Tensor:
+        return next(saved)
+
+
+class _Product(NamedTuple):
+    """The product of two tensors."""
+
+    left: _Leaf | _Product | _Cast
+    right: _Leaf | _Product | _Cast
+    dtype: torch.dtype
+
+    def leaves(self) -> Iterator[Tensor]:
+        yield from self.left.leaves()
+        yield from self.right.leaves()
+
+    def evaluate(self, saved: Iterator[Tensor]) -> Tensor:
+        left = self.left.evaluate(saved)
+        return left * self.right.evaluate(saved)
+
+
+class _Cast(NamedTuple):
+    """A tensor in another dtype."""
+
+    source: _Leaf | _Product | _Cast
+    dtype: torch.dtype
+
+    def leaves(self) -> Iterator[Tensor]:
+        yield from self.source.leaves()
+
+    def evaluate(self, saved: Iterator[Tensor]) -> Tensor:
+        return self.source.evaluate(saved).to(self.dtype)
+
+
+_Recipe = _Leaf | _Product | _Cast
+
+
+def _recipe_of(x: Tensor) -> _Recipe | None:
+    """How to form a tensor again from tensors that autograd keeps until it has passed the node that made it.
+
+    Products and casts give the same bits again. Where saved tensors are packed (gradient checkpointing, offloading to
+    the CPU), looking at them would unpack them, so nothing is known there.
+    """
+    node = x.grad_fn
+    if node is None or x.is_inference() or torch._C._autograd._top_saved_tensors_default_hooks(True) is not None:
+        return None
+    try:
+        return _recipe(node, MOST_STEPS)
+    except RuntimeError:  # the node has passed its backward, or a tensor it kept was overwritten
+        return None
+
+
+def _recipe(node: Any, steps: int) -> _Recipe | None:
+    if node is None or steps == 0:
+        return None
+    name = node.name()
+    if name == "MulBackward0":
+        return _product(node, steps)
+    if name == "ToCopyBackward0":
+        source = _recipe(node.next_functions[0][0], steps - 1)
+        return None if source is None else _Cast(source, node._input_metadata[0].dtype)
+    return None
+
+
+def _product(node: Any, steps: int) -> _Product | None:
+    """A product whose factors are kept by its node, or formed by a node before it."""
+    factors: list[_Recipe] = []
+    for number, saved in enumerate((node._saved_self, node._saved_other)):
+        factor = _recipe(node.next_functions[number][0], steps - 1) if saved is None else _Leaf(saved)
+        if factor is None:
+            return None
+        factors.append(factor)
+    left, right = factors
+    dtype = node._input_metadata[0].dtype
+    # Python's numbers are kept as tensors of no dimension, which would be computed with in their own dtype
+    return _Product(left, right, dtype) if torch.promote_types(left.dtype, right.dtype) == dtype else None
+
+
+# -------------------------------------------------------------------------------------------------------- compression
+
+
+def _as_bfloat16(x: Tensor) -> Kept:
+    """Rounded to bfloat16 up or down at random, such that the mean is ``x``."""
+    if x.dtype in (torch.bfloat16, torch.float16):
+        return Kept((x,), _itself)
+    bits = x.to(torch.float32, copy=True).view(torch.int32)
+    bits.add_(torch.randint_like(bits, 1 << 16)).bitwise_and_(-1 << 16)
+    dtype = x.dtype
+    return Kept((bits.view(torch.float32).to(torch.bfloat16),), lambda kept: kept.to(dtype))
+
+
+def _as_int8(x: Tensor) -> Kept:
+    """Integers of -127 to 127 times a scale for each block of a row, rounded at random such that the mean is ``x``."""
+    blocks, scales = _blocks(x)
+    codes = torch.empty(blocks.shape, dtype=torch.int8, device=x.device)
+    for number in range(blocks.shape[1]):  # a block of all rows at a time: no temporary of the input's size
+        scaled = blocks[:, number].float() / scales[:, number, None]
+        codes[:, number] = scaled.add_(torch.rand_like(scaled)).floor_().clamp_(-127, 127).to(torch.int8)
+    shape, dtype = x.shape, x.dtype
+
+    def restore(codes: Tensor, scales: Tensor) -> Tensor:
+        rows = (codes * scales[:, :, None]).flatten(1)
+        return rows[:, : shape[-1]].to(dtype).reshape(shape)
+
+    return Kept((codes, scales), restore)
+
+
+def _blocks(x: Tensor) -> tuple[Tensor, Tensor]:
+    """``(rows, blocks, BLOCK)`` numbers of the rows, zeros behind their end, and ``(rows, blocks)`` float32 scales."""
+    rows = x.reshape(-1, x.shape[-1])
+    width = min(BLOCK, max(1, rows.shape[1]))
+    missing = -rows.shape[1] % width
+    padded = torch.nn.functional.pad(rows, (0, missing)) if missing else rows
+    blocks = padded.view(rows.shape[0], padded.shape[1] // width, width)
+    largest = torch.linalg.vector_norm(blocks, torch.inf, -1).float() / 127
+    return blocks, torch.where(largest > 0, largest, 1.0)

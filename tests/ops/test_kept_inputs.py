@@ -1,0 +1,143 @@
+"""What is kept of a layer's input, against the input."""
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from sparse_peft.ops.kept_inputs import BLOCK, cast_once, keep_input
+
+
+def restored(kept):
+    return kept.restore(*kept.tensors)
+
+
+def leaf(*shape, dtype=torch.float32):
+    return torch.randn(*shape, dtype=dtype).requires_grad_()
+
+
+def norm(x, weight, eps=1e-6):
+    """Llama's."""
+    wide = x.to(torch.float32)
+    return weight * (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)).to(x.dtype)
+
+
+MADE = {
+    "norm": lambda x: norm(x, torch.randn(x.shape[-1], dtype=x.dtype)),
+    "trained norm": lambda x: norm(x, leaf(x.shape[-1], dtype=x.dtype)),
+    "gate": lambda x: nn.functional.silu(x) * (x + 1),
+    "cast": lambda x: (x * x.flip(0)).to(torch.float64),
+    "of two dtypes": lambda x: x * x.detach().double().requires_grad_(),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("made", MADE)
+def test_products_of_kept_tensors_are_formed_again_bit_for_bit(made, dtype):
+    x = MADE[made](leaf(3, 5, 7, dtype=dtype))
+    for computing in (x.dtype, torch.bfloat16):
+        kept = keep_input(x, cast_once(x, computing), "int8")
+        assert all(tensor.data_ptr() != x.data_ptr() for tensor in kept.tensors)
+        again = restored(kept)
+        assert again.dtype == computing and torch.equal(again, x.detach().to(computing))
+
+
+KEPT = {
+    "a leaf": lambda x: x,
+    "a sum": lambda x: x + 1,
+    "with a number": lambda x: x * 2.5,
+    "of a frozen tensor": lambda x: (x.detach() * x.detach()).requires_grad_(),
+    "of an unkept tensor": lambda x: torch.ones(7) * (x + 1),
+    "overwritten since": lambda x: _overwritten(x),
+}
+
+
+def _overwritten(x):
+    factor = x + 0
+    product = factor * x
+    with torch.no_grad():
+        factor.mul_(2)
+    return product
+
+
+@pytest.mark.parametrize("made", KEPT)
+def test_everything_else_is_kept_itself(made):
+    x = KEPT[made](leaf(3, 7))
+    (tensor,) = keep_input(x, x, None).tensors
+    assert tensor is x
+
+
+def test_where_saved_tensors_are_packed_the_input_is_kept():
+    """Looking at them would run a checkpoint's block again, and bring offloaded tensors back."""
+    found = []
+
+    def block(x):
+        product = x * x.sin()
+        found.append(keep_input(product, product, None).tensors[0] is product)
+        return product.sin()
+
+    checkpoint(block, leaf(3, 7), use_reentrant=False).sum().backward()
+    with torch.autograd.graph.save_on_cpu():
+        block(leaf(3, 7))
+    block(leaf(3, 7))
+    assert found == [True, True, True, False]
+
+
+@pytest.mark.parametrize("shape", [(4, 7), (2, 3, BLOCK), (5, 2 * BLOCK + 3), (0, 9), (2, 1)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64])
+def test_int8_is_off_by_less_than_a_step_of_its_block(shape, dtype):
+    torch.manual_seed(0)
+    x = torch.randn(shape, dtype=dtype)
+    kept = keep_input(x, x, "int8")
+    again, rows = restored(kept), x.reshape(-1, shape[-1])
+    assert again.shape == x.shape and again.dtype == dtype
+    step = torch.cat(
+        [part.double().abs().amax(-1, keepdim=True).expand_as(part) / 127 for part in rows.split(BLOCK, -1)], -1
+    )
+    rounding = torch.finfo(dtype).eps * rows.double().abs()
+    assert ((again.double().view_as(rows) - rows.double()).abs() <= step * 1.001 + rounding).all()
+    codes, scales = kept.tensors
+    width = min(BLOCK, shape[-1])
+    assert codes.dtype == torch.int8 and codes.numel() == rows.shape[0] * -(-shape[-1] // width) * width
+    assert scales.numel() == codes.numel() // width
+
+
+@pytest.mark.parametrize("compression", ["int8", "bf16"])
+def test_rounding_has_the_input_as_its_mean(compression):
+    torch.manual_seed(0)
+    x, draws = torch.randn(3, 70), 4000
+    total = sum(restored(keep_input(x, x, compression)).double() for _ in range(draws))
+    step = x.abs().amax(-1, keepdim=True) / 127 if compression == "int8" else x.abs() * 2**-7
+    # a rounded number's deviation is at most half a step
+    assert ((total / draws - x).abs() <= 5 * 0.5 * step / draws**0.5 + 1e-7).all()
+
+
+def test_bfloat16_rounds_to_a_neighbour():
+    x = torch.randn(50, 60)
+    (kept,) = keep_input(x, x, "bf16").tensors
+    assert kept.dtype == torch.bfloat16
+    assert ((kept.float() - x).abs() < x.abs() * 2**-7).all()
+    narrow = x.half()
+    assert keep_input(narrow, narrow, "bf16").tensors[0] is narrow
+    exact = torch.tensor([0.0, 1.0, -2.5, torch.inf])
+    assert torch.equal(restored(keep_input(exact, exact, "bf16")), exact)
+
+
+def test_a_zero_row_stays_zero():
+    x = torch.zeros(2, 5)
+    assert torch.equal(restored(keep_input(x, x, "int8")), x)
+
+
+def test_one_cast_for_layers_of_one_input():
+    x = leaf(3, 7)
+    first = cast_once(x, torch.bfloat16)
+    assert cast_once(x, torch.bfloat16) is first and not first.requires_grad
+    assert cast_once(x, torch.float64).dtype == torch.float64
+    again = cast_once(x, torch.bfloat16)
+    with torch.no_grad():
+        x.add_(1)
+    changed = cast_once(x, torch.bfloat16)
+    assert changed is not again and torch.equal(changed, x.detach().bfloat16())
+    other = x.detach().clone()
+    assert cast_once(other, torch.bfloat16) is not changed
+    assert cast_once(x, torch.float32) is x
