@@ -265,7 +265,7 @@ def saved_tensors(output: Tensor) -> Iterator[Tensor]:
             continue
         seen.add(node)
         waiting.extend(following for following, _ in node.next_functions)
-        yield from getattr(node, "saved_tensors", ())  # of Python's functions
+        yield from (t for t in getattr(node, "saved_tensors", ()) if t is not None)  # of Python's functions
         for name in dir(node):
             if name.startswith("_saved_"):
                 found = getattr(node, name)

@@ -64,7 +64,7 @@ from .expert_products import (
 )
 from .gradient_observers import UNOBSERVED, GradientObserver, new_key, observe
 from .gradient_paths import gradient_panels
-from .kept_inputs import COMPRESSIONS, Compression
+from .kept_inputs import COMPRESSIONS, Compression, is_formed_again, rounded_bytes
 from .masked_dw import PANEL_BYTES_PER_WEIGHT, masked_dw
 from .masked_linear import MaskedPart, MaskedWeight, masked_linear, sums_of_runs
 from .mixed_batch import BatchOrder, add_channel_deltas_, add_entry_deltas_, diagonal_of, suits_one_product
@@ -156,6 +156,7 @@ __all__ = [
     "gathered_features",
     "gradient_panels",
     "is_convolution",
+    "is_formed_again",
     "kernel_backend",
     "kernels_possible",
     "known_crossover",
@@ -184,6 +185,7 @@ __all__ = [
     "restore_supports_",
     "resync_",
     "resync_supports_",
+    "rounded_bytes",
     "scatter_add_",
     "set_row_entries_",
     "soft_threshold",

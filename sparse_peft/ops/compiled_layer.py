@@ -68,7 +68,7 @@ class _Linear(torch.autograd.Function):
             if ctx.in_dim == 0:
                 left, right = right, left
             if ctx.dim == ENTRIES:
-                grad_values = support_grad(left, right, stored, *weight.shape, ctx.key)
+                grad_values = support_grad(left, right, stored or [positions], *weight.shape, ctx.key)
             else:
                 dtype = accumulation_dtype(left.dtype)
                 grad_values = (left.t().to(dtype) @ right.to(dtype)).reshape(-1)
@@ -141,6 +141,8 @@ def functional_layer(
         positions, dim, stored = support.channels, support.dim, tuple[Tensor, ...]()
     else:
         positions, dim, stored = support.indices, ENTRIES, support.stored
+        if len(stored) == 1:  # the positions themselves; graphs take no tensor twice
+            stored = ()
     if isinstance(product, ConvProduct):
         out = _Conv.apply(product.enter(x), values, bias, weight, positions, originals, dim, product)
         return product.leave(out, x)

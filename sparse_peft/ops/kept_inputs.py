@@ -21,6 +21,7 @@ COMPRESSIONS: tuple[str, ...] = get_args(Compression)
 BLOCK = 256  # inputs that share a scale, in one row
 # Steps of a recipe: more than a norm (a product with its weight, a cast, a product) has.
 MOST_STEPS = 8
+VIEWS = {"SliceBackward0", "AliasBackward0"}
 
 
 class Kept(NamedTuple):
@@ -142,16 +143,44 @@ def _recipe_of(x: Tensor) -> _Recipe | None:
         return None
 
 
+def is_formed_again(x: Tensor) -> bool:
+    """Whether a tensor is a product of tensors that autograd keeps, for plans."""
+    return _recipe(x.grad_fn, MOST_STEPS) is not None
+
+
+def rounded_bytes(rows: int, width: int, compression: Compression, itemsize: int) -> int:
+    """Bytes that are kept of an input ``(rows, width)``, for plans.
+
+    Args:
+        rows: tokens.
+        width: input features.
+        compression: its rounding.
+        itemsize: bytes of one of its numbers.
+    """
+    if compression == "bf16":
+        return rows * width * min(2, itemsize)
+    blocks = -(-width // min(BLOCK, max(1, width)))
+    return rows * (blocks * min(BLOCK, width) + 4 * blocks)
+
+
 def _recipe(node: Any, steps: int) -> _Recipe | None:
     if node is None or steps == 0:
         return None
     name = node.name()
     if name == "MulBackward0":
         return _product(node, steps)
+    if name in VIEWS and _is_whole(node):
+        return _recipe(node.next_functions[0][0], steps)
     if name == "ToCopyBackward0":
         source = _recipe(node.next_functions[0][0], steps - 1)
         return None if source is None else _Cast(source, node._input_metadata[0].dtype)
     return None
+
+
+def _is_whole(view: Any) -> bool:
+    """Whether a node of a part of a tensor, of which it has the shape, is one of all of it."""
+    whole = view.next_functions[0][0]._input_metadata
+    return len(whole) == 1 and whole[0].shape == view._input_metadata[0].shape
 
 
 def _product(node: Any, steps: int) -> _Product | None:

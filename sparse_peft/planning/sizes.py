@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from ..ops import Compression
 from ..tuners.base_config import BaseSparseConfig
 from ..tuners.base_layer import TunerLayer
 from ..tuners.base_model import BaseSparseModel
@@ -94,6 +95,7 @@ class LayerSize:
         state: sizes of the adapter's state.
         kept_bytes: the weight's own entries that are kept beside the values.
         tied: names of the other layers that have the weight.
+        compression: rounding of the input that is kept for the entries.
     """
 
     name: str
@@ -102,6 +104,7 @@ class LayerSize:
     state: StateSizes
     kept_bytes: int
     tied: tuple[str, ...] = ()
+    compression: Compression | None = None
 
     @property
     def entries(self) -> int:
@@ -149,7 +152,8 @@ def layer_sizes(model: nn.Module, config: BaseSparseConfig, adapter: str, form: 
         holds = layer.resident and not form.is_quantised
         kept = form.dtype.itemsize * (sizes.entries or 0) if holds else 0
         in_dim, tied = layer.product.in_dim, tuple(_tied_to(layer, model))
-        found.append(LayerSize(layer.name, layer.stored_shape, in_dim, sizes, kept, tied))
+        state_compression = getattr(state, "compression", None)
+        found.append(LayerSize(layer.name, layer.stored_shape, in_dim, sizes, kept, tied, state_compression))
     return found
 
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
+from ..ops import rounded_bytes
 from .sizes import LayerSize
 from .trace import Kept, LayerPass, Trace
 
@@ -42,7 +43,9 @@ def low_rank_work(rank: int, sides: int, tokens: int, itemsize: int) -> Work:
     return Work(True, itemsize < 4, tokens * rank * itemsize, 6.0 * tokens * rank * sides)
 
 
-def sparse_work(size: LayerSize, product: LayerPass, itemsize: int, crossover: CrossoverOf) -> Work:
+def sparse_work(
+    size: LayerSize, product: LayerPass, itemsize: int, crossover: CrossoverOf, checkpointing: bool = False
+) -> Work:
     """Of a layer of one of this package's methods."""
     tokens = product.tokens
     keeps, own, extra, flops = False, False, 0, 0.0
@@ -54,7 +57,10 @@ def sparse_work(size: LayerSize, product: LayerPass, itemsize: int, crossover: C
             keeps = True
         flops += 2.0 * tokens * size.entries
     elif size.entries:
-        keeps = True
+        is_formed = product.is_formed and not checkpointing
+        keeps = not is_formed and size.compression is None
+        if not is_formed and size.compression is not None:
+            extra += rounded_bytes(tokens, size.shape[size.in_dim], size.compression, itemsize)
         density, at_crossover = size.entries / size.weights, crossover(size.shape)
         flops += product.flops * min(1.0, density / at_crossover if at_crossover else 1.0)
     if size.rank:
@@ -95,7 +101,8 @@ class Step:
 
     def sparse(self, sizes: Iterable[LayerSize], crossover: CrossoverOf) -> dict[str, Work]:
         """Of an adapter of this package."""
-        return self._works(lambda size, product: sparse_work(size, product, self.itemsize, crossover), sizes)
+        shared = self.itemsize, crossover, self.checkpointing
+        return self._works(lambda size, product: sparse_work(size, product, *shared), sizes)
 
     def lora(self, sizes: Iterable[LayerSize], rank: int) -> dict[str, Work]:
         """Of LoRA on the same layers."""

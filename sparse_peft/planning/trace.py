@@ -15,7 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 from transformers import PreTrainedModel, masking_utils
 from transformers.pytorch_utils import Conv1D
 
-from ..ops import is_convolution
+from ..ops import is_convolution, is_formed_again
 from ..tuners.targets import in_dim_of, stored_shape
 
 
@@ -49,6 +49,7 @@ class LayerPass:
         input_itemsize: bytes of one of its numbers.
         tokens: rows that it multiplies.
         flops: of its product.
+        is_formed: whether the input can be formed again from tensors that autograd keeps.
     """
 
     source: Hashable
@@ -56,6 +57,7 @@ class LayerPass:
     input_itemsize: int
     tokens: int
     flops: int
+    is_formed: bool = False
 
 
 @dataclass
@@ -118,7 +120,8 @@ class _Recorder:
             source, kept = self._memory(args[0])
             tokens = output.numel() // max(1, outputs_of(module))
             flops = 2 * tokens * math.prod(stored_shape(module))
-            self.trace.layers[name] = LayerPass(source, kept, args[0].element_size(), tokens, flops)
+            is_formed = is_formed_again(args[0])
+            self.trace.layers[name] = LayerPass(source, kept, args[0].element_size(), tokens, flops, is_formed)
 
         return hook
 

@@ -303,6 +303,11 @@ class Support:
         found = self.row_ptr.to(layout[0][1]), self.cols.to(layout[1][1])
         return Support.of_stored(self.shape, found, self.name)
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Of memory of its own: torch saves no two tensors that view one buffer as numbers of two kinds."""
+        state = {name: value for name, value in self.__dict__.items() if name != "derived"}
+        return state | {name: state[name].clone() for name in ("_row_ptr", "_cols") if name in state}
+
     def _computed(self, name: str, compute: Callable[[], Tensor]) -> Tensor:
         """What is computed from the positions; kept on a GPU."""
         if self.device.type == "cpu":

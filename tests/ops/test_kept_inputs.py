@@ -26,6 +26,7 @@ MADE = {
     "norm": lambda x: norm(x, torch.randn(x.shape[-1], dtype=x.dtype)),
     "trained norm": lambda x: norm(x, leaf(x.shape[-1], dtype=x.dtype)),
     "gate": lambda x: nn.functional.silu(x) * (x + 1),
+    "all of it": lambda x: (x * x.flip(0))[:, slice(0, None)],
     "cast": lambda x: (x * x.flip(0)).to(torch.float64),
     "of two dtypes": lambda x: x * x.detach().double().requires_grad_(),
 }
@@ -46,6 +47,7 @@ KEPT = {
     "a leaf": lambda x: x,
     "a sum": lambda x: x + 1,
     "with a number": lambda x: x * 2.5,
+    "a part": lambda x: (x * x)[:, 1:],
     "of a frozen tensor": lambda x: (x.detach() * x.detach()).requires_grad_(),
     "of an unkept tensor": lambda x: torch.ones(7) * (x + 1),
     "overwritten since": lambda x: _overwritten(x),
