@@ -8,12 +8,15 @@ from .files import load_adapter, save_adapter
 from .lora import save_as_lora, save_lora_as_s2ft
 from .lora_approximation import LowRankExport, save_low_rank
 from .lottery_ticket import lottery_ticket
+from .mixture import Mixture, learn_mixture
 from .offline_adapter import StoredAdapter, read_stored
 from .pool import AdapterPool, PoolStatistics
 from .results import add_results
 from .soup import Soup, greedy_soup, soup
+from .soup_cycle import soup_cycle
 from .summary import AdapterSummary, Comparison, LayerComparison, LayerSummary, compare, summarise, supports_of
 from .swap import prepare_for_swaps, swap_adapter
+from .task_supports import Capacity, TaskSupports
 from .to_entries import save_as_sparse, to_sparse
 
 __all__ = [
@@ -22,6 +25,7 @@ __all__ = [
     "EXTRACTION_CRITERIA",
     "AdapterPool",
     "AdapterSummary",
+    "Capacity",
     "Comparison",
     "ExtractOptions",
     "ExtractedLayer",
@@ -29,9 +33,11 @@ __all__ = [
     "LayerComparison",
     "LayerSummary",
     "LowRankExport",
+    "Mixture",
     "PoolStatistics",
     "Soup",
     "StoredAdapter",
+    "TaskSupports",
     "add_results",
     "compare",
     "compose",
@@ -39,6 +45,7 @@ __all__ = [
     "export",
     "extract",
     "greedy_soup",
+    "learn_mixture",
     "load_adapter",
     "lottery_ticket",
     "prepare_for_swaps",
@@ -50,6 +57,7 @@ __all__ = [
     "save_low_rank",
     "save_merged",
     "soup",
+    "soup_cycle",
     "summarise",
     "supports_of",
     "swap_adapter",
