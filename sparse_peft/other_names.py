@@ -5,7 +5,7 @@ from __future__ import annotations
 # {name in lower case, without "config" and punctuation: what to use}
 OTHER_NAMES = {
     "spiel": "SparseConfig(selection='accumulated_gradient') for SpIEL-AG, selection='momentum' with SM3 for -MA",
-    "shira": "SparseConfig(selection='random') is SHiRA with a random mask",
+    "shira": "SparseConfig(selection='random'), SHiRA with a random mask",
     "supertuning": "SparseConfig(selection='magnitude')",
     "rigl": "SparseConfig(selection='rigl')",
     "set": "SparseConfig(selection='set')",
@@ -13,9 +13,9 @@ OTHER_NAMES = {
     "fish": "SparseConfig(selection='fisher')",
     "lift": "SparseConfig(selection='principal')",
     "ltsft": "SparseConfig(selection='given') with the positions of sparse_peft.adapters.lottery_ticket",
-    "rosa": "SLTrainConfig(selection='gradient') is RoSA, a sparse delta beside low rank",
-    "dsee": "SLTrainConfig(selection='residual') has DSEE's form, a sparse delta beside low rank",
-    "snell": "SnellaConfig without target_sparsity is SNELL",
+    "rosa": "SLTrainConfig(selection='gradient'), a sparse delta beside low rank",
+    "dsee": "SLTrainConfig(selection='residual'), a sparse delta beside low rank",
+    "snell": "SnellaConfig without target_sparsity",
     "more": "MonarchConfig",
     "sketchtune": "SketchConfig",
 }

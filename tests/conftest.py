@@ -55,8 +55,9 @@ def stand_in(tmp_path_factory):
     inner = Tokenizer(WordLevel({c: i for i, c in enumerate(characters)}, unk_token="<unk>"))
     inner.pre_tokenizer = Split(Regex("."), "isolated")
     PreTrainedTokenizerFast(
-        tokenizer_object=inner, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>"
-    ).save_pretrained(folder)
+        tokenizer_object=inner, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>",
+        model_input_names=["input_ids", "attention_mask"],
+    ).save_pretrained(folder)  # fmt: skip
     torch.manual_seed(0)
     LlamaForCausalLM(
         LlamaConfig(

@@ -1,6 +1,7 @@
 """The command line itself: errors in it, words of its options, signals."""
 
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -37,7 +38,7 @@ main()
 @pytest.mark.parametrize(
     ("arguments", "command", "message"),
     [
-        (["plan", "model", "--nope"], "plan", "No such option: --nope"),
+        (["plan", "model", "--nope"], "plan", "No such option"),
         (["plan"], "plan", "Missing argument 'MODEL'"),
         (["plan", "model", "--batch", "two"], "plan", "Invalid value for '--batch'"),
         (["nope"], "sparse-peft", "No such command 'nope'"),
@@ -118,7 +119,7 @@ def test_every_command_has_a_help(run):
     listed = run("--help").out
     for command in COMMANDS:
         first = summary(command).split()[:3]
-        assert f"{command.ljust(7)}  {' '.join(first)}" in listed
+        assert re.search(rf"{command} +{' '.join(first)}", listed)
         if command not in PASS_ON:
             assert f" {command} [OPTIONS]" in run(command, "--help").out
 

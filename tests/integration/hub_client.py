@@ -1,11 +1,13 @@
 """What runs in processes of their own against the stand-in: huggingface_hub reads its endpoint at import."""
 
 import json
+import re
 import sys
+from contextlib import redirect_stdout
 from pathlib import Path
 
 import torch
-from huggingface_hub import create_repo, upload_folder
+from huggingface_hub import ModelCard, create_repo, upload_folder
 from peft import AutoPeftModelForCausalLM, PeftConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, DataCollatorForLanguageModeling, Trainer, TrainingArguments
 
@@ -125,6 +127,25 @@ def load_all(folder):
     for repo in ("tester/with-results", "tester/by-trainer"):
         model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(BASE), repo)
         assert torch.equal(logits(model), trained["logits"]), repo
+
+
+def run_example(_):
+    """The example on a card, as it is."""
+    (example,) = re.findall(r"```python\n(.*?)```", ModelCard.load(METHOD_REPOS["sparse"]).text, flags=re.DOTALL)
+    names = {}
+    exec(example, names)
+    assert names["adapter"] == METHOD_REPOS["sparse"]
+    assert names["model"].peft_config["default"].peft_type.value == "SPARSE_PEFT_DELTA"
+
+
+def plan(folder):
+    """``sparse-peft plan`` of a model on the Hub, and of one that is not there."""
+    for name, code in ((BASE, 0), ("tester/no-such-model", 2)):
+        with (folder / f"plan-{code}.json").open("w") as file, redirect_stdout(file):
+            try:
+                app(["plan", name, "--density", "0.1", "--flops", "1e9", "--json"])
+            except SystemExit as ended:
+                assert ended.code == code, ended
 
 
 if __name__ == "__main__":

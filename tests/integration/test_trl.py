@@ -10,6 +10,7 @@ import warnings
 import pytest
 import torch
 from datasets import Dataset
+from packaging.version import Version
 from peft import PeftModel, get_peft_model
 
 from sparse_peft import SparsityCallback
@@ -120,6 +121,8 @@ def test_the_reference_of_a_trained_adapter_is_the_policy_it_was(tokenizer, tmp_
     start, before = logits(policy), states(policy, "default")
     trainer, callback = trained(loop, policy, tmp_path, tokenizer)
     policy = trainer.model
+    if loop == "kto" and Version(trl.__version__) < Version("1.16"):
+        pytest.skip("the KTO of TRL 1.0 keeps no copy of a trained adapter")
     assert_structure_changed(method, policy, before, callback.history)
     assert not torch.equal(logits(policy), start)
     assert_same(states(policy, "ref"), before)
