@@ -47,17 +47,18 @@ class _Linear(torch.autograd.Function):
         dim: int,
         in_dim: int,
         key: int,
-        *stored: Tensor,
+        row_ptr: Tensor | None,
+        cols: Tensor | None,
     ) -> Tensor:
         kept = x.index_select(-1, positions) if dim == in_dim else x
-        ctx.save_for_backward(kept, values, weight, positions, originals, *stored)
+        ctx.save_for_backward(kept, values, weight, positions, originals, row_ptr, cols)
         ctx.dim, ctx.in_dim, ctx.key = dim, in_dim, key
         effective = _effective(weight, values, positions, originals, dim).to(x.dtype)
         return F.linear(x, effective if in_dim == 1 else effective.t(), bias)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        kept, values, weight, positions, originals, *stored = ctx.saved_tensors
+        kept, values, weight, positions, originals, row_ptr, cols = ctx.saved_tensors
         grad_x = grad_values = grad_bias = None
         if ctx.needs_input_grad[0]:
             effective = _effective(weight, values, positions, originals, ctx.dim).to(grad.dtype)
@@ -68,14 +69,15 @@ class _Linear(torch.autograd.Function):
             if ctx.in_dim == 0:
                 left, right = right, left
             if ctx.dim == ENTRIES:
-                grad_values = support_grad(left, right, stored or [positions], *weight.shape, ctx.key)
+                stored = [positions] if cols is None else [row_ptr, cols]
+                grad_values = support_grad(left, right, stored, *weight.shape, ctx.key)
             else:
                 dtype = accumulation_dtype(left.dtype)
                 grad_values = (left.t().to(dtype) @ right.to(dtype)).reshape(-1)
             grad_values = grad_values.to(values.dtype)
         if ctx.needs_input_grad[2]:
             grad_bias = flatten_tokens(grad).sum(0)
-        return grad_x, grad_values, grad_bias, *(None,) * (6 + len(stored))
+        return grad_x, grad_values, grad_bias, *(None,) * 8
 
 
 class _Conv(torch.autograd.Function):
@@ -137,16 +139,17 @@ def functional_layer(
         product: of the layer.
         key: of the layer, for observers.
     """
+    row_ptr = cols = None
     if isinstance(support, ChannelSupport):
-        positions, dim, stored = support.channels, support.dim, tuple[Tensor, ...]()
+        positions, dim = support.channels, support.dim
     else:
-        positions, dim, stored = support.indices, ENTRIES, support.stored
-        if len(stored) == 1:  # the positions themselves; graphs take no tensor twice
-            stored = ()
+        positions, dim = support.indices, ENTRIES
+        if len(support.stored) == 2:  # else the positions themselves; graphs take no tensor twice
+            row_ptr, cols = support.stored
     if isinstance(product, ConvProduct):
         out = _Conv.apply(product.enter(x), values, bias, weight, positions, originals, dim, product)
         return product.leave(out, x)
-    return _Linear.apply(x, values, bias, weight, positions, originals, dim, product.in_dim, key, *stored)
+    return _Linear.apply(x, values, bias, weight, positions, originals, dim, product.in_dim, key, row_ptr, cols)
 
 
 class _Embedding(torch.autograd.Function):

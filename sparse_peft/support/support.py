@@ -332,6 +332,10 @@ class Support:
         """``(2, entries)`` rows and columns, from row pointers and columns."""
         assert self._cols is not None
         pointers, cols = self.row_ptr, self._cols.to(self.row_ptr.dtype)
+        if torch.compiler.is_compiling():  # torch's conversion has no symbolic sizes
+            numbers = torch.arange(self.shape[0], dtype=cols.dtype, device=cols.device)
+            rows = torch.repeat_interleave(numbers, pointers.diff(), output_size=cols.shape[0])
+            return torch.stack((rows, cols)).to(torch.int32 if out_int32 else torch.int64)
         return torch._convert_indices_from_csr_to_coo(pointers, cols, out_int32=out_int32)
 
     def _flatten(self) -> Tensor:
