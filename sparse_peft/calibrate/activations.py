@@ -32,9 +32,10 @@ class FeatureSums:
 
     Args:
         targets: ``{layer name: module}``.
-        measure: maps ``(tokens, features)`` to a tensor that adds up over tokens.
+        measure: maps ``(tokens, features)`` to a tensor that adds up over tokens, or that ``join`` joins.
         outputs: the layers whose outputs are measured instead of their inputs.
         experts: fused experts; each is measured by itself, over the tokens routed to it.
+        join: of a layer's measures so far, which may be overwritten, and a new one; by default their sum.
 
     Attributes:
         sums: ``{layer name: sum}`` of the layers that a token reached.
@@ -47,8 +48,10 @@ class FeatureSums:
         measure: Callable[[Tensor], Tensor],
         outputs: Collection[str] = (),
         experts: Sequence[LayerView] = (),
+        join: Callable[[Tensor, Tensor], Tensor] = Tensor.add_,
     ) -> None:
         self.targets, self.measure, self.outputs, self.experts = targets, measure, outputs, experts
+        self.join = join
         self.sums: dict[str, Tensor] = {}
         self.tokens: dict[str, int] = {}
         # of one batch, added to the sums once all of it is known to be finite
@@ -87,7 +90,7 @@ class FeatureSums:
         if tokens == 0:
             return
         if name in self._waiting:
-            found, tokens = self._waiting[name][0] + found, self._waiting[name][1] + tokens
+            found, tokens = self.join(self._waiting[name][0].clone(), found), self._waiting[name][1] + tokens
         self._waiting[name] = found, tokens
 
     def _occurrences(self, ids: Tensor, embedding: nn.Embedding) -> tuple[Tensor, int]:
@@ -135,7 +138,7 @@ class FeatureSums:
                 return f"the {'outputs' if name in self.outputs else 'inputs'} of layer {name} are not finite"
         for name, (found, tokens) in self._waiting.items():
             # layers may share a measure
-            self.sums[name] = self.sums[name].add_(found) if name in self.sums else found.clone()
+            self.sums[name] = self.join(self.sums[name], found) if name in self.sums else found.clone()
             self.tokens[name] = self.tokens.get(name, 0) + tokens
         self._waiting.clear()
         return None

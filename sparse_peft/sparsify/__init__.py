@@ -13,6 +13,7 @@ from .panelwise import keep_in_panels
 from .parts import PARTS, Sensitivity, sensitivity
 from .patterns import NM, Blocks, Channels, Pattern, Unstructured, as_pattern
 from .pruning import ALLOCATIONS, REFINEMENTS, prune
+from .rsparse import SHARES, LayerChannels, RSparseLinear, RSparseReport, r_sparse
 from .scores import SCORES
 from .semi_structured import to_semi_structured
 from .sparsegpt import SparseGPT
@@ -25,15 +26,19 @@ __all__ = [
     "PARTS",
     "REFINEMENTS",
     "SCORES",
+    "SHARES",
     "Armor",
     "ArmorLinear",
     "Blocks",
     "Channels",
     "CurvePoint",
     "DSnoT",
+    "LayerChannels",
     "LayerMask",
     "Masks",
     "Pattern",
+    "RSparseLinear",
+    "RSparseReport",
     "Removed",
     "Sensitivity",
     "SparseGPT",
@@ -46,6 +51,7 @@ __all__ = [
     "masks_of",
     "prune",
     "pruned",
+    "r_sparse",
     "restore",
     "save_sparse",
     "sensitivity",

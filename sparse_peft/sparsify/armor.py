@@ -18,7 +18,7 @@ from ..constraints import Count, PositiveOrZero, validate_fields
 from ..numerics.errors import layer_prefix
 from .block_fit import BlockFit, Factors, blockwise, identity_blocks, times_left, times_right
 from .patterns import NM, Pattern, Shape
-from .replaced import ReplacedLinear
+from .replaced import ReplacedLinear, check_replaceable
 
 _MOST_SUPPORTS = 100  # sets of kept weights of a group, all of which are tried
 
@@ -111,8 +111,7 @@ class Armor:
         Raises:
             ValueError: names the layer and the cure.
         """
-        if not name:
-            raise ValueError("refine='armor' replaces layers of a model, and this one is a layer; put it into a model")
+        check_replaceable(name)
         if shape[0] % self.block or shape[1] % self.block:
             raise ValueError(
                 f"{layer_prefix(name)}{shape[0]} outputs and {shape[1]} inputs do not consist of blocks of "
@@ -138,19 +137,19 @@ class Armor:
         target = weight.to(torch.promote_types(weight.dtype, torch.float32))
         left, right = (identity_blocks(size, self.block, target) for size in weight.shape)
         start = Factors(target * kept, kept.clone(), left, right)
-        fit = BlockFit(target, start.to(target.dtype), *_weights_of(target, square), pattern.n, pattern.m)
+        fit = BlockFit(target, start.copy(target.dtype), *_weights_of(target, square), pattern.n, pattern.m)
         best, found = start, [fit.loss(start)]
         for _ in range(self.sweeps):
             fit.sweep()
             found.append(fit.loss(fit.now))
             if found[-1] < min(found[:-1]):
-                best = fit.now.to(target.dtype)
+                best = fit.now.copy(target.dtype)
             if not found[-2] - found[-1] > self.tolerance * found[0]:
                 break
         if losses is not None:
             losses.extend(found)
-        rounded = best.to(weight.dtype)
-        return rounded if fit.loss(rounded) < found[0] else start.to(weight.dtype)
+        rounded = best.copy(weight.dtype)
+        return rounded if fit.loss(rounded) < found[0] else start.copy(weight.dtype)
 
 
 def _weights_of(weight: Tensor, square: Tensor) -> tuple[Tensor, Tensor]:

@@ -59,11 +59,13 @@ class Factors:
     left: Tensor
     right: Tensor
 
-    def product(self) -> Tensor:
-        return times_right(times_left(self.left, self.core), self.right)
+    def product(self, dtype: torch.dtype) -> Tensor:
+        """``left @ core @ right``, computed in a dtype."""
+        left, core, right = (part.to(dtype) for part in (self.left, self.core, self.right))
+        return times_right(times_left(left, core), right)
 
-    def to(self, dtype: torch.dtype) -> Factors:
-        """A copy."""
+    def copy(self, dtype: torch.dtype) -> Factors:
+        """A copy in a dtype."""
         core, left, right = (part.to(dtype, copy=True) for part in (self.core, self.left, self.right))
         return Factors(core, self.kept.clone(), left, right)
 
@@ -90,7 +92,7 @@ class BlockFit:
 
     def loss(self, factors: Factors) -> float:
         """The loss of factors of any dtype."""
-        error = self.target - factors.to(self.target.dtype).product()
+        error = self.target - factors.product(self.target.dtype)
         rows = (error.square_() * self.inputs).sum(1).double()
         return float(rows @ self.outputs.squeeze(1).double())
 
@@ -119,7 +121,7 @@ class BlockFit:
     def _fit_core(self) -> None:
         """Row after row of all blocks at once, which do not depend on each other; in it group after group."""
         now, b = self.now, self.block
-        rest = (self.target - now.product()).mul_(self.inputs).mul_(self.outputs)
+        rest = (self.target - now.product(self.target.dtype)).mul_(self.inputs).mul_(self.outputs)
         pulls = times_right(times_left(now.left.mT, rest), now.right.mT).view(-1, b, rest.shape[1])
         del rest
         left_gram = now.left.mT @ (now.left * self.outputs.view(-1, b, 1))

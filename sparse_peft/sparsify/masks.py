@@ -252,10 +252,11 @@ def masks_of(model: nn.Module) -> Masks | None:
 def restore(model: nn.Module) -> None:
     """Give a pruned model its weights back, bit for bit, and forget its masks.
 
-    Weights that stayed are not touched, unless pruning changed them (SparseGPT, ARMOR).
+    Weights that stayed are not touched, unless pruning changed them (SparseGPT, ARMOR). Layers of
+    [`r_sparse`][sparse_peft.sparsify.r_sparse] are given back first, and alone: call it again for a pruned model.
 
     Args:
-        model: pruned with ``restorable=True``.
+        model: of ``r_sparse``, or pruned with ``restorable=True``.
 
     Raises:
         ValueError: the model was not pruned, or without ``restorable=True``.
@@ -270,14 +271,19 @@ def restore(model: nn.Module) -> None:
         >>> torch.equal(model[0].weight, before)
         True
     """
-    masks = masks_of(model)
+    replaced, masks = replaced_layers(model), masks_of(model)
+    unchanged = {name: layer for name, layer in replaced.items() if not layer.changes_weight}
+    if unchanged:
+        for name, layer in unchanged.items():
+            model.set_submodule(name, layer.given_back())
+        return
     if masks is None:
         raise ValueError(f"{type(model).__name__} has no masks; it was not pruned, or restored already")
     if not masks.removed:
         raise ValueError("the original weights were not kept; prune(..., restorable=True) keeps them, on the CPU")
-    for name, layer in replaced_layers(model).items():
+    for name, layer in replaced.items():
         if name in masks.removed:
-            model.set_submodule(name, layer.original)
+            model.set_submodule(name, layer.given_back())
     put_back(masks.weights_in(model), masks.layers, masks.removed)
     delattr(model, ATTRIBUTE)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
@@ -18,11 +20,13 @@ class ReplacedLinear(nn.Module):
         weight_name: under which the weight is registered.
 
     Attributes:
+        changes_weight: whether the weight has other values than in the original layer.
         original: the layer that was replaced; no submodule.
         in_features, out_features: sizes.
         bias: ``(out_features,)`` or None.
     """
 
+    changes_weight: ClassVar[bool] = True
     original: nn.Module
     in_features: int
     out_features: int
@@ -49,8 +53,22 @@ class ReplacedLinear(nn.Module):
         """The weight's product with ``(..., in_features)``, without the bias."""
         return F.linear(x, self.rows())
 
+    def given_back(self) -> nn.Module:
+        """The layer that was replaced, as it was but for the weight's values."""
+        return self.original
+
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
+
+
+def check_replaceable(name: str) -> None:
+    """Refuse a model that is a layer itself, of which no model holds the place.
+
+    Raises:
+        ValueError: the name is empty.
+    """
+    if not name:
+        raise ValueError("layers of a model are replaced here, and this one is a layer; put it into a model")
 
 
 def weight_name_of(module: nn.Module) -> str:
