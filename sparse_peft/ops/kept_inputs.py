@@ -132,10 +132,13 @@ def _recipe_of(x: Tensor) -> _Recipe | None:
     """How to form a tensor again from tensors that autograd keeps until it has passed the node that made it.
 
     Products and casts give the same bits again. Where saved tensors are packed (gradient checkpointing, offloading to
-    the CPU), looking at them would unpack them, so nothing is known there.
+    the CPU), looking at them would unpack them, so nothing is known there. Nor is it of a tensor that was changed in
+    place since.
     """
     node = x.grad_fn
-    if node is None or x.is_inference() or torch._C._autograd._top_saved_tensors_default_hooks(True) is not None:
+    if node is None or x.is_inference() or x._version:
+        return None
+    if torch._C._autograd._top_saved_tensors_default_hooks(True) is not None:
         return None
     try:
         return _recipe(node, MOST_STEPS)

@@ -51,7 +51,14 @@ KEPT = {
     "of a frozen tensor": lambda x: (x.detach() * x.detach()).requires_grad_(),
     "of an unkept tensor": lambda x: torch.ones(7) * (x + 1),
     "overwritten since": lambda x: _overwritten(x),
+    "changed in place since": lambda x: _changed(x * x.sin()),
 }
+
+
+def _changed(product):
+    with torch.no_grad():
+        product.clamp_(max=0.1)
+    return product
 
 
 def _overwritten(x):
