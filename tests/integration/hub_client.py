@@ -145,7 +145,7 @@ def plan(folder):
             try:
                 app(["plan", name, "--density", "0.1", "--flops", "1e9", "--json"])
             except SystemExit as ended:
-                assert ended.code == code, ended
+                assert (ended.code or 0) == code, ended
 
 
 if __name__ == "__main__":

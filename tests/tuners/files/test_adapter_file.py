@@ -123,8 +123,8 @@ def assert_refused(load, message):
 
 
 def skip_what_transformers_lacks(loader, kind):
-    if loader is by_transformers and kind is in_subfolder and Version(transformers.__version__).major < 5:
-        pytest.skip("transformers before 5 looks for the config of a local adapter in the folder itself")
+    if loader is by_transformers and kind is in_subfolder and Version(transformers.__version__) < Version("5.23"):
+        pytest.skip("transformers before 5.23 looks for the config of a local adapter in the folder itself")
 
 
 @loaders
