@@ -55,6 +55,7 @@ from .targets import (
 from .tensor_parallel import TensorParallel
 from .ties import check_not_saved_whole, owners_of, tied_layers
 from .traversal import modules_beside_adapters, tuner_layers
+from .zeros import warn_of_filled_zeros, zeros_of_layers
 
 
 class StatePlan(Protocol):
@@ -497,9 +498,12 @@ class BaseSparseModel(BaseTuner, Generic[ConfigT, StateT]):
 
     # ------------------------------------------------------------------ after training
 
-    def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> Any:
+    def _unload_and_optionally_merge(self, merge: bool = True, *args: Any, **kwargs: Any) -> Any:
         self.release()
-        return super()._unload_and_optionally_merge(*args, **kwargs)
+        zeros = zeros_of_layers(self.model) if merge else {}
+        model: Any = super()._unload_and_optionally_merge(merge, *args, **kwargs)  # None in PEFT's annotation
+        warn_of_filled_zeros(model, zeros)
+        return model
 
     def add_weighted_adapter(
         self,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
@@ -10,7 +11,7 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Tensor, nn
 
-from ..ops import ENTRY_COMBINATIONS, Combination, Compression, combine_on_supports
+from ..ops import ENTRY_COMBINATIONS, Combination, Compression, combine_on_supports, read_support
 from ..support import Support
 from .base_state import TrainedState
 from .files.checks import check_loaded_entries
@@ -51,6 +52,7 @@ class Delta(TrainedState):
         value_scale: this factor.
         capacity: entries that swaps pad it to; None for as many as there are.
         compression: rounding of the layer's input that is kept for the values' gradient.
+        keeps_zeros: whether entries at zeros of the base weight stay zero.
     """
 
     combinations: ClassVar[tuple[str, ...]] = ENTRY_COMBINATIONS
@@ -59,6 +61,8 @@ class Delta(TrainedState):
     )
     capacity: int | None = None
     compression: Compression | None = None
+    keeps_zeros: bool = False
+    _zeros: tuple[Support, Tensor] | None = None  # of which positions, and which of these are zeros of the base weight
 
     def __init__(
         self,
@@ -83,7 +87,30 @@ class Delta(TrainedState):
         Args:
             scaled: False for the values themselves.
         """
-        return self.scaled(self.values) if scaled else self.values
+        values = self.values if self._zeros is None else self.values.masked_fill(self._zeros[1], 0)
+        return self.scaled(values) if scaled else values
+
+    @property
+    def knows_zeros(self) -> bool:
+        """Whether nothing is left to be found out about zeros of the base weight."""
+        return not self.keeps_zeros or (self._zeros is not None and self._zeros[0] is self.known_support())
+
+    @torch.no_grad()
+    def note_zeros(self, weight: Tensor) -> None:
+        """Find the entries at zeros of the base's own weight, as stored; their values become zero."""
+        zeros = read_support(weight, self.support) == 0
+        self._zeros = self.support, zeros
+        if zeros.numel() and bool(zeros.all()):
+            warnings.warn(
+                f"layer {self.name}: all {zeros.numel()} trained entries are at zeros of the base weight, which "
+                "preserve_zeros=True keeps, so that nothing trains; choose larger weights, with selection='nonzero' "
+                "or 'magnitude'",
+                UserWarning,
+                stacklevel=2,
+            )
+        if bool(self.values[zeros].any()):
+            self.values.masked_fill_(zeros, 0)
+            self.changes += 1
 
     def scaled(self, values: Tensor) -> Tensor:
         """The delta of these values: the values themselves where the scale is 1."""
@@ -221,7 +248,7 @@ class Delta(TrainedState):
     def __getstate__(self) -> dict[str, Any]:
         # a copy finds its support in its own buffer; this one may be changing in another thread, as its parts are
         # found
-        return {**self.__dict__, "_support": None, "_support_of": None}
+        return {**self.__dict__, "_support": None, "_support_of": None, "_zeros": None}
 
     def extra_repr(self) -> str:
         rows, cols = self.shape

@@ -42,6 +42,10 @@ class DeltaConfig(BaseSparseConfig):
         metadata={"help": "Rounding of the inputs kept for the values' gradient in training: bf16, int8 or none."},
     )
 
+    preserve_zeros: bool = field(
+        default=False, metadata={"help": "Whether zeros of the base weight stay zero, in passes and when merged."}
+    )
+
     @classmethod
     def fields_of_earlier_versions(cls, values: Mapping[str, Any]) -> dict[str, Any]:
         # their adapters have recorded shapes and no scale
@@ -78,7 +82,9 @@ class DeltaConfig(BaseSparseConfig):
         return matched_scale(entries, (self.weight_shapes or {}).values(), self._spread or self.spread)
 
     def equip(self, state: TrainedState) -> None:
-        cast("Delta", state).compression = cast("Compression | None", self.compress_inputs)
+        delta = cast("Delta", state)
+        delta.compression = cast("Compression | None", self.compress_inputs)
+        delta.keeps_zeros = self.preserve_zeros
 
     def forget_resolved(self) -> None:
         super().forget_resolved()

@@ -109,6 +109,8 @@ class SparseTunerLayer(TunerLayer[DeltaT]):
         delta = self.deltas[adapter_name]
         if delta.known_support() is None:
             exclusively(self._draw, delta)
+        if not delta.knows_zeros:
+            exclusively(self._note_zeros, delta)
         return delta
 
     def _draw(self, delta: DeltaT) -> None:
@@ -116,6 +118,16 @@ class SparseTunerLayer(TunerLayer[DeltaT]):
             self.release()
             with torch.no_grad(), torch.inference_mode(False):
                 delta.support = delta.draw(self.dense_base_weight, self.stored_shape)
+
+    def _note_zeros(self, delta: DeltaT) -> None:
+        if self.parallel is not None or self._is_sharded():
+            raise NotImplementedError(
+                f"preserve_zeros=True: layer {self.name} is divided among processes, which do not know one another's "
+                "zeros; use DDP, or selection='nonzero'"
+            )
+        self.release()
+        with torch.no_grad(), torch.inference_mode(False):
+            delta.note_zeros(self.dense_base_weight())
 
     def _join(self, names: tuple[str, ...]) -> ActiveDelta:
         """The named adapters' common support; kept for each selection of them until one's own support changes."""

@@ -75,6 +75,7 @@ class PruneConfig(BaseSparseConfig):
         mask_decay: with ``"mdgf"``: ``"exp"`` or ``"linear"``.
         ladder: with ``"sdgf"``: ``"stepwise"`` (7:8, 4:8, 2:8) or ``"geometric"`` (16:64, 8:32, 4:16).
         score_rank: with ``"pst"``: rank of the scores.
+        preserve_zeros: with ``"dsee"``: multiply the update by the mask, too.
         slorb: with ``"ast"``: run of inputs that share a trained residual, beside the mask; 0 for none.
         seed: of random masks and positions.
         weight_shapes: resolved ``[rows, cols]`` of the layers' stored weights; recorded, not to be set.
@@ -137,6 +138,9 @@ class PruneConfig(BaseSparseConfig):
         default="stepwise", metadata={"help": "With recipe='sdgf': the patterns before the last."}
     )
     score_rank: Count = field(default=8, metadata={"help": "With recipe='pst': rank of the scores."})
+    preserve_zeros: bool = field(
+        default=False, metadata={"help": "With recipe='dsee': whether the mask multiplies the update, too."}
+    )
     slorb: CountOrZero = field(
         default=0, metadata={"help": "With recipe='ast': run of inputs that share a residual; 0 for none."}
     )
@@ -170,6 +174,10 @@ class PruneConfig(BaseSparseConfig):
                 f"pattern={self.pattern!r} with recipe='gradual': a share of zeros is expected, such as 0.5; 'sdgf' "
                 "approaches n:m patterns by a ladder"
             )
+        if self.slorb and self.preserve_zeros:
+            raise ValueError(
+                f"slorb={self.slorb} with preserve_zeros=True: the residual is in all weights; leave one out"
+            )
         if self.slorb and self.recipe != "ast":
             raise ValueError(f"slorb={self.slorb} with recipe={self.recipe!r}: only 'ast' has this residual")
         if self.score != "magnitude" and self.plan.changes:
@@ -197,7 +205,12 @@ class PruneConfig(BaseSparseConfig):
     @property
     def fills_zeros(self) -> bool:
         """Whether the weight in use has numbers where the mask has zeros."""
-        return self.plan.outside or self.slorb > 0
+        return self.is_outside or self.slorb > 0
+
+    @property
+    def is_outside(self) -> bool:
+        """Whether the delta is added behind the mask from the start."""
+        return self.plan.outside and not self.preserve_zeros
 
     def timeline(self, total_steps: int | None) -> Timeline:
         """The recipe in a run of this many optimizer steps.

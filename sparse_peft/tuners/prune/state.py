@@ -91,7 +91,7 @@ class PrunedState(TrainedState):
     @property
     def outside(self) -> bool:
         """Whether the delta is added behind the mask."""
-        return self.config.plan.outside or self._flags()[1]
+        return self.config.is_outside or self._flags()[1]
 
     @property
     def support(self) -> Support | None:

@@ -63,6 +63,7 @@ class S2FTConfig(DeltaConfig):
             rate of 2e-4 suits the selection and the density (``docs/learning_rate.md``); 1.0 is the papers'.
         compress_inputs: rounding of the inputs that are kept for the values' gradient in training: ``"bf16"``,
             ``"int8"``, or None (``docs/memory.md``).
+        preserve_zeros: whether zeros of the base weight stay zero: entries there do not train.
         num_channels: resolved number of channels per layer; filled in when the adapter is made, and used to rebuild a
             saved adapter. Not for setting by hand.
         sides: resolved side per layer; likewise.

@@ -92,6 +92,11 @@ class SLTrainConfig(SparseConfig):
         super().check()
         if self.mode == "pretrain":
             self._check_pretraining()
+        if self.preserve_zeros:
+            raise ValueError(
+                "preserve_zeros=True: the low-rank part changes every entry, zeros too; use SparseConfig, or "
+                "PruneConfig(score='nonzero'), whose low rank is masked"
+            )
         if self.criterion.restricts:
             raise ValueError(
                 f"selection={self.selection!r}: the low-rank part changes every entry, zeros too; use SparseConfig "

@@ -89,6 +89,8 @@ class SparseConfig(EntryConfig):
             rate of 2e-4 suits the selection and the density (``docs/learning_rate.md``); 1.0 is the papers'.
         compress_inputs: rounding of the inputs that are kept for the values' gradient in training: ``"bf16"``,
             ``"int8"``, or None (``docs/memory.md``).
+        preserve_zeros: whether zeros of the base weight stay zero: entries there do not train. Fewer entries train
+            then than the budget says; ``selection="nonzero"`` draws all of them among the others.
         num_entries: resolved number of entries per layer; filled in when the adapter is made, and used to rebuild a
             saved adapter. Not for setting by hand.
         weight_shapes: resolved ``[rows, cols]`` of the layers' stored weights; likewise.
