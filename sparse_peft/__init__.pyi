@@ -51,5 +51,8 @@ from .tuners.sparse import SparseConfig as SparseConfig
 from .tuners.sparse import SparseEmbedding as SparseEmbedding
 from .tuners.sparse import SparseLinear as SparseLinear
 from .tuners.sparse import SparseModel as SparseModel
+from .tuners.sst import SSTConfig as SSTConfig
+from .tuners.sst import SSTLinear as SSTLinear
+from .tuners.sst import SSTModel as SSTModel
 
 __version__: str

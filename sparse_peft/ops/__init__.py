@@ -75,6 +75,7 @@ from .plans import GradientPlan, plan_support_grad
 from .products import LayerProduct, LinearProduct, MatrixProduct, WeightSource
 from .proximal import PROXIMAL_OPERATORS, reference_threshold, soft_threshold
 from .sparse_low_rank import cheaper_way, compose_weight, sparse_low_rank_linear
+from .spectral import spectral_product
 from .support_grad import support_grad
 from .support_layer import How, support_layer
 from .torch_library import remember
@@ -190,6 +191,7 @@ __all__ = [
     "set_row_entries_",
     "soft_threshold",
     "sparse_low_rank_linear",
+    "spectral_product",
     "suits_one_product",
     "sum_gradients",
     "sum_parts",
