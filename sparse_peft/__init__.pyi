@@ -51,6 +51,11 @@ from .tuners.sparse import SparseConfig as SparseConfig
 from .tuners.sparse import SparseEmbedding as SparseEmbedding
 from .tuners.sparse import SparseLinear as SparseLinear
 from .tuners.sparse import SparseModel as SparseModel
+from .tuners.sparse_ift import IsoBudget as IsoBudget
+from .tuners.sparse_ift import SparseIFTConfig as SparseIFTConfig
+from .tuners.sparse_ift import SparseIFTLinear as SparseIFTLinear
+from .tuners.sparse_ift import SparseIFTModel as SparseIFTModel
+from .tuners.sparse_ift import iso_budget as iso_budget
 from .tuners.sst import SSTConfig as SSTConfig
 from .tuners.sst import SSTLinear as SSTLinear
 from .tuners.sst import SSTModel as SSTModel

@@ -41,6 +41,7 @@ _PADDED = "takes padding for end tokens, and Bart has two different ones; the ge
 _DISTANCES = "the kernel's factors are float32 in every model: rounded distances have no order"
 _GATES = "gates are float32 in every model: a proximal step is less than bfloat16 can tell from nothing"
 _TABLES = "tables are float32 in every model: bfloat16 ones stand still at a fine-tuning learning rate"
+_VECTORS = "singular vectors are float32 in every model: rounded ones are not orthogonal"
 _OTHER_BASE = "loads on a base of other random weights, which have other codes: such a base is refused"
 
 KNOWN_ISSUES = (
@@ -57,6 +58,8 @@ KNOWN_ISSUES = (
     KnownIssue("test_add_adapter_no_autocast_adapter_dtype", "skip", _DISTANCES, config="SnellaConfig"),
     KnownIssue("test_adapter_dtype_autocast", "skip", _TABLES, config="SketchConfig", autocast=False),
     KnownIssue("test_add_adapter_no_autocast_adapter_dtype", "skip", _TABLES, config="SketchConfig"),
+    KnownIssue("test_adapter_dtype_autocast", "skip", _VECTORS, config="SSTConfig", autocast=False),
+    KnownIssue("test_add_adapter_no_autocast_adapter_dtype", "skip", _VECTORS, config="SSTConfig"),
     KnownIssue("test_loading_model_requires_grad_set_correctly", "skip", _OTHER_BASE, config="SketchConfig"),
     KnownIssue(
         "test_loading_model_with_modules_to_save_requires_grad_set_correctly",

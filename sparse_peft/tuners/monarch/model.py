@@ -14,6 +14,7 @@ from torch.nn.functional import pad
 from ...ops import block_sizes, monarch_projection
 from ..base_model import BaseSparseModel
 from ..combination import Tensors
+from ..files.adapter_file import is_reading
 from ..forms import layer_of_factors
 from ..low_rank import check_rank, factor_sizes
 from ..targets import Targets, base_of, check_shapes, dense_weight, in_dim_of, stored_shape
@@ -82,7 +83,7 @@ class MonarchModel(BaseSparseModel[MonarchConfig, MonarchState]):
                 stacklevel=2,
             )
         config.weight_shapes = {name: list(shape) for name, shape in shapes.items()}
-        projects = config.init == "residual" and file_entries is None
+        projects = config.init == "residual" and file_entries is None and not is_reading()
         return {
             name: MonarchPlan(
                 factor_sizes(shapes[name], in_dim_of(module)),

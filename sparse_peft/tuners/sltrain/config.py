@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Annotated, ClassVar
 
-from ...constraints import Count, OneOf, Positive, Probability
-from ...support import REFRESH
+from ...constraints import Count, OneOf, Positive, Probability, Share
+from ...support import REFRESH, Budget
 from ..base_config import explains_fields, required
 from ..experts import CURE, is_named
 from ..sparse.config import SparseConfig
@@ -36,6 +37,9 @@ class SLTrainConfig(SparseConfig):
         mode: ``"finetune"`` or ``"pretrain"``.
         density: share of each weight's entries in the sparse part; by default 1 %, for pretraining 3 %.
         num_params: number of entries of the sparse part over all target layers, in place of ``density``.
+        doped: share of LoRA's parameter count at rank ``r`` that stays low rank; the others are entries of the sparse
+            part, ``r * (out + in)`` together in each layer (Sparse-IFT's *doped*, https://arxiv.org/abs/2303.11525).
+            In place of ``density`` and ``num_params``.
         init_scale: of the sparse part's first values in pretraining: uniform within ``init_scale / sqrt(in)``.
         trainable_scale: scale the low-rank part with ``tanh(theta)`` instead, ``theta`` trained from 1.
         backend: computation of a layer without a weight. ``"composed"``: one panel of rows at a time, ``"factored"``:
@@ -62,6 +66,7 @@ class SLTrainConfig(SparseConfig):
 
     method: ClassVar[str] = "SPARSE_PEFT_SLTRAIN"
     budget_fields: ClassVar[tuple[str, ...]] = ("density", "num_params")
+    deciding_fields: ClassVar[frozenset[str]] = SparseConfig.deciding_fields | {"doped"}
 
     r: Count | None = field(default=None, metadata={"help": "Rank of the low-rank part; 8 for fine-tuning."})
     alpha: Positive = field(default=16, metadata={"help": "The low-rank part is scaled by alpha / r."})
@@ -70,6 +75,9 @@ class SLTrainConfig(SparseConfig):
     )
     mode: Annotated[str, OneOf(TRAINING_MODES)] = field(
         default="finetune", metadata={"help": "'finetune' beside the weights, 'pretrain' in their place."}
+    )
+    doped: Share | None = field(
+        default=None, metadata={"help": "Share of rank r's parameter count that stays low rank, in place of a budget."}
     )
     init_scale: Positive = field(
         default=1.0, metadata={"help": "Scale of the sparse part's first values in pretraining."}
@@ -89,6 +97,8 @@ class SLTrainConfig(SparseConfig):
         self.r = 8 if self.r is None else self.r
 
     def check(self) -> None:
+        if self.doped is not None:
+            self._check_doped(self.doped)
         super().check()
         if self.mode == "pretrain":
             self._check_pretraining()
@@ -111,7 +121,7 @@ class SLTrainConfig(SparseConfig):
     def claimed_sizes(self, layer: str) -> Iterator[tuple[str, int, str]]:
         yield from super().claimed_sizes(layer)
         if not is_named(self.target_parameters, layer):  # fused experts have no low-rank part
-            yield "r", required(self.r, "r"), "A.0"
+            yield "r", self.rank, "A.0"
 
     def _check_pretraining(self) -> None:
         if self.names_experts:
@@ -137,7 +147,26 @@ class SLTrainConfig(SparseConfig):
     @property
     def rank(self) -> int:
         """The rank of the low-rank part, once it is filled in."""
-        return required(self.r, "r")
+        r = required(self.r, "r")
+        return r if self.doped is None else math.floor(self.doped * r)
+
+    def budget(self) -> Budget:
+        if self.doped is None:
+            return super().budget()
+        return Budget(r=required(self.r, "r") - self.rank, allocation="erk")  # rank * (out + in) of each layer
+
+    def _check_doped(self, doped: float) -> None:
+        given = [name for name in (*self.budget_fields, "density_pattern") if getattr(self, name)]
+        if given or self.allocation != "numel" or self.criterion.decides_count:
+            field_ = given[0] if given else "selection" if self.criterion.decides_count else "allocation"
+            raise ValueError(
+                f"doped={doped} and {field_}={getattr(self, field_)!r}: doped alone shares out r={self.r}"
+            )
+        if not 0 < self.rank < required(self.r, "r"):
+            raise ValueError(
+                f"doped={doped} of r={self.r} is a rank of {self.rank}: both parts need a rank's parameters at least; "
+                "use a larger r, or another share"
+            )
 
     @property
     def default_density(self) -> float:

@@ -116,7 +116,7 @@ class SLTrainModel(SparseModel[SLTrainConfig, SLTrainDelta]):
             more = rank - found["A"].shape[0]
             found["A"], found["B"] = pad(found["A"], (0, 0, 0, more)), pad(found["B"], (0, more))
         fields = super().combined_fields(configs, tensors)
-        return {**fields, "r": rank, "alpha": rank, "trainable_scale": False}
+        return {**fields, "r": rank, "alpha": rank, "doped": None, "trainable_scale": False}
 
     @classmethod
     def skeleton_layer(

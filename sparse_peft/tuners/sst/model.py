@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from ..base_model import BaseSparseModel
+from ..files.adapter_file import is_reading
 from ..low_rank import check_rank, factor_sizes
 from ..targets import Targets, base_of, check_shapes, dense_weight, in_dim_of, stored_shape
 from .config import SSTConfig
@@ -89,7 +90,7 @@ class SSTModel(BaseSparseModel[SSTConfig, SpectralState]):
             source: nn.Module | SpectralState | None = module
             if twin is not None and isinstance(module, SSTLinear) and twin in module.deltas:
                 source = module.deltas[twin]
-            elif file_entries is not None or base_of(module).weight.device.type == "meta":
+            elif is_reading() or file_entries is not None or base_of(module).weight.device.type == "meta":
                 source = None
             plans[name] = SSTPlan(factor_sizes(shapes[name], in_dim_of(module)), config, source)
         return plans
