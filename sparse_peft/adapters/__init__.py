@@ -12,6 +12,7 @@ from .mixture import Mixture, learn_mixture
 from .offline_adapter import StoredAdapter, read_stored
 from .pool import AdapterPool, PoolStatistics
 from .results import add_results
+from .rosa import convert_rosa, rosa_masks
 from .soup import Soup, greedy_soup, soup
 from .soup_cycle import soup_cycle
 from .summary import AdapterSummary, Comparison, LayerComparison, LayerSummary, compare, summarise, supports_of
@@ -42,6 +43,7 @@ __all__ = [
     "compare",
     "compose",
     "convert",
+    "convert_rosa",
     "export",
     "extract",
     "greedy_soup",
@@ -50,6 +52,7 @@ __all__ = [
     "lottery_ticket",
     "prepare_for_swaps",
     "read_stored",
+    "rosa_masks",
     "save_adapter",
     "save_as_lora",
     "save_as_sparse",

@@ -170,7 +170,7 @@ def read_spiel(source: str | os.PathLike, shapes: dict[str, tuple[int, int]]) ->
     if (folder / SAFETENSORS_WEIGHTS_NAME).is_file():
         tensors = read_tensors(folder / SAFETENSORS_WEIGHTS_NAME)
     else:
-        tensors = _load(folder / WEIGHTS_NAME)
+        tensors = load_pickled(folder / WEIGHTS_NAME)
     if not isinstance(tensors, dict) or not all(isinstance(tensor, Tensor) for tensor in tensors.values()):
         raise ValueError(f"{folder}: a state dict of tensors is expected in its file")
     layers, rest = _two_per_layer(tensors, "values", "indices", str(folder))
@@ -204,7 +204,7 @@ def read_lt_sft(
         (scalar, "numpy.core.multiarray.scalar"),
         (scalar, "numpy._core.multiarray.scalar"),
     ]
-    content = _load(path, allowed)
+    content = load_pickled(path, allowed)
     if not isinstance(content, dict) or not isinstance(content.get("diffs"), dict):
         raise ValueError(f"{path}: no LT-SFT file; a dict with 'diffs' and 'abs' is expected")
     deltas, others, whole = {}, {}, {}
@@ -253,7 +253,7 @@ def _decode(name: str, entry: Any, known: dict[str, tuple[int, ...]]) -> tuple[T
     return flat, values
 
 
-def _load(path: Path, allowed: list | None = None) -> Any:
+def load_pickled(path: Path, allowed: list | None = None) -> Any:
     """A ``torch.save`` file's tensors and plain containers; anything else in it is refused.
 
     Raises:

@@ -97,8 +97,3 @@ class SparseIFTConfig(BaseSparseConfig):
                 f"no position ever changes: reselect_every={self.reselect_every} is beyond "
                 f"reselect_stop={self.reselect_stop!r} or total_steps={total_steps}"
             )
-
-    def claimed_sizes(self, layer: str) -> Iterator[tuple[str, int, str]]:
-        shape = (self.weight_shapes or {}).get(layer, [1])
-        yield "r", self.r * min(shape), "A_values.0"
-        yield "sparsity", self.rank, "A_values.0"  # a rank without entries is not allowed

@@ -34,7 +34,7 @@ class SSTPlan:
         state = SpectralState(self.sizes, self.config, name)
         if isinstance(self.source, SpectralState):
             state.load_state_dict(self.source.state_dict())
-        elif self.source is not None:
+        elif self.source is not None and not state.S.is_meta:
             with torch.no_grad():
                 weight = dense_weight(self.source)
                 state.decompose(weight if in_dim_of(self.source) == 1 else weight.t())
