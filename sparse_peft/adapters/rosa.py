@@ -136,8 +136,8 @@ def _by_layer(tensors: Any, source: str) -> tuple[dict[str, dict[str, Tensor]], 
             rest[name] = tensor
     if not layers:
         raise ValueError(f"{source}: no layer with RoSA's tensors in it")
-    for layer, found in layers.items():
-        missing = [part for part in PARTS if part not in found]
+    for layer, parts in layers.items():
+        missing = [part for part in PARTS if part not in parts]
         if missing:
             raise ValueError(f"{source}: layer {layer} has no {missing[0]}; RoSA without low rank, or without a mask")
     return layers, rest
