@@ -27,6 +27,11 @@ class IsoBudget:
         width: ``(outputs, inputs)`` of a wide weight; None without.
         branches: number of parallel weights, with equally many entries each.
         low_rank: parameters in a dense low-rank part.
+
+    Example:
+        >>> from sparse_peft import IsoBudget
+        >>> IsoBudget("doped", dense=768, entries=192, rank=6, low_rank=576).parameters
+        768
     """
 
     kind: str
