@@ -138,7 +138,7 @@ def test_counts_are_whole_blocks_and_every_layer_has_one():
         ({"granularity": "block", "block_size": 0}, "block_size=0: an int of at least 1 or a list"),
         ({"granularity": "block", "block_size": [4]}, r"block_size=\[4\]"),
         ({"granularity": "block", "selection": "rigl"}, "selection='rigl': positions that change are single entries"),
-        ({"granularity": "block", "selection": "threshold", "threshold": 0.1}, "a threshold is for single entries"),
+        ({"granularity": "block", "selection": "threshold", "threshold": 0.1}, "it is for single entries"),
     ],
 )
 def test_bad_configs(fields, message):
