@@ -27,6 +27,7 @@ from .communication import (
     sum_gradients,
     sum_parts,
 )
+from .compiled_experts import functional_experts
 from .compiled_layer import functional_embedding, functional_layer
 from .conv import CONVOLUTIONS, ConvProduct, is_convolution
 from .crossover import Crossover, cache_file, known_crossover
@@ -56,12 +57,13 @@ from .expert_products import (
     OneExpert,
     Recipe,
     Routing,
+    SeveralExperts,
     SortedTokens,
     TokenwiseExperts,
     dense_experts,
-    expert_parts,
     expert_product,
 )
+from .expert_support_grad import expert_parts, expert_support_grad
 from .gradient_observers import UNOBSERVED, GradientObserver, new_key, observe
 from .gradient_paths import gradient_panels
 from .kept_inputs import COMPRESSIONS, Compression, is_formed_again, rounded_bytes
@@ -120,6 +122,7 @@ __all__ = [
     "OneHot",
     "Recipe",
     "Routing",
+    "SeveralExperts",
     "SortedTokens",
     "TokenwiseExperts",
     "WeightSource",
@@ -149,9 +152,11 @@ __all__ = [
     "embedding_delta",
     "expert_parts",
     "expert_product",
+    "expert_support_grad",
     "find_threshold",
     "full_precision",
     "functional_embedding",
+    "functional_experts",
     "functional_layer",
     "gather_features",
     "gathered_features",

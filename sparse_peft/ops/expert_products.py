@@ -10,13 +10,14 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, NamedTuple, ParamSpec, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
-from ..numerics.tokens import accumulation_dtype
 from ..support import Support
+from .expert_support_grad import expert_parts, expert_support_grad
 from .products import LinearProduct, WeightPanels
 
 P = ParamSpec("P")
@@ -59,12 +60,23 @@ class OneExpert(Routing):
             yield Segment(self.expert, 0, self.tokens)
 
 
+class SeveralExperts(Routing):
+    """Rows of several experts."""
+
+    @abstractmethod
+    def ends(self, experts: int) -> Tensor:
+        """``(experts,)`` the row after each expert's last one, once they are sorted."""
+
+
 @dataclass(frozen=True)
-class EveryExpert(Routing):
+class EveryExpert(SeveralExperts):
     """Each expert has the same number of rows, one after the other."""
 
     experts: int
     tokens: int
+
+    def ends(self, experts: int) -> Tensor:
+        return torch.arange(1, experts + 1) * self.tokens
 
     def segments(self) -> Iterator[Segment]:
         for expert in range(self.experts if self.tokens else 0):
@@ -72,25 +84,28 @@ class EveryExpert(Routing):
 
 
 @dataclass(frozen=True)
-class SortedTokens(Routing):
+class SortedTokens(SeveralExperts):
     """Rows sorted by expert.
 
     Attributes:
-        ends: ``(experts,)`` row after each expert's last one.
+        offsets: ``(experts,)`` row after each expert's last one.
     """
 
-    ends: Tensor
+    offsets: Tensor
+
+    def ends(self, experts: int) -> Tensor:
+        return self.offsets
 
     def segments(self) -> Iterator[Segment]:
         start = 0
-        for expert, stop in enumerate(self.ends.tolist()):
+        for expert, stop in enumerate(self.offsets.tolist()):
             if stop > start:
                 yield Segment(expert, start, stop)
             start = stop
 
 
 @dataclass(frozen=True)
-class TokenwiseExperts(Routing):
+class TokenwiseExperts(SeveralExperts):
     """Each row has an expert of its own.
 
     Attributes:
@@ -98,6 +113,14 @@ class TokenwiseExperts(Routing):
     """
 
     ids: Tensor
+
+    @cached_property
+    def order(self) -> Tensor:
+        """``(rows,)`` the rows sorted by expert."""
+        return self.ids.argsort(stable=True)
+
+    def ends(self, experts: int) -> Tensor:
+        return torch.bincount(self.ids, minlength=experts).cumsum(0)
 
     def segments(self) -> Iterator[Segment]:
         experts, counts = torch.unique(self.ids, return_counts=True)
@@ -107,10 +130,10 @@ class TokenwiseExperts(Routing):
             start += tokens
 
     def sort(self, x: Tensor) -> Tensor:
-        return x.index_select(0, self.ids.argsort(stable=True))
+        return x.index_select(0, self.order)
 
     def restore(self, x: Tensor) -> Tensor:
-        return torch.empty_like(x).index_copy_(0, self.ids.argsort(stable=True), x)
+        return torch.empty_like(x).index_copy_(0, self.order, x)
 
 
 class ExpertSource(Protocol):
@@ -208,40 +231,26 @@ class ExpertProduct:
         Experts without tokens get zeros.
         """
         assert self.support is not None
-        parts, product = expert_parts(self.support, self.source.experts), _PRODUCTS[self.in_dim]
-        if isinstance(self.routing, OneExpert) and self.routing.tokens:
-            number = self.routing.expert
-            if entries == parts[number][0].nnz:
-                part = parts[number][0]
-                return product.support_grad(grad, product.keep(x, part), part, self.source.key + number)
-        values = torch.zeros(entries, dtype=accumulation_dtype(x.dtype), device=x.device)
-        grad, x = self.routing.sort(grad), self.routing.sort(x)
-        for expert, start, stop in self.routing.segments():
-            part, first, last = parts[expert]
-            if last > first:
-                place = slice(first - self.first, last - self.first)
-                kept = product.keep(x[start:stop], part)
-                values[place] = product.support_grad(grad[start:stop], kept, part, self.source.key + expert)
+        routing, experts = self.routing, self.source.experts
+        if isinstance(routing, OneExpert):
+            return self._one_support_grad(routing.expert, grad, x, entries)
+        assert isinstance(routing, SeveralExperts)
+        left, right = routing.sort(grad), routing.sort(x)
+        if self.in_dim == 0:
+            left, right = right, left
+        return expert_support_grad(left, right, routing.ends(experts), self.support, experts, self.source.key)
+
+    def _one_support_grad(self, expert: int, grad: Tensor, x: Tensor, entries: int) -> Tensor:
+        """The gradient of one expert's entries, among ``entries`` that may be its own or all."""
+        assert self.support is not None
+        part, first, _ = expert_parts(self.support, self.source.experts)[expert]
+        product = _PRODUCTS[self.in_dim]
+        own = product.support_grad(grad, product.keep(x, part), part, self.source.key + expert)
+        if entries == part.nnz:
+            return own
+        values = torch.zeros(entries, dtype=own.dtype, device=own.device)
+        values[first - self.first : first - self.first + part.nnz] = own
         return values
-
-
-def expert_parts(support: Support, experts: int) -> list[tuple[Support, int, int]]:
-    """The part of each expert as a support of its ``(rows, cols)``, and the range of its entries; cached."""
-    key = f"{experts} experts"
-    if key not in support.derived:
-        support.derived[key] = _divide(support, experts)
-    return support.derived[key]
-
-
-def _divide(support: Support, experts: int) -> list[tuple[Support, int, int]]:
-    rows = support.shape[0] // experts
-    if type(support) is not Support:
-        return [support.of_rows(number * rows, (number + 1) * rows) for number in range(experts)]
-    ranges = support.entry_ranges([(number * rows, (number + 1) * rows) for number in range(experts)])
-    found = []
-    for number, (first, last) in enumerate(ranges):
-        found.append((support.part(number * rows, (number + 1) * rows, first, last), first, last))
-    return found
 
 
 class _ExpertFunction(torch.autograd.Function):

@@ -47,3 +47,8 @@ def observe(key: int, observer: GradientObserver | None) -> None:
 def observer_of(key: int) -> GradientObserver | None:
     """The observer under a layer's key."""
     return _observers.get(key)
+
+
+def any_observed(first: int, count: int) -> bool:
+    """Whether there is an observer under one of ``count`` keys, one after the other."""
+    return bool(_observers) and any(first + number in _observers for number in range(count))

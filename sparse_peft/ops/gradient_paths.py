@@ -6,7 +6,8 @@ For a stored weight ``(rows, cols)`` with the dense gradient ``left.T @ right``,
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -59,21 +60,50 @@ def _panel(left: Factor, right: Tensor, start: int, stop: int) -> Tensor:
 
 
 def _by_sampling(left: Tensor, right: Tensor, support: Support) -> Tensor:
-    dtype = accumulation_dtype(left.dtype)
-    (rows, cols), device = support.shape, left.device
-    tiles = panels(left.shape[0], (rows + cols) * dtype.itemsize, SAMPLED_TILE)
-    product = csr_matrix(
-        support.row_ptr, support.cols, torch.zeros(support.nnz, dtype=dtype, device=device), support.shape
-    )
+    values = torch.zeros(support.nnz, dtype=accumulation_dtype(left.dtype), device=left.device)
+    sample_(values, left, right, [TokenGroup(support, 0, 0, left.shape[0])])
+    return values
+
+
+class TokenGroup(NamedTuple):
+    """Consecutive tokens whose gradient is that of consecutive entries.
+
+    Attributes:
+        support: of the entries, in a matrix of their own.
+        first: the number of the first entry.
+        start: the first token.
+        stop: the token after the last.
+    """
+
+    support: Support
+    first: int
+    start: int
+    stop: int
+
+
+def sample_(values: Tensor, left: Tensor, right: Tensor, groups: Iterable[TokenGroup]) -> None:
+    """Add the sampled product of each group to its entries.
+
+    Args:
+        values: ``(entries,)`` of all groups, in ``accumulation_dtype``.
+        left: ``(tokens, rows)`` of all groups.
+        right: ``(tokens, cols)`` of all groups.
+        groups: whose supports are of matrices ``(rows, cols)``.
+    """
+    rows, cols, dtype = left.shape[1], right.shape[1], values.dtype
+    step = panels(SAMPLED_TILE, (rows + cols) * dtype.itemsize)[0][1]
     # The stock kernel reads both operands with their tokens contiguous, and copies them otherwise. One buffer for all
     # tiles stays in the cache; fresh memory for each would be paged in anew.
-    buffer = torch.empty((rows + cols) * tiles[0][1], dtype=dtype, device=device)
-    for start, stop in tiles:
-        tokens = stop - start
-        a = buffer[: rows * tokens].view(rows, tokens).copy_(left[start:stop].t())
-        b = buffer[rows * tokens : (rows + cols) * tokens].view(cols, tokens).copy_(right[start:stop].t())
-        torch.sparse.sampled_addmm(product, a, b.t(), out=product)
-    return product.values()
+    buffer = torch.empty((rows + cols) * min(step, left.shape[0]), dtype=dtype, device=left.device)
+    for support, first, begin, end in groups:
+        row_ptr, columns, shape = support.row_ptr, support.cols, support.shape
+        product = csr_matrix(row_ptr, columns, values[first : first + columns.numel()], shape)
+        for start in range(begin, end, step):
+            tokens = min(step, end - start)
+            a = buffer[: rows * tokens].view(rows, tokens).copy_(left[start : start + tokens].t())
+            b = buffer[rows * tokens : (rows + cols) * tokens].view(cols, tokens)
+            b.copy_(right[start : start + tokens].t())
+            torch.sparse.sampled_addmm(product, a, b.t(), out=product)
 
 
 def _by_panels(left: Tensor, right: Tensor, layout: Layout) -> Tensor:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..numerics.tokens import accumulation_dtype
-from ..support import Support
+from ..support import ChannelSupport, ExpertColumns, Support
 from .codes import code_gather as _code_gather
 from .codes import code_scatter_add as _code_scatter_add
 from .delta_matmul import delta_matmul_add_ as _delta_matmul_add_
@@ -30,18 +30,27 @@ from .support_grad import observed_support_grad
 _supports: weakref.WeakValueDictionary[int, Support] = weakref.WeakValueDictionary()
 
 
+def _positions(support: Support) -> Tensor:
+    return support.channels if isinstance(support, ChannelSupport | ExpertColumns) else support.stored[-1]
+
+
 def remember(support: Support) -> None:
-    """Let compiled graphs find a support by its tensors while it is alive."""
-    if support.device.type != "cpu":
+    """Let compiled graphs find a support by its positions or channels while it is alive."""
+    if not isinstance(support, ChannelSupport | ExpertColumns) and support.device.type != "cpu":
         _ = support.indices  # kept there; a graph, which asks for them, keeps nothing
-    _supports[support.stored[-1].data_ptr()] = support
+    _supports[_positions(support).data_ptr()] = support
+
+
+def recall(shape: tuple[int, int], positions: Tensor) -> Support | None:
+    """The support that has these very positions or channels; None if none is known."""
+    support = _supports.get(positions.data_ptr())
+    if support is None or support.shape != shape or _positions(support).numel() != positions.numel():
+        return None
+    return support
 
 
 def _recall(shape: tuple[int, int], stored: Sequence[Tensor]) -> Support:
-    support = _supports.get(stored[-1].data_ptr())
-    if support is not None and support.shape == shape and support.nnz == stored[-1].numel():
-        return support
-    return Support.of_stored(shape, stored)
+    return recall(shape, stored[-1]) or Support.of_stored(shape, stored)
 
 
 @torch.library.custom_op("sparse_peft::support_grad", mutates_args=())

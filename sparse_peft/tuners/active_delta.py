@@ -42,9 +42,11 @@ class ActiveDelta:
         union, slots = within[0], cast("list[Tensor | None]", [None])
         if len(within) > 1:
             union, slots[:] = within[0].union(*within[1:])
-        if not isinstance(union, ChannelSupport | ExpertColumns):
+        if isinstance(union, ExpertColumns):
+            assert union.indices is not None  # a graph cannot make them
+        elif not isinstance(union, ChannelSupport):
             union = union.compact()
-            remember(union)
+        remember(union)
         return cls(names, parts, union, own, tuple(slots))
 
     def sum_values(self, values: list[Tensor]) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple, Self, cast
 
 import torch
@@ -15,6 +16,7 @@ from .expert_weights import ExpertWeight
 from .files.checks import BASE_ADAPTER
 from .ledger import Ledger, Weight, closed, read_all, write_all
 from .residency import note_holding
+from .traced_experts import TracedMode, TracedPass, show_grouped_products
 from .transitions import exclusive, exclusively
 
 Layer = SparseTunerLayer[Any]
@@ -62,6 +64,7 @@ class ExpertsLayer(nn.Module):
         super().__init__()
         self.base_layer = base_layer
         self.name = name
+        show_grouped_products()
 
     def weight_named(self, parameter: str) -> nn.Module:
         """The child of a parameter: its layer, or before it has one the bare weight."""
@@ -88,9 +91,24 @@ class ExpertsLayer(nn.Module):
 
     # ------------------------------------------------------------------ forward
 
-    @torch.compiler.disable  # graphs break here: the base's loop and its products are taken over outside of them
     def forward(self, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any) -> Any:
         """The base's output with the active adapters, or in a mixed batch with each input's own."""
+        if torch.compiler.is_compiling() and self._loops():
+            return self._untraced_forward(adapter_names, args, kwargs)
+        return self._forward(adapter_names, args, kwargs)
+
+    @torch.compiler.disable  # a graph ends in the loop anyway
+    def _untraced_forward(self, adapter_names: list[str] | None, args: Any, kwargs: Any) -> Any:
+        return self._forward(adapter_names, args, kwargs)
+
+    def _loops(self) -> bool:
+        """Whether the base computes in transformers' loop over the experts that have tokens."""
+        return hasattr(self.base_layer, "_apply_gate") and self._implementation() in (None, "eager")
+
+    def _implementation(self) -> str | None:
+        return getattr(getattr(self.base_layer, "config", None), "_experts_implementation", None)
+
+    def _forward(self, adapter_names: list[str] | None, args: Any, kwargs: Any) -> Any:
         base = self._modules["base_layer"]
         if base is not None and base.__dict__.get("_is_fsdp_managed_module"):
             raise NotImplementedError(
@@ -103,6 +121,8 @@ class ExpertsLayer(nn.Module):
 
     def _run(self, names: tuple[str, ...] | None, args: Any, kwargs: Any) -> Any:
         """The base's output with the named adapters, or with the active ones."""
+        if torch.compiler.is_compiling():
+            return self._trace(names, args, kwargs)
         ledgers = self._ledgers
         return read_all(ledgers, self._compute_settled, ledgers, names, args, kwargs)
 
@@ -110,6 +130,22 @@ class ExpertsLayer(nn.Module):
         if names is None and not torch.is_grad_enabled() and _give_output(ledgers):
             return self.base_layer(*args, **kwargs)
         return self._compute(self._settled(names) or exclusively(self._prepared, names), args, kwargs)
+
+    def _trace(self, names: tuple[str, ...] | None, args: Any, kwargs: Any) -> Any:
+        """The output in a graph, where nothing is written to weights."""
+        passes: list[WeightPass] = []
+        for layer in self.layers:
+            delta = self._acting(layer, names)
+            if delta is not None:
+                passes.append(TracedPass(layer, delta))
+        if not passes:
+            return self.base_layer(*args, **kwargs)
+        self._check_implementation()
+        mode = TracedMode(passes)
+        with mode:  # "as mode" is None in a graph
+            result = self.base_layer(*args, **kwargs)
+        self._check_used(passes, mode)
+        return result
 
     def _settled(self, names: tuple[str, ...] | None) -> list[_Plan] | None:
         """The plans, where all parameters are as they want them and no transition is under way."""
@@ -121,19 +157,23 @@ class ExpertsLayer(nn.Module):
     def _plans(self, names: tuple[str, ...] | None) -> list[_Plan]:
         return [self._plan(layer, names) for layer in self.layers]
 
-    @staticmethod
-    def _plan(layer: Layer, names: tuple[str, ...] | None) -> _Plan:
-        if names is None and layer.disable_adapters:
-            return _Plan(layer, None, False, Weight.OWN)
-        if names is None and layer.merged:
-            return _Plan(layer, None, False, Weight.MERGED)
-        chosen = layer._active_names() if names is None else tuple(name for name in names if name in layer.deltas)
-        if not chosen:
-            return _Plan(layer, None, False, Weight.OWN)
-        delta = layer._join(chosen)
+    @classmethod
+    def _plan(cls, layer: Layer, names: tuple[str, ...] | None) -> _Plan:
+        delta = cls._acting(layer, names)
+        if delta is None:
+            merged = names is None and layer.merged and not layer.disable_adapters
+            return _Plan(layer, None, False, Weight.MERGED if merged else Weight.OWN)
         # a mixed batch would write a weight once for each adapter in each pass
         resident = names is None and layer._may_be_resident()
         return _Plan(layer, delta, resident, delta if resident else Weight.OWN)
+
+    @staticmethod
+    def _acting(layer: Layer, names: tuple[str, ...] | None) -> ActiveDelta | None:
+        """The adapters that act besides merged ones: the named, or the active ones."""
+        if names is None and (layer.disable_adapters or layer.merged):
+            return None
+        chosen = layer._active_names() if names is None else tuple(name for name in names if name in layer.deltas)
+        return layer._join(chosen) if chosen else None
 
     def _prepared(self, names: tuple[str, ...] | None) -> list[_Plan]:
         plans = self._plans(names)
@@ -157,9 +197,10 @@ class ExpertsLayer(nn.Module):
         if not watched:
             return self.base_layer(*args, **kwargs)
         self._check_implementation()
-        with ExpertsMode([self._pass(plan) for plan in watched]) as mode:
+        passes = [self._pass(plan) for plan in watched]
+        with ExpertsMode(passes) as mode:
             result = self.base_layer(*args, **kwargs)
-        self._check_used(watched, mode)
+        self._check_used(passes, mode)
         return result
 
     @staticmethod
@@ -179,7 +220,7 @@ class ExpertsLayer(nn.Module):
         return WeightPass(layer.base_parameter, source, values, None if delta is None else delta.support, layer.name)
 
     def _check_implementation(self) -> None:
-        chosen = getattr(getattr(self.base_layer, "config", None), "_experts_implementation", None)
+        chosen = self._implementation()
         if chosen not in IMPLEMENTATIONS:
             known = ", ".join(repr(name) for name in IMPLEMENTATIONS if name)
             raise ValueError(
@@ -192,8 +233,8 @@ class ExpertsLayer(nn.Module):
                 "not support; load the model without a distributed_config"
             )
 
-    def _check_used(self, plans: list[_Plan], mode: ExpertsMode) -> None:
-        missed = [plan.layer.name for plan in plans if plan.delta is not None and plan.layer.name not in mode.used]
+    def _check_used(self, passes: Sequence[WeightPass], mode: ExpertsMode) -> None:
+        missed = [one.name for one in passes if one.values is not None and one.name not in mode.used]
         if missed:
             raise RuntimeError(
                 f"{', '.join(missed)}: {type(self.base_layer).__name__} computed without reading the parameter in a "

@@ -9,8 +9,10 @@ of one that forms the gradient of all experts.
 
 from __future__ import annotations
 
+import importlib
 import weakref
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -123,8 +125,20 @@ _QUESTIONS = {
     Tensor.is_contiguous, Tensor.element_size, Tensor.is_floating_point, Tensor.__len__, torch.is_floating_point,
     Tensor.get_device,
 }  # fmt: skip
-_NOTHING = (-1, None)
-_GROUPED_NAMES = {"_grouped_mm", "grouped_mm", "grouped_mm_fallback"}
+NOTHING = (-1, None)
+
+
+def _grouped_products() -> set[Any]:
+    """The functions that multiply tokens sorted by expert: torch's, and transformers' for what torch's do not take."""
+    found = {getattr(F, "grouped_mm", None), getattr(torch, "_grouped_mm", None)} - {None}
+    with suppress(ImportError):  # of versions without fused experts
+        importlib.import_module("transformers.integrations.moe")
+        fallback = torch.ops.transformers.grouped_mm_fallback
+        found |= {fallback, fallback.default}
+    return found
+
+
+_GROUPED = _grouped_products()
 
 
 class ExpertsMode(TorchFunctionMode):
@@ -168,7 +182,10 @@ class ExpertsMode(TorchFunctionMode):
         for argument in kwargs.values():
             if id(argument) in views:
                 return -1, views[id(argument)]
-        return _NOTHING
+        return NOTHING
+
+    def _view_of(self, argument: Any) -> View | None:
+        return self._views.get(id(argument))
 
     def _handle(self, func: Any, place: int, view: View, args: Any, kwargs: dict[str, Any]) -> Any:
         result: Any = NotImplemented
@@ -180,7 +197,7 @@ class ExpertsMode(TorchFunctionMode):
             result = self._linear(view, *args, **kwargs)
         elif func in _MATMULS and place in (0, 1) and not kwargs:
             result = self._matmul(func, view, place, args)
-        elif getattr(func, "__name__", "").split(".")[0] in _GROUPED_NAMES and place == 1:
+        elif func in _GROUPED and place == 1:
             result = self._grouped(func, view, *args, **kwargs)
         return self._densely(func, args, kwargs) if result is NotImplemented else result
 
@@ -223,7 +240,7 @@ class ExpertsMode(TorchFunctionMode):
 
     def _matmul(self, func: Any, view: View, place: int, args: Any) -> Any:
         x = args[1 - place]
-        if id(x) in self._views:
+        if self._view_of(x) is not None:
             return NotImplemented
         if view.expert is not None and place == 1 and x.ndim >= 2:
             return self._one_expert(view, x, int(view.is_turned), lambda x: func(x, view.tensor), None)
@@ -237,7 +254,7 @@ class ExpertsMode(TorchFunctionMode):
         assert view.expert is not None
         rows = x.reshape(-1, x.shape[-1])
         routing = OneExpert(view.expert, len(rows))
-        result = self._product(view, rows, routing, in_dim, lambda: product(rows), self._recipe(x))
+        result = self._product(view, self._cast(rows, view), routing, in_dim, lambda: product(rows), self._recipe(x))
         if bias is not None and not view.of.source.is_whole:
             result = result + bias.to(result.dtype)
         return result.view(*x.shape[:-1], -1)
@@ -255,9 +272,7 @@ class ExpertsMode(TorchFunctionMode):
         one = view.of
         values, first = (one.values, 0) if view.expert is None else one.part(view.expert)
         how = ExpertProduct(one.source, one.support, routing, in_dim, first)
-        if one.source.is_whole:
-            return expert_product(x, values, how, run, recipe)
-        return expert_product(self._cast(x), values, how, None, recipe)
+        return expert_product(x, values, how, run if one.source.is_whole else None, recipe)
 
     def _batched(self, func: Any, view: View, place: int, x: Tensor) -> Any:
         """``bmm`` of one matrix of tokens for each expert, or of one token for each chosen expert."""
@@ -270,7 +285,8 @@ class ExpertsMode(TorchFunctionMode):
             routing = TokenwiseExperts(view.ids)
         else:
             return NotImplemented
-        flat, recipe = rows.reshape(-1, rows.shape[-1]), self._recipe(x) if place == 1 else None
+        flat = self._cast(rows.reshape(-1, rows.shape[-1]), view)
+        recipe = self._recipe(x) if place == 1 else None
         result = self._product(view, flat, routing, in_dim, partial(self._gathered, func, view, place, x), recipe)
         if view.of.source.is_whole:
             return result
@@ -303,10 +319,12 @@ class ExpertsMode(TorchFunctionMode):
         return self._product(view, x, SortedTokens(offs), int(view.is_turned), run, self._recipe(x))
 
     @staticmethod
-    def _cast(x: Tensor) -> Tensor:
-        """The dtype of a product under autocast."""
+    def _cast(x: Tensor, view: View) -> Tensor:
+        """Tokens in the dtype of a product under autocast, where the base's own function does not cast them."""
         kind = x.device.type
-        return x.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else x
+        if view.of.source.is_whole or not torch.is_autocast_enabled(kind):
+            return x
+        return x.to(torch.get_autocast_dtype(kind))
 
     # ------------------------------------------------------------------ other functions
 
@@ -314,13 +332,12 @@ class ExpertsMode(TorchFunctionMode):
         def dense(argument: Any) -> Any:
             if isinstance(argument, (list, tuple)):
                 return type(argument)(map(dense, argument))
-            view = self._views.get(id(argument))
+            view = self._view_of(argument)
             return argument if view is None else self._dense(view, func)
 
         return func(*map(dense, args), **{name: dense(value) for name, value in kwargs.items()})
 
-    @staticmethod
-    def _dense(view: View, func: Any) -> Tensor:
+    def _dense(self, view: View, func: Any) -> Tensor:
         log_once(
             f"{view.of.name}: {getattr(func, '__name__', func)} is no product that is known of experts; its weights "
             "are copied, and their gradient is dense"

@@ -31,8 +31,7 @@ class WatchedExperts(ExpertsMode):
         seen = self.see(x, result, routing)
         return result if seen is None else seen
 
-    @staticmethod
-    def _dense(view: View, func: Any) -> Tensor:
+    def _dense(self, view: View, func: Any) -> Tensor:
         raise NotImplementedError(
             f"layer {view.of.name}: its experts are multiplied in {getattr(func, '__name__', func)}, which shows no "
             "expert's inputs; give select_support gradients={name: tensor} of a backward pass, or choose a selection "

@@ -12,7 +12,6 @@ from sparse_peft import SaRAConfig, SparsityController
 from sparse_peft.adapters import compose, extract, save_merged, soup
 from sparse_peft.planning import plan_training
 from sparse_peft.tuners.base_layer import TunerLayer
-from tests.helpers import expert_models
 from tests.helpers.methods import METHODS, config
 
 SMALL = {
@@ -256,18 +255,3 @@ def test_a_resumed_run_is_the_uninterrupted_one(tmp_path, selection):
 
 def experts_of(model):
     return [one for one in model.modules() if isinstance(one, TunerLayer) and ".experts." in one.name]
-
-
-@pytest.mark.compile
-@pytest.mark.parametrize("implementation", ["eager", "grouped_mm"])
-def test_graph_breaks_of_a_compiled_model(implementation):
-    """As many as the loop of the base has, at the modules of experts and those around them."""
-
-    def breaks(model):
-        torch._dynamo.reset()
-        return torch._dynamo.explain(model.train())(IDS, labels=IDS).graph_break_count
-
-    base = expert_models.mixture("qwen3_moe", implementation)
-    own = breaks(base)
-    adapted = breaks(get_peft_model(base, expert_models.config()))
-    assert adapted <= (own if implementation == "eager" else 10)

@@ -9,7 +9,9 @@ from triton.compiler import ASTSource
 
 from sparse_peft.ops import triton_kernels
 
-MODULES = ("support_grad", "support_grad_tiles", "entries", "masked_dw", "delta_matmul", "codes")
+MODULES = (
+    "support_grad", "support_grad_tiles", "entries", "masked_dw", "delta_matmul", "codes", "expert_support_grad"
+)  # fmt: skip
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor
 from sparse_peft.support import Support
 
 SIZES = st.one_of(st.sampled_from([1, 2, 3, 7, 13, 31, 32, 33, 64, 65, 97, 130]), st.integers(1, 80))
+SMALL_SIZES = st.one_of(st.sampled_from([1, 2, 7, 31, 32, 33]), st.integers(1, 24))
 DENSITIES = st.sampled_from([0.0, 0.0001, 0.01, 0.1, 0.5])
 
 
@@ -78,3 +80,37 @@ def problems(draw, dtypes: list[torch.dtype], device: str = "cpu") -> Problem:
     left = poisoned(tokens, rows, dtype, device, draw(layouts), generator)
     right = poisoned(tokens, cols, dtype, device, draw(layouts), generator)
     return Problem(left, right, draw(supports(rows, cols, device)))
+
+
+@dataclass
+class ExpertProblem:
+    """Activations sorted by expert and a support; ``dense`` is the float64 gradient of all experts."""
+
+    left: Tensor
+    right: Tensor
+    ends: Tensor
+    support: Support
+
+    @property
+    def dense(self) -> Tensor:
+        left, right = self.left.double(), self.right.double()
+        bounds = [0, *self.ends.tolist()]
+        return torch.cat([left[a:b].t() @ right[a:b] for a, b in itertools.pairwise(bounds)])
+
+    def at_support(self) -> Tensor:
+        return self.dense.reshape(-1)[self.support.indices.long()]
+
+
+@st.composite
+def expert_problems(draw, dtypes: list[torch.dtype], device: str = "cpu") -> ExpertProblem:
+    """Experts with and without tokens and entries, and tokens that belong to none."""
+    experts, rows, cols, tokens = draw(st.integers(1, 6)), draw(SMALL_SIZES), draw(SMALL_SIZES), draw(SIZES)
+    dtype = draw(st.sampled_from(dtypes))
+    layouts = st.sampled_from(["contiguous", "padded", "transposed"])
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**20)))
+    left = poisoned(tokens, rows, dtype, device, draw(layouts), generator)
+    right = poisoned(tokens, cols, dtype, device, draw(layouts), generator)
+    ends = sorted(draw(st.lists(st.integers(0, tokens), min_size=experts, max_size=experts)))
+    kind = draw(st.sampled_from([torch.int32, torch.int64]))
+    support = draw(supports(experts * rows, cols, device))
+    return ExpertProblem(left, right, torch.tensor(ends, dtype=kind, device=device), support)

@@ -11,6 +11,7 @@ from sparse_peft.ops import (
     code_scatter_add,
     delta_matmul_add_,
     effective_entries,
+    expert_support_grad,
     masked_dw,
     pack_codes,
     restore_,
@@ -21,7 +22,7 @@ from sparse_peft.ops import (
     use_backend,
 )
 from sparse_peft.support import Support
-from tests.ops.kernel_cases import Problem
+from tests.ops.kernel_cases import ExpertProblem, Problem
 
 NEAR = {"rtol": 1e-5, "atol": 2e-5}
 
@@ -32,6 +33,15 @@ def check_support_grad(backend: str, problem: Problem) -> None:
     wide = torch.float64 if problem.left.dtype == torch.float64 else torch.float32
     assert got.dtype == wide and got.shape == (problem.support.nnz,)
     # the operands are exact in float64, so what remains is the order of summation alone, in half precision too
+    torch.testing.assert_close(got.double(), problem.at_support(), **NEAR)
+
+
+def check_expert_support_grad(backend: str, problem: ExpertProblem) -> None:
+    left, right, ends, support = problem.left, problem.right, problem.ends, problem.support
+    with use_backend(backend), panel_limit(8192):
+        got = expert_support_grad(left, right, ends, support, len(ends))
+    wide = torch.float64 if left.dtype == torch.float64 else torch.float32
+    assert got.dtype == wide and got.shape == (support.nnz,)
     torch.testing.assert_close(got.double(), problem.at_support(), **NEAR)
 
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from sparse_peft.ops import resync_, support_grad, triton_kernels, use_backend
 from sparse_peft.support import Support
 from tests.ops import kernel_checks as check
-from tests.ops.kernel_cases import SIZES, problems
+from tests.ops.kernel_cases import SIZES, expert_problems, problems
 
 interpreted = pytest.mark.skipif(
     not triton_kernels.usable(torch.device("cpu")), reason="needs Triton and TRITON_INTERPRET=1"
@@ -43,6 +43,14 @@ def run(test, examples: int) -> None:
 )
 def test_support_grad(backend, device, dtypes, examples):
     run(given(problems(dtypes, device))(lambda problem: check.check_support_grad(backend, problem)), examples)
+
+
+@pytest.mark.parametrize(
+    ("backend", "device", "dtypes", "examples"), places(["panels", "sampled", "tiles", "auto"], ["triton", "cuda"])
+)
+def test_expert_support_grad(backend, device, dtypes, examples):
+    problems = expert_problems(dtypes, device)
+    run(given(problems)(lambda problem: check.check_expert_support_grad(backend, problem)), examples)
 
 
 @pytest.mark.parametrize(("backend", "device", "dtypes", "examples"), places(["auto"], ["triton"]))

@@ -38,6 +38,7 @@ def kernels(name: str) -> ModuleType:
     """Import a module of kernels.
 
     Args:
-        name: ``support_grad``, ``support_grad_tiles``, ``entries``, ``masked_dw``, ``delta_matmul`` or ``codes``.
+        name: ``support_grad``, ``support_grad_tiles``, ``entries``, ``masked_dw``, ``delta_matmul``, ``codes`` or
+            ``expert_support_grad``.
     """
     return importlib.import_module(f"{__name__}.{name}")
