@@ -227,11 +227,6 @@ class ExpertsLayer(nn.Module):
                 f"layer {self.name}: experts_implementation={chosen!r} computes with kernels that have no sparse "
                 f"gradient; use model.set_experts_implementation() with one of {known}"
             )
-        if getattr(self.base_layer, "_is_expert_parallel", False):
-            raise NotImplementedError(
-                f"layer {self.name}: experts are distributed over processes (expert parallelism), which adapters do "
-                "not support; load the model without a distributed_config"
-            )
 
     def _check_used(self, passes: Sequence[WeightPass], mode: ExpertsMode) -> None:
         missed = [one.name for one in passes if one.values is not None and one.name not in mode.used]

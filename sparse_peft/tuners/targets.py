@@ -353,6 +353,11 @@ def _check_experts(name: str, base: ExpertWeight) -> None:
             f"target_parameters: {name} is sharded over processes (FSDP2, tensor or expert parallelism), and adapters "
             f"need experts whole; use DDP, or leave experts out: fully_shard(model, ignored_params={{...}})"
         )
+    if getattr(base.holder, "_is_expert_parallel", False):
+        raise NotImplementedError(
+            f"target_parameters: {name} is distributed over processes (expert parallelism), and adapters need all "
+            "experts; load the model without a distributed_config, or leave experts out of the config"
+        )
     if not weight.is_floating_point():
         raise TypeError(
             f"target_parameters: {name} of {type(base.holder).__name__} holds {weight.dtype} weights: {QUANTISED}"

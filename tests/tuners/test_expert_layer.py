@@ -558,6 +558,10 @@ def test_sharded_and_quantised_experts_are_refused():
         model(IDS)
     base = mixture()
     experts = base.model.layers[1].mlp.experts
+    experts._is_expert_parallel = True
+    with pytest.raises(NotImplementedError, match=r"layers.1.mlp.experts.gate_up_proj is distributed over.*leave exp"):
+        get_peft_model(base, config())
+    experts._is_expert_parallel = False
     experts.down_proj = nn.Parameter(torch.zeros(5, 16, 12, dtype=torch.uint8), requires_grad=False)
     with pytest.raises(TypeError, match=r"layers.1.mlp.experts.down_proj of Qwen3MoeExperts.*torch.uint8.*bfloat16"):
         get_peft_model(base, config())
