@@ -19,6 +19,7 @@ from ..ops import (
     OneExpert,
     Recipe,
     Routing,
+    SeveralExperts,
     SortedTokens,
     effective_entries,
     functional_experts,
@@ -63,9 +64,12 @@ class TracedPass(WeightPass):
 
     def __init__(self, layer: SparseTunerLayer[Any], delta: ActiveDelta):
         weight, backup = layer.base_parameter, layer.ledger.backup
-        super().__init__(weight, _TracedSource(len(weight)), layer.sum_values(delta), delta.support, layer.name)
-        held = isinstance(backup, EntriesBackup)
-        self.originals = backup.originals if held else read_support(weight.detach(), delta.support)
+        source: Any = _TracedSource(len(weight))  # whose weights a graph does not ask for
+        super().__init__(weight, source, layer.sum_values(delta), delta.support, layer.name)
+        if isinstance(backup, EntriesBackup):
+            self.originals = backup.originals
+        else:
+            self.originals = read_support(weight.detach(), delta.support)
         self.key = layer.observer_key
 
 
@@ -118,14 +122,17 @@ class TracedMode(ExpertsMode):
         self, view: View, x: Tensor, routing: Routing, in_dim: int, run: Callable[[], Tensor], recipe: Recipe | None
     ) -> Tensor:
         one = view.of
+        assert isinstance(one, TracedPass) and one.values is not None and one.support is not None
         if isinstance(routing, OneExpert):
             experts = torch.arange(one.source.experts, device=x.device)
             routing = SortedTokens((experts >= routing.expert) * routing.tokens)
+        assert isinstance(routing, SeveralExperts)
         return functional_experts(x, one.values, one.parameter, one.originals, one.support, routing, in_dim, one.key)
 
     def _dense(self, view: View, func: Any) -> Tensor:
         """All of the effective weights in ordinary operations, for functions that are no products."""
         one = view.of
+        assert isinstance(one, TracedPass) and one.values is not None and one.support is not None
         entries = effective_entries(one.originals, one.values)
         flat = one.parameter.reshape(-1).scatter(0, one.support.indices.long(), entries)
         weight = flat.view(one.parameter.shape)
