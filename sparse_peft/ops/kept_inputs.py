@@ -138,7 +138,8 @@ def _recipe_of(x: Tensor) -> _Recipe | None:
     node = x.grad_fn
     if node is None or x.is_inference() or x._version:
         return None
-    if torch._C._autograd._top_saved_tensors_default_hooks(True) is not None:
+    top_hooks = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
+    if top_hooks is None or top_hooks(True) is not None:  # torch 2.6 cannot say
         return None
     try:
         return _recipe(node, MOST_STEPS)
