@@ -19,7 +19,7 @@ from ..tuners.base_config import BaseSparseConfig
 from ..tuners.base_layer import BASE_ADAPTER, TunerLayer
 from ..tuners.base_model import BaseSparseModel
 from ..tuners.traversal import modules_beside_adapters
-from .swap import swap_adapter
+from .swap import add_beside, swap_adapter
 
 _UNSETTLED = ""  # no adapter's name
 
@@ -337,7 +337,9 @@ class AdapterPool:
                 config = PeftConfig.from_pretrained(folder)
                 wrapper = MODEL_TYPE_TO_PEFT_MODEL_MAPPING.get(config.task_type, PeftModel)
                 self._peft = wrapper(self._base, config, name)
-            self._peft.load_adapter(folder, name)
+            like = next(iter(self._sizes), None)
+            if like is None or not add_beside(self._peft, folder, name, like):
+                self._peft.load_adapter(folder, name)
             size = adapter_bytes(self._base, name)
         except Exception as error:
             self._drop(name)

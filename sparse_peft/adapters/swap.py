@@ -105,6 +105,36 @@ def swap_adapter(
     outside_modes(_swap, _target_of(model, adapter_name), os.fspath(path_or_id), options)
 
 
+def add_beside(model: PeftModel, folder: str, name: str, like: str) -> bool:
+    """Add a saved adapter for inference, of the method and the layers of one that the model has.
+
+    It takes as long as its own layers and file do, where PEFT's loading passes over all adapters of the model.
+
+    Args:
+        model: that has the other adapter.
+        folder: of the saved adapter.
+        name: the new adapter's.
+        like: the other adapter's.
+
+    Returns:
+        Whether it was added; if not, nothing is changed, and PEFT's loading adds it or says why it cannot.
+    """
+    try:
+        target = _target_of(model, like)
+        config, states = _read(AdapterFile(folder), target)
+    except (TypeError, ValueError):
+        return False
+    _record_sizes(target, config, {layer: state.values.numel() for layer, state in states.items()})
+    outside_modes(exclusively, _add, target, name, config, states)
+    return True
+
+
+def _add(target: _Target, name: str, config: DeltaConfig, states: Mapping[str, Delta]) -> None:
+    for layer, state in states.items():
+        target.layers[layer].add_delta(name, state, init_weights=True, inference_mode=True)
+    target.tuner.peft_config[name] = config
+
+
 def _swap(target: _Target, source: str, options: Mapping[str, Any]) -> None:
     _refuse_merged(target)
     config, states = _read(AdapterFile(source, options), target)

@@ -253,8 +253,10 @@ def read_support(weight: Tensor, support: Support) -> Tensor:
 
 
 def _read_entries_of(weight: Tensor, support: Support) -> Tensor:
-    if kernels_possible(weight.device):
-        return read_entries(weight, support.indices)
+    return read_entries(weight, support.indices) if kernels_possible(weight.device) else _read_pieces(weight, support)
+
+
+def _read_pieces(weight: Tensor, support: Support) -> Tensor:
     found = [read_entries(weight, piece) for _, _, piece in support.flat_pieces()]
     return found[0] if len(found) == 1 else torch.cat(found)
 
@@ -288,12 +290,12 @@ def _scatter_add_to_(weight: Tensor, support: Support, values: Tensor) -> None:
 @torch.no_grad()
 def read_supports(weights: Sequence[Tensor], supports: Sequence[Support]) -> list[Tensor]:
     """``read_support`` for many weights, on a GPU in one launch."""
-    found, reads = [], []
+    found, reads, is_forced = [], [], forced_backend() is not None
     for weight, support in zip(weights, supports, strict=True):
         if isinstance(support, ChannelSupport):
             found.append(_read_channels(weight.detach(), support))
-        elif not kernels_possible(weight.device):
-            found.append(_read_entries_of(weight.detach(), support))
+        elif weight.is_cpu and not is_forced:
+            found.append(_read_pieces(weight.detach(), support))
         else:
             found.append(weight.new_empty(support.nnz))
             reads.append(_Write("take", weight, support.indices, found[-1]))
@@ -313,11 +315,11 @@ def resync_supports_(
         originals: ``(entries,)`` each, in the weight's dtype: the entries of the base model.
         values: ``(entries,)`` each: the deltas.
     """
-    writes = []
+    writes, is_forced = [], forced_backend() is not None
     for weight, support, own, value in zip(weights, supports, originals, values, strict=True):
         if isinstance(support, ChannelSupport):
             _write_channels_(weight, support, effective_entries(own, value))
-        elif not kernels_possible(weight.device):
+        elif weight.is_cpu and not is_forced:
             _write_pieces_(weight, support.flat_pieces(), effective_entries(own, value.detach()))
         else:
             writes.append(_Write("resync", weight, support.indices, own, value.detach()))
@@ -327,11 +329,11 @@ def resync_supports_(
 @torch.no_grad()
 def restore_supports_(weights: Sequence[Tensor], supports: Sequence[Support], originals: Sequence[Tensor]) -> None:
     """``weight[support] = original`` for many weights."""
-    writes = []
+    writes, is_forced = [], forced_backend() is not None
     for weight, support, own in zip(weights, supports, originals, strict=True):
         if isinstance(support, ChannelSupport):
             _write_channels_(weight, support, own)
-        elif not kernels_possible(weight.device):
+        elif weight.is_cpu and not is_forced:
             _write_pieces_(weight, support.flat_pieces(), own)
         else:
             writes.append(_Write("restore", weight, support.indices, own))

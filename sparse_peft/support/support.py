@@ -377,6 +377,8 @@ class Support:
 
     def part(self, start: int, stop: int, first: int, last: int) -> Support:
         """The part in rows ``start`` to ``stop`` as a support of these rows, where its range of entries is known."""
+        if stop - start == self.shape[0]:
+            return self
         shape = stop - start, self.shape[1]
         if self._cols is None:
             return Support(shape, self.indices[first:last] - start * shape[1], validate=False, name=self.name)

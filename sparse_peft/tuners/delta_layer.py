@@ -46,6 +46,10 @@ DeltaT = TypeVar("DeltaT", bound=Delta)
 
 # Unions of several adapters' supports that a layer keeps, so that switching back and forth does not make them anew.
 KEPT_UNIONS = 4
+# The method that computes each path.
+HANDLERS = {
+    name: f"_{name}_forward" for name in ("resident", "overlay", "dequantised", "additive", "traced", "transformed")
+}
 WRITABLE_DTYPES = {torch.float16, torch.bfloat16, torch.float32, torch.float64}
 
 
@@ -316,15 +320,8 @@ class SparseTunerLayer(TunerLayer[DeltaT]):
         if self.quantization_backend is not None:
             self._restore_dtypes(delta.names)
         path = self._path_now(x, has_more)
-        handlers: dict[str, Callable[..., Tensor]] = {
-            "resident": self._resident_forward,
-            "overlay": self._overlay_forward,
-            "dequantised": self._dequantised_forward,
-            "additive": self._additive_forward,
-            "traced": self._traced_forward,
-            "transformed": self._transformed_forward,
-        }
-        return Step(partial(handlers[path], delta), delta if path == "resident" else Weight.OWN)
+        run = getattr(self, HANDLERS[path])
+        return Step(partial(run, delta), delta if path == "resident" else Weight.OWN)
 
     def _check_tie(self) -> None:
         """Refuse a weight that is no longer the owner's.

@@ -12,18 +12,24 @@ from .base_layer import TunerLayer
 
 def modules_beside_adapters(model: nn.Module) -> Iterator[nn.Module]:
     """The model's modules in their order, without those of its adapters, of which there may be hundreds."""
+    return (module for _, module in named_modules_beside_adapters(model))
+
+
+def named_modules_beside_adapters(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """``modules_beside_adapters`` with their names."""
     seen: set[int] = set()
-    waiting: list[nn.Module | None] = [model]
+    waiting: list[tuple[str, nn.Module | None]] = [("", model)]
     while waiting:
-        module = waiting.pop()
+        name, module = waiting.pop()
         if module is None or id(module) in seen:
             continue
         seen.add(id(module))
-        yield module
+        yield name, module
+        prefix = f"{name}." if name else ""
         if isinstance(module, TunerLayer):
-            waiting.append(module._modules.get("base_layer"))
+            waiting.append((f"{prefix}base_layer", module._modules.get("base_layer")))
         else:
-            waiting.extend(reversed(module._modules.values()))
+            waiting.extend((f"{prefix}{child}", part) for child, part in reversed(module._modules.items()))
 
 
 def tuner_layers(model: nn.Module) -> Iterator[TunerLayer]:

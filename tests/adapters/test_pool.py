@@ -188,6 +188,30 @@ def test_generation_with_one_adapter_and_in_mixed_batches(pool_of_llamas, tmp_pa
         model.generate(ids, max_new_tokens=3, num_beams=2, do_sample=False, pad_token_id=0)
 
 
+def test_adapters_of_the_same_layers_are_added_without_a_pass_over_the_others(built, monkeypatch):
+    """PEFT's loading asks every module of every adapter, so that each takes longer than the one before it."""
+    (method,) = [case for case in OURS if case.name == "sparse"][:1]
+    x, folders, expected = built(method)
+    pool, passes, load = AdapterPool(make_base()), [], PeftModel.load_adapter
+    monkeypatch.setattr(PeftModel, "load_adapter", lambda *args, **kwargs: passes.append(1) or load(*args, **kwargs))
+    for number in range(4):
+        pool.add(f"a{number}", folders["a"])
+    pool.add("b", folders["b"])
+    for number in range(4):
+        with pool.use(f"a{number}") as model, torch.no_grad():
+            assert torch.equal(model(x), expected["a"])
+    assert len(passes) == 1
+    with pool.use("b") as model, torch.no_grad():  # of other layers
+        assert torch.equal(model(x), expected["b"])
+    assert len(passes) == 2
+    with pool.use_batch(["a2", "b", None, "a3"]) as model, torch.no_grad():
+        mixed = model(x)
+    for row, name in enumerate(["a", "b", None, "a"]):
+        torch.testing.assert_close(mixed[row], expected[name][row])
+    assert not any(p.requires_grad for p in pool._base.parameters())
+    assert_base_is_its_own(pool, pool._base, make_base())
+
+
 def test_a_module_saved_whole_travels_with_its_adapter(tmp_path):
     folders = llama_folders(tmp_path, 2, modules_to_save=["lm_head"])
     tensors = load_file(folders["adapter1"] / "adapter_model.safetensors")

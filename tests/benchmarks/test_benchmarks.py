@@ -15,6 +15,7 @@ from typer.testing import CliRunner
 import benchmarks.channels
 import benchmarks.dynamic
 import benchmarks.experts
+import benchmarks.growth
 import benchmarks.kernels
 import benchmarks.nuclear
 import benchmarks.plot
@@ -540,6 +541,23 @@ def test_nuclear_measures_time_error_and_memory(tmp_path):
     (case,) = json.loads(path.read_text())["cases"]
     assert case["error"] < 1e-3 and case["shape"] == [96, 200]
     assert case["largest_temporary"] >= 96 * 96 * 4
+
+
+def test_growth_measures_axes_and_adapters(tmp_path, monkeypatch):
+    monkeypatch.setattr(benchmarks.growth, "WIDTHS", (64, 128))
+    app = typer.Typer()
+    app.command()(benchmarks.growth.main)
+    path, image = tmp_path / "found.json", tmp_path / "found.png"
+    shared = ["--rounds", "1", "--output", str(path), "--image", str(image)]
+    for more in (["--axes", "width"], ["--axes", "adapters", "--small", "--counts", "1", "--counts", "3"]):
+        result = CliRunner().invoke(app, [*more, *shared], catch_exceptions=False)
+        assert result.exit_code == 0, result.output
+    axes = json.loads(path.read_text())["axes"]
+    assert [row["at"] for row in axes["width"]] == [64, 128] and [row["at"] for row in axes["adapters"]] == [1, 3]
+    assert all(row["step_vs_lora"] > 0 and row["state_bytes"] > 0 for row in axes["width"])
+    first, last = axes["adapters"]
+    assert first["bytes_each"] == last["bytes_each"] and first["delete"] is None and last["delete"] > 0
+    assert image.stat().st_size > 0
 
 
 def test_weightless_measures_both_ways(tmp_path):

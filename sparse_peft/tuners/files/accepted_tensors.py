@@ -16,6 +16,7 @@ from transformers import PretrainedConfig
 from ..base_config import BaseSparseConfig
 from ..base_layer import TunerLayer
 from ..base_state import TrainedState
+from ..traversal import named_modules_beside_adapters
 from .adapter_file import is_reading
 from .checks import DAMAGED
 
@@ -26,7 +27,7 @@ PREFIX = "base_model.model."  # of all names in a file, and in the state dict of
 
 def named_states(model: nn.Module, adapter_name: str) -> Iterator[tuple[str, TunerLayer, TrainedState]]:
     """``(prefix of its tensors' names, layer, trained state)`` of each layer of an adapter."""
-    for name, module in model.named_modules():
+    for name, module in named_modules_beside_adapters(model):
         if isinstance(module, TunerLayer) and module.owner is module and adapter_name in module.deltas:
             name = name.removeprefix(FSDP)
             key = f"{module.delta_container}.{adapter_name}."
@@ -113,7 +114,7 @@ def _names_of_states(model: nn.Module, adapter_name: str) -> Iterator[str]:
 
 def _wrappers(model: nn.Module) -> Iterator[tuple[str, AuxiliaryTrainingWrapper]]:
     """What PEFT puts around modules that are saved whole, and around embeddings with trained tokens."""
-    for name, module in model.named_modules():
+    for name, module in named_modules_beside_adapters(model):
         if isinstance(module, AuxiliaryTrainingWrapper):
             yield name.removeprefix(FSDP), module
 
