@@ -119,6 +119,8 @@ def add_beside(model: PeftModel, folder: str, name: str, like: str) -> bool:
     Returns:
         Whether it was added; if not, nothing is changed, and PEFT's loading adds it or says why it cannot.
     """
+    if not isinstance(model.peft_config.get(like), DeltaConfig):
+        return False
     try:
         target = _target_of(model, like)
         config, states = _read(AdapterFile(folder), target)
