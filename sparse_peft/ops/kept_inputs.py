@@ -44,10 +44,10 @@ def keep_input(x: Tensor, computed: Tensor, compression: Compression | None) -> 
         computed: its values in the dtype that the layer computes in.
         compression: the rounding of what has to be kept.
     """
-    recipe = _recipe_of(x)
-    if recipe is not None:
-        tensors = tuple(recipe.leaves())
-        return Kept(tensors, lambda *saved: recipe.evaluate(iter(saved)).to(computed.dtype))
+    found = _recipe_of(x)
+    if found is not None:
+        (recipe, leaves), dtype = found, computed.dtype  # what restores the input must not refer to it
+        return Kept(leaves, lambda *saved: recipe.evaluate(iter(saved)).to(dtype))
     if compression is None or not computed.is_floating_point():
         return Kept((computed,), _itself)
     return (_as_int8 if compression == "int8" else _as_bfloat16)(computed)
@@ -81,16 +81,9 @@ def cast_once(x: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 class _Leaf(NamedTuple):
-    """A tensor that autograd keeps anyway."""
+    """A tensor that autograd keeps anyway; it is not referred to, so that it is freed with the graph."""
 
-    tensor: Tensor
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.tensor.dtype
-
-    def leaves(self) -> Iterator[Tensor]:
-        yield self.tensor
+    dtype: torch.dtype
 
     def evaluate(self, saved: Iterator[Tensor]) -> Tensor:
         return next(saved)
@@ -103,10 +96,6 @@ class _Product(NamedTuple):
     right: _Leaf | _Product | _Cast
     dtype: torch.dtype
 
-    def leaves(self) -> Iterator[Tensor]:
-        yield from self.left.leaves()
-        yield from self.right.leaves()
-
     def evaluate(self, saved: Iterator[Tensor]) -> Tensor:
         left = self.left.evaluate(saved)
         return left * self.right.evaluate(saved)
@@ -118,9 +107,6 @@ class _Cast(NamedTuple):
     source: _Leaf | _Product | _Cast
     dtype: torch.dtype
 
-    def leaves(self) -> Iterator[Tensor]:
-        yield from self.source.leaves()
-
     def evaluate(self, saved: Iterator[Tensor]) -> Tensor:
         return self.source.evaluate(saved).to(self.dtype)
 
@@ -128,8 +114,8 @@ class _Cast(NamedTuple):
 _Recipe = _Leaf | _Product | _Cast
 
 
-def _recipe_of(x: Tensor) -> _Recipe | None:
-    """How to form a tensor again from tensors that autograd keeps until it has passed the node that made it.
+def _recipe_of(x: Tensor) -> tuple[_Recipe, tuple[Tensor, ...]] | None:
+    """How to form a tensor again from tensors that autograd keeps until it has passed the node that made it, and these.
 
     Products and casts give the same bits again. Where saved tensors are packed (gradient checkpointing, offloading to
     the CPU), looking at them would unpack them, so nothing is known there. Nor is it of a tensor that was changed in
@@ -141,15 +127,17 @@ def _recipe_of(x: Tensor) -> _Recipe | None:
     top_hooks = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
     if top_hooks is None or top_hooks(True) is not None:  # torch 2.6 cannot say
         return None
+    leaves: list[Tensor] = []
     try:
-        return _recipe(node, MOST_STEPS)
+        recipe = _recipe(node, MOST_STEPS, leaves)
     except RuntimeError:  # the node has passed its backward, or a tensor it kept was overwritten
         return None
+    return None if recipe is None else (recipe, tuple(leaves))
 
 
 def is_formed_again(x: Tensor) -> bool:
     """Whether a tensor is a product of tensors that autograd keeps, for plans."""
-    return _recipe(x.grad_fn, MOST_STEPS) is not None
+    return _recipe(x.grad_fn, MOST_STEPS, []) is not None
 
 
 def rounded_bytes(rows: int, width: int, compression: Compression, itemsize: int) -> int:
@@ -167,16 +155,17 @@ def rounded_bytes(rows: int, width: int, compression: Compression, itemsize: int
     return rows * (blocks * min(BLOCK, width) + 4 * blocks)
 
 
-def _recipe(node: Any, steps: int) -> _Recipe | None:
+def _recipe(node: Any, steps: int, leaves: list[Tensor]) -> _Recipe | None:
+    """The recipe of what a node made, whose tensors are added to ``leaves`` in the order in which it takes them."""
     if node is None or steps == 0:
         return None
     name = node.name()
     if name == "MulBackward0":
-        return _product(node, steps)
+        return _product(node, steps, leaves)
     if name in VIEWS and _is_whole(node):
-        return _recipe(node.next_functions[0][0], steps)
+        return _recipe(node.next_functions[0][0], steps, leaves)
     if name == "ToCopyBackward0":
-        source = _recipe(node.next_functions[0][0], steps - 1)
+        source = _recipe(node.next_functions[0][0], steps - 1, leaves)
         return None if source is None else _Cast(source, node._input_metadata[0].dtype)
     return None
 
@@ -187,11 +176,15 @@ def _is_whole(view: Any) -> bool:
     return len(whole) == 1 and whole[0].shape == view._input_metadata[0].shape
 
 
-def _product(node: Any, steps: int) -> _Product | None:
+def _product(node: Any, steps: int, leaves: list[Tensor]) -> _Product | None:
     """A product whose factors are kept by its node, or formed by a node before it."""
     factors: list[_Recipe] = []
     for number, saved in enumerate((node._saved_self, node._saved_other)):
-        factor = _recipe(node.next_functions[number][0], steps - 1) if saved is None else _Leaf(saved)
+        if saved is not None:
+            leaves.append(saved)
+            factors.append(_Leaf(saved.dtype))
+            continue
+        factor = _recipe(node.next_functions[number][0], steps - 1, leaves)
         if factor is None:
             return None
         factors.append(factor)

@@ -477,8 +477,7 @@ class SparseTunerLayer(TunerLayer[DeltaT]):
     # ------------------------------------------------------------------ mixed batches
 
     def _mixed_deltas_(self, result: Tensor, x: Tensor, adapter_names: list[str]) -> None:
-        used = set(adapter_names)
-        names = tuple(name for name in self.deltas if name in used)
+        names = tuple(sorted(name for name in set(adapter_names) if name in self.deltas))
         trains = torch.is_grad_enabled() and any(self.deltas[name].values.requires_grad for name in names)
         # FSDP2 gathers values anew in each pass: nothing tells whether they are those that a stack was made of
         stacks = isinstance(self.product, LinearProduct) and not (self._is_sharded() or self.parallel)

@@ -21,7 +21,7 @@ class Stack(ABC):
     """Adapters' values in an input's dtype; serves as long as nothing is written to what it was made of.
 
     Attributes:
-        names: the adapters, in the layer's order.
+        names: the adapters, sorted.
         stamp: of their values.
         dtype: of the inputs it was made for.
     """

@@ -1,5 +1,8 @@
 """What is kept of a layer's input, against the input."""
 
+import gc
+import weakref
+
 import pytest
 import torch
 from torch import nn
@@ -41,6 +44,21 @@ def test_products_of_kept_tensors_are_formed_again_bit_for_bit(made, dtype):
         assert all(tensor.data_ptr() != x.data_ptr() for tensor in kept.tensors)
         again = restored(kept)
         assert again.dtype == computing and torch.equal(again, x.detach().to(computing))
+
+
+@pytest.mark.parametrize("compression", [None, "bf16", "int8"])
+@pytest.mark.parametrize("made", ["gate", "cast", "a sum"])
+def test_what_restores_an_input_keeps_neither_it_nor_what_it_is_made_from(made, compression):
+    x = {**MADE, **KEPT}[made](leaf(3, 5, 7))
+    computed = cast_once(x, torch.float32)
+    kept = keep_input(x, computed, compression)
+    known = [weakref.ref(tensor) for tensor in (x, computed, *kept.tensors)]
+    restore, is_itself = kept.restore, any(tensor is x for tensor in kept.tensors)
+    if is_itself:
+        assert made == "a sum" and compression is None
+    del x, computed, kept
+    gc.collect()
+    assert not any(reference() is not None for reference in known) and callable(restore)
 
 
 KEPT = {

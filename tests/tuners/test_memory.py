@@ -2,6 +2,7 @@
 
 import functools
 import gc
+import weakref
 
 import pytest
 import torch
@@ -111,6 +112,17 @@ def test_inputs_that_are_products_of_kept_tensors_are_not_kept(compression, item
     copies, scales = (1, 0) if compression is None else (2, 2 * 4 * TOKENS * (compression == "int8"))
     model = get_peft_model(Block(norm=False), config)
     assert saved_for_values(model, x) == copies * itemsize * TOKENS * WIDTH + scales
+
+
+def test_inputs_that_are_formed_again_are_freed():
+    """Not only by autograd: after the forward pass nothing refers to them."""
+    model, alive = get_peft_model(Block(), SparseConfig(density=0.05, target_modules=NAMES)), []
+    for layer in (model.base_model.model.up, model.base_model.model.down):
+        layer.register_forward_pre_hook(lambda _, inputs: alive.append(weakref.ref(inputs[0])))
+    out = model(torch.randn(TOKENS, WIDTH, requires_grad=True))
+    gc.collect()
+    assert len(alive) == 2 and not any(reference() is not None for reference in alive)
+    out.sum().backward()
 
 
 @pytest.mark.parametrize("checkpointed", [False, True])
