@@ -115,7 +115,7 @@ _Recipe = _Leaf | _Product | _Cast
 
 
 def _recipe_of(x: Tensor) -> tuple[_Recipe, tuple[Tensor, ...]] | None:
-    """How to form a tensor again from tensors that autograd keeps until it has passed the node that made it, and these.
+    """How to form a tensor again from tensors that autograd keeps until it has passed its node, and these tensors.
 
     Products and casts give the same bits again. Where saved tensors are packed (gradient checkpointing, offloading to
     the CPU), looking at them would unpack them, so nothing is known there. Nor is it of a tensor that was changed in

@@ -1,5 +1,7 @@
 """plan: its numbers are those of the adapter that training makes, and it holds no weight."""
 
+import copy
+import gc
 import math
 from pathlib import Path
 
@@ -8,9 +10,9 @@ import torch
 import transformers
 from packaging.version import Version
 from peft import LoraConfig, get_peft_model
-from transformers import AutoConfig, LlamaForCausalLM
+from transformers import AutoConfig, LlamaConfig, LlamaForCausalLM
 
-from benchmarks.measure import saved_bytes
+from benchmarks.measure import measure_phases, saved_bytes
 from sparse_peft import SaRAConfig, SparseConfig
 from sparse_peft.planning import PlanOptions, plan_training
 from sparse_peft.registry import method_named, methods
@@ -81,6 +83,48 @@ def test_activations_are_those_that_a_real_pass_keeps(world, name):
         model.enable_input_require_grads()
     real = kept_by(model, torch.randint(0, 96, (4, 64)))
     assert need.activation_bytes == pytest.approx(real, rel=0.06)
+
+
+PLANNED = LlamaConfig(
+    vocab_size=512, hidden_size=128, intermediate_size=352, num_hidden_layers=4, num_attention_heads=4,
+    num_key_value_heads=2, use_cache=False,
+)  # fmt: skip
+
+
+def peak_of(config, batch, length, checkpointing):
+    """Bytes of weights, and of all that the allocator gave for an adapter and a step of it, at the highest."""
+    torch.manual_seed(0)
+    base = LlamaForCausalLM(PLANNED).train()
+    if checkpointing:
+        base.gradient_checkpointing_enable({"use_reentrant": False})
+    ids, made = torch.randint(0, PLANNED.vocab_size, (batch, length)), {}
+
+    def step():
+        made["model"](input_ids=ids, labels=ids).loss.backward()
+        made["optimizer"].step()
+        made["optimizer"].zero_grad()
+
+    def make():
+        model = made["model"] = get_peft_model(base, config)
+        model.enable_input_require_grads()
+        made["optimizer"] = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], foreach=True)
+        step()
+        gc.collect()
+
+    weights = sum(p.numel() * p.element_size() for p in base.parameters())
+    making, first = measure_phases([make, step], torch.device("cpu"))
+    assert making.end == first.start
+    return weights + first.peak
+
+
+@pytest.mark.parametrize(
+    ("budget", "batch", "checkpointing"), [({"density": 0.01}, 2, False), ({"r": 16}, 2, False), ({"r": 8}, 8, True)]
+)
+def test_the_peak_is_within_a_tenth_of_the_measured_one(budget, batch, checkpointing):
+    config = SparseConfig(**budget, target_modules="all-linear")
+    options = PlanOptions(base="float32", batch=batch, length=128, checkpointing=checkpointing, flops=1.0)
+    planned = plan_training(PLANNED, copy.deepcopy(config), options).needs[0].peak_bytes
+    assert planned == pytest.approx(peak_of(config, batch, 128, checkpointing), rel=0.1)
 
 
 def test_operations_are_those_of_the_shapes(world):
