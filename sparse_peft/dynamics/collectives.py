@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TypeVar
+from collections.abc import Sequence
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -62,6 +63,23 @@ class Collectives:
         lengths = [torch.empty_like(length) for _ in range(self.size)]
         dist.all_gather(lengths, length, group=self.group)
         return [int(n) for n in lengths]
+
+    def agree(self, numbers: Sequence[int], device: torch.device) -> bool:
+        """Whether all processes have the same numbers, up to a sum of 62 bits; one exchange of two numbers."""
+        if self.alone:
+            return True
+        digest = sum((place + 1) * number for place, number in enumerate(numbers)) % (2**62)
+        extremes = torch.tensor([digest, -digest], device=device)
+        dist.all_reduce(extremes, op=dist.ReduceOp.MAX, group=self.group)
+        return int(extremes[0]) == digest == -int(extremes[1])
+
+    def everyones(self, thing: T) -> list[T]:
+        """Every process's object."""
+        if self.alone:
+            return [thing]
+        found: list[Any] = [None] * self.size
+        dist.all_gather_object(found, thing, group=self.group)
+        return found
 
     def first_not_none(self, thing: T | None) -> T | None:
         """The first process's object that is not None, on every process; None if all are."""

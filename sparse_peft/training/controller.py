@@ -11,11 +11,14 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.fsdp import FullyShardedDataParallel
 
+from ..dynamics.collectives import Collectives
 from ..dynamics.optimizer_state import scaler_of
 from ..dynamics.protocol import Dynamics, TrainingContext
+from ..dynamics.records import Record
 from ..procedures.driver import StepDriver
 from ..procedures.procedure import Procedure, TrainingRun, started
 from ..registry import method_of
+from ..tuners.agreement import check_agreement
 from ..tuners.base_model import BaseSparseModel
 from ..tuners.base_state import TrainedState
 from ..tuners.changes import stepped_by
@@ -51,6 +54,7 @@ class SparsityController(StepDriver):
 
     Raises:
         TypeError: the optimizer is none of torch's.
+        RuntimeError: processes have different positions.
         ValueError: the optimizer does not train an adapter that it should, or ``total_steps`` is missing.
         NotImplementedError: the model is wrapped in FSDP1.
 
@@ -86,6 +90,8 @@ class SparsityController(StepDriver):
     ):
         super().__init__(optimizer, completed_steps, process_group)
         self.collectives = averaging_processes(model, process_group)
+        self._processes = Collectives(process_group)  # which must have the same positions
+        self._trained: dict[str, dict[str, TrainedState]] = {}
         self._scaler = scaler_of(optimizer) if scaler is None else scaler
         dynamics = self._find(model, total_steps)
         self.suited_rates = suited_rates(model, self.optimizer)
@@ -102,6 +108,9 @@ class SparsityController(StepDriver):
             mine = {layer.name: layer for layer in layers if adapter in layer.deltas}
             states = [layer.deltas[adapter] for layer in mine.values()]
             trains = any(state.watched.requires_grad for state in states)
+            if trains:
+                self._trained[adapter] = {layer.name: layer.deltas[adapter] for layer in mine.values()}
+                check_agreement(adapter, self._trained[adapter], self._processes)
             if not trains or not getattr(config, "changes_in_training", False):
                 continue
             self._check(model, adapter, states)
@@ -114,6 +123,13 @@ class SparsityController(StepDriver):
             for state in states:
                 mark_controlled(state)
         return found
+
+    def step(self) -> list[Record]:
+        records = super().step()
+        if records and not self._processes.alone:
+            for adapter, states in self._trained.items():
+                check_agreement(adapter, states, self._processes)
+        return records
 
     def _check(self, model: nn.Module, adapter: str, states: Sequence[TrainedState]) -> None:
         """Refuse an optimizer and a wrapped model that the adapter cannot change with."""

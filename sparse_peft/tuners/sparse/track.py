@@ -12,6 +12,7 @@ from ...dynamics.optimizer_state import ObservedMoments, remap_, replace_paramet
 from ...dynamics.sm3_accumulators import accumulate_
 from ...ops import add_to_support_, observe
 from ...support import Exchange
+from ..agreement import fingerprint
 from ..delta import SparseDelta
 from ..delta_layer import SparseTunerLayer
 from .candidates import CandidateWindow, ExpertWindows, Window, window_size
@@ -148,13 +149,8 @@ class LayerTrack:
 
     # ------------------------------------------------------------------ checkpoints
 
-    def _fingerprint(self) -> int:
-        """A number that other positions most probably do not have."""
-        weights = torch.arange(1, 2 * self.support.nnz, 2, device=self.support.device)
-        return int((self.support.indices.long() * weights).sum())
-
     def state_dict(self) -> dict[str, Any]:
-        state: dict[str, Any] = {"positions": self._fingerprint(), "born": self.born.clone()}
+        state: dict[str, Any] = {"positions": fingerprint(self.support), "born": self.born.clone()}
         if self.window is not None and self.window.steps:
             state["window"] = self.window.state_dict()
         if self.accumulators is not None:
@@ -172,7 +168,7 @@ class LayerTrack:
             ValueError: the state is of other positions.
         """
         self.begin(step=0)
-        if state["positions"] != self._fingerprint():
+        if state["positions"] != fingerprint(self.support):
             raise ValueError(
                 f"layer {self.layer.name}: the adapter's positions are not those that the optimizer's checkpoint was "
                 "saved with; load the adapter of the same checkpoint before the optimizer's state"
