@@ -4,12 +4,20 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from peft import LoraConfig, PeftConfig, ShiraConfig, SupertuningConfig, get_peft_model
 from torch import nn
 
 from sparse_peft import S2FTConfig, SaRAConfig, SLTrainConfig, SnellaConfig, SoRAConfig, SparseConfig, select_support
+from sparse_peft.procedures import (
+    FisherAnchor,
+    GradientMask,
+    ImportanceLearningRate,
+    LayerSampling,
+    Procedure,
+    SplitMerge,
+)
 
 from .models import Base
 from .tasks import Batch
@@ -89,6 +97,14 @@ class Setting:
 
 
 @dataclass(frozen=True)
+class Around:
+    """Data of procedures: rows like those of the training, and text of other domains."""
+
+    held: list[Batch]
+    old: list[Batch]
+
+
+@dataclass(frozen=True)
 class Method:
     """One row.
 
@@ -96,11 +112,13 @@ class Method:
         make: the config of a setting; None to train all weights of the base.
         start: learning rate at which the search for the best begins, one of ``RATES``.
         automatic: its scale is the config's own, for runs at LoRA's usual rate.
+        procedures: what acts around the training; a row with some has the adapter of another.
     """
 
     make: Callable[[Setting], PeftConfig] | None
     start: float
     automatic: bool = False
+    procedures: Callable[[Around], list[Procedure]] = lambda data: []
 
 
 def _ours(config: type[PeftConfig], **fields: object) -> Callable[[Setting], PeftConfig]:
@@ -206,6 +224,21 @@ METHODS: dict[str, Method] = {
     "s2ft-uncoupled": Method(_ours(S2FTConfig, coupled=False), 1e-3),
     **{f"auto-{name}": _automatic(SparseConfig, selection=name) for name in AUTOMATIC},
     "auto-s2ft": _automatic(S2FTConfig),
+}
+
+
+PROCEDURES: dict[str, Callable[[Around], list[Procedure]]] = {
+    "ist": lambda data: [LayerSampling("ist", batches=data.held)],
+    "random-layers": lambda data: [LayerSampling("random")],
+    "split": lambda data: [SplitMerge(4, parameters="lora_B|values")],
+    "rates": lambda data: [ImportanceLearningRate(data.old, every=20)],
+    "anchor": lambda data: [FisherAnchor(data.old)],
+    "mask": lambda data: [GradientMask(0.8)],
+}
+METHODS |= {
+    f"{name}+{around}": replace(METHODS[name], procedures=procedures)
+    for name in (LORA, DEFAULT)
+    for around, procedures in PROCEDURES.items()
 }
 
 

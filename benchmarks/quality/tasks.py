@@ -19,6 +19,7 @@ from .packages import package, package_folder
 from .texts import Domain
 
 IGNORED = -100
+OLD_BLOCKS = 4  # of each domain that is not trained, for procedures that look at old data
 Batch = dict[str, Tensor]
 
 
@@ -84,7 +85,12 @@ class Task(ABC):
     def domains(self) -> list[Domain]:
         """Those that are not trained."""
         sizes = self.sizes
-        return [Domain(name, self.tokenizer, sizes.length, 1, sizes.held_out) for name in self.untrained]
+        return [Domain(name, self.tokenizer, sizes.length, OLD_BLOCKS, sizes.held_out) for name in self.untrained]
+
+    def old_batches(self) -> list[Batch]:
+        """Text of the domains that are not trained, a batch each; none of it judges."""
+        blocks = [torch.tensor(domain.train) for domain in self.domains]
+        return [{"input_ids": ids, "labels": ids} for ids in blocks]
 
     def losses_elsewhere(self, model: nn.Module) -> dict[str, float]:
         """Loss on each domain that is not trained."""

@@ -4,34 +4,38 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
 from peft import PeftModel
 from torch import nn
 
 from sparse_peft import SparsityController
+from sparse_peft.procedures import Procedure
 from sparse_peft.tuners.base_config import BaseSparseConfig
 
 from ..report import environment
-from .methods import CALIBRATION_BATCHES, Budget, Setting, adapted
+from .methods import CALIBRATION_BATCHES, METHODS, Around, Budget, Setting, adapted
 from .models import BASES, Base
 from .records import Run
 from .tasks import TASKS, Batch, Sizes, Task
 
 CLIP = 1.0
+OTHER_ORDER = 1000  # added to a seed
 
 
 def on(batch: Batch, device: torch.device) -> Batch:
     return {name: value.to(device) for name, value in batch.items()}
 
 
-def train(model: nn.Module, batches: Iterable[Batch], steps: int, rate: float) -> None:
+def train(
+    model: nn.Module, batches: Iterable[Batch], steps: int, rate: float, procedures: Sequence[Procedure] = ()
+) -> None:
     """AdamW without weight decay, gradients clipped at 1, and a rate that falls to zero, as Trainer's does."""
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=rate, weight_decay=0.0)
     decay = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / steps)
-    controller = controller_of(model, optimizer, steps)
+    controller = controller_of(model, optimizer, steps, procedures)
     device = trained[0].device
     model.train()
     for batch in batches:
@@ -46,8 +50,12 @@ def train(model: nn.Module, batches: Iterable[Batch], steps: int, rate: float) -
         controller.close()
 
 
-def controller_of(model: nn.Module, optimizer: torch.optim.Optimizer, steps: int) -> SparsityController | None:
-    """What changes this package's adapters during training; None where nothing does."""
+def controller_of(
+    model: nn.Module, optimizer: torch.optim.Optimizer, steps: int, procedures: Sequence[Procedure] = ()
+) -> SparsityController | None:
+    """What changes this package's adapters during training, or acts around it; None where nothing does."""
+    if procedures:
+        return SparsityController(model, optimizer, total_steps=steps, procedures=procedures)
     if not isinstance(model, PeftModel):
         return None
     config = model.peft_config["default"]
@@ -90,6 +98,11 @@ class Bench:
             model.get_submodule(name).reset_parameters()
         return model
 
+    def _around(self, seed: int) -> Around:
+        """Data of procedures: rows of another order than the training's, and text of other domains."""
+        held = list(self.task.training_batches(seed + OTHER_ORDER))[:CALIBRATION_BATCHES]
+        return Around(held, self.task.old_batches())
+
     def run(self, method: str, budget: Budget, rate: float, seed: int) -> Run:
         """Train from the pretrained weights, and judge."""
         began = time.process_time()
@@ -98,7 +111,7 @@ class Bench:
         calibration = [on(batch, self.device) for batch in batches[:CALIBRATION_BATCHES]]
         model = adapted(method, Setting(self.base, model, budget, seed, self.sizes.steps), calibration)
         trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-        train(model, batches, self.sizes.steps, rate)
+        train(model, batches, self.sizes.steps, rate, METHODS[method].procedures(self._around(seed)))
         end, end_elsewhere = self._judge(model)
         return Run(
             task=self.task.name, method=method, budget=str(budget), rate=rate, seed=seed, **vars(self.sizes),
