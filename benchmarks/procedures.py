@@ -1,6 +1,6 @@
 """``python -m benchmarks.procedures``: what procedures around an adapter cost, in time and memory of a training step.
 
-A random language model of 6 blocks trains with LoRA and with a sparse delta of as many parameters. Each procedure runs
+A random language model of 4 blocks trains with LoRA and with a sparse delta of as many parameters. Each procedure runs
 periods of ten steps, what it measures in between included, in rounds that alternate with the same training without it.
 """
 
@@ -123,9 +123,9 @@ def measure(adapter: str, width: int, blocks: int, tokens: int, rounds: int) -> 
 
 def main(
     width: Annotated[int, typer.Option(min=8, help="Hidden size; a multiple of 4.")] = 256,
-    blocks: Annotated[int, typer.Option(min=2, help="Of the model.")] = 6,
+    blocks: Annotated[int, typer.Option(min=2, help="Of the model.")] = 4,
     tokens: Annotated[int, typer.Option(min=2, help="Of a step.")] = 128,
-    rounds: Annotated[int, typer.Option(min=1, help="Periods of ten steps.")] = 3,
+    rounds: Annotated[int, typer.Option(min=1, help="Periods of ten steps.")] = 2,
     out: Annotated[Path, typer.Option(help="JSON file.")] = RESULTS,
 ) -> None:
     """Measure every procedure on LoRA and on a sparse delta."""

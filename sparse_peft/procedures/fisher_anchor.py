@@ -26,7 +26,7 @@ class FisherAnchor(Procedure):
 
     The loss gets the term ``weight * sum F (p - p0)^2`` over the adapters' parameters ``p``, as in elastic weight
     consolidation (https://arxiv.org/abs/1612.00796): ``p0`` is the start of the run and ``F`` the Fisher information,
-    here the mean of the squared gradients of old batches. After each step the entries whose gradient is below the
+    here the mean of the squared gradients of old batches. After each step the entries whose gradient is at most the
     quantile ``restore`` over all adapters return to ``p0`` (PSMT, https://arxiv.org/abs/2407.02253). With a sparse
     delta that started at zero these are entries of the base weight itself.
 
@@ -125,7 +125,7 @@ class Anchor(Moments):
         self._returns = self._weakest() if self.config.restore and step % self.config.every == 0 else {}
 
     def _weakest(self) -> dict[str, Tensor]:
-        """Masks of the entries whose gradient is below the quantile."""
+        """Masks of the entries whose gradient is at most the quantile."""
         found = {name: gradient_of(self.run.optimizer, p) for name, p in self.parameters.items()}
         sizes = {name: gradient.abs().float() for name, gradient in found.items() if gradient is not None}
         total = sum(size.numel() for size in sizes.values())
@@ -133,7 +133,8 @@ class Anchor(Moments):
         if rank == 0:
             return {}
         (threshold,) = order_statistics(lambda: sizes.values(), [rank])
-        return {name: size < threshold.to(size.device) for name, size in sizes.items()}
+        # ties of the quantile go, too: many gradients may be zero, and their entries are used least
+        return {name: size <= threshold.to(size.device) for name, size in sizes.items()}
 
     @torch.no_grad()
     def after_step(self, step: int) -> None:

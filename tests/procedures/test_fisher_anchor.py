@@ -63,10 +63,10 @@ def test_entries_with_small_gradients_return_to_the_start(kind):
         controller.step()
         optimizer.zero_grad()
         rank = int(0.25 * gradients.numel())
-        returns = gradients < gradients.sort().values[rank - 1]
+        returns = gradients <= gradients.sort().values[rank - 1]
         found = torch.cat([p.detach().flatten() for p in trained(model).values()])
         expected = torch.where(returns, start, moved) if step % 2 else moved
-        assert torch.equal(found, expected) and (not step % 2 or int(returns.sum()) == rank - 1)
+        assert torch.equal(found, expected) and int(returns.sum()) >= rank
 
 
 @pytest.mark.parametrize("kind", ["lora", "sparse"])
