@@ -9,10 +9,11 @@ import torch
 from peft import get_peft_model
 from torch import nn
 
-from benchmarks.measure import LargestTensor
+from benchmarks.measure import LargestTensor, bytes_of
 from sparse_peft import SparseConfig
 from sparse_peft.numerics import panel_limit
-from sparse_peft.sparsify import NM, SCORES, Blocks, Channels, Masks, Unstructured, masks_of, prune, restore
+from sparse_peft.sparsify import NM, SCORES, Armor, Blocks, Channels, Masks, Unstructured, masks_of, prune, restore
+from tests.helpers.memory import LiveBytes
 from tests.sparsify.models import GRADIENT_SCORES, batches, gpt2, inputs_of, linear_layers, llama, rows
 
 PATTERNS = [0.5, 0.3, "2:4", Blocks(0.5, 2, 4), Channels(0.25), Channels(0.25, "out")]
@@ -300,3 +301,30 @@ def test_masks_of_another_model_are_applied(tmp_path):
     Masks.load(tmp_path / "masks.safetensors").apply(fresh)
     for name, tensor in model.state_dict().items():
         assert torch.equal(fresh.state_dict()[name], tensor)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"pattern": 0.5},
+        {"pattern": 0.5, "score": "wanda", "refine": "dsnot"},
+        {"pattern": "2:4", "score": "sparsegpt"},
+        {"pattern": "2:4", "score": "nowag", "refine": Armor(4, sweeps=1)},
+    ],
+    ids=["magnitude", "dsnot", "sparsegpt", "armor"],
+)
+def test_a_model_is_never_copied(options):
+    """The peak of memory grows with the depth by masks, and by ARMOR's blocks, but not by weights."""
+    peaks, sizes = [], []
+    for depth in (2, 4):
+        model, data = llama(hidden_size=64, num_hidden_layers=depth), batches(6)
+        weights = bytes_of(module.weight for module in linear_layers(model).values())
+        with LiveBytes() as live:
+            masks = quietly(model, calibration=data, **options)
+        blocks = bytes_of(tensor for name, tensor in model.named_parameters() if name.endswith(("left", "right")))
+        bits = bytes_of(mask.bits for mask in masks.layers.values())
+        assert live.now >= bits + blocks  # what stays is seen
+        peaks.append(live.peak)
+        sizes.append((bits + blocks, weights))
+    stays, weights = (after - before for before, after in zip(*sizes, strict=True))
+    assert peaks[1] - peaks[0] <= stays + 0.05 * weights
