@@ -257,7 +257,7 @@ def saved_bytes(forward: Callable[[], Tensor], exclude: Iterable[Tensor] = ()) -
 
 
 def saved_tensors(output: Tensor) -> Iterator[Tensor]:
-    """The tensors that the nodes of an output's graph keep."""
+    """The tensors that the nodes of an output's graph keep; Python's numbers, kept as tensors too, are left out."""
     seen, waiting = set(), [output.grad_fn]
     while waiting:
         node = waiting.pop()
@@ -269,7 +269,8 @@ def saved_tensors(output: Tensor) -> Iterator[Tensor]:
         for name in dir(node):
             if name.startswith("_saved_"):
                 found = getattr(node, name)
-                yield from (t for t in (found if isinstance(found, tuple) else (found,)) if isinstance(t, Tensor))
+                kept = (t for t in (found if isinstance(found, tuple) else (found,)) if isinstance(t, Tensor))
+                yield from (t for t in kept if t.dim())
 
 
 class LargestTensor(TorchDispatchMode):

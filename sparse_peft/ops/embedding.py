@@ -92,11 +92,10 @@ def set_row_entries_(rows: Tensor, ids: Tensor, entries: Tensor, support: Suppor
         entries: ``(entries,)`` of the matrix, in the dtype of ``rows``.
         support: of the matrix.
     """
-    row_ptr = support.row_ptr
-    lengths = row_ptr.index_select(0, ids + 1) - row_ptr.index_select(0, ids)
-    longest = int(lengths.max()) if lengths.numel() else 0
+    first, last = support.ranges_of_rows(ids)
+    longest = int((last - first).max()) if ids.numel() else 0
     for start, stop in panels(ids.numel(), max(1, longest) * 4 * torch.int64.itemsize):
-        found, place = entries_of_rows(row_ptr, ids[start:stop])
+        found, place = entries_of_rows(support, ids[start:stop])
         at = place * rows.shape[1] + support.cols_of(found)
         rows[start:stop].view(-1).scatter_(0, at, entries.index_select(0, found))
 

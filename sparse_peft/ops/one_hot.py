@@ -41,18 +41,18 @@ class OneHot:
 Factor = Tensor | OneHot  # of a weight's gradient
 
 
-def entries_of_rows(row_ptr: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+def entries_of_rows(support: Support, rows: Tensor) -> tuple[Tensor, Tensor]:
     """The entries in rows of a sparse matrix.
 
     Args:
-        row_ptr: ``(rows + 1,)`` of the matrix.
+        support: of the matrix.
         rows: ``(n,)`` int64, in any order; rows may repeat.
 
     Returns:
         ``(found,)`` int64 numbers of entries, and for each its place in ``rows``.
     """
-    first = row_ptr.index_select(0, rows).long()
-    lengths = row_ptr.index_select(0, rows + 1).long() - first
+    first, last = support.ranges_of_rows(rows)
+    lengths = last - first
     place = torch.arange(rows.numel(), device=rows.device).repeat_interleave(lengths)
     begins = lengths.cumsum(0) - lengths
     return torch.arange(place.numel(), device=rows.device) + (first - begins).index_select(0, place), place
@@ -80,12 +80,12 @@ def panel_of_rows(left: OneHot, right: Tensor, start: int, stop: int) -> Tensor:
 
 def row_grad(left: OneHot, right: Tensor, support: Support) -> Tensor:
     """``left.T @ right`` at the entries of a support: ``(entries,)`` in at least float32."""
-    row_ptr, cols = support.row_ptr, right.shape[1]
+    cols = right.shape[1]
     values = right.new_zeros(support.nnz, dtype=accumulation_dtype(right.dtype))
-    ids = left.ids.clamp(min=0)
-    trains = (left.ids >= 0) & (row_ptr[ids + 1] > row_ptr[ids])
+    first, last = support.ranges_of_rows(left.ids.clamp(min=0))
+    trains = (left.ids >= 0) & (last > first)
     for found, sums in _row_sums(left, right, trains.nonzero().squeeze(1)):
-        entries, place = entries_of_rows(row_ptr, found)
+        entries, place = entries_of_rows(support, found)
         at = place * cols + support.cols_of(entries)
         values.index_add_(0, entries, sums.view(-1).index_select(0, at))
     return values
@@ -112,7 +112,7 @@ class FoundRows:
         rows, place = left.ids.unique(return_inverse=True)
         if rows.numel() and int(rows[0]) < 0:  # rows of zeros
             rows, place = rows[1:], place - 1
-        entries, at = entries_of_rows(support.row_ptr, rows)
+        entries, at = entries_of_rows(support, rows)
         shape = rows.numel(), support.shape[1]
         inner = Support(shape, at * shape[1] + support.cols_of(entries), validate=False)
         return cls(OneHot(place, rows.numel()), inner, rows, entries)

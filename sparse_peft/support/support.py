@@ -370,6 +370,22 @@ class Support:
             self._entry_ranges[key] = list(itertools.pairwise(offsets))
         return self._entry_ranges[key]
 
+    def ranges_of_rows(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """The half-open ranges of entries in rows, at a cost that does not depend on the weight's number of rows.
+
+        Args:
+            rows: ``(n,)`` int64, in any order; rows may repeat.
+
+        Returns:
+            ``(first, last)``, each ``(n,)`` int64.
+        """
+        if self._row_ptr is not None:
+            return self._row_ptr.index_select(0, rows).long(), self._row_ptr.index_select(0, rows + 1).long()
+        flat, starts = self.indices, rows * self.shape[1]
+        bounds = torch.stack((starts, starts + self.shape[1])).to(flat.dtype)
+        first, last = torch.searchsorted(flat, bounds).unbind()
+        return first, last
+
     def of_rows(self, start: int, stop: int) -> tuple[Support, int, int]:
         """The part in rows ``start`` to ``stop`` as a support of these rows, and the range of its entries."""
         ((first, last),) = self.entry_ranges([(start, stop)])

@@ -96,7 +96,7 @@ def assert_structure_changed(method, policy, start, history):
     end = states(policy, "default")
     if method in ("sparse", "sltrain"):
         assert sum(record.replaced for record in history) > 0
-        assert any(not torch.equal(end[layer]["indices"], start[layer]["indices"]) for layer in start)
+        assert any(not torch.equal(end[layer]["packed"], start[layer]["packed"]) for layer in start)
     elif method == "sora":
         assert sum(int((state["gate"] == 0).sum()) for state in end.values()) > 0
     elif method == "sara":
