@@ -42,7 +42,9 @@ def monarch_product(x: Tensor, first: Tensor, second: Tensor, outputs: int) -> T
     """
     nblocks, rank, width = first.shape
     inputs = x.shape[-1]
-    flat = pad(x, (0, nblocks * width - inputs)).reshape(-1, nblocks, width)
+    missing = nblocks * width - inputs
+    # torch copies also where nothing is padded, and layers of one input would keep a copy each
+    flat = (pad(x, (0, missing)) if missing else x).reshape(-1, nblocks, width)
     middle = torch.bmm(flat.transpose(0, 1), first.transpose(1, 2))  # (n, tokens, q)
     mixed = middle.transpose(0, 1).reshape(-1, rank, nblocks).permute(2, 0, 1)
     out = torch.bmm(mixed, second.transpose(1, 2)).permute(1, 2, 0)  # (tokens, s, n)

@@ -48,7 +48,7 @@ def sparse_work(
 ) -> Work:
     """Of a layer of one of this package's methods."""
     tokens = product.tokens
-    keeps, own, extra, flops = False, False, 0, 0.0
+    keeps, own, extra, flops = False, False, size.state.formed_bytes, 0.0
     if size.state.channels is not None:
         dim, _ = size.state.channels
         if dim == size.in_dim:

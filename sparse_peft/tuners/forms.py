@@ -72,6 +72,7 @@ class StateSizes:
         entries: trained entries of the weight; None without a sparse part.
         rank: of the low-rank part; None without.
         channels: ``(dim, count)`` where whole rows (0) or columns (1) train.
+        formed_bytes: of tensors that each pass forms from the parameters and keeps for backward.
     """
 
     parameters: tuple[int, ...]
@@ -80,6 +81,7 @@ class StateSizes:
     entries: int | None = None
     rank: int | None = None
     channels: tuple[int, int] | None = None
+    formed_bytes: int = 0
 
 
 class Forms:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Self
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 
 from ...ops import Combination, block_sizes, monarch_dense, monarch_factors, monarch_product, monarch_sum
 from ..base_state import TrainedState
+from ..forms import StateSizes
 from .config import MonarchConfig
 
 
@@ -72,6 +74,10 @@ class MonarchState(TrainedState):
         """``(outputs, inputs)``."""
         parts = [monarch_dense(first, second, self.inputs, self.outputs) for first, second, _ in self._parts()]
         return parts[0] - parts[1] if self.subtracts else parts[0]
+
+    def sizes(self, save_dtype: torch.dtype) -> StateSizes:
+        nblocks, rank, _ = self.A.shape  # a token has as many numbers between the factors as with this rank
+        return replace(super().sizes(save_dtype), rank=nblocks * rank)
 
     def low_rank_part(self) -> tuple[Tensor, Tensor]:
         factors = [

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from ...support import Support, check_indices, index_dtype
+from ..forms import StateSizes
 from ..low_rank import LowRankState
 from .config import SparseIFTConfig
 
@@ -58,6 +60,11 @@ class SparseFactors(LowRankState):
     @property
     def rank(self) -> int:
         return self.shapes["A"][0]
+
+    def sizes(self, save_dtype: torch.dtype) -> StateSizes:
+        dense = sum(rows * cols * self.watched.element_size() for rows, cols in self.shapes.values())
+        positions = sum(self.own_parameters[f"{factor}_values"].numel() for factor in FACTORS) * torch.int64.itemsize
+        return replace(super().sizes(save_dtype), formed_bytes=dense + positions)
 
     def support(self, factor: str) -> Support:
         """The positions of ``"A"`` or ``"B"`` that train."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Self
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 from ...numerics import uniform
 from ...ops import spectral_product
 from ..base_state import TrainedState
+from ..forms import StateSizes
 from .config import SSTConfig
 
 HALVES = (torch.float16, torch.bfloat16)
@@ -130,6 +132,10 @@ class SpectralState(TrainedState):
                 f"from 0 to {self.S.numel() - 1} are expected; the adapter's file is damaged: download it again"
             )
         return taken
+
+    def sizes(self, save_dtype: torch.dtype) -> StateSizes:
+        # a token has a number for each singular value, and one more for each whose vectors train
+        return replace(super().sizes(save_dtype), rank=self.S.numel() + self.active.numel())
 
     def extra_repr(self) -> str:
         return f"values={self.S.numel()}, r={self.active.numel()}"
