@@ -14,7 +14,7 @@ from .delta import Delta
 
 def fingerprint(support: Support) -> int:
     """A number that other positions most probably do not have."""
-    weights = torch.arange(1, 2 * support.nnz, 2, device=support.device)
+    weights = 2 * torch.arange(support.nnz, device=support.device) + 1
     return int((support.indices.long() * weights).sum())
 
 

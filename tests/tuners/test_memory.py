@@ -48,7 +48,7 @@ def test_only_the_inputs_are_saved(resident, names):
 def storages_alive():
     """``{address: bytes}`` of all memory that Python's tensors have."""
     gc.collect()
-    tensors = [found for found in gc.get_objects() if issubclass(type(found), torch.Tensor)]
+    tensors = [found for found in gc.get_objects() if type(found) in (torch.Tensor, torch.nn.Parameter)]
     return {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors if t.layout is torch.strided}
 
 

@@ -22,7 +22,7 @@ from .state import PrunedState
 
 
 class PruneLinear(TunerLayer[PrunedState]):
-    """A layer whose weight in use is ``mask * (W + delta)``.
+    """A layer whose weight in use is ``mask * (W + delta)`` (PST, https://arxiv.org/abs/2205.11005).
 
     The weight is formed one panel of rows at a time, in the forward pass and again in backward. Several active
     adapters add their deltas and multiply their masks. Arguments are those of ``TunerLayer``.

@@ -30,6 +30,8 @@ class PrunePlan:
 class PruneModel(BaseSparseModel[PruneConfig, PrunedState]):
     """Creates a model whose target layers compute with ``mask * (W + delta)``.
 
+    PST, https://arxiv.org/abs/2205.11005, has this form; see [`PruneConfig`][sparse_peft.PruneConfig] for the others.
+
     Args:
         model (torch.nn.Module): the model to adapt.
         peft_config (sparse_peft.PruneConfig): the adapter's config.
