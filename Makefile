@@ -42,7 +42,7 @@ help:
 	@echo "make test         tests of every package and every method"
 	@echo "make suite        PEFT's own tests, on every method"
 	@echo "make distributed  training and selection on two processes"
-	@echo "make compile      compilation of all GPU kernels for two architectures, without a GPU"
+	@echo "make compile      all GPU kernels for two architectures, without a GPU, and compiled models"
 	@echo "make slow         whole examples, real models, the rest of PEFT's own tests"
 	@echo "make gpu          tests that need a CUDA device"
 	@echo "make test-python  make test in an environment of its own: PYTHON=python3.12"

@@ -137,6 +137,7 @@ def test_a_plan_counts_the_entries_of_experts():
     assert counted[0] == entries > counted[1]
 
 
+@pytest.mark.compile
 def test_a_compiled_model_computes_the_same():
     model = trained(0)
     own = logits(model)

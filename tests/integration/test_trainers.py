@@ -88,6 +88,7 @@ def test_trainer_resume_equals_the_uninterrupted_run(tokenizer, tmp_path, method
         assert torch.equal(a, b), name
 
 
+@pytest.mark.compile
 def test_accelerate_state_and_compiled_training(tmp_path, tokenizer):
     data = text().map(lambda row: tokenizer(row["text"]), remove_columns=["text"])
     collator = DataCollatorForLanguageModeling(tokenizer, mlm=False)

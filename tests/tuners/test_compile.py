@@ -7,6 +7,8 @@ from peft import get_peft_model
 from sparse_peft import S2FTConfig, SaRAConfig, SLTrainConfig, SnellaConfig, SoRAConfig, SparseConfig
 from tests.helpers.two_layers import TwoLayers, adapted, assert_base_untouched, layers_of
 
+pytestmark = pytest.mark.compile
+
 
 @pytest.fixture(autouse=True)
 def _fresh_compiler():

@@ -126,16 +126,18 @@ def read_in_block(model):
 @pytest.mark.parametrize("read", [read_state, read_state_later, read_copy, read_pickle, read_in_block])
 def test_what_is_read_beside_inference_is_the_base_and_inference_goes_on(read):
     model, reference, x = served(3)
-    expected, done = output(copy.deepcopy(model), x), threading.Event()
+    expected, begun, done = output(copy.deepcopy(model), x), threading.Event(), threading.Event()
     weights = {f"layers.{number}.weight": weight for number, weight in enumerate(reference.dense)}
 
     def infer():
         found = []
         while not done.is_set():
             found.append(output(model, x))
+            begun.set()
         return found
 
     def look():
+        begun.wait(60)
         try:
             return [read(model) for _ in range(4)]
         finally:

@@ -15,6 +15,7 @@ CASES = {
     "grouped, (in, out), biases": ("gpt_oss", "grouped_mm"),
     "one implementation, (in, out)": ("llama4_text", "eager"),
 }
+pytestmark = pytest.mark.compile
 
 
 @pytest.fixture(autouse=True)
@@ -103,7 +104,6 @@ def test_adapters_are_added_switched_merged_and_disabled():
     check()
 
 
-@pytest.mark.compile
 def test_a_mixed_batch_of_a_compiled_model():
     model, _ = made()
     model.eval().add_adapter("other", config(seed=7))
@@ -172,7 +172,6 @@ def test_other_functions_and_numbers_of_experts_in_a_graph():
         assert torch.allclose(one, other, rtol=1e-10, atol=1e-12)
 
 
-@pytest.mark.compile
 @pytest.mark.parametrize("implementation", ["eager", "grouped_mm", "batched_mm"])
 def test_no_graph_break_more_than_the_base_has(implementation):
     def breaks(model):
@@ -184,7 +183,6 @@ def test_no_graph_break_more_than_the_base_has(implementation):
     assert (own == 0) == (implementation != "eager")
 
 
-@pytest.mark.compile
 @pytest.mark.parametrize("implementation", ["grouped_mm", "batched_mm"])
 def test_the_compiler_of_torch(implementation):
     model, block = made("qwen3_moe", implementation)
