@@ -11,9 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from ..ops import FACTOR_COMBINATIONS, Combination, MatrixProduct, combine_factors
+from .base_config import BaseSparseConfig
 from .base_layer import TunerLayer
 from .base_state import TrainedState
 from .forms import StateSizes, layer_of_factors
+from .targets import Targets, check_shapes, stored_shape
 
 ALWAYS_POSSIBLE = 64
 
@@ -135,3 +137,23 @@ def check_rank(name: str, rank: int, shape: tuple[int, int], field: str) -> None
         raise ValueError(
             f"{field}: a rank of {rank} for layer {name} of {shape[0]} x {shape[1]} weights; 0 to {most} are possible"
         )
+
+
+def shapes_for_rank(config: BaseSparseConfig, targets: Targets, rank: int, field: str) -> dict[str, tuple[int, int]]:
+    """``{layer name: shape of the stored weight}``, which the config records.
+
+    Args:
+        config: the adapter's.
+        targets: its layers.
+        rank: of the delta in each of them.
+        field: of the config that the rank follows from, for error messages.
+
+    Raises:
+        ValueError: the adapter was made for other shapes, or the rank is impossible for one of them.
+    """
+    shapes = {name: stored_shape(module) for name, module in targets.items()}
+    check_shapes(config, shapes)
+    for name, shape in shapes.items():
+        check_rank(name, rank, shape, field)
+    config.weight_shapes = {name: list(shape) for name, shape in shapes.items()}
+    return shapes

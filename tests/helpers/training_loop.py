@@ -2,9 +2,10 @@
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import distributed, nn
 
-from sparse_peft import SM3, SparseAdamW
+from sparse_peft import SM3, SparseAdamW, SparsityController
+from sparse_peft.tuners.base_layer import TunerLayer
 
 
 def optimizer_of(model, kind="adamw", lr=1e-2):
@@ -39,3 +40,23 @@ def train(model, optimizer, controller, steps, accumulation=1, clip=None, scaler
         records += controller.step()
         optimizer.zero_grad()
     return records
+
+
+def train_on_half(model, rank, folder, total_steps=None):
+    """Seven steps on half of each batch, as one of two processes whose gradients DDP averages.
+
+    The states of the default adapter are written to ``folder/rank.pt``, in the model's order.
+    """
+    distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    wrapped = nn.parallel.DistributedDataParallel(model)
+    optimizer = optimizer_of(model)
+    controller = SparsityController(wrapped, optimizer, total_steps=total_steps)
+    for step in range(7):
+        x, y = (tensor[6 * rank : 6 * rank + 6] for tensor in batch_at(step))
+        F.cross_entropy(wrapped(x), y).backward()
+        optimizer.step()
+        controller.step()
+        optimizer.zero_grad()
+    layers = [module for module in model.modules() if isinstance(module, TunerLayer)]
+    torch.save([layer.deltas["default"].state_dict() for layer in layers], f"{folder}/{rank}.pt")
+    distributed.destroy_process_group()

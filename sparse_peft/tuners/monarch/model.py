@@ -16,8 +16,8 @@ from ..base_model import BaseSparseModel
 from ..combination import Tensors
 from ..files.adapter_file import is_reading
 from ..forms import layer_of_factors
-from ..low_rank import check_rank, factor_sizes
-from ..targets import Targets, base_of, check_shapes, dense_weight, in_dim_of, stored_shape
+from ..low_rank import factor_sizes, shapes_for_rank
+from ..targets import Targets, base_of, dense_weight, in_dim_of
 from .config import MonarchConfig
 from .layer import MonarchLinear
 from .state import MonarchState
@@ -71,18 +71,15 @@ class MonarchModel(BaseSparseModel[MonarchConfig, MonarchState]):
         adapter_name: str,
         file_entries: dict[str, int] | None,
     ) -> dict[str, MonarchPlan]:
-        shapes = {name: stored_shape(module) for name, module in targets.items()}
-        check_shapes(config, shapes)
-        for name, shape in shapes.items():
-            check_rank(name, config.nblocks * config.blk_r, shape, "nblocks * blk_r")
-        if config.weight_shapes is None and config.blk_r < config.nblocks:
+        is_new = config.weight_shapes is None
+        shapes = shapes_for_rank(config, targets, config.nblocks * config.blk_r, "nblocks * blk_r")
+        if is_new and config.blk_r < config.nblocks:
             warnings.warn(
                 f"blk_r={config.blk_r} with nblocks={config.nblocks}: the blocks do not mix, and "
                 f"{1 - config.blk_r / config.nblocks:.0%} of each delta is zero whatever is trained; use blk_r of at "
                 "least nblocks",
                 stacklevel=2,
             )
-        config.weight_shapes = {name: list(shape) for name, shape in shapes.items()}
         projects = config.init == "residual" and file_entries is None and not is_reading()
         return {
             name: MonarchPlan(

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from ...ops import PIECES, ConvProduct, LinearProduct, MatrixProduct, is_convolution
 from ..base_model import BaseSparseModel
 from ..forms import layer_of_factors
-from ..low_rank import check_rank, factor_sizes
-from ..targets import Targets, base_of, check_shapes, in_dim_of, stored_shape
+from ..low_rank import factor_sizes, shapes_for_rank
+from ..targets import Targets, base_of, in_dim_of
 from .config import SnellaConfig
 from .layer import SnellaLinear
 from .state import KernelState
@@ -67,11 +67,7 @@ class SnellaModel(BaseSparseModel[SnellaConfig, KernelState]):
         adapter_name: str,
         file_entries: dict[str, int] | None,
     ) -> dict[str, KernelPlan]:
-        shapes = {name: stored_shape(module) for name, module in targets.items()}
-        check_shapes(config, shapes)
-        for name, shape in shapes.items():
-            check_rank(name, config.r, shape, "r")
-        config.weight_shapes = {name: list(shape) for name, shape in shapes.items()}
+        shapes = shapes_for_rank(config, targets, config.r, "r")
         twin = self.twin_of(config, adapter_name)  # which may keep fewer entries by now than the config says
         plans = {}
         for name, module in targets.items():

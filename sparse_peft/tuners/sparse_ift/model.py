@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 from ..base_model import BaseSparseModel
 from ..forms import layer_of_factors
-from ..low_rank import check_rank, factor_sizes
-from ..targets import Targets, check_shapes, in_dim_of, stored_shape
+from ..low_rank import factor_sizes, shapes_for_rank
+from ..targets import Targets, in_dim_of
 from .config import SparseIFTConfig
 from .layer import SparseIFTLinear
 from .state import SparseFactors
@@ -63,11 +63,7 @@ class SparseIFTModel(BaseSparseModel[SparseIFTConfig, SparseFactors]):
         adapter_name: str,
         file_entries: dict[str, int] | None,
     ) -> dict[str, FactorsPlan]:
-        shapes = {name: stored_shape(module) for name, module in targets.items()}
-        check_shapes(config, shapes)
-        for name, shape in shapes.items():
-            check_rank(name, config.rank, shape, "r / (1 - sparsity)")
-        config.weight_shapes = {name: list(shape) for name, shape in shapes.items()}
+        shapes = shapes_for_rank(config, targets, config.rank, "r / (1 - sparsity)")
         return {
             name: FactorsPlan(factor_sizes(shapes[name], in_dim_of(module)), config)
             for name, module in targets.items()

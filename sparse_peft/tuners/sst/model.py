@@ -9,8 +9,8 @@ from torch import nn
 
 from ..base_model import BaseSparseModel
 from ..files.adapter_file import is_reading
-from ..low_rank import check_rank, factor_sizes
-from ..targets import Targets, base_of, check_shapes, dense_weight, in_dim_of, stored_shape
+from ..low_rank import factor_sizes, shapes_for_rank
+from ..targets import Targets, base_of, dense_weight, in_dim_of
 from .config import SSTConfig
 from .layer import SSTLinear
 from .state import SpectralState
@@ -79,11 +79,7 @@ class SSTModel(BaseSparseModel[SSTConfig, SpectralState]):
         adapter_name: str,
         file_entries: dict[str, int] | None,
     ) -> dict[str, SSTPlan]:
-        shapes = {name: stored_shape(module) for name, module in targets.items()}
-        check_shapes(config, shapes)
-        for name, shape in shapes.items():
-            check_rank(name, config.r, shape, "r")
-        config.weight_shapes = {name: list(shape) for name, shape in shapes.items()}
+        shapes = shapes_for_rank(config, targets, config.r, "r")
         twin = self.twin_of(config, adapter_name)
         plans = {}
         for name, module in targets.items():

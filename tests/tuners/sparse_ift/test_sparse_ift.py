@@ -5,14 +5,14 @@ import pytest
 import torch
 from peft import PeftModel, get_peft_model, set_peft_model_state_dict
 from safetensors.torch import load_file
-from torch import distributed, nn
+from torch import nn
 
 from benchmarks.measure import LargestTensor
 from sparse_peft import SLTrainConfig, SparseIFTConfig, SparsityController, iso_budget
 from sparse_peft.adapters import save_as_lora
 from sparse_peft.tuners.base_layer import TunerLayer
 from tests.helpers.processes import run_on_two
-from tests.helpers.training_loop import batch_at, optimizer_of, train
+from tests.helpers.training_loop import batch_at, optimizer_of, train, train_on_half
 from tests.helpers.two_layers import TwoLayers
 
 NAMES = ["first", "second"]
@@ -285,20 +285,8 @@ def test_without_an_exchange_no_controller_is_needed():
 
 
 def on_rank(rank, folder):
-    distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
     torch.manual_seed(3)
-    model = ift(random=False)
-    wrapped = nn.parallel.DistributedDataParallel(model)
-    optimizer = optimizer_of(model)
-    controller = SparsityController(wrapped, optimizer, total_steps=12)
-    for step in range(7):
-        x, y = (tensor[6 * rank : 6 * rank + 6] for tensor in batch_at(step))
-        torch.nn.functional.cross_entropy(wrapped(x), y).backward()
-        optimizer.step()
-        controller.step()
-        optimizer.zero_grad()
-    torch.save([state.state_dict() for state in states(model).values()], f"{folder}/{rank}.pt")
-    distributed.destroy_process_group()
+    train_on_half(ift(random=False), rank, folder, total_steps=12)
 
 
 @pytest.mark.distributed
