@@ -33,7 +33,7 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 # Neighbours in a file share its fixtures, so each worker begins with a half and takes from the other at the end.
 PARALLEL := -n $(WORKERS) --dist worksteal
 
-.PHONY: help venv quickstart test test-oldest suite distributed compile slow gpu test-python coverage lint types docs bench quality \
+.PHONY: help venv quickstart test test-oldest suite distributed compile subprocess slow gpu test-python coverage lint types docs bench quality \
 	quality-table clean
 .DEFAULT_GOAL := help
 
@@ -43,6 +43,7 @@ help:
 	@echo "make suite        PEFT's own tests, on every method"
 	@echo "make distributed  training and selection on two processes"
 	@echo "make compile      all GPU kernels for two architectures, without a GPU, and compiled models"
+	@echo "make subprocess   the installed wheel, the Hub, signals and the site, in interpreters of their own"
 	@echo "make slow         whole examples, real models, the rest of PEFT's own tests"
 	@echo "make gpu          tests that need a CUDA device"
 	@echo "make test-python  make test in an environment of its own: PYTHON=python3.12"
@@ -79,6 +80,9 @@ distributed: $(STAMP)
 
 compile: $(STAMP)
 	$(PYTEST) $(PARALLEL) -m compile $(PYTEST_ARGS)
+
+subprocess: $(STAMP)
+	$(PYTEST) $(PARALLEL) -m "subprocess and not slow" $(PYTEST_ARGS)
 
 slow: $(STAMP)
 	$(BIN)/python -m pytest -m "slow and not gpu" $(PYTEST_ARGS)

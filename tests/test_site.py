@@ -17,6 +17,8 @@ import sparse_peft.procedures
 import sparse_peft.sparsify
 import sparse_peft.support
 
+pytestmark = pytest.mark.subprocess
+
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
 NO_NETWORK = (

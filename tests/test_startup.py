@@ -14,6 +14,8 @@ from sparse_peft import SaRAConfig, SparseConfig
 from tests.helpers.environments import ROOT, environment
 from tests.helpers.lm_eval_task import log_likelihood, sums_task
 
+pytestmark = pytest.mark.subprocess
+
 WAYS = ROOT / "tests" / "helpers" / "ways_to_load.py"
 WAITS = "import sys; print(any(type(f).__module__ == '_sparse_peft_startup' for f in sys.meta_path))"
 MODULES = "import sys; print(*sorted(sys.modules))"

@@ -327,38 +327,35 @@ def test_groups_share_their_references_and_nothing_is_missing(stack):
     assert sparse.file > sparse.entries * FLOAT
 
 
-def test_command_writes_json_with_samples_and_goals(tmp_path, monkeypatch):
+STEP_ROWS = (
+    "frozen", "full", "lora-r2", "lora-r2-dropout", "shira-r2", "sparse-5%", "sparse-r2", "s2ft-in-r2", "s2ft-out-r2",
+    "sara-5%", "sora-r2", "snell-r2", "sltrain-r1-1%", "sketch-delta-4bit", "sketch-replace-4bit", "blocks-5%",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "only",
+    [
+        pytest.param((), marks=pytest.mark.slow, id="all"),
+        pytest.param(("frozen", "lora-r2", "lora-r2-dropout", "shira-r2", "sparse-5%"), id="some"),
+    ],
+)
+def test_command_writes_json_with_samples_and_goals(tmp_path, monkeypatch, only):
     app = benchmarks.step.typer.Typer()
     app.command()(benchmarks.step.main)
     path = tmp_path / "out" / "run.json"
     command = (
         f"--model llama --d 64 --depth 1 --tokens 16 --rounds 2 --rank 2 --densities 0.05 --threads 1 --output {path}"
     )
-    outcome = CliRunner().invoke(app, command.split(), catch_exceptions=False)
+    rows = [option for name in only for option in ("--only", name)]
+    outcome = CliRunner().invoke(app, [*command.split(), *rows], catch_exceptions=False)
 
     assert outcome.exit_code == 0
     assert "goals" in outcome.output and "sparse-5%" in outcome.output
     content = json.loads(path.read_text())
     assert {"torch", "peft", "transformers", "sparse-peft"} <= content["versions"].keys()
     (workload,) = content["workloads"]
-    assert [row["method"] for row in workload["rows"]] == [
-        "frozen",
-        "full",
-        "lora-r2",
-        "lora-r2-dropout",
-        "shira-r2",
-        "sparse-5%",
-        "sparse-r2",
-        "s2ft-in-r2",
-        "s2ft-out-r2",
-        "sara-5%",
-        "sora-r2",
-        "snell-r2",
-        "sltrain-r1-1%",
-        "sketch-delta-4bit",
-        "sketch-replace-4bit",
-        "blocks-5%",
-    ]
+    assert [row["method"] for row in workload["rows"]] == list(only or STEP_ROWS)
     samples = workload["samples"][0]["train"]["sparse-5%"]
     assert len(samples) == 2 and all(sample["cpu"] > 0 for sample in samples)
     # 5 % is no density of the goals for small ones

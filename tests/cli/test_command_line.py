@@ -97,6 +97,7 @@ def test_fields_of_no_method(run):
     assert "did you mean 'sparse'?" in run("fields", "spars", "--json", expect=2).said["error"]["message"]
 
 
+@pytest.mark.subprocess
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_signals_leave_no_traceback_and_no_folder(world, tmp_path, number, code):
     (tmp_path / "outputs").mkdir()

@@ -34,6 +34,7 @@ def said_first(process):
     raise AssertionError(process.stderr.read())
 
 
+@pytest.mark.subprocess
 def test_it_serves_until_a_signal_and_answers_what_it_has_begun(stand_in, adapter):
     pytest.importorskip("starlette", reason="the server's packages are in the extra 'serve'")
     pytest.importorskip("uvicorn", reason="the server's packages are in the extra 'serve'")

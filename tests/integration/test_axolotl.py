@@ -38,6 +38,7 @@ def trained(this, folder, steps=4):
     return model, trainer
 
 
+@pytest.mark.subprocess
 def test_nothing_of_axolotl_is_imported_without_the_plugin():
     code = "import sys, sparse_peft; assert not any('axolotl' in name for name in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -13,6 +13,7 @@ from _sparse_peft_startup.install import install_command
 from tests.integration.hub_client import BASE, METHOD_REPOS
 from tests.integration.hub_stand_in import TOKEN, running_hub
 
+pytestmark = pytest.mark.subprocess
 pytest.importorskip("trl")
 pytest.importorskip("typer")
 ROOT = Path(__file__).parents[2]

@@ -14,9 +14,10 @@ from sparse_peft.support import Support
 from tests.ops import kernel_checks as check
 from tests.ops.kernel_cases import SIZES, expert_problems, problems
 
-interpreted = pytest.mark.skipif(
-    not triton_kernels.usable(torch.device("cpu")), reason="needs Triton and TRITON_INTERPRET=1"
-)
+interpreted = [
+    pytest.mark.compile,  # beside the compiled kernels: minutes in Triton's interpreter
+    pytest.mark.skipif(not triton_kernels.usable(torch.device("cpu")), reason="needs Triton and TRITON_INTERPRET=1"),
+]
 gpu = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
 STOCK = [torch.float64, torch.float32, torch.bfloat16, torch.float16]

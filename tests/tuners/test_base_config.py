@@ -74,7 +74,7 @@ def test_what_the_constructor_accepts_is_saved_and_loaded_equal(config_class, tm
         lambda name: st.tuples(st.just(name), named[name] | values if name in named else values)
     )
 
-    @settings(max_examples=400, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+    @settings(max_examples=200, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
     @given(st.lists(fields, min_size=1, max_size=2).map(dict))
     @example({"resident": 1})
     @example({"init_weights": "random"})

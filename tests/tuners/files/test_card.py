@@ -159,6 +159,7 @@ assert torch.equal(found, torch.load("logits.pt")), "the saved model computes so
 """
 
 
+@pytest.mark.subprocess
 def test_the_example_runs_as_it_is(tmp_path, base):
     model = AutoModelForCausalLM.from_pretrained(base)
     model = get_peft_model(model, config("sparse", init_weights=False))
@@ -170,6 +171,7 @@ def test_the_example_runs_as_it_is(tmp_path, base):
     run(tmp_path, f"model.set_adapter('other')\n{LOGITS}")
 
 
+@pytest.mark.subprocess
 def test_the_example_of_a_classifier_runs_as_it_is(tmp_path, base):
     model = AutoModelForSequenceClassification.from_pretrained(base, num_labels=5)
     model = get_peft_model(model, config("sparse", task_type="SEQ_CLS", init_weights=False), adapter_name="votes")

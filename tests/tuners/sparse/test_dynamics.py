@@ -247,16 +247,16 @@ def _states(optimizer, model, name):
     return {k: t.expand(values.shape).clone() for k, t in state.items() if k not in ("row", "col", "step")}
 
 
-def test_a_thousand_updates_with_hardly_any_gradient():
+def test_hundreds_of_updates_with_hardly_any_gradient():
     """RigL where only one input is ever on: candidates run out, the budget must not."""
     model = adapted("rigl", reselect_every=1, accumulate=1, schedule="constant", replace_rate=0.5)
     optimizer = optimizer_of(model, "sgd")
-    controller = SparsityController(model, optimizer, total_steps=1000)
+    controller = SparsityController(model, optimizer, total_steps=400)
     counts = {n: indices.numel() for n, (indices, _) in snapshot(model).items()}
     x, y = batch_at(0)
     x[:, 1:] = 0
     seen = set()
-    for _ in range(1000):
+    for _ in range(400):
         F.cross_entropy(model(x), y).backward()
         optimizer.step()
         controller.step()
