@@ -4,6 +4,7 @@ A residual network of six blocks learns digits that are turned by 90 degrees. Ad
 
 - ``procedures``: with and without each procedure, at the best of three rates, three seeds; also what is left of the
   turned digits.
+- ``families``: other forms of adapters with as many trained parameters, likewise.
 - ``tasks``: three tasks one after the other, in one adapter, and with an adapter each on entries of its own.
 - ``few``: 100 examples; more weight decay, and averages of seeds.
 
@@ -26,7 +27,13 @@ import typer
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 
-from sparse_peft import SparseConfig, SparsityController
+from sparse_peft import (
+    MonarchConfig,
+    SLTrainConfig,
+    SparseConfig,
+    SparseIFTConfig,
+    SSTConfig,
+)
 from sparse_peft.adapters import TaskSupports, soup
 from sparse_peft.procedures import (
     FisherAnchor,
@@ -37,6 +44,7 @@ from sparse_peft.procedures import (
     SplitMerge,
 )
 
+from .quality.training import controller_of
 from .report import environment, write_json
 
 RESULTS = Path(__file__).parent / "results" / "digits-cpu.json"
@@ -94,7 +102,7 @@ def train(
     """AdamW with a rate that falls to zero, batches of 32."""
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=rate, weight_decay=decay)
     falls = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / steps)
-    controller = SparsityController(model, optimizer, steps, procedures=procedures) if procedures else None
+    controller = controller_of(model, optimizer, steps, procedures)
     generator = torch.Generator().manual_seed(seed)
     for _ in range(steps):
         rows = torch.randint(0, len(data[1]), (32,), generator=generator)
@@ -129,6 +137,17 @@ CONFIGS: dict[str, Callable[[int], Any]] = {
 }
 
 
+# as many trained parameters as LoRA of rank 4, but for SST's singular values
+FAMILIES: dict[str, Callable[[int], Any]] = CONFIGS | {
+    "monarch": lambda seed: MonarchConfig(nblocks=4, blk_r=4, target_modules=TARGETS),
+    "sparse-ift": lambda seed: SparseIFTConfig(
+        r=4, sparsity=0.75, reselect_every=20, seed=seed, target_modules=TARGETS
+    ),
+    "doped": lambda seed: SLTrainConfig(r=4, doped=0.5, seed=seed, target_modules=TARGETS),
+    "sst": lambda seed: SSTConfig(r=4, resample_every=20, seed=seed, target_modules=TARGETS),
+}
+
+
 def around(held: Data, old: Data) -> dict[str, list[Procedure]]:
     """Rows of procedures, with rows set aside and rows of the old task."""
     parts = [(old[0][n : n + 32], old[1][n : n + 32]) for n in range(0, 128, 32)]
@@ -147,25 +166,40 @@ def around(held: Data, old: Data) -> dict[str, list[Procedure]]:
 Rows = dict[str, Callable[[], dict[str, Any]]]
 
 
-def procedures(base: nn.Module, data: Data, test: Data) -> Rows:
-    """Upright digits with and without each procedure: learnt, and kept of the turned ones."""
-    small = data[0][:300], data[1][:300]
-    known = around((data[0][300:332], data[1][300:332]), turned(data))
+def upright(
+    base: nn.Module, data: Data, test: Data, config: Callable[[int], Any], procedures: Sequence[Procedure] = ()
+) -> dict[str, Any]:
+    """Upright digits from 300 examples: learnt, and kept of the turned ones, at the best of the rates."""
+    small, trained = (data[0][:300], data[1][:300]), 0
 
-    def run(adapter: str, name: str, rate: float, seed: int) -> tuple[float, float]:
+    def run(rate: float, seed: int) -> tuple[float, float]:
+        nonlocal trained
         torch.manual_seed(seed)
-        model = get_peft_model(copy.deepcopy(base), CONFIGS[adapter](seed))
-        train(model, small, rate, seed, procedures=known[name])
+        model = get_peft_model(copy.deepcopy(base), config(seed))
+        trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+        train(model, small, rate, seed, procedures=procedures)
         return judge(model, test)[0], judge(model, turned(test))[0]
 
-    def row(adapter: str, name: str) -> dict[str, Any]:
-        tried = {rate: run(adapter, name, rate, 0) for rate in RATES}
-        rate = max(tried, key=lambda one: tried[one][0])
-        runs = [tried[rate], *(run(adapter, name, rate, seed) for seed in SEEDS[1:])]
-        learnt, kept = (spread(values) for values in zip(*runs, strict=True))
-        return {"rate": rate, "learnt": learnt, "kept": kept}
+    tried = {rate: run(rate, 0) for rate in RATES}
+    rate = max(tried, key=lambda one: tried[one][0])
+    runs = [tried[rate], *(run(rate, seed) for seed in SEEDS[1:])]
+    learnt, kept = (spread(values) for values in zip(*runs, strict=True))
+    return {"rate": rate, "trained": trained, "learnt": learnt, "kept": kept}
 
-    return {f"{adapter}, {name}": partial(row, adapter, name) for adapter in CONFIGS for name in known}
+
+def procedures(base: nn.Module, data: Data, test: Data) -> Rows:
+    """With and without each procedure."""
+    known = around((data[0][300:332], data[1][300:332]), turned(data))
+    return {
+        f"{adapter}, {name}": partial(upright, base, data, test, config, found)
+        for adapter, config in CONFIGS.items()
+        for name, found in known.items()
+    }
+
+
+def families(base: nn.Module, data: Data, test: Data) -> Rows:
+    """Without procedures, with other adapters."""
+    return {name: partial(upright, base, data, test, config) for name, config in FAMILIES.items()}
 
 
 def shuffled(data: Data, task: int) -> Data:
@@ -233,14 +267,21 @@ def few(base: nn.Module, data: Data, test: Data) -> Rows:
 
 
 def main(
-    experiment: Annotated[list[str] | None, typer.Option(help="Of procedures, tasks, few; all by default.")] = None,
+    experiment: Annotated[
+        list[str] | None, typer.Option(help="Of procedures, families, tasks, few; all by default.")
+    ] = None,
     out: Annotated[Path, typer.Option(help="JSON file; rows that it has are not run again.")] = RESULTS,
 ) -> None:
     """Train small adapters on digits."""
     data, test = digits()
     base = Net()
     train(base, turned(data), 2e-3, 0, steps=600)
-    known = {"procedures": procedures(base, data, test), "tasks": tasks(data, test), "few": few(base, data, test)}
+    known = {
+        "procedures": procedures(base, data, test),
+        "families": families(base, data, test),
+        "tasks": tasks(data, test),
+        "few": few(base, data, test),
+    }
     content: dict[str, Any] = json.loads(out.read_text()) if out.exists() else {}
     content |= {"format": 1, "environment": environment(torch.device("cpu"))}
     content["base"] = {"turned": judge(base, turned(test))[0], "upright": judge(base, test)[0]}

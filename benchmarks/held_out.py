@@ -116,7 +116,7 @@ class HeldOut:
 
 
 def _rows_of(path: Path, head: dict[str, Any]) -> list[dict[str, Any]]:
-    """The rows of a file that was written under the same conditions; other processors round the dense loss otherwise."""
+    """The rows of a file from the same conditions; the dense loss may be rounded as another processor does."""
     if not path.is_file():
         return []
     content = json.loads(path.read_text(encoding="utf-8"))

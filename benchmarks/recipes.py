@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from sparse_peft import PruneConfig, SparsityController, adapter_masks, release_masks
 from sparse_peft.procedures import DistillationLoss
 
-from .held_out import CPU, HeldOut, check_ways
+from .held_out import HeldOut, check_ways
 
 RESULTS = Path(__file__).parent / "results" / "recipes-smollm2-cpu.json"
 ALONE, DISTILLED = "alone", "distilled"

@@ -62,7 +62,7 @@ def test_vision():
     ("continual", 4, ["--steps", 6, "--length", 32, "--unseen", 4]),
     ("federated", 3, ["--rounds", 2, "--steps", 4, "--length", 32, "--unseen", 4]),
     ("experts", 4, ["--steps", 4, "--length", 32, "--unseen", 4]),
-    ("prune_and_tune", 3, ["--steps", 4, "--length", 32, "--unseen", 4]),
+    ("prune_and_tune", 5, ["--steps", 4, "--length", 32, "--unseen", 4]),
     ("lottery_ticket", 3, ["--steps", 6, "--length", 32, "--unseen", 4]),
 ], ids=["dpo", "4 bits", "continual", "federated", "experts", "pruned", "tickets"])  # fmt: skip
 def test_on_the_real_model(name, checks, options):
@@ -78,7 +78,7 @@ def test_on_the_real_model(name, checks, options):
     ("continual", 4, dict(steps=8, length=32, unseen=4, ratio=0.3, learning_rate=2e-2)),
     ("federated", 3, dict(clients=2, rounds=2, steps=6, length=32, unseen=4, r=4, learning_rate=1e-2)),
     ("experts", 4, dict(steps=6, length=32, unseen=4, experts=3, density=0.1, learning_rate=5e-3)),
-    ("prune_and_tune", 3, dict(pattern="2:4", steps=8, length=32, unseen=4, density=0.3, learning_rate=1e-2)),
+    ("prune_and_tune", 5, dict(pattern="2:4", steps=8, length=32, unseen=4, density=0.3, learning_rate=1e-2)),
     ("lottery_ticket", 3, dict(steps=8, length=32, unseen=4, density=0.3, full_rate=1e-3, learning_rate=1e-2)),
 ], ids=["dpo", "4 bits", "continual", "federated", "experts", "pruned", "tickets"])  # fmt: skip
 def test_on_a_stand_in(name, checks, options, stand_in, monkeypatch, capsys):

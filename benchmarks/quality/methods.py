@@ -9,7 +9,18 @@ from dataclasses import dataclass, replace
 from peft import LoraConfig, PeftConfig, ShiraConfig, SupertuningConfig, get_peft_model
 from torch import nn
 
-from sparse_peft import S2FTConfig, SaRAConfig, SLTrainConfig, SnellaConfig, SoRAConfig, SparseConfig, select_support
+from sparse_peft import (
+    MonarchConfig,
+    S2FTConfig,
+    SaRAConfig,
+    SLTrainConfig,
+    SnellaConfig,
+    SoRAConfig,
+    SparseConfig,
+    SparseIFTConfig,
+    SSTConfig,
+    select_support,
+)
 from sparse_peft.procedures import (
     FisherAnchor,
     GradientMask,
@@ -181,6 +192,24 @@ def _sltrain(at: Setting) -> PeftConfig:
     return SLTrainConfig(r=rank, alpha=2 * rank, num_params=entries, seed=at.seed, scale=1.0, **at.shared)
 
 
+def _monarch(at: Setting) -> PeftConfig:
+    """Blocks that mix: no more of them than ranks."""
+    return MonarchConfig(nblocks=4, blk_r=at.budget.rank, **at.shared)
+
+
+def _sparse_ift(at: Setting) -> PeftConfig:
+    every = max(at.steps // 8, 1)
+    return SparseIFTConfig(r=at.budget.rank, sparsity=0.75, reselect_every=every, seed=at.seed, **at.shared)
+
+
+def _doped(at: Setting) -> PeftConfig:
+    return SLTrainConfig(r=at.budget.rank, doped=0.5, seed=at.seed, **at.shared)
+
+
+def _sst(at: Setting) -> PeftConfig:
+    return SSTConfig(r=at.budget.rank, resample_every=max(at.steps // 8, 1), seed=at.seed, **at.shared)
+
+
 def _snell(**fields: object) -> Callable[[Setting], PeftConfig]:
     def make(at: Setting) -> PeftConfig:
         return SnellaConfig(r=at.budget.rank, seed=at.seed, **fields, **at.shared)
@@ -222,6 +251,10 @@ METHODS: dict[str, Method] = {
     "wanda": Method(_sparse("wanda"), 1e-3),
     "s2ft-product": Method(_ours(S2FTConfig, selection="product"), 1e-3),
     "s2ft-uncoupled": Method(_ours(S2FTConfig, coupled=False), 1e-3),
+    "monarch": Method(_monarch, 1e-3),
+    "sparse-ift": Method(_sparse_ift, 1e-3),
+    "doped": Method(_doped, 1e-3),
+    "sst": Method(_sst, 1e-3),
     **{f"auto-{name}": _automatic(SparseConfig, selection=name) for name in AUTOMATIC},
     "auto-s2ft": _automatic(S2FTConfig),
 }

@@ -13,6 +13,8 @@ from .offline_adapter import StoredAdapter, read_stored
 from .pool import AdapterPool, PoolStatistics
 from .results import add_results
 from .rosa import convert_rosa, rosa_masks
+from .sketch_file import sketchtune_config
+from .sltrain_file import convert_sltrain
 from .soup import Soup, greedy_soup, soup
 from .soup_cycle import soup_cycle
 from .summary import AdapterSummary, Comparison, LayerComparison, LayerSummary, compare, summarise, supports_of
@@ -44,6 +46,7 @@ __all__ = [
     "compose",
     "convert",
     "convert_rosa",
+    "convert_sltrain",
     "export",
     "extract",
     "greedy_soup",
@@ -59,6 +62,7 @@ __all__ = [
     "save_lora_as_s2ft",
     "save_low_rank",
     "save_merged",
+    "sketchtune_config",
     "soup",
     "soup_cycle",
     "summarise",

@@ -18,13 +18,23 @@ from ..tuners.delta import SparseDelta
 from ..tuners.targets import stored_shape
 from .entry_format import sparse_adapter, sparse_state
 from .files import PREFIX, write_adapter
-from .foreign import ForeignAdapter, read_config, read_lt_sft, read_shira, read_spiel, read_supertuning, source_format
+from .foreign import (
+    ForeignAdapter,
+    read_config,
+    read_lt_sft,
+    read_sara,
+    read_shira,
+    read_spiel,
+    read_supertuning,
+    source_format,
+)
 from .modules_to_save import OTHERS, WholeTensors, save_whole
 from .offline_adapter import entries_of, read_stored
 from .weight_reader import name_of, structure_of, weights_of
 
 CONVERSION_TARGETS = ("sparse", "shira", "supertuning")
 """Targets of [`convert`][sparse_peft.adapters.convert]; the first is the default."""
+FILES = ("lt_sft", "sara")  # formats without a config
 READERS = {"SHIRA": read_shira, "SUPERTUNING": read_supertuning, "SFT": read_spiel}
 
 
@@ -35,22 +45,25 @@ def convert(
     *,
     base: nn.Module | str | os.PathLike | None = None,
     others: str = "refuse",
+    threshold: float | None = None,
 ) -> BaseSparseConfig | ShiraConfig | SupertuningConfig:
     """Write an adapter in another program's form, with the same outputs.
 
     Sources are this package's adapters with sparse deltas, PEFT's SHiRA and Super-Tuning, SpIEL's
-    (``AlanAnsell/peft``) and LT-SFT's (``pytorch_diff.bin``). SHiRA and Super-Tuning have one budget for all layers:
-    smaller layers are padded with entries of zero, which a conversion back keeps.
+    (``AlanAnsell/peft``), LT-SFT's (``pytorch_diff.bin``) and files of SaRA's authors (``sjtuplayer/SaRA``). SHiRA and
+    Super-Tuning have one budget for all layers: smaller layers are padded with entries of zero, which a conversion
+    back keeps.
 
     Args:
-        source: folder of the adapter; for LT-SFT also the file.
+        source: folder of the adapter; for LT-SFT also the file, and for SaRA the file.
         output: folder; made if need be.
         to: ``"sparse"`` ([`SparseConfig`][sparse_peft.SparseConfig]), ``"shira"`` or ``"supertuning"``.
         base: for other programs' adapters, whose files have no weight shapes: the base model, loaded or its folder.
             By default the folder that the adapter's config names. An LT-SFT file that changes more than linear layers
-            also needs its weights.
-        others: of an LT-SFT file's changes of embeddings, norms and biases, and its heads: ``"refuse"``,
+            also needs its weights, as do SaRA's, whose positions are those of the small ones.
+        others: of an LT-SFT or SaRA file's changes of embeddings, norms and biases, and its heads: ``"refuse"``,
             ``"leave_out"``, or ``"save"`` them whole through ``modules_to_save`` and ``bias``.
+        threshold: SaRA's, for files without it.
 
     Returns:
         The new adapter's config.
@@ -77,8 +90,8 @@ def convert(
     if others not in OTHERS:
         raise ValueError(f"others={others!r}: one of {', '.join(OTHERS)} is expected")
     form = source_format(source)
-    if form in READERS or form == "lt_sft":
-        like, states, rest = _read_foreign(Path(source), form, base, others)
+    if form in READERS or form in FILES:
+        like, states, rest = _read_foreign(Path(source), form, base, others, threshold)
     else:
         stored = read_stored(source)
         like, states, rest = stored.config, entries_of(stored), stored.rest
@@ -98,7 +111,7 @@ def convert(
 
 
 def _read_foreign(
-    source: Path, form: str, base: nn.Module | str | os.PathLike | None, others: str
+    source: Path, form: str, base: nn.Module | str | os.PathLike | None, others: str, threshold: float | None
 ) -> tuple[Any, dict[str, SparseDelta], dict[str, Tensor]]:
     base = _base(source, form, base)
     structure = structure_of(base)
@@ -106,6 +119,8 @@ def _read_foreign(
     if form == "lt_sft":
         known = {name: tuple(tensor.shape) for name, tensor in structure.state_dict().items()}
         adapter = read_lt_sft(source, shapes, known, getattr(structure, "base_model_prefix", ""))
+    elif form == "sara":
+        adapter = read_sara(source, structure, weights_of(base, structure), threshold)
     else:
         adapter = READERS[form](source, shapes)
     states = {name: sparse_state(support, values) for name, (support, values) in adapter.deltas.items()}
@@ -128,7 +143,7 @@ def _read_foreign(
 def _base(source: Path, form: str, base: nn.Module | str | os.PathLike | None) -> nn.Module | str | os.PathLike:
     if base is not None:
         return base
-    named = None if form == "lt_sft" else read_config(source).get("base_model_name_or_path")
+    named = None if form in FILES else read_config(source).get("base_model_name_or_path")
     if named is None or not Path(named).is_dir():
         raise ValueError(
             f"base: the file of a {form} adapter does not say how large the weights are; pass base=, the loaded base "

@@ -1,6 +1,6 @@
-"""Sparse adapters of other programs: SHiRA's and Super-Tuning's, SpIEL's and LT-SFT's files.
+"""Sparse adapters of other programs: SHiRA's and Super-Tuning's, SpIEL's, LT-SFT's and SaRA's files.
 
-Nothing is unpickled by Python's ``pickle``. SpIEL and LT-SFT publish ``torch.save`` files. They are read by
+Nothing is unpickled by Python's ``pickle``. SpIEL, LT-SFT and SaRA publish ``torch.save`` files. They are read by
 ``torch.load(weights_only=True)``, which builds tensors and plain containers and nothing else. LT-SFT's format also has
 NumPy's integer scalars, which are allowed for it.
 """
@@ -19,12 +19,13 @@ from typing import Any
 import numpy as np
 import torch
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..support import Support
 from ..tuners.files.checks import check_values
+from ..tuners.targets import is_convolution, stored_shape
 from .files import PREFIX, NoAdapterError, read_tensors
-from .weight_reader import known_name
+from .weight_reader import Weights, known_name
 
 LT_SFT_NAME = "pytorch_diff.bin"
 CONFIG_FIELDS = ("base_model_name_or_path", "revision", "task_type", "modules_to_save")
@@ -50,7 +51,7 @@ class ForeignAdapter:
 
 
 def source_format(source: str | os.PathLike) -> str:
-    """``"lt_sft"``, or the PEFT type in an adapter's config.
+    """``"lt_sft"``, ``"sara"`` for any other file, or the PEFT type in an adapter's config.
 
     Raises:
         ValueError: neither is there.
@@ -59,6 +60,8 @@ def source_format(source: str | os.PathLike) -> str:
     is_adapter = (path / CONFIG_NAME).is_file()
     if path.name == LT_SFT_NAME or ((path / LT_SFT_NAME).is_file() and not is_adapter):
         return "lt_sft"
+    if path.is_file():
+        return "sara"
     return str(read_config(path).get("peft_type"))
 
 
@@ -251,6 +254,55 @@ def _decode(name: str, entry: Any, known: dict[str, tuple[int, ...]]) -> tuple[T
         flat += columnwise % extent * stride
         columnwise = columnwise // extent
     return flat, values
+
+
+def read_sara(
+    source: str | os.PathLike, structure: nn.Module, weights: Weights, threshold: float | None
+) -> ForeignAdapter:
+    """SaRA's: of the parameter with each number, the trained weights of those whose size was below the threshold.
+
+    The file has no positions: they follow from the base weights, which therefore must be those of the training.
+
+    Args:
+        source: the file.
+        structure: the model whose ``parameters()`` were trained.
+        weights: its weights.
+        threshold: for files without one.
+    """
+    path = Path(source)
+    content = load_pickled(path)
+    if not isinstance(content, dict):
+        raise ValueError(f"{path}: a dict of the parameters' trained weights is expected")
+    content = dict(content)
+    limit = content.pop("threshold", threshold)
+    if not isinstance(limit, (int, float)):
+        raise ValueError(f"{path}: threshold={limit!r}: it says which weights were trained; pass that of the training")
+    names = [name for name, _ in structure.named_parameters()]
+    if sorted(content, key=str) != sorted(range(len(names)), key=str):
+        raise ValueError(
+            f"{path}: {len(content)} parameters in the file and {len(names)} in the base model; pass the module whose "
+            "parameters() were trained, such as a pipeline's unet"
+        )
+    deltas, others = {}, {}
+    for number, name in enumerate(names):
+        before, after = weights.read(name).float().reshape(-1), content[number]
+        flat = (before.abs() < limit).nonzero().squeeze(1)
+        if not isinstance(after, Tensor) or after.shape != flat.shape:
+            count = tuple(after.shape) if isinstance(after, Tensor) else type(after).__name__
+            raise ValueError(
+                f"{name}: {count} in the file, and {flat.numel()} weights of the base model are below {limit}; it is "
+                "for another base, or for the same one in another dtype"
+            )
+        change, layer = after.float() - before[flat], name.removesuffix(".weight")
+        module = structure.get_submodule(layer) if layer != name else None
+        if module is not None and flat.numel() and (isinstance(module, nn.Linear) or is_convolution(module)):
+            deltas[layer] = _delta(layer, {layer: stored_shape(module)}, flat, change)
+        elif bool(change.any()):
+            check_values(change, name, "convert")
+            others[name] = flat, change
+    if not deltas:
+        raise ValueError(f"{path}: no linear layer or convolution has weights below {limit}")
+    return ForeignAdapter(_like({}), deltas, {}, others)
 
 
 def load_pickled(path: Path, allowed: list | None = None) -> Any:

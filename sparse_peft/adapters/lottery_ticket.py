@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..support import Support
 from ..tuners.targets import Targets, own_weights
@@ -16,7 +16,11 @@ from .weight_reader import ModelWeights
 
 
 def lottery_ticket(
-    model: nn.Module, train: Callable[[nn.Module], Any], options: ExtractOptions | None = None, **fields: Any
+    model: nn.Module,
+    train: Callable[[nn.Module], Any],
+    options: ExtractOptions | None = None,
+    known: Mapping[str, Support] | None = None,
+    **fields: Any,
 ) -> dict[str, Support]:
     """The entries of a model's layers that a training of the whole layers moves most (LT-SFT, section 3.1).
 
@@ -32,6 +36,8 @@ def lottery_ticket(
         train: ``train(model)`` trains it, with any trainer.
         options: budget, criterion and layers, as for [`extract`][sparse_peft.adapters.extract]; its fields for the
             adapter's file are of no use here.
+        known: what earlier rounds chose, for a model into which their adapter was merged. These entries train and are
+            not chosen again: the budget is that of the new ones, and the result has both.
         fields: of [`ExtractOptions`][sparse_peft.adapters.ExtractOptions], in place of ``options``. As in the paper,
             ``allocation`` is ``"global"`` by default: the changes of all layers are compared.
 
@@ -40,7 +46,8 @@ def lottery_ticket(
         out.
 
     Raises:
-        ValueError: no target layer changed, changes that are not finite, or a bad budget.
+        ValueError: no target layer changed, changes that are not finite, a bad budget, or known entries of layers
+            that are no targets.
 
     Example:
         >>> import torch
@@ -59,11 +66,31 @@ def lottery_ticket(
     """
     options = options_of(options, fields if options else {"allocation": "global", **fields})
     targets = targets_of(options, model)
-    before = ModelWeights(model).copied()
+    before, known = ModelWeights(model).copied(), dict(known or {})
+    if unknown := set(known) - set(own_weights(targets)):
+        raise ValueError(f"known: layer {min(unknown)} is no target; its positions are for another model")
     with _rewound(model, targets, before):
         train(model)
+        for name, support in known.items():  # as if they had not moved
+            _put_back(own_weights(targets)[name], before.read(f"{name}.weight"), support)
         found = extract_layers(WeightPair(before, ModelWeights(model), targets), targets, options)
-    return {name: state.support for name, (_, state) in found.items()}
+    new = {name: state.support for name, (_, state) in found.items()}
+    return {name: _union(name, known.get(name), new.get(name)) for name in targets if name in known or name in new}
+
+
+@torch.no_grad()
+def _put_back(weight: Tensor, before: Tensor, support: Support) -> None:
+    flat = support.indices.long().to(weight.device)
+    weight.view(-1)[flat] = before.to(weight.device).view(-1)[flat]
+
+
+def _union(name: str, known: Support | None, new: Support | None) -> Support:
+    if known is None or new is None:
+        found = known or new
+        assert found is not None
+        return found
+    flat = torch.cat([known.indices.long().cpu(), new.indices.long().cpu()])
+    return Support.from_indices(known.shape, flat.sort().values, name=name)
 
 
 @contextmanager

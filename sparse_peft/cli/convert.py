@@ -14,7 +14,7 @@ from ..adapters import convert as convert_adapter
 from .folders import model_folder, new_folder
 from .output import ForceOption, JsonOption, UsageError, answering, working
 
-PICKLES = (".bin", ".pt", ".pth", ".pkl")
+PICKLES = (".bin", ".ckpt", ".pt", ".pth", ".pkl")
 
 
 def convert(
@@ -23,15 +23,16 @@ def convert(
     to: Annotated[str, typer.Option(help=f"One of {', '.join(CONVERSION_TARGETS)}.")] = "sparse",
     base: Annotated[Path | None, typer.Option(help="The base model's folder, for other programs' adapters.")] = None,
     others: Annotated[
-        str, typer.Option(help="What an LT-SFT file changes besides linear layers: refuse, leave_out or save.")
+        str, typer.Option(help="What an LT-SFT or SaRA file changes besides linear layers: refuse, leave_out or save.")
     ] = "refuse",
+    threshold: Annotated[float | None, typer.Option(help="SaRA's, for files without it.")] = None,
     pickles: Annotated[
-        bool, typer.Option("--pickles", help="Read tensors out of SpIEL's and LT-SFT's pickles, running none of them.")
+        bool, typer.Option("--pickles", help="Read tensors out of SpIEL's, LT-SFT's and SaRA's pickles, running none.")
     ] = False,
     force: ForceOption = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Turn SHiRA, Super-Tuning, SpIEL and LT-SFT adapters into sparse deltas, and those into SHiRA or Super-Tuning."""
+    """Turn SHiRA, Super-Tuning, SpIEL, LT-SFT and SaRA files into sparse deltas, those into SHiRA, Super-Tuning."""
     with answering("convert", as_json) as answer:
         if to not in CONVERSION_TARGETS:
             raise UsageError(f"to={to!r}: one of {', '.join(CONVERSION_TARGETS)} is expected")
@@ -45,7 +46,7 @@ def convert(
                 "restricted reader, which builds tensors and runs nothing"
             )
         with new_folder(out, force) as staging, working("converting"):
-            config: Any = convert_adapter(source, staging, to, base=base, others=others)
+            config: Any = convert_adapter(source, staging, to, base=base, others=others, threshold=threshold)
         peft_type = getattr(config.peft_type, "value", str(config.peft_type))
         answer.content = {"output": str(out), "peft_type": peft_type, "layers": sorted(config.target_modules or ())}
         answer.show = lambda console: show(console, answer.content)

@@ -70,6 +70,33 @@ def test_the_model_is_rewound_to_the_bit_with_its_flags():
     assert [m.training for m in (model, model.first, model.second)] == [False, False, True]
 
 
+def test_a_second_round_adds_entries_that_moved_most_beside_the_known():
+    model = three()
+    first = lottery_ticket(model, phase(1), num_params=30, target_modules=NAMES)
+    adapted = get_peft_model(
+        copy.deepcopy(model), select_support(model, SparseConfig(selection="given", scale=1.0), supports=first)
+    )
+    phase(2)(adapted)
+    merged = adapted.merge_and_unload().requires_grad_(True)
+    before = copy.deepcopy(merged.state_dict())
+    both = lottery_ticket(merged, phase(3), known=first, num_params=20, target_modules=NAMES)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in merged.state_dict().items())
+    phase(3)(merged)  # the same training by hand
+    moved = {n: (getattr(merged, n).weight - getattr(model, n).weight).double().abs().flatten() for n in NAMES}
+    for name, support in first.items():
+        moved[name][support.indices.long()] = 0
+    best = torch.cat(list(moved.values())).topk(20).values.min()
+    for name in NAMES:
+        chosen = moved[name] >= best
+        if name in first:
+            chosen[first[name].indices.long()] = True
+        found = both[name].indices.long() if name in both else torch.tensor([], dtype=torch.int64)
+        assert torch.equal(found, chosen.nonzero().squeeze(1)), name
+    assert sum(support.nnz for support in both.values()) == 50
+    with pytest.raises(ValueError, match="known: layer fourth is no target"):
+        lottery_ticket(model, phase(1), known={"fourth": first[NAMES[0]]}, num_params=30, target_modules=NAMES)
+
+
 def test_a_training_that_fails_is_rewound_as_well():
     model = three()
     before = copy.deepcopy(model.state_dict())

@@ -121,8 +121,8 @@ def test_every_method_trains_as_many_parameters_as_lora(name, base):
     if name == "full":
         assert run.trained == sum(parameter.numel() for parameter in bench.model.parameters())
     else:
-        # ranks, blocks and gates come in larger pieces than entries, and DoRA adds magnitudes
-        assert abs(run.trained - head - lora) <= (0.15 if name == "dora" else 0.04) * lora
+        # ranks, blocks and gates come in larger pieces than entries; DoRA adds magnitudes, and SST singular values
+        assert abs(run.trained - head - lora) <= (0.15 if name in ("dora", "sst") else 0.04) * lora
 
 
 def test_equal_runs_are_equal_and_leave_the_base_as_it_was():
