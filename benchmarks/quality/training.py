@@ -58,7 +58,7 @@ def controller_of(
         return SparsityController(model, optimizer, total_steps=steps, procedures=procedures)
     if not isinstance(model, PeftModel):
         return None
-    config = model.peft_config["default"]
+    config = model.active_peft_config
     if not (isinstance(config, BaseSparseConfig) and config.changes_in_training):
         return None
     return SparsityController(model, optimizer, total_steps=steps)

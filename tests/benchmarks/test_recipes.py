@@ -19,6 +19,7 @@ def tiny_model(monkeypatch):
     monkeypatch.setattr(held_out, "kjv_blocks", blocks)
 
 
+@pytest.mark.slow
 def test_recipes_are_measured_and_keep_their_zeros(tmp_path, tiny_model):
     path = tmp_path / "results.json"
     ways = ("static", "static, released", "cast", "ast, slorb", "dsee")
