@@ -72,7 +72,7 @@ def sketchtune_config(
         target_modules=sorted(sketches),
         **fields,
     )
-    config.sketches = sketches  # type: ignore[attr-defined]  # as sketch_model leaves them
+    config.sketches = sketches  # as sketch_model leaves them
     return config
 
 
