@@ -59,6 +59,10 @@ class _Effective:
         """The weight of one expert."""
         return _EffectiveExpert(self, number)
 
+    def whole(self, dtype: torch.dtype) -> Tensor | None:
+        """None: a graph writes the entries into copies."""
+        return None
+
     def read(self, act: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
         """The result of ``act``, which makes its own copies of what it reads."""
         return act(*args, **kwargs)

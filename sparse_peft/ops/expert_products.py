@@ -158,6 +158,10 @@ class ExpertSource(Protocol):
         """The weight of one expert."""
         ...
 
+    def whole(self, dtype: torch.dtype) -> Tensor | None:
+        """``(experts, rows, cols)``, the weights of all experts; None where that would take a copy."""
+        ...
+
     def read(self, act: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
         """The result of ``act``, which reads weights in backward; nothing else changes them meanwhile."""
         ...
@@ -194,6 +198,8 @@ class ExpertProduct:
         routing: of the activation's rows.
         in_dim: the dimension of input features of an expert's stored weight: 1 for ``(out, in)``.
         first: number of the entry that the values begin with.
+        grouped: multiplies sorted tokens by ``(experts, in, out)`` weights, given their ``offs``; None if the experts
+            multiply one after the other.
     """
 
     source: ExpertSource
@@ -201,6 +207,7 @@ class ExpertProduct:
     routing: Routing
     in_dim: int
     first: int = 0
+    grouped: Callable[..., Tensor] | None = None
 
     @property
     def outputs(self) -> int:
@@ -213,8 +220,16 @@ class ExpertProduct:
 
     def input_grad(self, grad: Tensor) -> Tensor:
         """``(rows, in)`` of ``(rows, out)``."""
+        return self.source.read(self._multiply_back, grad)
+
+    def _multiply_back(self, grad: Tensor) -> Tensor:
+        if self.grouped is not None and isinstance(self.routing, SortedTokens) and _suits_grouped_products(grad):
+            weight = self.source.whole(grad.dtype)
+            if weight is not None:
+                weight = weight if self.in_dim == 1 else weight.transpose(-2, -1)
+                return self.grouped(grad, weight, offs=self.routing.offsets)
         # the gradient of x @ W.T is grad @ W: the product with the other dimension as input
-        return self.source.read(self._each, grad, _PRODUCTS[1 - self.in_dim])
+        return self._each(grad, _PRODUCTS[1 - self.in_dim])
 
     def _each(self, x: Tensor, product: LinearProduct) -> Tensor:
         if isinstance(self.routing, OneExpert) and self.routing.tokens:
@@ -251,6 +266,11 @@ class ExpertProduct:
         values = torch.zeros(entries, dtype=own.dtype, device=own.device)
         values[first - self.first : first - self.first + part.nnz] = own
         return values
+
+
+def _suits_grouped_products(x: Tensor) -> bool:
+    """Whether torch's grouped product takes an activation as it lies in memory: in rows of 16 bytes, without gaps."""
+    return x.is_contiguous() and x.data_ptr() % 16 == 0 and x.shape[1] * x.element_size() % 16 == 0
 
 
 class _ExpertFunction(torch.autograd.Function):

@@ -300,13 +300,7 @@ class TunerLayer(BaseTunerLayer, nn.Module, Generic[StateT]):
         ledger, me = self.ledger, get_ident()
         try:
             ledger.readers[me] = True  # from here on no other thread changes the weight or the adapters' flags
-            content = ledger.content
-            if (
-                content is not None
-                and adapter_names is None
-                and not (ledger.is_closed or torch.is_grad_enabled())
-                and content.gives_output()
-            ):
+            if adapter_names is None and not torch.is_grad_enabled() and ledger.gives_output():
                 result = self.base_layer(x, *args, **kwargs)
             else:
                 result = self._next_step(x, adapter_names, bool(args or kwargs)).run(x, *args, **kwargs)

@@ -54,7 +54,7 @@ from .targets import (
 )
 from .tensor_parallel import TensorParallel
 from .ties import check_not_saved_whole, owners_of, tied_layers
-from .traversal import modules_beside_adapters, tuner_layers
+from .traversal import first_parameter, modules_beside_adapters, tuner_layers
 from .zeros import warn_of_filled_zeros, zeros_of_layers
 
 
@@ -486,7 +486,8 @@ class BaseSparseModel(BaseTuner, Generic[ConfigT, StateT]):
         In training, that is one transition of the weights in place of one for each layer; on a GPU it is one launch.
         In inference on a CPU there is nothing to write, as a rule, and each layer sees that for itself.
         """
-        if not torch.is_grad_enabled() and not kernels_possible(next(self.model.parameters()).device):
+        first = first_parameter(self.model)
+        if first is None or not (torch.is_grad_enabled() or kernels_possible(first.device)):
             return False
         layer = next(self.sparse_layers(self.model), None)
         if not isinstance(layer, SparseTunerLayer) or layer.quantization_backend is not None:

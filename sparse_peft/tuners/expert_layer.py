@@ -14,7 +14,7 @@ from .expert_mode import ExpertsMode, WeightPass
 from .expert_sources import ExpertsSource
 from .expert_weights import ExpertWeight
 from .files.checks import BASE_ADAPTER
-from .ledger import Ledger, Weight, closed, read_all, write_all
+from .ledger import Ledger, Weight, all_give_output, closed, read_all, write_all
 from .residency import note_holding
 from .traced_experts import TracedMode, TracedPass, show_grouped_products
 from .transitions import exclusive, exclusively
@@ -39,14 +39,6 @@ class _Plan(NamedTuple):
     delta: ActiveDelta | None
     resident: bool
     wanted: ActiveDelta | Weight
-
-
-def _give_output(ledgers: list[Ledger]) -> bool:
-    """Whether the base's own products are the output of the active adapters."""
-    for ledger in ledgers:
-        if ledger.is_closed or ledger.content is None or not ledger.content.gives_output():
-            return False
-    return True
 
 
 class ExpertsLayer(nn.Module):
@@ -79,7 +71,9 @@ class ExpertsLayer(nn.Module):
 
     @property
     def _ledgers(self) -> list[Ledger]:
-        return [layer.ledger for layer in self.layers]
+        # asked in every pass: of the children, adapted parameters alone have one
+        found = [child.__dict__.get("ledger") for child in self._modules.values()]
+        return [ledger for ledger in found if ledger is not None]
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -93,13 +87,24 @@ class ExpertsLayer(nn.Module):
 
     def forward(self, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any) -> Any:
         """The base's output with the active adapters, or in a mixed batch with each input's own."""
-        if torch.compiler.is_compiling() and self._loops():
-            return self._untraced_forward(adapter_names, args, kwargs)
-        return self._forward(adapter_names, args, kwargs)
+        if not torch.compiler.is_compiling():
+            return self._read(adapter_names, args, kwargs)
+        run = self._untraced_forward if self._loops() else self._next_forward
+        return run(adapter_names, args, kwargs)
 
     @torch.compiler.disable  # a graph ends in the loop anyway
     def _untraced_forward(self, adapter_names: list[str] | None, args: Any, kwargs: Any) -> Any:
-        return self._forward(adapter_names, args, kwargs)
+        return self._read(adapter_names, args, kwargs)
+
+    def _read(self, adapter_names: list[str] | None, args: Any, kwargs: Any) -> Any:
+        ledgers = self._ledgers
+        return read_all(ledgers, self._read_forward, ledgers, adapter_names, args, kwargs)
+
+    def _read_forward(self, ledgers: list[Ledger], adapter_names: list[str] | None, args: Any, kwargs: Any) -> Any:
+        """The output, by the base's module alone where its parameters hold all that the active adapters add."""
+        if adapter_names is None and not torch.is_grad_enabled() and all_give_output(ledgers):
+            return cast("nn.Module", self._modules["base_layer"])(*args, **kwargs)
+        return self._next_forward(adapter_names, args, kwargs)
 
     def _loops(self) -> bool:
         """Whether the base computes in transformers' loop over the experts that have tokens."""
@@ -108,7 +113,8 @@ class ExpertsLayer(nn.Module):
     def _implementation(self) -> str | None:
         return getattr(getattr(self.base_layer, "config", None), "_experts_implementation", None)
 
-    def _forward(self, adapter_names: list[str] | None, args: Any, kwargs: Any) -> Any:
+    def _next_forward(self, adapter_names: list[str] | None, args: Any, kwargs: Any) -> Any:
+        """The output, after what has to be done for it."""
         base = self._modules["base_layer"]
         if base is not None and base.__dict__.get("_is_fsdp_managed_module"):
             raise NotImplementedError(
@@ -123,12 +129,6 @@ class ExpertsLayer(nn.Module):
         """The base's output with the named adapters, or with the active ones."""
         if torch.compiler.is_compiling():
             return self._trace(names, args, kwargs)
-        ledgers = self._ledgers
-        return read_all(ledgers, self._compute_settled, ledgers, names, args, kwargs)
-
-    def _compute_settled(self, ledgers: list[Ledger], names: tuple[str, ...] | None, args: Any, kwargs: Any) -> Any:
-        if names is None and not torch.is_grad_enabled() and _give_output(ledgers):
-            return self.base_layer(*args, **kwargs)
         return self._compute(self._settled(names) or exclusively(self._prepared, names), args, kwargs)
 
     def _trace(self, names: tuple[str, ...] | None, args: Any, kwargs: Any) -> Any:

@@ -267,11 +267,12 @@ class ExpertsMode(TorchFunctionMode):
         in_dim: int,
         run: Callable[[], Tensor],
         recipe: Recipe | None,
+        grouped: Callable[..., Tensor] | None = None,
     ) -> Tensor:
         """The product of rows with experts' weights; ``run`` computes it where the parameter holds these weights."""
         one = view.of
         values, first = (one.values, 0) if view.expert is None else one.part(view.expert)
-        how = ExpertProduct(one.source, one.support, routing, in_dim, first)
+        how = ExpertProduct(one.source, one.support, routing, in_dim, first, grouped)
         return expert_product(x, values, how, run if one.source.is_whole else None, recipe)
 
     def _batched(self, func: Any, view: View, place: int, x: Tensor) -> Any:
@@ -316,7 +317,7 @@ class ExpertsMode(TorchFunctionMode):
         ):
             return NotImplemented
         run = partial(func, x, weight.detach(), offs=offs)
-        return self._product(view, x, SortedTokens(offs), int(view.is_turned), run, self._recipe(x))
+        return self._product(view, x, SortedTokens(offs), int(view.is_turned), run, self._recipe(x), func)
 
     @staticmethod
     def _cast(x: Tensor, view: View) -> Tensor:

@@ -50,13 +50,22 @@ class ExpertsSource(LayerSource):
         """The weight of one expert."""
         return ExpertPanels(self, number)
 
+    def whole(self, dtype: torch.dtype) -> Tensor | None:
+        """The parameter, where it holds the effective weights and has the dtype."""
+        weight = self.layer.base_parameter.detach()
+        return None if weight.dtype != dtype or self._needs_copies() else weight
+
+    def _needs_copies(self) -> bool:
+        """Whether the parameter does not hold the effective weights, once it holds what it may."""
+        holds = self.layer.hold(self.delta if self.resident else None, self.stamp if self.resident else None)
+        return self.delta is not None and not (self.resident and holds)
+
     def panels(self, dtype: torch.dtype) -> Iterator[Panel]:
         yield from self.rows(0, self.shape[0], dtype)
 
     def rows(self, first: int, last: int, dtype: torch.dtype) -> Iterator[Panel]:
         """The rows ``first`` to ``last`` of the stored matrix, numbered from ``first``."""
-        holds = self.layer.hold(self.delta if self.resident else None, self.stamp if self.resident else None)
-        copies = self.delta is not None and not (self.resident and holds)
+        copies = self._needs_copies()
         weight = self.layer.base_parameter.detach().view(self.shape)
         if not copies and weight.dtype == dtype:
             yield 0, last - first, weight[first:last]
@@ -65,7 +74,7 @@ class ExpertsSource(LayerSource):
             panel = weight[first + start : first + stop]
             yield start, stop, (self._copy(first + start, first + stop) if copies else panel).to(dtype)
 
-    def _copy(self, start: int, stop: int) -> torch.Tensor:
+    def _copy(self, start: int, stop: int) -> Tensor:
         support, values = self._values()
         panel = self.layer.base_parameter.detach().view(self.shape)[start:stop].clone()
         within, first, last = support.of_rows(start, stop)
@@ -123,6 +132,10 @@ class BaseExperts:
     def expert(self, number: int) -> BaseExpert:
         """The weight of one expert."""
         return BaseExpert(self.weight[number].detach())
+
+    def whole(self, dtype: torch.dtype) -> Tensor | None:
+        """The parameter, where it has the dtype."""
+        return self.weight.detach() if self.weight.dtype == dtype else None
 
     def read(self, act: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
         """The result of ``act``: nothing writes into the weights."""

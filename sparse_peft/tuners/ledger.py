@@ -132,6 +132,14 @@ class Ledger:
             return isinstance(content, Merged)
         return isinstance(content, Held) and content.delta is wanted and content.is_current()
 
+    def gives_output(self) -> bool:
+        """Whether the base layer's own product is the output of the active adapters' layer, and stays so in a pass.
+
+        All that a settled layer is asked in a pass without gradients, by a thread that is among the readers.
+        """
+        content = self.content
+        return content is not None and not self.is_closed and content.gives_output()
+
     # ------------------------------------------------------------------ readers
 
     def read(self, act: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
@@ -285,6 +293,11 @@ class Ledger:
         if self.is_merged:
             copied.update(backup=self.backup, content=self.content)
         return copied
+
+
+def all_give_output(ledgers: Iterable[Ledger]) -> bool:
+    """``Ledger.gives_output`` of several weights."""
+    return all(ledger.gives_output() for ledger in ledgers)
 
 
 def read_all(ledgers: Iterable[Ledger], act: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:

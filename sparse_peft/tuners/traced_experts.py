@@ -7,7 +7,7 @@ that a graph writes to no weight.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -118,9 +118,7 @@ class TracedMode(ExpertsMode):
     def _recipe(self, x: Tensor) -> Recipe | None:
         return None
 
-    def _product(
-        self, view: View, x: Tensor, routing: Routing, in_dim: int, run: Callable[[], Tensor], recipe: Recipe | None
-    ) -> Tensor:
+    def _product(self, view: View, x: Tensor, routing: Routing, in_dim: int, *how: Any) -> Tensor:
         one = view.of
         assert isinstance(one, TracedPass) and one.values is not None and one.support is not None
         if isinstance(routing, OneExpert):

@@ -38,6 +38,17 @@ def tuner_layers(model: nn.Module) -> Iterator[TunerLayer]:
     return (layer for layer in layers if layer.owner is layer)
 
 
+def first_parameter(model: nn.Module) -> nn.Parameter | None:
+    """The first of ``model.parameters()``; finding it there builds many names, which costs too much in a pass."""
+    for parameter in model._parameters.values():
+        if parameter is not None:
+            return parameter
+    for child in model._modules.values():
+        if child is not None and (found := first_parameter(child)) is not None:
+            return found
+    return None
+
+
 def configs_of(model: nn.Module) -> dict[str, Any]:
     """The adapters' configs, wherever in the model (or in what wraps it) PEFT keeps them."""
     found: dict[str, Any] = {}

@@ -2,7 +2,9 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 from peft import get_peft_model
+from torch import nn
 from transformers import (
     AutoModelForCausalLM,
     DeepseekV3Config,
@@ -15,7 +17,7 @@ from transformers import (
     Qwen3MoeConfig,
 )
 
-from sparse_peft import SparseConfig
+from sparse_peft import SparseConfig, SparsityController
 from sparse_peft.tuners.base_layer import TunerLayer
 
 if not hasattr(PreTrainedModel, "set_experts_implementation"):
@@ -85,3 +87,66 @@ def reference(name, model, adapter="default"):
             target = parameters.get(path, parameters.get(f"{path}.weight"))
             target += layer.get_delta_weight(adapter).to(target)
     return dense
+
+
+def logits(model):
+    with torch.no_grad():
+        return model(IDS).logits
+
+
+def train(model, steps, lr=0.05, total_steps=None):
+    """The losses of a run, whose positions change where it knows its number of steps."""
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=lr)
+    controller = None if total_steps is None else SparsityController(model, optimizer, total_steps=total_steps)
+    losses = []
+    for _ in range(steps):
+        loss = model(IDS, labels=IDS).loss
+        loss.backward()
+        optimizer.step()
+        if controller is not None:
+            controller.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    return losses
+
+
+class Loop(nn.Module):
+    """Experts of ``(out, in)`` weights that multiply one after the other, as transformers' do."""
+
+    def __init__(self):
+        super().__init__()
+        self.num_experts = 3
+        self.up = nn.Parameter(torch.randn(3, 5, 4))
+        self.down = nn.Parameter(torch.randn(3, 4, 5))
+
+    def forward(self, x, weights):
+        hidden = [F.linear(x, self.up[e]).relu() for e in range(3)]
+        return sum(weights[:, e, None] * F.linear(hidden[e], self.down[e]) for e in range(3))
+
+
+class Einsum(Loop):
+    """Experts that multiply by functions which are not taken over, and one after the other."""
+
+    def forward(self, x, weights):
+        hidden = torch.einsum("ti,eoi->teo", x, self.up).relu()
+        return sum(weights[:, e, None] * F.linear(hidden[:, e], self.down[e]) for e in range(3))
+
+
+class Stack(Loop):
+    """Experts that multiply by functions which are not taken over, and by a list of weights."""
+
+    def forward(self, x, weights):
+        hidden = torch.einsum("ti,eoi->teo", x, self.up).relu()
+        both = torch.stack([self.down[0], self.down[1], self.down.chunk(3)[2][0]])
+        return torch.einsum("teo,eio,te->ti", hidden, both, weights)
+
+
+class Holder(nn.Module):
+    """A model of nothing but experts, which get the routing weights ``(tokens, experts)`` with the tokens."""
+
+    def __init__(self, experts=Loop):
+        super().__init__()
+        self.experts = experts()
+
+    def forward(self, x, weights):
+        return self.experts(x, weights)

@@ -12,19 +12,15 @@ from sparse_peft import SaRAConfig, SparsityController
 from sparse_peft.adapters import compose, extract, save_merged, soup
 from sparse_peft.planning import plan_training
 from sparse_peft.tuners.base_layer import TunerLayer
+from tests.helpers.expert_models import IDS, SMALL, logits, train
 from tests.helpers.methods import METHODS, config
 
-SMALL = {
-    "vocab_size": 32, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2,
-    "num_key_value_heads": 2, "pad_token_id": 0, "num_experts_per_tok": 2,
-}  # fmt: skip
 MODELS = {
     "mixtral": MixtralConfig(**SMALL, num_local_experts=3),
     "qwen3-moe": Qwen3MoeConfig(**SMALL, num_experts=3, moe_intermediate_size=24, head_dim=8),
     "gpt-oss": GptOssConfig(**SMALL, num_local_experts=3, head_dim=8),
 }
 TRAIN_EXPERTS = ("sparse", "sara", "s2ft", "sltrain")
-IDS = torch.arange(3, 13).view(2, 5)
 
 
 def mixture(name):
@@ -41,14 +37,7 @@ def test_what_is_no_expert_trains(tmp_path, name, method):
     model = get_peft_model(mixture(name), config(method, target_modules=targets))
     adapted = {layer.name.rpartition(".")[2] for layer in model.modules() if isinstance(layer, TunerLayer)}
     assert adapted == ({"o_proj"} if method == "s2ft" else {"q_proj", "k_proj", "v_proj", "o_proj"})
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.05)
-    losses = []
-    for _ in range(4):
-        loss = model(IDS, labels=IDS).loss
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(loss.item())
+    losses = train(model, 4)
     assert losses[-1] < losses[0]
     model.save_pretrained(tmp_path)
     with torch.no_grad():
@@ -96,11 +85,6 @@ def trained(seed, **settings):
         mixture("qwen3-moe"), config(target_experts=True, seed=seed, init_weights=False, **settings)
     )
     return model.eval()
-
-
-def logits(model):
-    with torch.no_grad():
-        return model(IDS).logits
 
 
 def test_a_merged_export_is_a_plain_model(tmp_path):
@@ -226,7 +210,7 @@ def test_a_resumed_run_is_the_uninterrupted_one(tmp_path, selection):
         optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.02)
         return model.train(), optimizer
 
-    def train(model, optimizer, controller, steps):
+    def take(model, optimizer, controller, steps):
         for step in steps:
             ids = torch.randint(1, 32, (2, 6), generator=torch.Generator().manual_seed(step))
             model(ids, labels=ids).loss.backward()
@@ -238,16 +222,16 @@ def test_a_resumed_run_is_the_uninterrupted_one(tmp_path, selection):
         model, optimizer = going_on(make())
         controller = SparsityController(model, optimizer, total_steps=9)
         first = [layer.support("default").indices.clone() for layer in experts_of(model)]
-        train(model, optimizer, controller, range(stop))
+        take(model, optimizer, controller, range(stop))
         model.save_pretrained(tmp_path / str(stop))
         saved = copy.deepcopy(optimizer.state_dict())
-        train(model, optimizer, controller, range(stop, 8))
+        take(model, optimizer, controller, range(stop, 8))
         loaded = PeftModel.from_pretrained(mixture("qwen3-moe"), tmp_path / str(stop), is_trainable=True)
         resumed, other = going_on(loaded)
         other.load_state_dict(saved)
         again = SparsityController(resumed, other, total_steps=9)
         assert again.completed_steps == stop
-        train(resumed, other, again, range(stop, 8))
+        take(resumed, other, again, range(stop, 8))
         for one, twin, start in zip(experts_of(model), experts_of(resumed), first, strict=True):
             assert torch.equal(one.support("default").indices, twin.support("default").indices), one.name
             assert torch.equal(one.deltas["default"].values, twin.deltas["default"].values), one.name

@@ -43,6 +43,9 @@ class Source:
     def expert(self, number):
         return One(self.weight[number].detach())
 
+    def whole(self, dtype):
+        return self.weight.detach() if self.dtype == dtype else None
+
     def read(self, act, *args):
         return act(*args)
 
@@ -87,6 +90,31 @@ def test_products_and_gradients(name, in_dim, dtype):
         torch.testing.assert_close(x.grad.double(), inputs.grad, **tolerance)
     expected = torch.zeros_like(dense) if dense.grad is None else dense.grad
     torch.testing.assert_close(values.grad.double(), expected.reshape(-1)[support.indices.long()], **tolerance)
+
+
+@pytest.mark.parametrize("in_dim", [0, 1])
+@pytest.mark.parametrize(
+    ("cols", "dtype", "calls"), [(8, torch.float32, 1), (7, torch.float32, 0), (8, torch.bfloat16, 0)]
+)
+def test_the_inputs_gradient_is_one_grouped_product_where_nothing_is_copied(in_dim, cols, dtype, calls):
+    torch.manual_seed(0)
+    weight = torch.randn(EXPERTS, cols, cols)
+    seen = []
+
+    def grouped(x, weights, offs):
+        seen.append(offs)
+        starts = [0, *offs.tolist()[:-1]]
+        return torch.cat([x[a:b] @ w for a, b, w in zip(starts, offs.tolist(), weights, strict=True)])
+
+    routing, owners = ROUTINGS["sorted"]
+    product = ExpertProduct(Source(weight), None, routing, in_dim, grouped=grouped)
+    grad = torch.randn(len(owners), cols).to(dtype)
+    found = product.input_grad(grad)
+    matrices = weight.double() if in_dim else weight.double().transpose(1, 2)
+    wanted = torch.stack([row @ matrices[owner] for row, owner in zip(grad.double(), owners, strict=True)])
+    tolerance = 1e-5 if dtype == torch.float32 else 0.1
+    torch.testing.assert_close(found.double(), wanted, rtol=tolerance, atol=tolerance)
+    assert len(seen) == calls
 
 
 def test_a_recipe_takes_the_place_of_the_activation():

@@ -13,7 +13,19 @@ from transformers import AutoModelForCausalLM
 from benchmarks.measure import LargestTensor
 from sparse_peft import SparseConfig, SparsityController, panel_limit, select_support
 from sparse_peft.tuners.expert_layer import ExpertsLayer
-from tests.helpers.expert_models import CONFIGS, IDS, adapted, config, layers, mixture, reference
+from tests.helpers.expert_models import (
+    CONFIGS,
+    IDS,
+    Holder,
+    Stack,
+    adapted,
+    config,
+    layers,
+    logits,
+    mixture,
+    reference,
+    train,
+)
 from tests.helpers.memory import saved_bytes
 
 IMPLEMENTATIONS = ["eager", "batched_mm", "grouped_mm"]
@@ -95,34 +107,54 @@ def test_a_frozen_module_computes_by_itself_without_gradients():
     assert seen == [experts.base_layer] * 2
 
 
-class Einsum(nn.Module):
-    """Experts that multiply by functions which are not taken over, and by a list of weights."""
+def test_a_settled_module_is_one_check_until_something_changes(monkeypatch):
+    model, prepared = adapted().eval(), []
+    plain = ExpertsLayer._next_forward
+    monkeypatch.setattr(
+        ExpertsLayer, "_next_forward", lambda self, *args: (prepared.append(self.name), plain(self, *args))[1]
+    )
+    model.add_adapter("other", config(seed=7))
 
-    def __init__(self):
-        super().__init__()
-        self.num_experts = 3
-        self.up = nn.Parameter(torch.randn(3, 5, 4))
-        self.down = nn.Parameter(torch.randn(3, 4, 5))
+    def prepares(act=lambda: None):
+        """How many modules were not settled after an act, and that all are so in the next pass."""
+        act()
+        del prepared[:]
+        found = logits(model)
+        first = len(prepared)
+        assert torch.equal(logits(model), found)
+        assert len(prepared) == first
+        check_dense(found)
+        return first
 
-    def forward(self, x, weights):
-        hidden = torch.einsum("ti,eoi->teo", x, self.up).relu()
-        both = torch.stack([self.down[0], self.down[1], self.down.chunk(3)[2][0]])
-        return torch.einsum("teo,eio,te->ti", hidden, both, weights)
+    def check_dense(found):
+        disabled = any(layer.disable_adapters for layer in layers(model).values())
+        dense = mixture().double() if disabled else reference("qwen3_moe", model, model.active_adapter)
+        assert torch.allclose(found.double(), logits(dense), atol=1e-4)
 
+    def change():
+        with torch.no_grad():
+            layers(model)["model.layers.0.mlp.experts.down_proj"].deltas[model.active_adapter].values.mul_(2)
 
-class Holder(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.experts = Einsum()
-
-    def forward(self, x, weights):
-        return self.experts(x, weights)
+    assert prepares() == 2
+    assert prepares() == 0
+    assert prepares(change) == 1
+    assert prepares(lambda: model.set_adapter("other")) == 2
+    assert prepares(lambda: model(IDS, labels=IDS).loss.backward()) == 2  # an optimizer may step from now on
+    assert prepares(lambda: model.merge_adapter()) == 0  # merged weights are their output
+    assert prepares(lambda: model.unmerge_adapter()) == 2
+    assert prepares(lambda: model.base_model.release()) == 2
+    model.base_model.disable_adapter_layers()
+    del prepared[:]
+    check_dense(logits(model))
+    assert len(prepared) == 2
+    model.base_model.enable_adapter_layers()
+    assert prepares() == 2
 
 
 @pytest.mark.parametrize("resident", [True, False])
 def test_unknown_functions_get_dense_weights_and_right_gradients(resident):
     torch.manual_seed(0)
-    base = Holder().double()
+    base = Holder(Stack).double()
     dense = copy.deepcopy(base)
     model = get_peft_model(base, config(task_type=None, density=0.3, resident=resident))
     x, weights = torch.randn(6, 4, dtype=torch.float64), torch.rand(6, 3, dtype=torch.float64)
@@ -203,11 +235,6 @@ class _Of(nn.Module):
 
 
 # ---------------------------------------------------------------------- the contract of adapters
-
-
-def logits(model):
-    with torch.no_grad():
-        return model(IDS).logits
 
 
 @pytest.mark.parametrize("name", ["qwen3_moe", "gpt_oss", "llama4_text"])
@@ -366,14 +393,7 @@ def test_a_state_dict_has_the_base_and_stays_so():
 def test_training_lowers_the_loss(implementation):
     model = adapted(implementation=implementation, init_weights=True, target_modules="all-linear")
     assert {path.rpartition(".")[2] for path in layers(model)} >= {"q_proj", "gate_up_proj", "down_proj"}
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.05)
-    losses = []
-    for _ in range(5):
-        loss = model(IDS, labels=IDS).loss
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(loss.item())
+    losses = train(model, 5)
     assert losses[-1] < losses[0] - 0.03
 
 
@@ -386,16 +406,7 @@ def test_positions_change_in_training(selection, implementation):
         implementation=implementation, init_weights=True, selection=selection, **schedule, **accumulate
     ).train()
     before = {path: layer.support("default").indices.clone() for path, layer in layers(model).items()}
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.05)
-    losses = []
-    controller = SparsityController(model, optimizer, total_steps=9)
-    for _ in range(9):
-        loss = model(IDS, labels=IDS).loss
-        loss.backward()
-        optimizer.step()
-        controller.step()
-        optimizer.zero_grad()
-        losses.append(loss.item())
+    losses = train(model, 9, total_steps=9)
     assert losses[-1] < losses[0]
     for path, layer in layers(model).items():
         support = layer.support("default")
@@ -490,6 +501,15 @@ def test_parameters_that_are_no_experts_are_refused(names, message):
     with pytest.raises(ValueError, match=f"target_parameters: .*{message}"):
         get_peft_model(base, config(target_experts=False, target_parameters=names))
     assert set(dict(base.named_modules())) == before
+
+
+def test_bare_parameters_of_two_dimensions_are_refused():
+    base = mixture("gpt_oss")
+    with pytest.raises(
+        ValueError, match=r"gate_up_proj_bias of shape \(5, 48\) in GptOssExperts.*\(experts, rows, co"
+    ):
+        get_peft_model(base, config(target_experts=False, target_parameters=["experts.gate_up_proj_bias"]))
+    assert not any(isinstance(module, ExpertsLayer) for module in base.modules())
 
 
 def test_an_adapter_of_another_number_of_experts_is_refused(tmp_path):
@@ -597,12 +617,5 @@ def test_experts_in_mxfp4_train_where_transformers_dequantises_them(tmp_path):
     assert loaded.model.layers[0].mlp.experts.down_proj.dtype == torch.bfloat16
     assert loaded.model.layers[0].mlp.experts.down_proj.any()
     model = get_peft_model(loaded, config(init_weights=True))
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.05)
-    losses = []
-    for _ in range(6):
-        loss = model(IDS, labels=IDS).loss
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(loss.item())
+    losses = train(model, 6)
     assert losses[-1] < losses[0]
