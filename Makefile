@@ -33,7 +33,7 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 # Neighbours in a file share its fixtures, so each worker begins with a half and takes from the other at the end.
 PARALLEL := -n $(WORKERS) --dist worksteal
 
-.PHONY: help venv quickstart test test-oldest suite distributed compile subprocess slow gpu test-python coverage lint types docs bench quality \
+.PHONY: help venv quickstart test test-oldest suite distributed deepspeed compile subprocess slow gpu test-python coverage lint types docs bench quality \
 	quality-table clean
 .DEFAULT_GOAL := help
 
@@ -42,6 +42,7 @@ help:
 	@echo "make test         tests of every package and every method"
 	@echo "make suite        PEFT's own tests, on every method"
 	@echo "make distributed  training and selection on two processes"
+	@echo "make deepspeed    ZeRO on two processes, with DeepSpeed beside the environment"
 	@echo "make compile      all GPU kernels for two architectures, without a GPU, and compiled models"
 	@echo "make subprocess   the installed wheel, the Hub, signals and the site, in interpreters of their own"
 	@echo "make slow         whole examples, real models, the rest of PEFT's own tests"
@@ -77,6 +78,14 @@ suite: $(STAMP)
 
 distributed: $(STAMP)
 	$(PYTEST) -m "distributed and not slow" $(PYTEST_ARGS)
+
+# DeepSpeed has no wheel: the first run builds one, in a minute. Its tests' all-reduce is gloo's, and nothing is compiled.
+DEEPSPEED := $(VENV)/deepspeed
+$(DEEPSPEED): $(STAMP)
+	DS_BUILD_OPS=0 $(BIN)/python -m pip install --quiet $(PIP_ARGS) --no-deps --target $@ -r tests/deepspeed.txt
+
+deepspeed: $(DEEPSPEED)
+	PYTHONPATH=$(DEEPSPEED) DS_ACCELERATOR=cpu $(PYTEST) -m distributed -k deepspeed tests/integration $(PYTEST_ARGS)
 
 compile: $(STAMP)
 	$(PYTEST) $(PARALLEL) -m compile $(PYTEST_ARGS)

@@ -1,4 +1,4 @@
-"""Read and write tensors that FSDP2 shards over processes as if they were whole."""
+"""Read and write tensors that FSDP2 or DeepSpeed divides among processes as if they were whole."""
 
 from __future__ import annotations
 
@@ -6,21 +6,33 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from .zero import full_master, gathered_weight, is_partitioned, write_master_
+
 
 def full_tensor(tensor: Tensor) -> Tensor:
-    """The whole tensor, detached; a sharded one is gathered on every process."""
+    """The whole tensor, detached; a divided one is gathered on every process.
+
+    Of a parameter that ZeRO trains it is the float32 one.
+    """
+    master = full_master(tensor)
+    if master is not None:
+        return master
+    if is_partitioned(tensor):
+        return gathered_weight(tensor)
     tensor = tensor.detach()
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 @torch.no_grad()
 def write_full_tensor_(tensor: Tensor, value: Tensor) -> None:
-    """Write a tensor's content; of a sharded one, each process writes its part.
+    """Write a tensor's content; of a divided one, each process writes its part.
 
     Args:
-        tensor: the target, whole or sharded.
+        tensor: the target, whole or divided.
         value: a whole tensor of the target's shape, the same on all processes.
     """
+    if write_master_(tensor, value):
+        return
     tensor = tensor.detach()
     value = value.to(tensor.dtype)
     if isinstance(tensor, DTensor):

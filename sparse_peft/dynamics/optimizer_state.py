@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from .full_tensor import full_tensor, write_full_tensor_
+from .zero import ZeroOptimizer
 
 BNB_BLOCK = 256
 
@@ -37,22 +38,44 @@ class RemapsState(Protocol):
         """Rearrange a parameter's state; the arguments are those of ``remap_``."""
 
 
+ZERO_OPTIMIZERS = ("DeepSpeedZeroOptimizer", "DeepSpeedZeroOptimizer_Stage3")
+
+
 def inner_optimizer(optimizer: Any) -> torch.optim.Optimizer:
-    """The torch optimizer inside accelerate's wrappers.
+    """The torch optimizer inside accelerate's wrappers, or what stands for the one inside DeepSpeed's.
+
+    Args:
+        optimizer: torch's, or a wrapper of one; DeepSpeed's ZeRO optimizer (stages 1 to 3), which
+            ``deepspeed.initialize`` returns, or accelerate's wrapper of that.
 
     Raises:
-        TypeError: there is none, as with DeepSpeed.
+        TypeError: there is none.
     """
     inner = optimizer
-    while isinstance(getattr(inner, "optimizer", None), torch.optim.Optimizer):
+    while isinstance(getattr(inner, "optimizer", None), torch.optim.Optimizer) and not _is_zero(inner):
         inner = inner.optimizer
-    if not isinstance(inner, torch.optim.Optimizer):
+    zero = inner if _is_zero(inner) else getattr(inner, "optimizer", None)
+    if _is_zero(zero):
+        view: Any = ZeroOptimizer(zero)
+        return view
+    if isinstance(optimizer, ZeroOptimizer):
+        return optimizer  # type: ignore[return-value]
+    if not isinstance(inner, torch.optim.Optimizer) or _is_deepspeeds(zero):
+        kind = type(zero if _is_deepspeeds(zero) else optimizer)
         raise TypeError(
-            f"optimizer of type {type(optimizer).__module__}.{type(optimizer).__name__}: a torch.optim.Optimizer is "
-            "expected, whose state can be moved with the entries; an engine such as DeepSpeed's keeps the state in "
-            "partitions of its own: use DDP or FSDP2, or a selection that does not change"
+            f"optimizer of type {kind.__module__}.{kind.__name__}: a torch.optim.Optimizer is expected, or one of "
+            "DeepSpeed's ZeRO stages 1 to 3, whose state can be moved with the entries; use one of them, DDP or "
+            "FSDP2, or a selection that does not change"
         )
     return inner
+
+
+def _is_zero(optimizer: Any) -> bool:
+    return _is_deepspeeds(optimizer) and type(optimizer).__name__ in ZERO_OPTIMIZERS
+
+
+def _is_deepspeeds(optimizer: Any) -> bool:
+    return type(optimizer).__module__.startswith("deepspeed.runtime.")
 
 
 def scaler_of(optimizer: Any) -> torch.amp.GradScaler | None:
@@ -64,17 +87,26 @@ def scaler_of(optimizer: Any) -> torch.amp.GradScaler | None:
     return None
 
 
+def scaled_gradient_of(optimizer: torch.optim.Optimizer, parameter: Tensor) -> Tensor | None:
+    """A parameter's whole gradient right before the optimizer steps, as it is handed over; None if it has none."""
+    if isinstance(optimizer, ZeroOptimizer):
+        return optimizer.gradient_of(parameter)
+    return None if parameter.grad is None else full_tensor(parameter.grad)
+
+
 def gradient_of(optimizer: torch.optim.Optimizer, parameter: Tensor) -> Tensor | None:
     """A parameter's whole gradient right before the optimizer steps, without a loss scale; None if it has none."""
-    if parameter.grad is None:
-        return None
-    gradient, scale = full_tensor(parameter.grad), getattr(optimizer, "grad_scale", None)
-    return gradient if scale is None else gradient / scale.to(gradient.device)
+    gradient, scale = scaled_gradient_of(optimizer, parameter), getattr(optimizer, "grad_scale", None)
+    return gradient if gradient is None or scale is None else gradient / scale.to(gradient.device)
 
 
 @torch.no_grad()
 def add_gradient_(optimizer: torch.optim.Optimizer, parameter: Tensor, gradient: Tensor) -> None:
     """Add to a parameter's gradient right before the optimizer steps; ``gradient`` is whole, on every process."""
+    if isinstance(optimizer, ZeroOptimizer):
+        own = optimizer.gradient_of(parameter)
+        optimizer.write_gradient_(parameter, gradient if own is None else own + gradient)
+        return
     # a fused optimizer under a loss scaler undoes the scale inside its step, which comes after this
     scale = getattr(optimizer, "grad_scale", None)
     if scale is not None:
@@ -82,6 +114,17 @@ def add_gradient_(optimizer: torch.optim.Optimizer, parameter: Tensor, gradient:
     if parameter.grad is None:
         parameter.grad = torch.zeros_like(parameter)
     write_full_tensor_(parameter.grad, full_tensor(parameter.grad) + gradient)
+
+
+@torch.no_grad()
+def mask_gradient_(optimizer: torch.optim.Optimizer, parameter: Tensor, mask: Tensor) -> None:
+    """Set a parameter's gradient to zero where ``mask`` is True, right before the optimizer steps."""
+    if isinstance(optimizer, ZeroOptimizer):
+        own = optimizer.gradient_of(parameter)
+        if own is not None:
+            optimizer.write_gradient_(parameter, own.masked_fill(mask, 0))
+    elif parameter.grad is not None:
+        write_full_tensor_(parameter.grad, full_tensor(parameter.grad).masked_fill(mask, 0))
 
 
 def replace_parameter(optimizer: torch.optim.Optimizer, old: Tensor, new: Tensor) -> None:
@@ -141,6 +184,10 @@ def remap_(
     Raises:
         NotImplementedError: 8-bit states that are not block-wise.
     """
+    if isinstance(optimizer, ZeroOptimizer):
+        with optimizer.lent(parameter) as inside:
+            remap_(inside, parameter, source, seeds, old_size=old_size)
+        return
     if isinstance(optimizer, RemapsState):
         optimizer.remap_state(parameter, source, seeds)
         return

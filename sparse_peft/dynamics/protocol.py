@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Generic, TypeVar
+from typing import Any, ClassVar, Generic, TypeVar
 
 import torch
 
@@ -43,7 +43,12 @@ class Moments:
 
     The order in optimizer step ``n``, counted from 1: ``begin_step(n)``, backward passes, ``before_step(n)``, the
     optimizer's step, ``after_step(n)``. A subclass overrides the moments that it acts in.
+
+    Attributes:
+        takes_partitions: whether all that it does with the optimizer works with a ``ZeroOptimizer``.
     """
+
+    takes_partitions: ClassVar[bool] = False
 
     def begin_step(self, step: int) -> None:
         """Act before the backward passes of a step."""

@@ -13,6 +13,7 @@ from ..dynamics.collectives import Collectives
 from ..dynamics.optimizer_state import inner_optimizer
 from ..dynamics.protocol import Moments
 from ..dynamics.records import Record, record_from_dict
+from ..dynamics.zero import ZeroOptimizer
 
 # Under this key of the first parameter group the state travels with the optimizer's own.
 STATE_KEY = "sparse_peft"
@@ -60,6 +61,7 @@ class StepDriver:
 
         Raises:
             ValueError: an optimizer that steps in the backward pass.
+            NotImplementedError: DeepSpeed partitions the optimizer's state, and a part cannot do with that.
         """
         self.parts = {kind: dict(found) for kind, found in parts.items()}
         if getattr(self.optimizer, "steps_in_backward", False) and not self._is_idle:
@@ -68,14 +70,25 @@ class StepDriver:
                 f"{type(self.optimizer).__name__} steps in the backward pass, and {names} must act before and after a "
                 "step of all parameters; use the plain optimizer, or a static adapter"
             )
+        if isinstance(self.optimizer, ZeroOptimizer):
+            self._refuse_unfit(self.optimizer)
         self._handles = [
             self.optimizer.register_step_pre_hook(self._before_step),
             self.optimizer.register_step_post_hook(self._after_step),
             self.optimizer.register_state_dict_post_hook(self._add_state),
             self.optimizer.register_load_state_dict_post_hook(self._take_state),
         ]
-        self._take_state(self.optimizer)
+        self._take_state(getattr(self.optimizer, "stepped", self.optimizer))
         self._begin_step()
+
+    def _refuse_unfit(self, optimizer: ZeroOptimizer) -> None:
+        for found in self.parts.values():
+            for name, part in found.items():
+                if not part.takes_partitions:
+                    raise NotImplementedError(
+                        f"{name!r} ({type(part).__name__}) works with the optimizer's parameters and state in a way "
+                        f"that {optimizer.kind} of DeepSpeed, which partitions them, does not let it; use DDP or FSDP2"
+                    )
 
     def _driven(self) -> Iterator[Moments]:
         return (part for found in self.parts.values() for part in found.values())

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -15,6 +15,7 @@ from ..dynamics.collectives import Collectives
 from ..dynamics.optimizer_state import scaler_of
 from ..dynamics.protocol import Dynamics, TrainingContext
 from ..dynamics.records import Record
+from ..dynamics.zero import ZeroOptimizer
 from ..procedures.driver import StepDriver
 from ..procedures.procedure import Procedure, TrainingRun, started
 from ..registry import method_of
@@ -117,12 +118,27 @@ class SparsityController(StepDriver):
             context = TrainingContext(
                 adapter, config, mine, self.optimizer, total_steps, self.collectives, self._scaler
             )
-            found[adapter] = method_of(config).dynamics_class(context)
+            kind = method_of(config).dynamics_class
+            if isinstance(self.optimizer, ZeroOptimizer):
+                self._check_partitions(adapter, kind, config, states)
+            found[adapter] = kind(context)
             for unreached in config.unreached_events(total_steps):
                 warnings.warn(f"adapter {adapter!r}: {unreached}", UserWarning, stacklevel=3)
             for state in states:
                 mark_controlled(state)
         return found
+
+    def _check_partitions(self, adapter: str, kind: type[Dynamics[Any, Any]], config: Any, states: Any) -> None:
+        """Refuse changes that an optimizer with a partitioned state does not let a method make."""
+        optimizer = cast("ZeroOptimizer", self.optimizer)
+        if not kind.takes_partitions:
+            raise NotImplementedError(
+                f"adapter {adapter!r}: {type(config).__name__} changes parameters or the optimizer's state during "
+                f"training in a way that {optimizer.kind} of DeepSpeed, which partitions them, does not let it; use "
+                "DDP or FSDP2"
+            )
+        parameters = [parameter for state in states for parameter in state.parameters()]
+        optimizer.watch({id(parameter): parameter for parameter in parameters if parameter.requires_grad})
 
     def step(self) -> list[Record]:
         records = super().step()

@@ -36,7 +36,7 @@ def check_rates(model: nn.Module, optimizer: Optimizer) -> None:
 
     Recommendations are for AdamW: optimizers that step by other numbers than a gradient's direction are not checked.
     """
-    if "adam" not in type(optimizer).__name__.lower():
+    if "adam" not in type(getattr(optimizer, "stepped", optimizer)).__name__.lower():
         return
     for name, config, parameter in _trained(model, optimizer):
         suited = config.recommended_rate

@@ -80,7 +80,10 @@ def _concerns(ledger: Ledger, stepped: set[int]) -> bool:
     content = ledger.content
     if not isinstance(content, Held):
         return not ledger.is_merged  # a transition was interrupted
-    return id(content.weight) in stepped or any(id(mark.tensor) in stepped for mark in content.stamp.marks)
+    if id(content.weight) in stepped or any(id(mark.tensor) in stepped for mark in content.stamp.marks):
+        return True
+    # an optimizer that steps copies of the parameters, as DeepSpeed's
+    return any(state.backwards and not state.is_stepped for state, _, _ in content.stamp.counts)
 
 
 def _after_step(optimizer: Optimizer, *_: Any) -> None:

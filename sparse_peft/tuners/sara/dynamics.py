@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ...dynamics.full_tensor import full_tensor, write_full_tensor_
-from ...dynamics.optimizer_state import add_gradient_
+from ...dynamics.optimizer_state import add_gradient_, mask_gradient_
 from ...dynamics.protocol import Dynamics, TrainingContext
 from ...numerics import sample_without_replacement
 from ...ops import expert_parts, nuclear_norm, read_support
@@ -90,13 +90,15 @@ class SaRADynamics(Dynamics[SaRAConfig, SaRALinear]):
         ValueError: the config needs the length of the run and it is not known.
     """
 
+    takes_partitions = True
+
     def __init__(self, context: TrainingContext[SaRAConfig, SaRALinear]):
         super().__init__(context)
         self.freezing_step = self.config.freezing_step(context.total_steps)
         self.parts = {
             name: _Part(layer, layer.deltas[self.adapter])
             for name, layer in self.layers.items()
-            if layer.deltas[self.adapter].values.numel()
+            if layer.deltas[self.adapter].support.nnz
         }
         # all processes pick the same layers, even with different seeds
         device = next(iter(self.layers.values())).deltas[self.adapter].values.device
@@ -109,9 +111,8 @@ class SaRADynamics(Dynamics[SaRAConfig, SaRALinear]):
         for part in self._regularised(step):
             self._add_nuclear_gradient(part)
         for part in self.parts.values():
-            gradient = part.delta.values.grad
-            if part.frozen is not None and gradient is not None:
-                write_full_tensor_(gradient, full_tensor(gradient).masked_fill(part.frozen.mask, 0))
+            if part.frozen is not None:
+                mask_gradient_(self.optimizer, part.delta.values, part.frozen.mask)
 
     @torch.no_grad()
     def after_step(self, step: int) -> Freezing | None:

@@ -12,6 +12,7 @@ from torch import Tensor
 from ...dynamics.full_tensor import full_tensor
 from ...dynamics.optimizer_state import gradient_of
 from ...dynamics.protocol import Dynamics, TrainingContext
+from ...dynamics.zero import shape_of
 from ...support import apportion
 from .config import SnellaConfig
 from .layer import SnellaLinear
@@ -55,13 +56,15 @@ class SnellaDynamics(Dynamics[SnellaConfig, SnellaLinear]):
             layers keep at least.
     """
 
+    takes_partitions = True
+
     def __init__(self, context: TrainingContext[SnellaConfig, SnellaLinear]):
         super().__init__(context)
         self.parts: dict[str, _Part] = {}
         for name, layer in self.layers.items():
             state = layer.deltas[self.adapter]
             zeros = {
-                which: torch.zeros(getattr(state, which).shape, device=state.A.device, dtype=torch.float32)
+                which: torch.zeros(shape_of(getattr(state, which)), device=state.A.device, dtype=torch.float32)
                 for which in FACTORS
             }
             self.parts[name] = _Part(state, zeros, {which: tensor.clone() for which, tensor in zeros.items()})

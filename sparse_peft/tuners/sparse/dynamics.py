@@ -35,6 +35,8 @@ class ReselectionDynamics(Dynamics[SparseConfig, Layer]):
         NotImplementedError: ``redistribute=True`` in a distributed run.
     """
 
+    takes_partitions = True
+
     def __init__(self, context: TrainingContext[SparseConfig, Layer]):
         super().__init__(context)
         self.regrowth = required(self.config.regrowth, "regrowth")
@@ -66,10 +68,10 @@ class ReselectionDynamics(Dynamics[SparseConfig, Layer]):
                 track.begin(step - 1)  # another file was loaded
         if self.regrowth.observes == "covers" and not isinstance(self.optimizer, KeepsAccumulators):
             for track in self.tracks.values():
-                track.accumulate()
+                track.accumulate(self.optimizer)
         elif self._observing:
             for track in self.tracks.values():
-                track.keep_gradient()
+                track.keep_gradient(self.optimizer)
 
     def after_step(self, step: int) -> Reselection | None:
         if self._observing:

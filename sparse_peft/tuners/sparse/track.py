@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ...dynamics.full_tensor import full_tensor, write_full_tensor_
-from ...dynamics.optimizer_state import ObservedMoments, remap_, replace_parameter
+from ...dynamics.optimizer_state import ObservedMoments, remap_, replace_parameter, scaled_gradient_of
 from ...dynamics.sm3_accumulators import accumulate_
 from ...ops import add_to_support_, observe
 from ...support import Exchange
@@ -70,22 +70,22 @@ class LayerTrack:
             return CandidateWindow(self.support, limit, length)
         return ExpertWindows(self.support, limit, length, experts)
 
-    def keep_gradient(self) -> None:
+    def keep_gradient(self, optimizer: torch.optim.Optimizer) -> None:
         """Keep a copy of the gradient that the optimizer is about to use; zeros without one."""
-        gradient = self.delta.values.grad
+        gradient = scaled_gradient_of(optimizer, self.delta.values)
         if gradient is None:
             self.gradient = torch.zeros(self.support.nnz, device=self.support.device)
         else:
-            self.gradient = full_tensor(gradient).to(torch.float32, copy=True)
+            self.gradient = gradient.to(torch.float32, copy=True)
 
-    def accumulate(self) -> None:
+    def accumulate(self, optimizer: torch.optim.Optimizer) -> None:
         """Add this step's gradient to SM3's accumulators."""
         if self.accumulators is None:
             rows, cols = (torch.zeros(n, device=self.support.device) for n in self.support.shape)
             self.accumulators = rows, cols
-        gradient = self.delta.values.grad
+        gradient = scaled_gradient_of(optimizer, self.delta.values)
         if gradient is not None:
-            accumulate_(*self.accumulators, self.support, full_tensor(gradient).to(torch.float32))
+            accumulate_(*self.accumulators, self.support, gradient.to(torch.float32))
 
     def weight(self) -> Tensor:
         """A copy of the weight as trained so far, ``(rows, cols)`` in the base's floats; whole if it is sharded."""
@@ -109,7 +109,7 @@ class LayerTrack:
                 f"layer {name}: positions cannot change while adapters are merged "
                 f"({', '.join(self.layer.merged_adapters)}); call unmerge_adapter() before training goes on"
             )
-        if not bool(self.delta.values.detach().isfinite().all()):
+        if not bool(full_tensor(self.delta.values).isfinite().all()):
             raise ValueError(
                 f"layer {name}: values of adapter {self.adapter} are NaN or infinite: the training diverged; go "
                 "back to an earlier checkpoint, with a lower learning rate or with clipping"

@@ -1,0 +1,190 @@
+"""DeepSpeed's ZeRO on two processes, against one process with the whole batch."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from peft import PeftModel, get_peft_model
+from torch import nn
+from torch.utils.data import Dataset
+from transformers import Trainer, TrainingArguments
+
+from sparse_peft import SparseAdamW, SparseConfig, SparsityCallback, SparsityController
+from sparse_peft.dynamics.full_tensor import full_tensor
+from tests.helpers.deepspeed_engine import initialize, on_two
+from tests.integration.test_distributed_table import base
+from tests.integration.test_distributed_training import STATIC, TOTAL, adapted, batch_at, half, leaves, look_at
+
+pytest.importorskip("deepspeed", reason="DeepSpeed is not installed: make deepspeed")
+pytestmark = pytest.mark.distributed
+
+STEPS, RATE, CLIP = 8, 1e-2, 0.1
+OPTIMIZERS = {"adamw": torch.optim.AdamW, "by age": SparseAdamW}
+CASES = [
+    ("nonzero", "adamw", {}),
+    ("accumulated_gradient", "adamw", {}),
+    ("momentum", "adamw", {}),
+    ("rigl", "by age", {}),
+    ("set", "adamw", {}),
+    ("principal", "adamw", {"principal_rank": 6, "reselect_every": 3}),
+    ("s2ft", "adamw", {"k": 4}),
+    ("sara", "adamw", {"density": 0.2, "progressive": 3, "nuclear_weight": 0.01, "nuclear_min_size": 4, "scale": 1.0}),
+    ("sltrain", "adamw", {"r": 2, "density": 0.2}),
+    (
+        "snella",
+        "adamw",
+        {"r": 4, "target_sparsity": 0.6, "allocate_start": 0, "allocate_stop": 7, "allocate_every": 3},
+    ),
+    ("sketch", "adamw", {"bits": 2}),
+]
+
+
+def optimizer_of(model, kind):
+    return OPTIMIZERS[kind]([p for p in model.parameters() if p.requires_grad], lr=RATE)
+
+
+def after_each_step(model, step):
+    """Losses, and positions and values after each step."""
+    seen = []
+    for number in range(STEPS):
+        loss = step(*batch_at(number))
+        seen.append((loss, {name: state[:2] for name, state in look_at(model).items()}))
+    return seen
+
+
+def with_zero(rank, stage, selection, kind, fields):
+    model = adapted(selection, **fields)
+    engine, optimizer = initialize(model, optimizer_of(model, kind), stage, gradient_clipping=CLIP)
+    controller = SparsityController(engine, optimizer, TOTAL)
+
+    def step(x, y):
+        loss = F.cross_entropy(engine(x[half(rank)]), y[half(rank)])
+        engine.backward(loss)
+        engine.step()
+        controller.step()
+        torch.distributed.all_reduce(loss.detach())
+        return loss.item() / 2
+
+    seen = after_each_step(model, step)
+    engine.destroy()
+    return seen
+
+
+def on_one(selection, kind, fields):
+    model = adapted(selection, **fields)
+    optimizer = optimizer_of(model, kind)
+    controller = SparsityController(model, optimizer, TOTAL)
+
+    def step(x, y):
+        loss = F.cross_entropy(model(x), y)
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), CLIP)
+        optimizer.step()
+        controller.step()
+        optimizer.zero_grad()
+        return loss.item()
+
+    return after_each_step(model, step)
+
+
+def all_with_zero(rank, stage, cases):
+    return [with_zero(rank, stage, *case) for case in cases]
+
+
+def assert_same(found, expected):
+    for number, ((loss, states), (own_loss, own)) in enumerate(zip(found, expected, strict=True)):
+        assert loss == pytest.approx(own_loss, rel=1e-4), f"loss of step {number}"
+        for name, (indices, values) in own.items():
+            assert states[name][0] == indices, f"positions of {name} after {number + 1} steps"
+            assert states[name][1] == pytest.approx(values, rel=1e-3, abs=2e-5), f"{name} after {number + 1} steps"
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_two_processes_do_what_one_does_with_the_whole_batch(tmp_path, stage):
+    first, second = on_two(all_with_zero, tmp_path, stage, CASES)
+    assert first == second
+    for (selection, kind, fields), found in zip(CASES, first, strict=True):
+        assert_same(found, on_one(selection, kind, fields))
+        if selection not in STATIC and selection not in ("sara", "snella"):
+            assert found[0][1] != found[-1][1]
+
+
+# ---------------------------------------------------------------------- transformers' Trainer
+
+METHODS = {
+    "static": {"selection": "random"},
+    "dynamic": {"selection": "rigl", "candidates": 10, "reselect_every": 2, "replace_rate": 0.4, "reselect_stop": 1.0},
+}
+
+
+class Rows(Dataset):
+    """Sentences of one length."""
+
+    def __len__(self):
+        return 32
+
+    def __getitem__(self, number):
+        ids = torch.randint(0, 31, (6,), generator=torch.Generator().manual_seed(number))
+        return {"input_ids": ids, "labels": ids}
+
+
+def trained(folder, fields, batch, stage=None, steps=6, resume=None):
+    """Losses, positions and values of a run of transformers' Trainer."""
+    settings = None
+    if stage is not None:
+        auto = (
+            "train_micro_batch_size_per_gpu",
+            "train_batch_size",
+            "gradient_accumulation_steps",
+            "gradient_clipping",
+        )
+        settings = {
+            "zero_optimization": {"stage": stage},
+            "zero_force_ds_cpu_optimizer": False,
+            **dict.fromkeys(auto, "auto"),
+        }
+        settings["zero_allow_untested_optimizer"] = True
+    args = TrainingArguments(
+        output_dir=folder, max_steps=steps, per_device_train_batch_size=batch, gradient_accumulation_steps=2,
+        learning_rate=1e-3, save_steps=3, logging_steps=1, report_to=[], use_cpu=True, disable_tqdm=True,
+        deepspeed=settings, lr_scheduler_type="constant", save_only_model=False,
+    )  # fmt: skip
+    config = SparseConfig(density=0.1, target_modules="all-linear", init_weights=False, **fields)
+    torch.manual_seed(0)
+    model = get_peft_model(base(), config)
+    trainer = Trainer(model=model, args=args, train_dataset=Rows(), callbacks=[SparsityCallback()])
+    trainer.train(resume_from_checkpoint=resume)
+    losses = [row["loss"] for row in trainer.state.log_history if "loss" in row]
+    return losses, {
+        name: (state.support.indices.tolist(), full_tensor(state.values).tolist())
+        for name, state in leaves(model).items()
+    }
+
+
+def trainers(rank, folder, stage):
+    found = {}
+    for kind, fields in METHODS.items():
+        whole = trained(folder / kind, fields, 2, stage)
+        found[kind] = whole
+        again = trained(folder / kind, fields, 2, stage, resume=str(folder / kind / "checkpoint-3"))
+        assert again == whole, "a resumed run is the uninterrupted one"
+    return found
+
+
+def assert_trained_alike(found, expected):
+    (losses, states), (own_losses, own) = found, expected
+    assert losses == pytest.approx(own_losses, abs=2e-4)
+    for name, (indices, values) in own.items():
+        assert states[name][0] == indices
+        assert states[name][1] == pytest.approx(values, rel=1e-3, abs=2e-5)
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_transformers_trainer(tmp_path, stage):
+    first, second = on_two(trainers, tmp_path, tmp_path, stage)
+    assert first == second
+    for kind, fields in METHODS.items():
+        assert_trained_alike(first[kind], trained(tmp_path / f"one {kind}", fields, 4))
+        loaded = PeftModel.from_pretrained(base(), tmp_path / kind / "checkpoint-6")
+        for name, (indices, values) in first[kind][1].items():
+            state = leaves(loaded)[name]
+            assert (state.support.indices.tolist(), state.values.tolist()) == (indices, values)
