@@ -7,7 +7,7 @@ and of its partition. Nothing here imports DeepSpeed: it uses the attributes tha
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -286,6 +286,26 @@ def write_master_(parameter: Any, value: Tensor) -> bool:
     else:
         parameter.detach().copy_(value.view(parameter.shape))
     return True
+
+
+def keep_whole(parameters: Iterable[Any]) -> None:
+    """Let every process have these parameters whole between the steps, of which stage 3 releases all but small ones.
+
+    Optimizer state and the float32 parameters stay partitioned. All processes call this together.
+    """
+    missing = []
+    for parameter in parameters:
+        if not is_partitioned(parameter):
+            continue
+        if not parameter.ds_persist:
+            parameter.ds_persist = True
+            zero = getattr(parameter, "_z3_optimizer", None)
+            if zero is not None:
+                zero.persistent_parameters.append(parameter)
+        if parameter.numel() != parameter.ds_numel:
+            missing.append(parameter)
+    if missing:
+        missing[0].all_gather(missing)
 
 
 def gathered_weight(parameter: Any) -> Tensor:

@@ -15,7 +15,7 @@ from ..dynamics.collectives import Collectives
 from ..dynamics.optimizer_state import scaler_of
 from ..dynamics.protocol import Dynamics, TrainingContext
 from ..dynamics.records import Record
-from ..dynamics.zero import ZeroOptimizer
+from ..dynamics.zero import ZeroOptimizer, keep_whole
 from ..procedures.driver import StepDriver
 from ..procedures.procedure import Procedure, TrainingRun, started
 from ..registry import method_of
@@ -110,6 +110,7 @@ class SparsityController(StepDriver):
             states = [layer.deltas[adapter] for layer in mine.values()]
             trains = any(state.watched.requires_grad for state in states)
             if trains:
+                keep_whole(parameter for state in states for parameter in state.parameters())
                 self._trained[adapter] = {layer.name: layer.deltas[adapter] for layer in mine.values()}
                 check_agreement(adapter, self._trained[adapter], self._processes)
             if not trains or not getattr(config, "changes_in_training", False):

@@ -18,6 +18,7 @@ from transformers.pytorch_utils import Conv1D
 
 from ..compat import QuantizationBackend, quantization_extra_repr, resolve_quantization_backend
 from ..dynamics.full_tensor import full_tensor
+from ..dynamics.zero import is_partitioned, keep_whole
 from ..ops import CONVOLUTIONS, ConvProduct, EmbeddingProduct, LayerProduct, LinearProduct, is_convolution
 from .active_delta import ActiveDelta
 from .backups import SET_ASIDE, LayerBackup, PackedBackup, WeightBackup
@@ -28,7 +29,7 @@ from .files.checks import BASE_ADAPTER
 from .four_bit import base_weight
 from .layer_parts import bias_of, weight_of
 from .ledger import READERS, Ledger, Merged, Weight, transition
-from .parallel import check_mergeable
+from .parallel import check_mergeable, check_not_partitioned
 from .tensor_parallel import LocalParameters, TensorParallel, local_part
 from .transitions import exclusive, exclusively
 
@@ -87,6 +88,7 @@ class TunerLayer(BaseTunerLayer, nn.Module, Generic[StateT]):
     product: LayerProduct
     weight_shape: tuple[int, ...]  # of the base weight, (rows, cols) or a convolution's
     stored_shape: tuple[int, int]  # (rows, cols) of the base weight as a matrix
+    takes_partitions: ClassVar[bool] = False  # whether ZeRO stage 3 may have partitioned the weight of a linear layer
     parallel: TensorParallel | None  # the part of it that this process has, where tensor parallelism divides it
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
@@ -266,12 +268,33 @@ class TunerLayer(BaseTunerLayer, nn.Module, Generic[StateT]):
         """Whether FSDP2 shards the weight: what is gathered for a pass is a copy that comes and goes."""
         return self.base_layer.__dict__.get("_is_fsdp_managed_module", False)
 
+    def _is_partitioned(self) -> bool:
+        """Whether ZeRO stage 3 has partitioned the weight: it is whole inside the base layer's own forward only."""
+        weight = self.base_layer._parameters.get("weight")
+        return weight is not None and is_partitioned(weight)
+
+    def _enter_partitioned(self) -> None:
+        """Refuse what cannot work with a partitioned weight; gather the adapters' parameters, which stay whole.
+
+        Raises:
+            NotImplementedError: this kind of layer.
+            RuntimeError: DeepSpeed's engine, which gathers the weight, is not there.
+        """
+        base = self.base_layer
+        check_not_partitioned(self.name, base, type(self), type(self).__name__)
+        if not base._forward_pre_hooks and weight_of(base).numel() == 0:
+            raise RuntimeError(
+                f"layer {self.name}: ZeRO stage 3 has partitioned its weight, which only DeepSpeed's engine gathers; "
+                "call the engine that deepspeed.initialize or accelerator.prepare returns"
+            )
+        keep_whole(parameter for name in self.deltas for parameter in self.deltas[name].parameters())
+
     def dense_base_weight(self) -> Tensor:
         """The base weight in floats as a matrix in its stored layout, for criteria to look at; whole."""
         if self.quantization_backend is not None:
             return self.dequantised()
-        if self.parallel is not None:
-            return full_tensor(weight_of(self.base_layer))
+        if self.parallel is not None or self._is_partitioned():
+            return full_tensor(weight_of(self.base_layer)).reshape(self.stored_shape)
         return self.base_parameter.detach().reshape(self.stored_shape)
 
     def get_base_weight(self) -> Tensor:
@@ -341,6 +364,8 @@ class TunerLayer(BaseTunerLayer, nn.Module, Generic[StateT]):
             adapter_names: of its items, in a mixed batch.
             has_more: whether the base layer is called with more than the input.
         """
+        if self._is_partitioned():
+            self._enter_partitioned()
         if self.disable_adapters:
             return Step(self._base_forward, Weight.OWN)
         if adapter_names is not None:

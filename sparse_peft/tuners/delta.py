@@ -11,6 +11,7 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Tensor, nn
 
+from ..dynamics.zero import shape_of
 from ..ops import ENTRY_COMBINATIONS, Combination, Compression, combine_on_supports, read_support
 from ..support import Support
 from .base_state import TrainedState
@@ -80,6 +81,11 @@ class Delta(TrainedState):
         self._support: Support | None = None
         self._support_of: tuple[Tensor, int] | None = None
         self.keep_dtype()
+
+    @property
+    def entries(self) -> int:
+        """Number of trained entries, also while ZeRO stage 3 has the values in partitions."""
+        return shape_of(self.values).numel()
 
     def forward(self, scaled: bool = True) -> Tensor:
         """The delta at the entries, ``(entries,)``; called, not read, so that hooks of sharding wrappers run.
@@ -153,7 +159,7 @@ class Delta(TrainedState):
         return Entries(self.support, self.scaled(self.values.detach()))
 
     def sizes(self, save_dtype: torch.dtype) -> StateSizes:
-        entries = self.values.numel()
+        entries = self.entries
         return replace(super().sizes(save_dtype), entries=entries, position_bytes=memory_bytes(self.shape, entries))
 
     # ------------------------------------------------------------------ positions
@@ -224,10 +230,10 @@ class Delta(TrainedState):
 
     @support.setter
     def support(self, support: Support) -> None:
-        if support.shape != self.shape or support.nnz != self.values.numel():
+        if support.shape != self.shape or support.nnz != self.entries:
             raise ValueError(
                 f"layer {self.name}: a support of {support.nnz} entries over {support.shape} does not fit "
-                f"{self.values.numel()} values over {self.shape}"
+                f"{self.entries} values over {self.shape}"
             )
         self.keep_support(support)
         self._refresh()
@@ -252,7 +258,7 @@ class Delta(TrainedState):
 
     def extra_repr(self) -> str:
         rows, cols = self.shape
-        entries = self.values.numel()
+        entries = self.entries
         scale = "" if self.value_scale == 1 else f", scale={self.value_scale:g}"
         return f"entries={entries}, shape=({rows}, {cols}), density={entries / (rows * cols):.3g}{scale}"
 
@@ -295,7 +301,7 @@ class SparseDelta(Delta):
             self.own_buffers[FLAT].fill_(UNSET)
 
     def position_layout(self) -> dict[str, tuple[int, torch.dtype]]:
-        return file_layout(self.shape, self.values.numel())
+        return file_layout(self.shape, self.entries)
 
     def keep_support(self, support: Support) -> None:
         self.keep_positions(memory_form(support.to(self.values.device)))
@@ -305,7 +311,7 @@ class SparseDelta(Delta):
         # they are on disk
         found = {name for name in NAMES if f"{prefix}{name}" in state_dict}
         if found and found != {name for name in NAMES if name in self._buffers}:
-            self.keep_positions(unset_form(found, self.shape, self.values.numel()))
+            self.keep_positions(unset_form(found, self.shape, self.entries))
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
         flat = self._buffers.get(FLAT)
         if flat is not None and flat.device.type != "meta" and not is_unset(flat):
@@ -320,7 +326,7 @@ class SparseDelta(Delta):
 
         The parameter is a new one where the number changes: autograd and optimizers know the old one by its size.
         """
-        if entries == self.values.numel():
+        if entries == self.entries:
             return
         self.values = nn.Parameter(self.values.new_zeros(entries), requires_grad=self.values.requires_grad)
         self.keep_positions(unset_form({PACKED}, self.shape, entries))
@@ -332,7 +338,7 @@ class SparseDelta(Delta):
         return buffers[PACKED if PACKED in buffers else FLAT]
 
     def support_from(self, buffer: Tensor) -> Support:
-        return support_of(buffer, self.shape, self.values.numel(), self.name)
+        return support_of(buffer, self.shape, self.entries, self.name)
 
     def _unpack(self) -> bool:
         """Positions that lie as in a file become those in memory; False if none were loaded."""
@@ -353,5 +359,5 @@ class SparseDelta(Delta):
     def take_file(self, positions: dict[str, Tensor], parameters: dict[str, Tensor]) -> dict[str, Tensor]:
         indices = unpack(positions, self.shape, self.name)
         found = self._required(values=parameters.get("values"), positions=indices)
-        check_loaded_entries(self.name, found["values"], found["positions"], self.shape, self.values.numel())
+        check_loaded_entries(self.name, found["values"], found["positions"], self.shape, self.entries)
         return memory_form(Support(self.shape, found["positions"], validate=False, name=self.name))

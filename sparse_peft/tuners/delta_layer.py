@@ -35,7 +35,6 @@ from .contents import Contents
 from .delta import Delta
 from .layer_parts import weight_of
 from .ledger import Content, Held, Merged, Weight, Write, transition, write_all
-from .parallel import check_not_partitioned
 from .residency import note_holding
 from .sources import DeltaSource, DequantisedSource, LayerSource, OverlaySource, ResidentSource
 from .stacks import EntryStack, Stack
@@ -79,6 +78,7 @@ class SparseTunerLayer(TunerLayer[DeltaT]):
     """
 
     stack_cls: ClassVar[type[Stack] | None] = EntryStack  # None: the adapters have no common product
+    takes_partitions = True
     adds_entries_only: ClassVar[bool] = True  # whether an adapter adds nothing to the weight but its entries
 
     def __init__(self, base_layer: nn.Module, name: str, resident: bool = True, **kwargs: Any) -> None:
@@ -289,7 +289,7 @@ class SparseTunerLayer(TunerLayer[DeltaT]):
 
     def _may_be_resident(self) -> bool:
         weight = self.base_parameter
-        if not self.resident or self._is_sharded() or self.ledger.is_kept_own:
+        if not self.resident or self._is_sharded() or self._is_partitioned() or self.ledger.is_kept_own:
             return False
         # what follows changes only with the memory itself, and would be asked in every pass
         known = self._writable
@@ -297,7 +297,6 @@ class SparseTunerLayer(TunerLayer[DeltaT]):
             return known[2]
         if known is not None and (own := known[0]()) is not None and own is not weight and not own.is_meta:
             return False  # another weight has its place for a while: torch.func.functional_call
-        check_not_partitioned(self.name, weight, type(self).__name__)
         self._writable = weakref.ref(weight), weight.data_ptr(), self._is_writable(weight)
         return self._writable[2]
 
@@ -364,7 +363,7 @@ class SparseTunerLayer(TunerLayer[DeltaT]):
         if self.quantization_backend is not None:
             stock = self.quantization_backend.supports_merge and not self._is_hooked()
             return "dequantised" if stock else "additive"
-        if self._is_hooked() or not self._base_is_stock(x):
+        if self._is_hooked() or self._is_partitioned() or not self._base_is_stock(x):
             return "additive"
         # a compiled graph writes nothing: it sets the entries in a transient copy
         return "resident" if torch.compiler.is_compiling() or self._may_be_resident() else "overlay"
@@ -407,7 +406,6 @@ class SparseTunerLayer(TunerLayer[DeltaT]):
         return self._product(x, ResidentSource(self, delta)) if trains else self.base_layer(x)
 
     def _overlay_forward(self, delta: ActiveDelta, x: Tensor) -> Tensor:
-        check_not_partitioned(self.name, self.base_parameter, type(self).__name__)
         log_once(f"layer {self.name}: the base weight cannot be written, its panels are copied in every pass")
         return self._product(x, OverlaySource(self, delta))
 
@@ -480,7 +478,9 @@ class SparseTunerLayer(TunerLayer[DeltaT]):
         names = tuple(sorted(name for name in set(adapter_names) if name in self.deltas))
         trains = torch.is_grad_enabled() and any(self.deltas[name].values.requires_grad for name in names)
         # FSDP2 gathers values anew in each pass: nothing tells whether they are those that a stack was made of
-        stacks = isinstance(self.product, LinearProduct) and not (self._is_sharded() or self.parallel)
+        stacks = isinstance(self.product, LinearProduct) and not (
+            self._is_sharded() or self._is_partitioned() or self.parallel
+        )
         if not names or trains or not stacks or self.stack_cls is None:
             super()._mixed_deltas_(result, x, adapter_names)
             return

@@ -6,7 +6,9 @@ from typing import Any
 
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+from transformers.pytorch_utils import Conv1D
 
+from ..dynamics.zero import is_partitioned
 from .tensor_parallel import TensorParallel
 
 CURE = "use DDP, or wrap the model in FSDP2 (fully_shard) after the adapter is made"
@@ -28,8 +30,7 @@ def check_undivided(name: str, base: nn.Module, model: nn.Module, layer_cls: typ
         NotImplementedError: names the wrapper, the layer and the alternative.
     """
     weight = getattr(base, "weight", None)
-    if isinstance(weight, Tensor):
-        check_not_partitioned(name, weight, method)
+    check_not_partitioned(name, base, layer_cls, method)
     if isinstance(weight, DTensor):
         takes_parts = getattr(layer_cls, "adds_entries_only", False) and isinstance(base, nn.Linear)
         if takes_parts and TensorParallel.of(model, name, base) is not None:
@@ -37,17 +38,21 @@ def check_undivided(name: str, base: nn.Module, model: nn.Module, layer_cls: typ
         raise NotImplementedError(f"Target module {name}: {_divided_by(base)}, and {method} needs it whole; {CURE}")
 
 
-def check_not_partitioned(name: str, weight: Tensor, method: str) -> None:
-    """Refuse a weight that DeepSpeed has partitioned.
+def check_not_partitioned(name: str, base: nn.Module, layer_cls: type[Any], method: str) -> None:
+    """Refuse a weight that DeepSpeed has partitioned, but for linear layers of methods that can do with that.
 
     Raises:
         NotImplementedError: names the layer and the alternative.
     """
-    if hasattr(weight, "ds_id"):
-        raise NotImplementedError(
-            f"Target module {name}: ZeRO stage 3 has partitioned its weight, and {method} needs it whole; use ZeRO "
-            f"stage 1 or 2 with a static selection, FSDP2 or DDP"
-        )
+    weight = getattr(base, "weight", None)
+    if not isinstance(weight, Tensor) or not is_partitioned(weight):
+        return
+    if getattr(layer_cls, "takes_partitions", False) and isinstance(base, (nn.Linear, Conv1D)):
+        return
+    raise NotImplementedError(
+        f"Target module {name}: ZeRO stage 3 has partitioned its weight ({type(base).__name__}), and {method} needs "
+        "it whole; use ZeRO stage 1 or 2, FSDP2 or DDP, or leave the layer out with exclude_modules"
+    )
 
 
 def check_mergeable(name: str, base: nn.Module) -> None:
@@ -57,6 +62,11 @@ def check_mergeable(name: str, base: nn.Module) -> None:
         NotImplementedError: names the wrapper, the layer and the alternative.
     """
     weight = getattr(base, "weight", None)
+    if isinstance(weight, Tensor) and is_partitioned(weight):
+        raise NotImplementedError(
+            f"layer {name}: ZeRO stage 3 divides its weight among processes, and merging needs it whole; save the "
+            "adapter, and merge it in one process (PeftModel.from_pretrained(base, folder).merge_and_unload())"
+        )
     if isinstance(weight, Tensor) and (isinstance(weight, DTensor) or weight.ndim < 2):
         by = _divided_by(base) if isinstance(weight, DTensor) else "FSDP1 divides its weight among processes"
         raise NotImplementedError(

@@ -347,7 +347,7 @@ def _check_embedding(name: str, base: nn.Embedding, model: nn.Module) -> None:
 
 def _check_experts(name: str, base: ExpertWeight) -> None:
     weight = base.weight
-    check_not_partitioned(name, weight, "an adapter")
+    check_not_partitioned(name, base, TunerLayer, "an adapter")
     if isinstance(weight, DTensor):
         raise NotImplementedError(
             f"target_parameters: {name} is sharded over processes (FSDP2, tensor or expert parallelism), and adapters "

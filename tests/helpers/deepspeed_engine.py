@@ -7,6 +7,8 @@ from multiprocessing import Manager
 
 import pytest
 import torch
+from accelerate import DistributedType
+from accelerate.state import PartialState
 from torch import distributed
 
 from tests.helpers.processes import run_on_two
@@ -27,21 +29,31 @@ def initialize(model, optimizer, stage, **fields):
     """DeepSpeed's engine and optimizer of a model."""
     import deepspeed  # noqa: PLC0415  (after the environment is set)
 
-    zero = {"stage": stage, **fields.pop("zero_optimization", {})}
-    config = {
+    engine, optimizer, _, _ = deepspeed.initialize(model=model, optimizer=optimizer, config=_settings(stage, **fields))
+    return engine, optimizer
+
+
+def partitioned(make, zero_optimization):
+    """A model that is made in the partitions of stage 3, as ``from_pretrained`` does it."""
+    import deepspeed  # noqa: PLC0415
+
+    with deepspeed.zero.Init(config_dict_or_path=_settings(3, zero_optimization=zero_optimization)):
+        return make()
+
+
+def _settings(stage, zero_optimization=None, **fields):
+    return {
         "train_micro_batch_size_per_gpu": 8,
-        "zero_optimization": zero,
+        "zero_optimization": {"stage": stage, **(zero_optimization or {})},
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
         **fields,
     }
-    engine, optimizer, _, _ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
-    return engine, optimizer
 
 
 def begin(rank: int, address) -> None:
     """Start the process group, as DeepSpeed's launcher would."""
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "ACCELERATE_USE_CPU": "true"}
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0", "DS_ACCELERATOR": "cpu"}
     distributed.init_process_group("gloo", init_method=f"file://{address}", rank=rank, world_size=2)
     torch.set_num_threads(1)
@@ -50,6 +62,8 @@ def begin(rank: int, address) -> None:
     # its own all-reduce in shared memory would be compiled at the start
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed("gloo")
+    # accelerate keeps DeepSpeed for devices; what it does once it is chosen runs on CPUs too
+    PartialState._prepare_backend = lambda *_: ("gloo", DistributedType.MULTI_CPU)
 
 
 def _process(rank, function, address, arguments, results):

@@ -6,13 +6,13 @@ import torch.nn.functional as F
 from peft import PeftModel, get_peft_model
 from torch import nn
 from torch.utils.data import Dataset
-from transformers import Trainer, TrainingArguments
+from transformers import LlamaForCausalLM, Trainer, TrainingArguments
 
 from sparse_peft import SparseAdamW, SparseConfig, SparsityCallback, SparsityController
 from sparse_peft.dynamics.full_tensor import full_tensor
-from tests.helpers.deepspeed_engine import initialize, on_two
+from tests.helpers.deepspeed_engine import initialize, on_two, partitioned
 from tests.integration.test_distributed_table import base
-from tests.integration.test_distributed_training import STATIC, TOTAL, adapted, batch_at, half, leaves, look_at
+from tests.integration.test_distributed_training import STATIC, TOTAL, Net, adapted, batch_at, half, leaves, look_at
 
 pytest.importorskip("deepspeed", reason="DeepSpeed is not installed: make deepspeed")
 pytestmark = pytest.mark.distributed
@@ -52,8 +52,13 @@ def after_each_step(model, step):
 
 
 def with_zero(rank, stage, selection, kind, fields):
-    model = adapted(selection, **fields)
-    engine, optimizer = initialize(model, optimizer_of(model, kind), stage, gradient_clipping=CLIP)
+    # of stage 3 that nothing stays gathered, and half of the cases with a model that was made in partitions
+    zero = {"stage3_param_persistence_threshold": 0} if stage == 3 else {}
+    net = partitioned(Net, zero) if stage == 3 and selection not in ("momentum", "set", "sltrain") else None
+    model = adapted(selection, net=net, **fields)
+    engine, optimizer = initialize(
+        model, optimizer_of(model, kind), stage, zero_optimization=zero, gradient_clipping=CLIP
+    )
     controller = SparsityController(engine, optimizer, TOTAL)
 
     def step(x, y):
@@ -98,7 +103,7 @@ def assert_same(found, expected):
             assert states[name][1] == pytest.approx(values, rel=1e-3, abs=2e-5), f"{name} after {number + 1} steps"
 
 
-@pytest.mark.parametrize("stage", [1, 2])
+@pytest.mark.parametrize("stage", [1, 2, 3])
 def test_two_processes_do_what_one_does_with_the_whole_batch(tmp_path, stage):
     first, second = on_two(all_with_zero, tmp_path, stage, CASES)
     assert first == second
@@ -143,16 +148,22 @@ def trained(folder, fields, batch, stage=None, steps=6, resume=None):
             **dict.fromkeys(auto, "auto"),
         }
         settings["zero_allow_untested_optimizer"] = True
+        if stage == 3:
+            settings["zero_optimization"] |= {"stage3_gather_16bit_weights_on_model_save": True}
+            settings["zero_optimization"] |= {"stage3_param_persistence_threshold": 0}
     args = TrainingArguments(
         output_dir=folder, max_steps=steps, per_device_train_batch_size=batch, gradient_accumulation_steps=2,
-        learning_rate=1e-3, save_steps=3, logging_steps=1, report_to=[], use_cpu=True, disable_tqdm=True,
+        learning_rate=1e-3, save_steps=3, logging_steps=1, report_to=[], use_cpu=stage is None, disable_tqdm=True,
         deepspeed=settings, lr_scheduler_type="constant", save_only_model=False,
     )  # fmt: skip
     config = SparseConfig(density=0.1, target_modules="all-linear", init_weights=False, **fields)
+    # under stage 3 transformers loads a model in partitions
+    net = base() if stage != 3 else LlamaForCausalLM.from_pretrained(folder.parent / "base")
     torch.manual_seed(0)
-    model = get_peft_model(base(), config)
+    model = get_peft_model(net, config)
     trainer = Trainer(model=model, args=args, train_dataset=Rows(), callbacks=[SparsityCallback()])
     trainer.train(resume_from_checkpoint=resume)
+    assert type(trainer.model_wrapped).__name__ == (type(model).__name__ if stage is None else "DeepSpeedEngine")
     losses = [row["loss"] for row in trainer.state.log_history if "loss" in row]
     return losses, {
         name: (state.support.indices.tolist(), full_tensor(state.values).tolist())
@@ -178,8 +189,9 @@ def assert_trained_alike(found, expected):
         assert states[name][1] == pytest.approx(values, rel=1e-3, abs=2e-5)
 
 
-@pytest.mark.parametrize("stage", [1, 2])
+@pytest.mark.parametrize("stage", [1, 2, 3])
 def test_transformers_trainer(tmp_path, stage):
+    base().save_pretrained(tmp_path / "base")
     first, second = on_two(trainers, tmp_path, tmp_path, stage)
     assert first == second
     for kind, fields in METHODS.items():

@@ -78,15 +78,16 @@ class Net(nn.Module):
         return self.head(x)
 
 
-def adapted(selection, seed=0, **fields):
+def adapted(selection, seed=0, net=None, **fields):
+    net = Net() if net is None else net
     if selection in OTHERS:
         own = {"seed": seed} if selection in ("s2ft", "sara", "sltrain") else {}
-        return get_peft_model(Net(), OTHERS[selection](target_modules=["up", "down"], **own, **fields))
+        return get_peft_model(net, OTHERS[selection](target_modules=["up", "down"], **own, **fields))
     window = {"set": 0, "principal": 0, "rigl": 1}.get(selection, 3)
     # every position is a candidate
     fields = {"density": 0.1, "reselect_every": 4, "accumulate": window, "candidates": 1 / 0.1, **fields}
     config = SparseConfig(selection=selection, target_modules=["up", "down"], seed=seed, **fields)
-    return get_peft_model(Net(), config)
+    return get_peft_model(net, config)
 
 
 def batch_at(step):

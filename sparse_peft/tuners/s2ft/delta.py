@@ -9,6 +9,7 @@ from typing import Self
 import torch
 from torch import Tensor
 
+from ...dynamics.zero import shape_of
 from ...ops import Combination
 from ...support import ChannelSupport, ExpertColumns, Support
 from ..base_state import UNSET, TrainedState
@@ -77,7 +78,7 @@ class ChannelDelta(Delta):
     @property
     def count(self) -> int:
         """Number of channels."""
-        return self.values.numel() // (self.width * _across(self.shape, self.dim, self.matrices))
+        return self.entries // (self.width * _across(self.shape, self.dim, self.matrices))
 
     @classmethod
     def combine(cls, states: Sequence[Self], weights: Sequence[float], how: Combination) -> dict[str, Tensor]:
@@ -126,11 +127,11 @@ class ChannelDelta(Delta):
             )
         found = self._required(values=parameters.get("values"), positions=positions.get(own))
         channels, values = found["positions"], found["values"]
-        if channels.shape != (self.count,) or values.shape != self.values.shape:
+        if channels.shape != (self.count,) or values.shape != shape_of(self.values):
             raise ValueError(
                 f"layer {self.name}: the adapter file has {tuple(channels.shape)} {own} and {tuple(values.shape)} "
-                f"values, where this model's adapter has {(self.count,)} and {tuple(self.values.shape)}; load it with "
-                "the adapter_config.json it was saved with, on the base model it was made for"
+                f"values, where this model's adapter has {(self.count,)} and {tuple(shape_of(self.values))}; load it "
+                "with the adapter_config.json it was saved with, on the base model it was made for"
             )
         check_dtype(values, "values", self.name)
         self.support_from(channels)  # refuses what does not fit

@@ -46,6 +46,7 @@ class SketchLinear(TunerLayer[SketchState]):
     """
 
     config_cls = SketchConfig
+    takes_partitions = True
 
     def __init__(self, base_layer: nn.Module, name: str, keep_base: str = "drop", **kwargs: Any) -> None:
         super().__init__(base_layer, name, **kwargs)
@@ -117,6 +118,11 @@ class SketchLinear(TunerLayer[SketchState]):
 
     def _replace_base(self, state: SketchState) -> None:
         """Put an adapter's codes in place of the base weight."""
+        if self._is_partitioned():
+            raise NotImplementedError(
+                f"layer {self.name}: mode='replace' drops the base weight, which ZeRO stage 3 has partitioned; use "
+                "mode='delta', or ZeRO stage 1 or 2"
+            )
         nearest, keep = int(state.checksum[1]), self.keep_base == "cpu"
         self.base_layer = SketchedLinear(self.base_layer, state.hand_over(), nearest, keep)
 

@@ -35,6 +35,7 @@ class SnellaLinear(TunerLayer[KernelState]):
     """
 
     config_cls = SnellaConfig
+    takes_partitions = True
 
     def adapters_step(self, x: Tensor, names: tuple[str, ...], has_more: bool) -> Step:
         self._refuse_transforms()

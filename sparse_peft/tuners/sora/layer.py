@@ -27,6 +27,7 @@ class SoRALinear(LowRankLayer[GatedLowRank]):
     """
 
     config_cls = SoRAConfig
+    takes_partitions = True
 
     def adapter_output(self, x: Tensor, adapter_name: str) -> Tensor:
         return self.low_rank_output(x, adapter_name)
