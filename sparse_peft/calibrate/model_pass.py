@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .partitions import gathered_by_layer
+
 
 @contextmanager
 def frozen(model: nn.Module) -> Iterator[None]:
@@ -125,13 +127,15 @@ class ModelPass:
         """
         device = next((parameter.device for parameter in self.model.parameters()), torch.device("cpu"))
         total = used = 0
-        for batch, is_last in _with_last(self.batches):
-            fault = use(to_device(batch, device), is_last)
-            if fault is None:
-                used += 1
-            else:
-                warnings.warn(f"batch {total} is skipped: {fault}", RuntimeWarning, stacklevel=4)
-            total += 1
+        with gathered_by_layer(self.model) as gathering:
+            for batch, is_last in _with_last(self.batches):
+                fault = use(to_device(batch, device), is_last)
+                gathering.release_all()
+                if fault is None:
+                    used += 1
+                else:
+                    warnings.warn(f"batch {total} is skipped: {fault}", RuntimeWarning, stacklevel=4)
+                total += 1
         if total == 0:
             raise ValueError("no batches to look at; the data is empty, or an iterator already used up")
         if used == 0:

@@ -1,5 +1,6 @@
 """DeepSpeed on two CPU processes, without its compiled operators."""
 
+import gc
 import os
 import traceback
 from collections.abc import Callable
@@ -62,6 +63,7 @@ def begin(rank: int, address) -> None:
     # its own all-reduce in shared memory would be compiled at the start
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed("gloo")
+    gc.freeze()  # each engine of stage 3 collects garbage several times
     # accelerate keeps DeepSpeed for devices; what it does once it is chosen runs on CPUs too
     PartialState._prepare_backend = lambda *_: ("gloo", DistributedType.MULTI_CPU)
 

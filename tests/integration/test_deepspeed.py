@@ -1,5 +1,7 @@
 """DeepSpeed's ZeRO on two processes, against one process with the whole batch."""
 
+from functools import partial
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -8,9 +10,18 @@ from torch import nn
 from torch.utils.data import Dataset
 from transformers import LlamaForCausalLM, Trainer, TrainingArguments
 
-from sparse_peft import SparseAdamW, SparseConfig, SparsityCallback, SparsityController
+from sparse_peft import (
+    SketchConfig,
+    SparseAdamW,
+    SparseConfig,
+    SparsityCallback,
+    SparsityController,
+    select_support,
+)
 from sparse_peft.dynamics.full_tensor import full_tensor
+from sparse_peft.tuners.traversal import tuner_layers
 from tests.helpers.deepspeed_engine import initialize, on_two, partitioned
+from tests.integration import test_distributed_table as table
 from tests.integration.test_distributed_table import base
 from tests.integration.test_distributed_training import STATIC, TOTAL, Net, adapted, batch_at, half, leaves, look_at
 
@@ -200,3 +211,92 @@ def test_transformers_trainer(tmp_path, stage):
         for name, (indices, values) in first[kind][1].items():
             state = leaves(loaded)[name]
             assert (state.support.indices.tolist(), state.values.tolist()) == (indices, values)
+
+
+# ---------------------------------------------------------------------- the table of docs/parallel.md
+
+ROWS = {"ZeRO stages 1 and 2": 2, "ZeRO stage 3": 3}
+
+
+class ZeroCells(table.Cells):
+    """The columns of one line, in DeepSpeed's engine."""
+
+    def train(self, model, engine):
+        controller = SparsityController(engine, engine.optimizer, total_steps=2)
+        losses = []
+        for _ in range(2):
+            losses.append(table.loss(engine))
+            engine.backward(losses[-1])
+            engine.step()
+            controller.step()
+        return torch.stack(losses).detach()
+
+
+def in_engine(stage, method, dynamic):
+    fields = {"stage3_param_persistence_threshold": 0} if stage == 3 else {}
+    model = table.adapted(base(), method, dynamic)
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    engine, _ = initialize(model, optimizer, stage, zero_optimization=fields)
+    return model, engine
+
+
+def walked(rank):
+    return {
+        (wrapper, method): table.cells_of(ZeroCells(partial(in_engine, stage, method), method))
+        for wrapper, stage in ROWS.items()
+        for method in table.METHODS
+    }
+
+
+def test_the_table_says_what_happens(tmp_path):
+    table.assert_as_said(ROWS, *on_two(walked, tmp_path))
+
+
+# ---------------------------------------------------------------------- what looks at data
+
+
+def chosen_from_data(rank):
+    batches = [dict(zip("xy", batch_at(number), strict=True)) for number in range(2)]
+    found = []
+    for make in (Net, partial(partitioned, Net, {})):
+        for selection in ("gradient", "wanda"):
+            net = make()
+            config = SparseConfig(selection=selection, density=0.1, target_modules=["up", "down"])
+            config = select_support(
+                net, config, batches, loss_fn=lambda m, batch: F.cross_entropy(m(batch["x"]), batch["y"])
+            )
+            assert make is Net or not any(p.numel() for p in net.parameters())
+            layers = tuner_layers(get_peft_model(net, config))
+            found.append({layer.name: layer.support("default").indices.tolist() for layer in layers})
+    return found
+
+
+def test_criteria_gather_one_layer_at_a_time(tmp_path):
+    first, second = on_two(chosen_from_data, tmp_path)
+    assert first == second
+    assert first[:2] == first[2:]
+    assert first[0] != first[1]
+
+
+def refused(rank):
+    errors = []
+    for config in (
+        SparseConfig(density=0.1, target_modules=["0"]),
+        SketchConfig(mode="replace", target_modules=["1"]),
+    ):
+        net = partitioned(lambda: nn.Sequential(nn.Embedding(8, 4), nn.Linear(4, 4)), {})
+        with pytest.raises(NotImplementedError) as error:
+            get_peft_model(net, config)
+        errors.append(str(error.value))
+    net = partitioned(lambda: nn.Sequential(nn.Linear(4, 4)), {})
+    model = get_peft_model(net, SparseConfig(density=0.1, target_modules=["0"]))
+    with pytest.raises(RuntimeError) as error:
+        model(torch.ones(1, 4))
+    return [*errors, str(error.value)]
+
+
+def test_what_cannot_work_is_refused(tmp_path):
+    embedding, replaced, outside = on_two(refused, tmp_path)[0]
+    assert "Target module 0: ZeRO stage 3 has partitioned its weight (Embedding)" in embedding
+    assert "layer 1: mode='replace' drops the base weight" in replaced
+    assert "layer 0: ZeRO stage 3 has partitioned its weight, which only DeepSpeed's engine gathers" in outside
