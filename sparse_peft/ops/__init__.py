@@ -38,6 +38,7 @@ from .embedding import EmbeddingProduct, embedding_delta, set_row_entries_
 from .entries import (
     add_to_support_,
     effective_entries,
+    places_of,
     read_entries,
     read_support,
     read_supports,
@@ -181,6 +182,7 @@ __all__ = [
     "own_features",
     "pack_codes",
     "packed_width",
+    "places_of",
     "plan_support_grad",
     "read_entries",
     "read_support",

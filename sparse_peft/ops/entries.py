@@ -10,6 +10,8 @@ matrix ``(out, everything else)``.
 
 from __future__ import annotations
 
+import itertools
+import math
 from collections.abc import Iterable, Sequence
 from typing import Any, Literal, NamedTuple
 
@@ -21,6 +23,9 @@ from ..numerics.panels import panels
 from ..support import ChannelSupport, Support
 from . import cuda_kernels, triton_kernels
 from .backends import forced_backend, kernel_backend, kernels_possible
+
+NOWHERE: Iterable[Tensor | None] = itertools.repeat(None)
+UNSCALED: Iterable[float] = itertools.repeat(1.0)
 
 # ---------------------------------------------------------------------------------------------------- flat positions
 
@@ -50,12 +55,15 @@ def _write_pieces_(weight: Tensor, pieces: Iterable[tuple[int, int, Tensor]], en
             weight[torch.unravel_index(piece, weight.shape)] = entries[first:last]
 
 
-def effective_entries(originals: Tensor, values: Tensor) -> Tensor:
-    """``round(original + value)`` in the originals' dtype, ``(entries,)``."""
-    if originals.dtype == values.dtype:
-        return originals + values
-    wide = torch.promote_types(originals.dtype, values.dtype)
-    return (originals.to(wide) + values.to(wide)).to(originals.dtype)
+def effective_entries(originals: Tensor, values: Tensor, scale: float = 1.0) -> Tensor:
+    """``round(original + scale * value)`` in the originals' dtype, ``(entries,)``."""
+    if scale == 1:
+        total = originals + values
+    elif math.frexp(scale)[0] == 0.5:  # a power of two, by which a product is not rounded
+        total = torch.add(originals, values, alpha=scale)
+    else:
+        total = originals + values * scale
+    return total if total.dtype == originals.dtype else total.to(originals.dtype)
 
 
 def _kernel_for(op: str, weight: Tensor, indices: Tensor, values: Tensor | None) -> str | None:
@@ -287,12 +295,40 @@ def _scatter_add_to_(weight: Tensor, support: Support, values: Tensor) -> None:
         _write_pieces_(weight, [(0, last - first, piece)], entries)
 
 
+# Up to so many entries, positions are kept while a weight holds them: 16 KB a layer at most, and a call of each of the
+# operations that would compute them costs more than reading the entries.
+FEW_ENTRIES = 2048
+
+
+def places_of(weights: Sequence[Tensor], supports: Sequence[Support]) -> list[Tensor | None]:
+    """``(entries,)`` int64 flat positions in weights on a CPU, for the functions below; None where they are many."""
+    if forced_backend() is not None:
+        return [None] * len(weights)
+    return [_place_of(weight, support) for weight, support in zip(weights, supports, strict=True)]
+
+
+def _place_of(weight: Tensor, support: Support) -> Tensor | None:
+    if support.nnz > FEW_ENTRIES or not weight.is_cpu or not weight.is_contiguous():
+        return None
+    return None if isinstance(support, ChannelSupport) else support.flat_in_one_piece()
+
+
 @torch.no_grad()
-def read_supports(weights: Sequence[Tensor], supports: Sequence[Support]) -> list[Tensor]:
-    """``read_support`` for many weights, on a GPU in one launch."""
+def read_supports(
+    weights: Sequence[Tensor], supports: Sequence[Support], places: Iterable[Tensor | None] = NOWHERE
+) -> list[Tensor]:
+    """``read_support`` for many weights, on a GPU in one launch.
+
+    Args:
+        weights: the base weights.
+        supports: of each.
+        places: ``places_of`` them; they save computing positions.
+    """
     found, reads, is_forced = [], [], forced_backend() is not None
-    for weight, support in zip(weights, supports, strict=True):
-        if isinstance(support, ChannelSupport):
+    for weight, support, place in zip(weights, supports, places, strict=False):
+        if place is not None:
+            found.append(weight.view(-1).index_select(0, place))
+        elif isinstance(support, ChannelSupport):
             found.append(_read_channels(weight.detach(), support))
         elif weight.is_cpu and not is_forced:
             found.append(_read_pieces(weight.detach(), support))
@@ -305,33 +341,52 @@ def read_supports(weights: Sequence[Tensor], supports: Sequence[Support]) -> lis
 
 @torch.no_grad()
 def resync_supports_(
-    weights: Sequence[Tensor], supports: Sequence[Support], originals: Sequence[Tensor], values: Sequence[Tensor]
+    weights: Sequence[Tensor],
+    supports: Sequence[Support],
+    originals: Sequence[Tensor],
+    values: Sequence[Tensor],
+    scales: Iterable[float] = UNSCALED,
+    places: Iterable[Tensor | None] = NOWHERE,
 ) -> None:
-    """``weight[support] = round(original + value)`` for many weights.
+    """``weight[support] = round(original + scale * value)`` for many weights.
 
     Args:
         weights: the base weights.
         supports: of each.
         originals: ``(entries,)`` each, in the weight's dtype: the entries of the base model.
-        values: ``(entries,)`` each: the deltas.
+        values: ``(entries,)`` each.
+        scales: factors between the values and the deltas.
+        places: as in ``read_supports``.
     """
     writes, is_forced = [], forced_backend() is not None
-    for weight, support, own, value in zip(weights, supports, originals, values, strict=True):
-        if isinstance(support, ChannelSupport):
-            _write_channels_(weight, support, effective_entries(own, value))
+    for weight, support, own, value, scale, place in zip(
+        weights, supports, originals, values, scales, places, strict=False
+    ):
+        if place is not None:
+            weight.view(-1).index_copy_(0, place, effective_entries(own, value, scale))
+        elif isinstance(support, ChannelSupport):
+            _write_channels_(weight, support, effective_entries(own, value, scale))
         elif weight.is_cpu and not is_forced:
-            _write_pieces_(weight, support.flat_pieces(), effective_entries(own, value.detach()))
+            _write_pieces_(weight, support.flat_pieces(), effective_entries(own, value.detach(), scale))
         else:
-            writes.append(_Write("resync", weight, support.indices, own, value.detach()))
+            delta = value.detach() if scale == 1 else value.detach() * scale
+            writes.append(_Write("resync", weight, support.indices, own, delta))
     _write_many(writes)
 
 
 @torch.no_grad()
-def restore_supports_(weights: Sequence[Tensor], supports: Sequence[Support], originals: Sequence[Tensor]) -> None:
-    """``weight[support] = original`` for many weights."""
+def restore_supports_(
+    weights: Sequence[Tensor],
+    supports: Sequence[Support],
+    originals: Sequence[Tensor],
+    places: Iterable[Tensor | None] = NOWHERE,
+) -> None:
+    """``weight[support] = original`` for many weights; ``places`` as in ``read_supports``."""
     writes, is_forced = [], forced_backend() is not None
-    for weight, support, own in zip(weights, supports, originals, strict=True):
-        if isinstance(support, ChannelSupport):
+    for weight, support, own, place in zip(weights, supports, originals, places, strict=False):
+        if place is not None:
+            weight.view(-1).index_copy_(0, place, own)
+        elif isinstance(support, ChannelSupport):
             _write_channels_(weight, support, own)
         elif weight.is_cpu and not is_forced:
             _write_pieces_(weight, support.flat_pieces(), own)

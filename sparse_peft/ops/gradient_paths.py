@@ -109,8 +109,10 @@ def sample_(values: Tensor, left: Tensor, right: Tensor, groups: Iterable[TokenG
 def _by_panels(left: Tensor, right: Tensor, layout: Layout) -> Tensor:
     dtype, support = accumulation_dtype(left.dtype), layout.inner
     rows, cols = support.shape
-    values = torch.zeros(support.nnz, dtype=dtype, device=left.device)
     bounds = panels(rows, cols * dtype.itemsize)
+    if len(bounds) == 1:
+        return transposed_product(left, right).view(-1).index_select(0, support.indices)
+    values = torch.zeros(support.nnz, dtype=dtype, device=left.device)
     for (start, stop), (first, last) in zip(bounds, support.entry_ranges(bounds), strict=True):
         if first < last:
             panel = transposed_product(left[:, start:stop], right)

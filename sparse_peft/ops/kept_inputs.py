@@ -22,6 +22,8 @@ BLOCK = 256  # inputs that share a scale, in one row
 # Steps of a recipe: more than a norm (a product with its weight, a cast, a product) has.
 MOST_STEPS = 8
 VIEWS = {"SliceBackward0", "AliasBackward0"}
+STEPS = {"MulBackward0", "ToCopyBackward0", *VIEWS}
+TOP_HOOKS = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)  # torch 2.6 has none
 
 
 class Kept(NamedTuple):
@@ -122,10 +124,9 @@ def _recipe_of(x: Tensor) -> tuple[_Recipe, tuple[Tensor, ...]] | None:
     place since.
     """
     node = x.grad_fn
-    if node is None or x.is_inference() or x._version:
+    if node is None or node.name() not in STEPS or x._version or x.is_inference():
         return None
-    top_hooks = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
-    if top_hooks is None or top_hooks(True) is not None:  # torch 2.6 cannot say
+    if TOP_HOOKS is None or TOP_HOOKS(True) is not None:
         return None
     leaves: list[Tensor] = []
     try:

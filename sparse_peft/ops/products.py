@@ -174,7 +174,7 @@ class LinearProduct:
         out: Tensor | None = None
         for start, stop, weight in source.panels(x.dtype):
             if stop - start == rows:
-                return F.linear(x, weight if t else weight.t(), bias)
+                return F.linear(x, weight, bias) if t else F.linear(x, weight.t(), bias)
             if out is None:
                 out = x.new_empty(*x.shape[:-1], rows) if t else x.new_zeros(*x.shape[:-1], cols)
             if t:
@@ -189,14 +189,17 @@ class LinearProduct:
         return x.index_select(-1, support.channels) if trains_input_channels(support, self.in_dim) else x
 
     def support_grad(self, grad: Tensor, kept: Tensor, support: Support, key: int) -> Tensor:
-        if trains_input_channels(support, self.in_dim) and support.nnz == 0:
+        of_channels = trains_input_channels(support, self.in_dim)
+        if of_channels and support.nnz == 0:
             return grad.new_zeros(0)  # an empty tensor was kept, whose number of tokens is unknown
         left, right = flatten_tokens(grad), flatten_tokens(kept)
         if self.in_dim == 0:
             left, right = right, left
-        if trains_input_channels(support, self.in_dim):
-            return transposed_product(left, right).reshape(-1)
-        return observed_support_grad(left, right, support, key)
+        return (
+            transposed_product(left, right).reshape(-1)
+            if of_channels
+            else observed_support_grad(left, right, support, key)
+        )
 
     def bias_grad(self, grad: Tensor) -> Tensor:
         return flatten_tokens(grad).sum(0)

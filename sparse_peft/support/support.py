@@ -345,10 +345,15 @@ class Support:
         rows, cols = self._coordinates().unbind()
         return cols.add_(rows, alpha=self.shape[1])
 
+    def flat_in_one_piece(self) -> Tensor | None:
+        """``(entries,)`` int64 flat positions, where they are computed within a panel; else None."""
+        return self._flatten() if self.nnz * COORDINATE_BYTES <= panel_bytes() else None
+
     def flat_pieces(self) -> Iterator[tuple[int, int, Tensor]]:
         """``(first, last, flat positions of these entries)``, int64 and of at most a panel's size."""
-        if self.nnz * COORDINATE_BYTES <= panel_bytes():
-            yield 0, self.nnz, self._flatten()
+        whole = self.flat_in_one_piece()
+        if whole is not None:
+            yield 0, self.nnz, whole
         elif self._cols is None:
             for first, last in panels(self.nnz, torch.int64.itemsize):
                 yield first, last, self.indices[first:last].long()

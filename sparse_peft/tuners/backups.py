@@ -44,11 +44,13 @@ class EntriesBackup:
         weight: the parameter.
         support: the entries' positions.
         originals: ``(entries,)``: the base's own entries there.
+        place: one of ``places_of``.
     """
 
     weight: Tensor
     support: Support
     originals: Tensor
+    place: Tensor | None = None
 
     def restore(self) -> None:
         restore_all([self])
@@ -57,9 +59,14 @@ class EntriesBackup:
         return checksum(read_support(self.weight.detach(), self.support))
 
     def follow(self) -> None:
-        if self.support.device != self.weight.device:
-            self.support = self.support.to(self.weight.device)
-        self.originals = self.originals.to(self.weight)
+        weight, originals = self.weight, self.originals
+        if not weight.is_contiguous():
+            self.place = None
+        if originals.dtype == weight.dtype and originals.device == weight.device:
+            return
+        if self.support.device != weight.device:
+            self.support, self.place = self.support.to(weight.device), None
+        self.originals = originals.to(weight)
 
 
 @dataclass
@@ -154,4 +161,9 @@ def restore_all(backups: Iterable[Backup]) -> None:
             entries.append(backup)
         else:
             backup.restore()
-    restore_supports_([b.weight for b in entries], [b.support for b in entries], [b.originals for b in entries])
+    restore_supports_(
+        [b.weight for b in entries],
+        [b.support for b in entries],
+        [b.originals for b in entries],
+        [b.place for b in entries],
+    )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import warnings
 from abc import abstractmethod
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from threading import get_ident
@@ -135,6 +135,8 @@ class TunerLayer(BaseTunerLayer, nn.Module, Generic[StateT]):
             self.product = LinearProduct(in_dim)
             self.weight_shape = self.stored_shape = (outputs, inputs) if in_dim == 1 else (inputs, outputs)
         self._disable_adapters = False
+        # whether set_adapter has frozen all adapters, and none was made to train since
+        self._is_serving = False
 
     # ------------------------------------------------------------------ adapters
 
@@ -196,6 +198,8 @@ class TunerLayer(BaseTunerLayer, nn.Module, Generic[StateT]):
         self.release()
         if not init_weights:
             delta.randomise()
+        if inference_mode:
+            delta.requires_grad_(False)
         cast("nn.ModuleDict", self.deltas)[adapter_name] = delta
         self._place(adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=inference_mode)
@@ -231,13 +235,15 @@ class TunerLayer(BaseTunerLayer, nn.Module, Generic[StateT]):
         return self.deltas[adapter_name]
 
     def _active_names(self) -> tuple[str, ...]:
-        return tuple(name for name in self.active_adapters if name in self.deltas)
+        active, deltas = self.owner._active_adapter, self.deltas
+        names = (active,) if isinstance(active, str) else active
+        return tuple([name for name in names if name in deltas])
 
     # ------------------------------------------------------------------ the base layer
 
     def _is_hooked(self) -> bool:
         """Whether more happens in the base layer than its own forward: hooks, offloading, another tuner's layer."""
-        base = self.base_layer
+        base: Any = self._modules["base_layer"]
         return bool(
             base.__dict__.get("forward") is not (None if self.parallel is None else self.parallel.forward)
             or base._forward_hooks
@@ -249,7 +255,7 @@ class TunerLayer(BaseTunerLayer, nn.Module, Generic[StateT]):
 
     def _base_is_stock(self, x: Tensor | None = None) -> bool:
         """Whether the base layer's forward (on ``x``) is a plain product with a frozen, ordinary weight."""
-        base = self.base_layer
+        base: Any = self._modules["base_layer"]
         if type(base).forward not in STOCK_FORWARDS:
             return False
         weight = weight_of(base)
@@ -323,15 +329,23 @@ class TunerLayer(BaseTunerLayer, nn.Module, Generic[StateT]):
         ledger, me = self.ledger, get_ident()
         try:
             ledger.readers[me] = True  # from here on no other thread changes the weight or the adapters' flags
-            if adapter_names is None and not torch.is_grad_enabled() and ledger.gives_output():
-                result = self.base_layer(x, *args, **kwargs)
+            if adapter_names is None and ledger.gives_output():
+                if torch.is_grad_enabled():
+                    run = self._held_pass(x, bool(args or kwargs))
+                else:
+                    run = self.base_layer
             else:
-                result = self._next_step(x, adapter_names, bool(args or kwargs)).run(x, *args, **kwargs)
+                run = self._next_step(x, adapter_names, bool(args or kwargs)).run
+            result = run(x, *args, **kwargs)
             ledger.readers[me] = False
             return result
         except BaseException:
             ledger.readers[me] = False
             raise
+
+    def _held_pass(self, x: Tensor, has_more: bool) -> Callable[..., Tensor]:
+        """What a pass with gradients computes, where the weight holds all that the active adapters add."""
+        return self._next_step(x, None, has_more).run
 
     def _next_step(self, x: Tensor, adapter_names: list[str] | None, has_more: bool) -> Step:
         """The step of a pass, with the weight as it wants it."""
@@ -595,17 +609,28 @@ class TunerLayer(BaseTunerLayer, nn.Module, Generic[StateT]):
         """Make these adapters of the layer the active ones, and (unless ``inference_mode``) the only trainable ones.
 
         Names of other layers' adapters are ignored. PEFT's own asks every module below every adapter, which costs too
-        much where a model has many of them.
+        much where a model has many of them. From one call with ``inference_mode`` to the next, only adapters that
+        were or become active are asked.
         """
         self.release()
         names = [adapter_names] if isinstance(adapter_names, str) else adapter_names
+        is_serving = self._is_serving and inference_mode
+        self._is_serving = False  # should this be interrupted
         for container in self.adapter_layer_names:
-            for name, state in getattr(self, container)._modules.items():
-                trains = name in names and not inference_mode
+            states = getattr(self, container)._modules
+            for name in {*self.active_adapters, *names} if is_serving else tuple(states):
+                trains, state = name in names and not inference_mode, states.get(name)
+                if state is None:
+                    continue
                 for parameter in state.parameters() if state._modules else state._parameters.values():
                     if parameter.requires_grad != trains and parameter.is_leaf:
                         parameter.requires_grad_(trains)
         self._active_adapter = names
+        self._is_serving = inference_mode
+
+    def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
+        self._is_serving = False
+        super().set_requires_grad(adapter_names, requires_grad)
 
     @of_owner
     @transition

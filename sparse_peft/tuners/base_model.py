@@ -448,6 +448,29 @@ class BaseSparseModel(BaseTuner, Generic[ConfigT, StateT]):
                 module.set_adapter(known, inference_mode=inference_mode)
         self.active_adapter = adapter_name
 
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Take an adapter out of the model. As PEFT's, but it asks nothing of the model's other adapters.
+
+        Raises:
+            ValueError: there is no such adapter, or it is merged.
+        """
+        if adapter_name not in self.peft_config:
+            raise ValueError(f"Adapter {adapter_name} does not exist")
+        modules = list(modules_beside_adapters(self.model))
+        layers = [module for module in modules if isinstance(module, TunerLayer)]
+        if any(adapter_name in layer.merged_adapters for layer in layers):
+            raise ValueError(
+                f"Cannot delete adapter(s) {[adapter_name]} while they are merged. Please unmerge them first."
+            )
+        del self.peft_config[adapter_name]
+        for layer in layers:
+            layer.delete_adapter(adapter_name)
+        active = layers[0].active_adapters[:] if layers else []
+        for module in modules:
+            if isinstance(module, AuxiliaryTrainingWrapper):
+                module.delete_adapter(adapter_name, new_active_adapters=active)
+        self.active_adapter = active
+
     # ------------------------------------------------------------------ mixed batches
 
     @contextmanager

@@ -59,13 +59,15 @@ class Stamp:
     __slots__ = ("counts", "marks")
 
     def __init__(self, states: Iterable[TrainedState], sharded: bool = False, after_backward: bool = True):
-        self.counts = tuple((state, state.changes, state.backwards if after_backward else None) for state in states)
-        self.marks = tuple(Mark.of(state, name, sharded) for state, _, _ in self.counts for name in state.stamped)
-        for state, _, _ in self.counts:
+        counts, marks = [], []
+        for state in states:
+            counts.append((state, state.changes, state.backwards if after_backward else None))
             for name in state.stamped:
-                parameter = id(state._parameters[name])
-                if _states.get(parameter) is not state:
-                    _states[parameter] = state
+                mark = Mark.of(state, name, sharded)
+                marks.append(mark)
+                if _states.get(id(mark.tensor)) is not state:
+                    _states[id(mark.tensor)] = state
+        self.counts, self.marks = tuple(counts), tuple(marks)
 
     def is_current(self) -> bool:
         """Whether nothing can have changed since; asked in every pass of every layer."""
@@ -81,7 +83,7 @@ class Stamp:
 
     def is_in_place(self) -> bool:
         """Whether the states have the same parameters: ``torch.func.functional_call`` lends them others."""
-        return all(mark.parameters.get(mark.name) is mark.tensor for mark in self.marks)
+        return all([parameters.get(name) is tensor for parameters, name, tensor, _, _ in self.marks])
 
     def is_unwritten(self) -> bool:
         """Whether no write to the parameters is seen: what autograd checks of tensors that it saved."""

@@ -85,7 +85,8 @@ class SparseTunerLayer(TunerLayer[DeltaT]):
         super().__init__(base_layer, name, **kwargs)
         self.resident = resident
         self._joined: ActiveDelta | None = None
-        self._joins: dict[tuple[str, ...], ActiveDelta] = {}
+        self._joins: dict[tuple[str, ...], ActiveDelta] = {}  # of single adapters
+        self._unions: dict[tuple[str, ...], ActiveDelta] = {}  # of several
         self._writable: tuple[weakref.ref[Tensor], int, bool] | None = None
         self._stack: Stack | None = None
         self._unwritten: weakref.ref[nn.Parameter] | None = None
@@ -144,15 +145,15 @@ class SparseTunerLayer(TunerLayer[DeltaT]):
         return exclusively(self._join_anew, names)
 
     def _join_anew(self, names: tuple[str, ...]) -> ActiveDelta:
-        known = self._joins.get(names)
+        kept = self._joins if len(names) == 1 else self._unions
+        known = kept.get(names)
         if known is None or not self._is_current(known):
             with torch.inference_mode(False):
                 shard = None if self.parallel is None else self.parallel.shard
                 known = ActiveDelta.join({name: self.settled(name).support for name in names}, shard)
-            unions = [other for other in self._joins if len(other) > 1 and other != names]
-            if len(names) > 1 and len(unions) >= KEPT_UNIONS:
-                del self._joins[unions[0]]
-            self._joins[names] = known
+            kept[names] = known
+            if len(self._unions) > KEPT_UNIONS:
+                del self._unions[next(iter(self._unions))]
         self._joined = known
         return known
 
@@ -165,7 +166,8 @@ class SparseTunerLayer(TunerLayer[DeltaT]):
 
     def _forget_joins(self, adapter_name: str) -> None:
         self._joined = None
-        self._joins = {names: joined for names, joined in self._joins.items() if adapter_name not in names}
+        self._joins.pop((adapter_name,), None)
+        self._unions = {names: joined for names, joined in self._unions.items() if adapter_name not in names}
 
     def rejoin(self) -> None:
         """Prepare the active adapters' common support where it is known, so that no traced forward has to."""
@@ -239,14 +241,17 @@ class SparseTunerLayer(TunerLayer[DeltaT]):
         # of a divided layer, processes whose weights may not be written must exchange the same as the others
         is_all = self.adds_entries_only and self.parallel is None
         held = Held(delta, stamp, parameters, weight, is_all)
+        if len(delta.names) == 1 and self.parallel is None and stamp.is_in_place():
+            state = self.deltas[delta.names[0]]
+            return Write(self.ledger, weight, delta.support, state(scaled=False).detach(), state.value_scale, held)
         with torch.no_grad():
             values = self.sum_values(delta, stamp)
-        return Write(self.ledger, weight, delta.support, values.detach(), lambda _: held)
+        return Write(self.ledger, weight, delta.support, values.detach(), 1.0, held)
 
     def pending_write(self) -> Write | None:
         """What makes the base weight hold the active adapters' entries; None if it does, or may not."""
         names = self._active_names()
-        if not names or self.merged or self.disable_adapters or self.path() != "resident":
+        if not names or self.ledger.is_merged or self.disable_adapters or self.path() != "resident":
             return None
         delta = self._join(names)
         return None if self.ledger.holds(delta) else self._write_of(delta, self.stamp(delta))
@@ -322,6 +327,13 @@ class SparseTunerLayer(TunerLayer[DeltaT]):
         run = getattr(self, HANDLERS[path])
         return Step(partial(run, delta), delta if path == "resident" else Weight.OWN)
 
+    def _held_pass(self, content: Content, x: Tensor, has_more: bool) -> Callable[..., Tensor]:
+        # what forward_step asks besides holds since the weight was written
+        is_plain = not (has_more or self._owner or torch._C._are_functorch_transforms_active() or self._is_hooked())
+        if is_plain and isinstance(content, Held) and self._base_is_stock(x):
+            return partial(self._resident_forward, content.delta, stamp=content.stamp)
+        return super()._held_pass(content, x, has_more)
+
     def _check_tie(self) -> None:
         """Refuse a weight that is no longer the owner's.
 
@@ -381,13 +393,14 @@ class SparseTunerLayer(TunerLayer[DeltaT]):
 
     def _trained(self, delta: ActiveDelta, dtype: torch.dtype) -> tuple[Tensor, How]:
         """What a pass differentiates by, and how: one adapter's values, or the sum of several deltas."""
-        states = [self.deltas[name] for name in delta.names]
-        compression = states[0].compression
-        if len(states) > 1:
-            alike = all(state.compression == compression for state in states)
-            return self.sum_values(delta), How(1.0, dtype, compression if alike else None)
-        (state,) = states
-        return self._own(delta, [state(scaled=False)])[0], How(state.value_scale, dtype, compression)
+        state = self.deltas[delta.names[0]]
+        if len(delta.names) > 1:
+            alike = len({self.deltas[name].compression for name in delta.names}) == 1
+            return self.sum_values(delta), How(1.0, dtype, state.compression if alike else None)
+        values = state(scaled=False)
+        if self.parallel is not None:
+            (values,) = self._own(delta, [values])
+        return values, How(state.value_scale, dtype, state.compression)
 
     def _base_forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """The base layer without any adapter, such that an adapter may act before this pass's backward."""
@@ -398,12 +411,12 @@ class SparseTunerLayer(TunerLayer[DeltaT]):
             return self.base_layer(x, *args, **kwargs)
         return self._product(x, ResidentSource(self, None))
 
-    def _resident_forward(self, delta: ActiveDelta, x: Tensor) -> Tensor:
+    def _resident_forward(self, delta: ActiveDelta, x: Tensor, stamp: Stamp | None = None) -> Tensor:
         trains = self.parallel is not None or (
             torch.is_grad_enabled()
             and (x.requires_grad or any(self.deltas[name].values.requires_grad for name in delta.names))
         )
-        return self._product(x, ResidentSource(self, delta)) if trains else self.base_layer(x)
+        return self._product(x, ResidentSource(self, delta, stamp)) if trains else self.base_layer(x)
 
     def _overlay_forward(self, delta: ActiveDelta, x: Tensor) -> Tensor:
         log_once(f"layer {self.name}: the base weight cannot be written, its panels are copied in every pass")
@@ -515,7 +528,7 @@ class SparseTunerLayer(TunerLayer[DeltaT]):
         def content(backup: EntriesBackup) -> Content:
             return Merged(names, backup.checksum())
 
-        write_all([Write(self.ledger, weight, delta.support, values, content)])
+        write_all([Write(self.ledger, weight, delta.support, values.detach(), 1.0, content)])
 
     def _add_deltas_(self, weight: Tensor, names: tuple[str, ...]) -> None:
         if not self.adds_entries_only:
@@ -575,7 +588,15 @@ class SparseTunerLayer(TunerLayer[DeltaT]):
         state = super().__getstate__()
         if self.ledger.is_shared() and not self.merged and self.resident and self.quantization_backend is None:
             state["_modules"] = {**self._modules, "base_layer": self._unwritten_base()}
-        return {**state, "_writable": None, "_joins": {}, "_joined": None, "_stack": None, "_unwritten": None}
+        return {
+            **state,
+            "_writable": None,
+            "_joins": {},
+            "_unions": {},
+            "_joined": None,
+            "_stack": None,
+            "_unwritten": None,
+        }
 
     def _unwritten_base(self) -> nn.Module:
         """The base layer as it is copied or pickled while other threads infer, which then write nothing into it."""

@@ -25,7 +25,7 @@ from typing import Any, Concatenate, ParamSpec, Protocol, TypeVar
 import torch
 from torch import Tensor
 
-from ..ops import read_support, read_supports, resync_supports_
+from ..ops import places_of, read_support, read_supports, resync_supports_
 from ..support import Support
 from .active_delta import ActiveDelta
 from .backups import Backup, EntriesBackup, restore_all
@@ -376,15 +376,17 @@ class Write:
         ledger: the weight's.
         weight: the parameter.
         support: the entries' positions.
-        values: ``(entries,)`` deltas.
-        content: what the weight holds then, given its backup.
+        values: ``(entries,)``, detached.
+        scale: factor between the values and the delta.
+        content: what the weight holds then; what tells it, given its backup, where that depends on what is written.
     """
 
     ledger: Ledger
     weight: Tensor
     support: Support
     values: Tensor
-    content: Callable[[EntriesBackup], Content]
+    scale: float
+    content: Content | Callable[[EntriesBackup], Content]
 
     def keeps(self, backup: Backup | None) -> bool:
         """Whether the ledger has the originals of these very entries."""
@@ -398,12 +400,15 @@ def write_all(writes: Sequence[Write]) -> None:
     """
 
     def change() -> None:
-        release_all([write.ledger for write in writes if not write.keeps(write.ledger.backup)])
+        others = [w.ledger for w in writes if w.ledger.backup is not None and not w.keeps(w.ledger.backup)]
+        if others:
+            release_all(others)
         fresh = [write for write in writes if write.ledger.backup is None]
-        originals = read_supports([w.weight for w in fresh], [w.support for w in fresh])
-        backups = [EntriesBackup(w.weight, w.support, own) for w, own in zip(fresh, originals, strict=True)]
-        for write, backup in zip(fresh, backups, strict=True):
-            write.ledger.begin(backup)
+        weights, supports = [w.weight for w in fresh], [w.support for w in fresh]
+        places = places_of(weights, supports)
+        originals = read_supports(weights, supports, places)
+        for write, own, place in zip(fresh, originals, places, strict=True):
+            write.ledger.begin(EntriesBackup(write.weight, write.support, own, place))
         _resync(writes)
 
     outside_modes(closed, [write.ledger for write in writes], change)
@@ -422,10 +427,13 @@ def _resync(writes: Sequence[Write]) -> None:
         [b.weight for b in backups],
         [b.support for b in backups],
         [b.originals for b in backups],
-        [write.values.detach() for write in writes],
+        [write.values for write in writes],
+        [write.scale for write in writes],
+        [b.place for b in backups],
     )
     for write, backup in zip(writes, backups, strict=True):
-        write.ledger.commit(write.content(backup))
+        content = write.content
+        write.ledger.commit(content(backup) if callable(content) else content)
 
 
 def release_all(ledgers: Iterable[Ledger]) -> None:

@@ -12,7 +12,7 @@ from torch import nn
 from .base_layer import TunerLayer
 from .expert_layer import ExpertsLayer
 from .files.checks import BASE_ADAPTER
-from .traversal import tuner_layers
+from .traversal import modules_beside_adapters, tuner_layers
 
 
 @contextmanager
@@ -32,7 +32,7 @@ def mixed_batch(tuner: BaseTuner, names: list[str], beams: int) -> Iterator[None
     in_encoder = set(_repeated_later(tuner.model, beams))
     repeated = [name for name in names for _ in range(beams)]
     with ExitStack() as stack:
-        for module in tuner.modules():
+        for module in modules_beside_adapters(tuner):
             if isinstance(module, (TunerLayer, ExpertsLayer, AuxiliaryTrainingWrapper)):
                 given = list(names) if module in in_encoder else repeated
                 handle = module.register_forward_pre_hook(
@@ -49,8 +49,9 @@ def check_adapter_names(tuner: BaseTuner, names: list[str]) -> None:
         raise ValueError("Cannot pass `adapter_names` when the model is in training mode.")
     if isinstance(names, str) or not all(isinstance(name, str) for name in names):
         raise TypeError(f"adapter_names={names!r}: a list with one adapter name for each input is expected")
-    known = {name for layer in tuner_layers(tuner) for name in layer.deltas}
-    unknown = sorted(set(names) - known - {BASE_ADAPTER})
+    layers = list(tuner_layers(tuner))
+    others = sorted(set(names) - {BASE_ADAPTER})
+    unknown = [name for name in others if not any(name in layer.deltas for layer in layers)]
     if unknown:
         raise ValueError(f"Trying to infer with non-existing adapter(s): {', '.join(unknown)}")
 

@@ -59,10 +59,11 @@ class LayerSource(ABC):
     Args:
         layer: whose weight it is.
         delta: the adapters that act; None for the base weight alone.
+        stamp: what their values are now, where that is known.
     """
 
-    def __init__(self, layer: AdaptedLayer, delta: ActiveDelta | None):
-        self.layer, self.delta, self.stamp = layer, delta, layer.stamp(delta)
+    def __init__(self, layer: AdaptedLayer, delta: ActiveDelta | None, stamp: Stamp | None = None):
+        self.layer, self.delta, self.stamp = layer, delta, stamp or layer.stamp(delta)
         self.shape, self.product, self.key = layer.held_shape, layer.product, layer.observer_key
 
     @property
@@ -109,14 +110,12 @@ class ResidentSource(LayerSource):
 
     def panels(self, dtype: torch.dtype) -> Iterator[Panel]:
         if not self.layer.hold(self.delta, self.stamp):
-            yield from self._copies(dtype)
-            return
+            return self._copies(dtype)
         weight = self.layer.base_parameter.detach()
         if weight.dtype == dtype:
-            yield 0, self.shape[0], weight
-            return
-        for start, stop in panels(self.shape[0], self.shape[1] * dtype.itemsize):
-            yield start, stop, weight[start:stop].to(dtype)
+            return iter(((0, self.shape[0], weight),))
+        bounds = panels(self.shape[0], self.shape[1] * dtype.itemsize)
+        return ((start, stop, weight[start:stop].to(dtype)) for start, stop in bounds)
 
 
 class OverlaySource(LayerSource):

@@ -34,8 +34,20 @@ def named_modules_beside_adapters(model: nn.Module) -> Iterator[tuple[str, nn.Mo
 
 def tuner_layers(model: nn.Module) -> Iterator[TunerLayer]:
     """The model's layers with adapters of this package; of layers with one tied weight the owner."""
-    layers = (module for module in modules_beside_adapters(model) if isinstance(module, TunerLayer))
-    return (layer for layer in layers if layer.owner is layer)
+    # in every training step of all modules: without their names, and past those that have no parts
+    seen: set[int] = set()
+    waiting: list[nn.Module | None] = [model]
+    while waiting:
+        module = waiting.pop()
+        if module is None or not module._modules or id(module) in seen:
+            continue
+        seen.add(id(module))
+        if isinstance(module, TunerLayer):
+            if module.owner is module:
+                yield module
+            waiting.append(module._modules.get("base_layer"))
+        else:
+            waiting.extend(reversed(module._modules.values()))
 
 
 def first_parameter(model: nn.Module) -> nn.Parameter | None:

@@ -1,6 +1,7 @@
 """A pool of adapters serves what a freshly loaded model does, and its base weights stay their own, bit for bit."""
 
 import copy
+import sys
 import threading
 
 import pytest
@@ -210,6 +211,49 @@ def test_adapters_of_the_same_layers_are_added_without_a_pass_over_the_others(bu
         torch.testing.assert_close(mixed[row], expected[name][row])
     assert not any(p.requires_grad for p in pool._base.parameters())
     assert_base_is_its_own(pool, pool._base, make_base())
+
+
+def python_calls(act):
+    """How many Python functions an action calls."""
+    found = 0
+
+    def count(_, event, __):
+        nonlocal found
+        found += event == "call"
+
+    before = sys.getprofile()
+    sys.setprofile(count)
+    try:
+        act()
+    finally:
+        sys.setprofile(before)
+    return found
+
+
+def test_switches_mixed_batches_and_removals_ask_nothing_of_the_other_adapters(built):
+    x, folders, _ = built(next(case for case in OURS if case.config_cls is SparseConfig))
+
+    def costs(count):
+        pool = AdapterPool(make_base())
+
+        def switch(name):
+            with pool.use(name) as model, torch.no_grad():
+                model(x)
+
+        def batch():
+            with pool.use_batch(["0", "1", "0", None]) as model, torch.no_grad():
+                model(x)
+
+        for number in reversed(range(count)):
+            pool.add(str(number), folders["a"])
+            switch(str(number))
+        batch()
+        switch("1")
+        return [python_calls(act) for act in (lambda: switch("0"), batch, lambda: pool.remove("1"))]
+
+    few, many = costs(3), costs(15)
+    # two layers of 12 adapters more would be 24 calls more
+    assert all(abs(a - b) < 10 for a, b in zip(few, many, strict=True)), (few, many)
 
 
 def test_a_module_saved_whole_travels_with_its_adapter(tmp_path):
