@@ -38,18 +38,21 @@ class Kept(NamedTuple):
     restore: Callable[..., Tensor]
 
 
-def keep_input(x: Tensor, computed: Tensor, compression: Compression | None) -> Kept:
+def keep_input(x: Tensor, computed: Tensor, compression: Compression | None, features: Tensor | None = None) -> Kept:
     """What is kept of a layer's input.
 
     Args:
         x: the input, with the autograd node that made it.
         computed: its values in the dtype that the layer computes in.
         compression: the rounding of what has to be kept.
+        features: ``(used,)`` int64, those that are needed of what has to be kept; None for all.
     """
     found = _recipe_of(x)
     if found is not None:
         (recipe, leaves), dtype = found, computed.dtype  # what restores the input must not refer to it
         return Kept(leaves, lambda *saved: recipe.evaluate(iter(saved)).to(dtype))
+    if features is not None:
+        computed = computed.index_select(-1, features)
     if compression is None or not computed.is_floating_point():
         return Kept((computed,), _itself)
     return (_as_int8 if compression == "int8" else _as_bfloat16)(computed)

@@ -15,7 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..numerics.tokens import flatten_tokens, transposed_product
-from ..support import ChannelSupport, Support
+from ..support import ChannelSupport, Support, within_lines
+from .gradient_observers import observer_of
 from .support_grad import observed_support_grad
 
 P = ParamSpec("P")
@@ -193,6 +194,13 @@ class LinearProduct:
         if of_channels and support.nnz == 0:
             return grad.new_zeros(0)  # an empty tensor was kept, whose number of tokens is unknown
         left, right = flatten_tokens(grad), flatten_tokens(kept)
+        if not of_channels and right.shape[1] != support.shape[self.in_dim]:
+            if observer_of(key) is not None:
+                raise RuntimeError(
+                    "an observer of a weight's whole gradient needs all inputs of the layer, and columns= keeps those "
+                    "with entries; train without columns="
+                )
+            support = within_lines(support, self.in_dim)[1]
         if self.in_dim == 0:
             left, right = right, left
         return (

@@ -11,9 +11,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..support import Support
+from ..support import Support, within_lines
 from .kept_inputs import Compression, Kept, cast_once, keep_input
-from .products import LayerProduct, WeightSource
+from .products import LayerProduct, LinearProduct, WeightSource
 
 
 class _SupportLayer(torch.autograd.Function):
@@ -32,7 +32,7 @@ class _SupportLayer(torch.autograd.Function):
         if support is not None and ctx.needs_input_grad[1]:
             assert values is not None
             ctx.values_dtype = values.dtype
-            kept = _kept(x, computed, source.product, support, how.compression)
+            kept = _kept(x, computed, source.product, support, how)
             ctx.restore = kept.restore
             ctx.save_for_backward(*kept.tensors)
         return source.product.forward(computed, source, bias)
@@ -56,11 +56,12 @@ class _SupportLayer(torch.autograd.Function):
         return grad_x, grad_values, grad_bias, None, None, None
 
 
-def _kept(
-    x: Tensor, computed: Tensor, product: LayerProduct, support: Support, compression: Compression | None
-) -> Kept:
+def _kept(x: Tensor, computed: Tensor, product: LayerProduct, support: Support, how: How) -> Kept:
     part = product.keep(computed, support)
-    return keep_input(x, computed, compression) if part is computed else Kept((part,), _itself)
+    if part is not computed:
+        return Kept((part,), _itself)
+    narrows = how.narrows and isinstance(product, LinearProduct)
+    return keep_input(x, computed, how.compression, within_lines(support, product.in_dim)[0] if narrows else None)
 
 
 def _itself(kept: Tensor) -> Tensor:
@@ -74,11 +75,13 @@ class How(NamedTuple):
         scale: factor between the values and the delta.
         dtype: to compute in; None for the input's.
         compression: rounding of the input that is kept for the values' gradient.
+        narrows: whether only features with entries are kept of it.
     """
 
     scale: float = 1.0
     dtype: torch.dtype | None = None
     compression: Compression | None = None
+    narrows: bool = False
 
 
 PLAIN = How()

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from ..ops import Compression
+from ..ops import Compression, LinearProduct
+from ..support import count_of_lines
 from ..tuners.base_config import BaseSparseConfig
 from ..tuners.base_layer import TunerLayer
 from ..tuners.base_model import BaseSparseModel
@@ -96,6 +97,7 @@ class LayerSize:
         kept_bytes: the weight's own entries that are kept beside the values.
         tied: names of the other layers that have the weight.
         compression: rounding of the input that is kept for the entries.
+        features: of the input, those that are kept for the entries; None for all.
     """
 
     name: str
@@ -105,6 +107,7 @@ class LayerSize:
     kept_bytes: int
     tied: tuple[str, ...] = ()
     compression: Compression | None = None
+    features: int | None = None
 
     @property
     def entries(self) -> int:
@@ -153,7 +156,10 @@ def layer_sizes(model: nn.Module, config: BaseSparseConfig, adapter: str, form: 
         kept = form.dtype.itemsize * (sizes.entries or 0) if holds else 0
         in_dim, tied = layer.product.in_dim, tuple(_tied_to(layer, model))
         state_compression = getattr(state, "compression", None)
-        found.append(LayerSize(layer.name, layer.stored_shape, in_dim, sizes, kept, tied, state_compression))
+        columns, features = getattr(config, "columns", None), None
+        if columns is not None and isinstance(layer.product, LinearProduct):
+            features = count_of_lines(layer.stored_shape, sizes.entries or 0, in_dim, columns)
+        found.append(LayerSize(layer.name, layer.stored_shape, in_dim, sizes, kept, tied, state_compression, features))
     return found
 
 

@@ -58,9 +58,12 @@ def sparse_work(
         flops += 2.0 * tokens * size.entries
     elif size.entries:
         is_formed = product.is_formed and not checkpointing
-        keeps = not is_formed and size.compression is None
+        keeps = not is_formed and size.compression is None and size.features is None
+        features = size.features or size.shape[size.in_dim]
         if not is_formed and size.compression is not None:
-            extra += rounded_bytes(tokens, size.shape[size.in_dim], size.compression, itemsize)
+            extra += rounded_bytes(tokens, features, size.compression, itemsize)
+        elif not is_formed and size.features is not None:
+            extra += tokens * features * itemsize
         density, at_crossover = size.entries / size.weights, crossover(size.shape)
         flops += product.flops * min(1.0, density / at_crossover if at_crossover else 1.0)
     if size.rank:

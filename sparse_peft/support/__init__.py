@@ -20,6 +20,7 @@ from .budget import ALLOCATIONS, Budget, Caps, allocate, apportion, divide, matc
 from .channels import ChannelSupport, ExpertColumns
 from .criteria import CRITERIA, Criterion, Given, Statistics, get_criterion, select
 from .layout import Layout, RowGroup, layout_of
+from .lines import best_in_lines, count_of_lines, random_in_lines, within_lines
 from .regrowth import (
     RANDOM_SCORE,
     REFRESH,
@@ -64,10 +65,12 @@ __all__ = [
     "apportion",
     "as_block",
     "best_blocks",
+    "best_in_lines",
     "block_scores",
     "check_indices",
     "check_stored",
     "compact_layout",
+    "count_of_lines",
     "divide",
     "exchange",
     "exchange_for",
@@ -79,6 +82,7 @@ __all__ = [
     "matches_layer",
     "principal_factors",
     "random_blocks",
+    "random_in_lines",
     "random_inactive",
     "resolve_block_counts",
     "resolve_counts",
@@ -86,4 +90,5 @@ __all__ = [
     "steps_of",
     "topk_outer",
     "whole_blocks",
+    "within_lines",
 ]

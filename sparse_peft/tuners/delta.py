@@ -54,6 +54,7 @@ class Delta(TrainedState):
         capacity: entries that swaps pad it to; None for as many as there are.
         compression: rounding of the layer's input that is kept for the values' gradient.
         keeps_zeros: whether entries at zeros of the base weight stay zero.
+        narrows_inputs: whether only the inputs that have entries are kept for the values' gradient.
     """
 
     combinations: ClassVar[tuple[str, ...]] = ENTRY_COMBINATIONS
@@ -63,6 +64,7 @@ class Delta(TrainedState):
     capacity: int | None = None
     compression: Compression | None = None
     keeps_zeros: bool = False
+    narrows_inputs: bool = False
     _zeros: tuple[Support, Tensor] | None = None  # of which positions, and which of these are zeros of the base weight
 
     def __init__(

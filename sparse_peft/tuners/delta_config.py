@@ -31,6 +31,7 @@ class DeltaConfig(BaseSparseConfig):
     # without annotations, and so no fields: what was found when an adapter was made, or a plan
     _matched = cast("float | None", None)
     _spread = cast("Spread | None", None)
+    columns = cast("float | None", None)  # share of the inputs that have entries; a field where there is a choice
 
     scale: Annotated[str, OneOf((AUTO,))] | Scale = field(
         default=AUTO,
@@ -85,6 +86,7 @@ class DeltaConfig(BaseSparseConfig):
         delta = cast("Delta", state)
         delta.compression = cast("Compression | None", self.compress_inputs)
         delta.keeps_zeros = self.preserve_zeros
+        delta.narrows_inputs = self.columns is not None
 
     def forget_resolved(self) -> None:
         super().forget_resolved()

@@ -400,7 +400,7 @@ class SparseTunerLayer(TunerLayer[DeltaT]):
         values = state(scaled=False)
         if self.parallel is not None:
             (values,) = self._own(delta, [values])
-        return values, How(state.value_scale, dtype, state.compression)
+        return values, How(state.value_scale, dtype, state.compression, state.narrows_inputs)
 
     def _base_forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """The base layer without any adapter, such that an adapter may act before this pass's backward."""

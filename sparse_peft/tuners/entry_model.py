@@ -16,7 +16,7 @@ from .combination import Tensors
 from .delta import SparseDelta
 from .entry_config import EntryConfig
 from .support_recipe import SupportRecipe
-from .targets import Targets, base_of, check_shapes, dense_weight, experts_of, stored_shape
+from .targets import Targets, base_of, check_shapes, dense_weight, experts_of, in_dim_of, stored_shape
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,11 @@ class EntryModel(BaseSparseModel[EntryConfigT, SparseDeltaT]):
         config.resolve_scale(sum(counts.values()))
         return {
             name: DeltaPlan(
-                shape, counts[name], self._recipe(config, name, counts[name]), supports.get(name), config.value_scale
+                shape,
+                counts[name],
+                self._recipe(config, name, counts[name], targets[name]),
+                supports.get(name),
+                config.value_scale,
             )
             for name, shape in shapes.items()
         }
@@ -90,9 +94,12 @@ class EntryModel(BaseSparseModel[EntryConfigT, SparseDeltaT]):
         return {"resident": config.resident}
 
     @classmethod
-    def _recipe(cls, config: EntryConfigT, name: str, entries: int) -> SupportRecipe:
-        criterion = config.criterion.name
-        return SupportRecipe(criterion, entries, config.seed, name, config.criterion_options, config.block)
+    def _recipe(cls, config: EntryConfigT, name: str, entries: int, target: nn.Module | None = None) -> SupportRecipe:
+        criterion, lines = config.criterion.name, None
+        # an embedding's inputs are its rows, of which a batch looks up few
+        if target is not None and config.columns is not None and not isinstance(base_of(target), nn.Embedding):
+            lines = in_dim_of(target), config.columns
+        return SupportRecipe(criterion, entries, config.seed, name, config.criterion_options, config.block, lines)
 
     @classmethod
     def resolve_sizes(cls, config: EntryConfigT, model: nn.Module) -> None:
@@ -152,7 +159,7 @@ class EntryModel(BaseSparseModel[EntryConfigT, SparseDeltaT]):
         supports = {}
         for name, module in targets.items():
             if criterion.needs == "none" or base_of(module).weight.device.type != "meta":
-                recipe = cls._recipe(config, name, counts[name])
+                recipe = cls._recipe(config, name, counts[name], module)
                 with torch.no_grad():
                     supports[name] = recipe.draw(partial(dense_weight, module), shapes[name])
         return counts, supports

@@ -8,7 +8,18 @@ from typing import Any
 
 from torch import Tensor
 
-from ..support import Block, Criterion, Given, Support, best_blocks, get_criterion, random_blocks, select
+from ..support import (
+    Block,
+    Criterion,
+    Given,
+    Support,
+    best_blocks,
+    best_in_lines,
+    get_criterion,
+    random_blocks,
+    random_in_lines,
+    select,
+)
 
 
 @dataclass(frozen=True)
@@ -22,6 +33,7 @@ class SupportRecipe:
         name: the layer's name.
         options: further arguments of the criterion.
         block: ``(rows, cols)`` of the blocks that train whole; None for single entries.
+        lines: the dimension of the weight's inputs, and the share of these that has all entries; None for all.
     """
 
     selection: str
@@ -30,6 +42,7 @@ class SupportRecipe:
     name: str
     options: dict[str, Any] = field(default_factory=dict)
     block: Block | None = None
+    lines: tuple[int, float] | None = None
 
     def draw(self, weight: Callable[[], Tensor], shape: tuple[int, int]) -> Support:
         """Choose the positions.
@@ -56,15 +69,20 @@ class SupportRecipe:
         )
 
     def _random(self, shape: tuple[int, int], among: Tensor | None = None) -> Support:
+        if self.lines is not None and among is None:
+            return random_in_lines(shape, self.entries, *self.lines, seed=self.seed, name=self.name)
         if self.block is None:
             return Support.random(shape, self.entries, seed=self.seed, name=self.name, among=among)
         count = self._blocks(self.block)
         return random_blocks(shape, self.block, count, seed=self.seed, name=self.name, among=among)
 
     def _best(self, criterion: Criterion, weight: Tensor) -> Support:
-        if self.block is None:
+        if self.block is None and self.lines is None:
             return select(criterion, weight, self.entries, seed=self.seed, name=self.name, options=dict(self.options))
         scores = criterion.score(weight, None, **self.options)
+        if self.block is None:
+            assert self.lines is not None
+            return best_in_lines(scores, self.entries, *self.lines, criterion.largest, self.name)
         return best_blocks(scores, self._blocks(self.block), self.block, criterion.largest, self.name)
 
     def _blocks(self, block: Block) -> int:

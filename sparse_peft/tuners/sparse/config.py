@@ -61,6 +61,8 @@ class SparseConfig(EntryConfig):
         granularity: ``"entry"``: single entries train, or ``"block"``: whole blocks of the stored weight, chosen by
             the sums of their entries' scores. At densities of tens of percent the gradient of blocks is much cheaper.
         block_size: with blocks: their size, one number or ``[rows, cols]`` of the stored weight.
+        columns: share of a layer's inputs at which all its entries lie, in (0, 1]: those with the best sums of scores,
+            or random ones. Only these inputs are kept for the backward pass (``docs/memory.md``).
         threshold: with ``selection="threshold"``: train the entries with absolute value below it (SaRA, section 3.2).
         principal_rank: with ``selection="principal"``: rank of the approximation whose largest entries train (LIFT);
             with ``"residual"``: of the one whose error selects (as in DSEE, whose decomposition is another).
@@ -125,6 +127,9 @@ class SparseConfig(EntryConfig):
     block_size: Count | list[Count] = field(
         default=16, metadata={"help": "With granularity='block': size of a block, or its [rows, cols]."}
     )
+    columns: Share | None = field(
+        default=None, metadata={"help": "Share of a layer's inputs at which all its entries lie; None for all."}
+    )
     principal_rank: Count = field(
         default=32, metadata={"help": "With selection='principal' or 'residual': rank of the approximation."}
     )
@@ -185,6 +190,8 @@ class SparseConfig(EntryConfig):
         as_block(self.block_size)
         if self.granularity == "block":
             self._check_blocks()
+        if self.columns is not None:
+            self._check_columns()
         if self.regrowth is not None:
             self._check_reselection(self.regrowth)
 
@@ -270,6 +277,23 @@ class SparseConfig(EntryConfig):
                 f"the last possible one is after step {last} (reselect_every={self.reselect_every}, "
                 f"accumulate={self.accumulate}, reselect_start={self.reselect_start!r}, "
                 f"reselect_stop={self.reselect_stop!r}, total_steps={total_steps})"
+            )
+
+    def _check_columns(self) -> None:
+        criterion = self.criterion
+        if self.granularity == "block":
+            raise ValueError(
+                f"columns={self.columns} with granularity='block': the two place entries in different ways; use one"
+            )
+        if self.regrowth is not None:
+            raise ValueError(
+                f"columns={self.columns} with selection={self.selection!r}: positions that change in training need "
+                "all inputs; use 'random' or 'magnitude', or leave out columns"
+            )
+        if criterion.needs not in ("none", "weight") or criterion.decides_count or criterion.restricts:
+            raise ValueError(
+                f"columns={self.columns} with selection={self.selection!r}: columns are chosen at random or by the "
+                "sums of weights' scores; use 'random', 'magnitude', 'magnitude_smallest', 'principal' or 'residual'"
             )
 
     def _check_blocks(self) -> None:
