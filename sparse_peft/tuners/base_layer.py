@@ -331,7 +331,7 @@ class TunerLayer(BaseTunerLayer, nn.Module, Generic[StateT]):
             ledger.readers[me] = True  # from here on no other thread changes the weight or the adapters' flags
             if adapter_names is None and ledger.gives_output():
                 if torch.is_grad_enabled():
-                    run = self._held_pass(x, bool(args or kwargs))
+                    run: Callable[..., Tensor] = self._held_pass(x, bool(args or kwargs))
                 else:
                     run = self.base_layer
             else:

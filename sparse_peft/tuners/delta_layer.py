@@ -327,12 +327,13 @@ class SparseTunerLayer(TunerLayer[DeltaT]):
         run = getattr(self, HANDLERS[path])
         return Step(partial(run, delta), delta if path == "resident" else Weight.OWN)
 
-    def _held_pass(self, content: Content, x: Tensor, has_more: bool) -> Callable[..., Tensor]:
+    def _held_pass(self, x: Tensor, has_more: bool) -> Callable[..., Tensor]:
         # what forward_step asks besides holds since the weight was written
+        content = self.ledger.content
         is_plain = not (has_more or self._owner or torch._C._are_functorch_transforms_active() or self._is_hooked())
         if is_plain and isinstance(content, Held) and self._base_is_stock(x):
             return partial(self._resident_forward, content.delta, stamp=content.stamp)
-        return super()._held_pass(content, x, has_more)
+        return super()._held_pass(x, has_more)
 
     def _check_tie(self) -> None:
         """Refuse a weight that is no longer the owner's.
