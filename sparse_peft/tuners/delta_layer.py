@@ -36,7 +36,7 @@ from .delta import Delta
 from .layer_parts import weight_of
 from .ledger import Content, Held, Merged, Weight, Write, transition, write_all
 from .residency import note_holding
-from .sources import DeltaSource, DequantisedSource, LayerSource, OverlaySource, ResidentSource
+from .sources import DeltaSource, DequantisedSource, GatheredSource, LayerSource, OverlaySource, ResidentSource
 from .stacks import EntryStack, Stack
 from .tensor_parallel import WholeObserver
 from .transitions import exclusive, exclusively
@@ -47,7 +47,8 @@ DeltaT = TypeVar("DeltaT", bound=Delta)
 KEPT_UNIONS = 4
 # The method that computes each path.
 HANDLERS = {
-    name: f"_{name}_forward" for name in ("resident", "overlay", "dequantised", "additive", "traced", "transformed")
+    name: f"_{name}_forward"
+    for name in ("resident", "gathered", "overlay", "dequantised", "additive", "traced", "transformed")
 }
 WRITABLE_DTYPES = {torch.float16, torch.bfloat16, torch.float32, torch.float64}
 
@@ -187,6 +188,11 @@ class SparseTunerLayer(TunerLayer[DeltaT]):
         marks = zip(delta.names, stamp.marks, strict=True)
         return delta.sum_values(self._own(delta, [self.deltas[name].scaled(mark.tensor) for name, mark in marks]))
 
+    def whole_values(self, delta: ActiveDelta) -> Tensor:
+        """The joined adapters' delta as numbers, without DeepSpeed's hooks, which a backward pass must not run."""
+        with torch.no_grad():
+            return delta.sum_values([self.deltas[name].forward() for name in delta.names])
+
     def _own(self, delta: ActiveDelta, values: list[Tensor]) -> list[Tensor]:
         """Of each adapter's values those in this process's part of the weight; their gradients are summed."""
         if self.parallel is None:
@@ -201,7 +207,9 @@ class SparseTunerLayer(TunerLayer[DeltaT]):
         content = self.ledger.content
         if isinstance(content, Held) and content.delta is delta and content.stamp.is_current():
             return content.stamp
-        return Stamp([self.settled(name) for name in delta.names], self._is_sharded())
+        # parameters that are gathered change their addresses
+        gathered = self._is_sharded() or self._is_partitioned()
+        return Stamp([self.settled(name) for name in delta.names], gathered)
 
     def check_stamp(self, delta: ActiveDelta, stamp: Stamp) -> None:
         """Refuse values that changed since the forward pass.
@@ -292,6 +300,29 @@ class SparseTunerLayer(TunerLayer[DeltaT]):
         self._write(delta, stamp)
         return True
 
+    def _enter_partitioned(self) -> None:
+        super()._enter_partitioned()
+        if self._gathers():  # the layer itself multiplies by what is its base layer's: DeepSpeed is told
+            external: dict[int, Any] = self.__dict__["_external_params"]
+            found: list[Any] = [
+                parameter for parameter in self.base_layer._parameters.values() if parameter is not None
+            ]
+            external.update({id(parameter): parameter for parameter in found})
+            missing = [parameter for parameter in found if parameter.numel() != parameter.ds_numel]
+            if missing:  # in the first pass
+                missing[0].all_gather(missing)
+
+    def _gathers(self) -> bool:
+        """Whether DeepSpeed gathers for this layer what its base layer needs, which nothing else has hooks in."""
+        base = self.base_layer
+        hooks = [*base._forward_pre_hooks.values(), *base._forward_hooks.values()]
+        return "_external_params" in self.__dict__ and not (
+            any(not getattr(hook, "__module__", "").startswith("deepspeed.") for hook in hooks)
+            or base.__dict__.get("forward") is not None
+            or base._backward_hooks
+            or base._backward_pre_hooks
+        )
+
     def _may_be_resident(self) -> bool:
         weight = self.base_parameter
         if not self.resident or self._is_sharded() or self._is_partitioned() or self.ledger.is_kept_own:
@@ -376,7 +407,9 @@ class SparseTunerLayer(TunerLayer[DeltaT]):
         if self.quantization_backend is not None:
             stock = self.quantization_backend.supports_merge and not self._is_hooked()
             return "dequantised" if stock else "additive"
-        if self._is_hooked() or self._is_partitioned() or not self._base_is_stock(x):
+        if self._is_partitioned():
+            return "gathered" if self._gathers() and self._base_is_stock(x) else "additive"
+        if self._is_hooked() or not self._base_is_stock(x):
             return "additive"
         # a compiled graph writes nothing: it sets the entries in a transient copy
         return "resident" if torch.compiler.is_compiling() or self._may_be_resident() else "overlay"
@@ -418,6 +451,9 @@ class SparseTunerLayer(TunerLayer[DeltaT]):
             and (x.requires_grad or any(self.deltas[name].values.requires_grad for name in delta.names))
         )
         return self._product(x, ResidentSource(self, delta, stamp)) if trains else self.base_layer(x)
+
+    def _gathered_forward(self, delta: ActiveDelta, x: Tensor) -> Tensor:
+        return self._product(x, GatheredSource(self, delta))
 
     def _overlay_forward(self, delta: ActiveDelta, x: Tensor) -> Tensor:
         log_once(f"layer {self.name}: the base weight cannot be written, its panels are copied in every pass")

@@ -2,6 +2,7 @@
 
 *Resident*: the base weight itself holds the active adapters' entries, ``round(original + value)``, and the forward
 pass is the base layer's own product.
+*Gathered*: a weight that DeepSpeed gathers for a pass is written to for the moment of its product.
 *Overlay*: a base that must not be written is copied panel by panel, with the entries set in the copy.
 *Dequantised*: the entries are set in the buffer that a quantisation backend makes anyway.
 """
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ..numerics import panels
-from ..ops import LayerProduct, add_to_support_
+from ..ops import LayerProduct, add_to_support_, read_support, write_support_
 from ..support import Support
 from .active_delta import ActiveDelta
 from .changes import Stamp
@@ -45,6 +46,8 @@ class AdaptedLayer(Protocol):
     def dequantised(self) -> Tensor: ...
 
     def sum_values(self, delta: ActiveDelta, stamp: Stamp | None = None) -> Tensor: ...
+
+    def whole_values(self, delta: ActiveDelta) -> Tensor: ...
 
     def stamp(self, delta: ActiveDelta | None) -> Stamp | None: ...
 
@@ -93,6 +96,13 @@ class LayerSource(ABC):
             add_to_support_(panel, within, values[first:last])
             yield start, stop, panel.to(dtype)
 
+    def _cast(self, weight: Tensor, dtype: torch.dtype) -> Iterator[Panel]:
+        """The weight, or its panels in another dtype."""
+        if weight.dtype == dtype:
+            return iter(((0, self.shape[0], weight),))
+        bounds = panels(self.shape[0], self.shape[1] * dtype.itemsize)
+        return ((start, stop, weight[start:stop].to(dtype)) for start, stop in bounds)
+
     def _values(self) -> tuple[Support, Tensor]:
         """The adapters' entries, unless they changed since the forward pass."""
         assert self.delta is not None and self.stamp is not None
@@ -111,11 +121,27 @@ class ResidentSource(LayerSource):
     def panels(self, dtype: torch.dtype) -> Iterator[Panel]:
         if not self.layer.hold(self.delta, self.stamp):
             return self._copies(dtype)
-        weight = self.layer.base_parameter.detach()
-        if weight.dtype == dtype:
-            return iter(((0, self.shape[0], weight),))
-        bounds = panels(self.shape[0], self.shape[1] * dtype.itemsize)
-        return ((start, stop, weight[start:stop].to(dtype)) for start, stop in bounds)
+        return self._cast(self.layer.base_parameter.detach(), dtype)
+
+
+class GatheredSource(LayerSource):
+    """A weight of ZeRO stage 3, which is whole in the passes of the layer: it holds the entries for one product."""
+
+    def panels(self, dtype: torch.dtype) -> Iterator[Panel]:
+        self.layer.hold(None, None)
+        # not detach(): the bits are restored, and whoever else saved the weight for backward sees no write
+        (support, values), weight = self._values(), self.layer.base_parameter.data
+        own = read_support(weight, support)
+        try:
+            add_to_support_(weight, support, values)
+            yield from self._cast(weight, dtype)
+        finally:
+            write_support_(weight, support, own)
+
+    def _values(self) -> tuple[Support, Tensor]:
+        assert self.delta is not None and self.stamp is not None
+        self.layer.check_stamp(self.delta, self.stamp)
+        return self.delta.support, self.layer.whole_values(self.delta)
 
 
 class OverlaySource(LayerSource):
