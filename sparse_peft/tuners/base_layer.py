@@ -287,6 +287,11 @@ class TunerLayer(BaseTunerLayer, nn.Module, Generic[StateT]):
             RuntimeError: DeepSpeed's engine, which gathers the weight, is not there.
         """
         base = self.base_layer
+        if torch.compiler.is_compiling():
+            raise NotImplementedError(
+                f"layer {self.name}: ZeRO stage 3 and adapters are not compiled together; do without torch.compile, "
+                "or use ZeRO stage 1 or 2"
+            )
         check_not_partitioned(self.name, base, type(self), type(self).__name__)
         if not base._forward_pre_hooks and weight_of(base).numel() == 0:
             raise RuntimeError(

@@ -297,11 +297,82 @@ def refused(rank):
     model = get_peft_model(net, SparseConfig(density=0.1, target_modules=["0"]))
     with pytest.raises(RuntimeError) as error:
         model(torch.ones(1, 4))
+    errors.append(str(error.value))
+    model = adapted("rigl")
+    groups = [{"params": [p]} for p in model.parameters() if p.requires_grad]
+    engine, optimizer = initialize(model, torch.optim.AdamW(groups, lr=RATE), 2)
+    with pytest.raises(NotImplementedError) as error:
+        SparsityController(engine, optimizer, TOTAL)
     return [*errors, str(error.value)]
 
 
 def test_what_cannot_work_is_refused(tmp_path):
-    embedding, replaced, outside = on_two(refused, tmp_path)[0]
+    embedding, replaced, outside, groups = on_two(refused, tmp_path)[0]
     assert "Target module 0: ZeRO stage 3 has partitioned its weight (Embedding)" in embedding
     assert "layer 1: mode='replace' drops the base weight" in replaced
     assert "layer 0: ZeRO stage 3 has partitioned its weight, which only DeepSpeed's engine gathers" in outside
+    assert "ZeRO stage 2 steps 4 groups of an adapter's parameters one after another" in groups
+
+
+# ---------------------------------------------------------------------- bfloat16
+
+
+def in_bfloat16(rank, stage):
+    """Of each step its loss, and whether the model's values are those that DeepSpeed trains, rounded."""
+    model = adapted("rigl")
+    engine, optimizer = initialize(
+        model, optimizer_of(model, "adamw"), stage, gradient_clipping=CLIP, bf16={"enabled": True}
+    )
+    controller, seen = SparsityController(engine, optimizer, TOTAL), []
+    for number in range(STEPS):
+        x, y = batch_at(number)
+        loss = F.cross_entropy(engine(x.bfloat16()).float(), y)
+        engine.backward(loss)
+        engine.step()
+        controller.step()
+        for state in leaves(model).values():
+            master = full_tensor(state.values)
+            assert master.dtype == torch.float32
+            assert state.values.dtype == torch.bfloat16
+            assert torch.equal(state.values, master.bfloat16())
+        seen.append(loss.item())
+    assert len(controller.history) == 2
+    return seen
+
+
+def both_in_bfloat16(rank):
+    return [in_bfloat16(rank, stage) for stage in (2, 3)]
+
+
+def test_bfloat16_keeps_float32_values_through_reselections(tmp_path):
+    first, second = on_two(both_in_bfloat16, tmp_path)
+    assert first == second
+    expected = [loss for loss, _ in on_one("rigl", "adamw", {})]
+    for losses in first:
+        assert losses == pytest.approx(expected, rel=5e-3)
+
+
+# ---------------------------------------------------------------------- files
+
+
+def loaded_into_partitions(rank, folder):
+    model = PeftModel.from_pretrained(partitioned(Net, {}), folder, is_trainable=True)
+    engine, _ = initialize(model, optimizer_of(model, "adamw"), 3)
+    with torch.no_grad():
+        found = [engine(batch_at(0)[0])]
+        with model.disable_adapter():
+            found.append(engine(batch_at(0)[0]))
+        model.save_pretrained(folder / str(rank))
+        found.append(PeftModel.from_pretrained(Net(), folder / str(rank))(batch_at(0)[0]))
+    return [output.tolist() for output in found]
+
+
+@torch.no_grad()
+def test_a_file_of_one_process_loads_into_partitions_and_back(tmp_path):
+    model = adapted("nonzero", init_weights=False)
+    model.save_pretrained(tmp_path)
+    first, second = on_two(loaded_into_partitions, tmp_path, tmp_path)
+    assert first == second
+    x = batch_at(0)[0]
+    for found, expected in zip(first, (model(x), Net()(x), model(x)), strict=True):
+        torch.testing.assert_close(torch.tensor(found), expected, atol=1e-5, rtol=1e-5)
