@@ -4,10 +4,10 @@ import pytest
 import torch
 from peft import PeftModel, get_peft_model
 
-from sparse_peft import SLTrainConfig, SparsityController, select_support
+from sparse_peft import SLTrainConfig, select_support
 from sparse_peft.adapters import compose
 from sparse_peft.tuners.sltrain.delta import SLTrainDelta
-from tests.helpers.expert_models import IDS, layers, mixture, reference
+from tests.helpers.expert_models import IDS, layers, mixture, reference, train
 
 
 def config(**settings):
@@ -78,16 +78,7 @@ def test_positions_change_and_come_from_data():
     assert {path for path in made.supports if "experts" in path}
     model = adapted(dtype=torch.float32, init_weights=True, selection="set", reselect_every=2).train()
     before = {path: layer.support("default").indices.clone() for path, layer in layers(model).items()}
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.05)
-    controller = SparsityController(model, optimizer, total_steps=6)
-    losses = []
-    for _ in range(6):
-        loss = model(IDS, labels=IDS).loss
-        loss.backward()
-        optimizer.step()
-        controller.step()
-        optimizer.zero_grad()
-        losses.append(loss.item())
+    losses = train(model, 6, total_steps=6)
     assert losses[-1] < losses[0]
     assert all(
         not torch.equal(layer.support("default").indices, before[path]) for path, layer in layers(model).items()
