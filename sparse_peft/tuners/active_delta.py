@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import cast
 
 import torch
@@ -24,6 +24,7 @@ class ActiveDelta:
         support: the union of these, within the part of the weight that this process has.
         own: for each adapter the slots of its entries that lie in this part; None where all do.
         slots: for each adapter the places of its entries in the union; None where it is alone.
+        rows: what lies in ranges of the weight's rows, see ``within``.
     """
 
     names: tuple[str, ...]
@@ -31,6 +32,7 @@ class ActiveDelta:
     support: Support
     own: tuple[Tensor | None, ...]
     slots: tuple[Tensor | None, ...]
+    rows: dict[Shard, ActiveDelta] = field(default_factory=dict, repr=False)
 
     @classmethod
     def join(cls, supports: Mapping[str, Support], shard: Shard | None = None) -> ActiveDelta:
@@ -48,6 +50,14 @@ class ActiveDelta:
             union = union.compact()
         remember(union)
         return cls(names, parts, union, own, tuple(slots))
+
+    def within(self, shard: Shard) -> ActiveDelta:
+        """The adapters in a range of the weight's rows, as those of a weight that has these rows alone."""
+        if shard not in self.rows:
+            self.rows[shard] = ActiveDelta.join(
+                {n: part.of_rows(shard.start, shard.stop)[0] for n, part in zip(self.names, self.parts, strict=True)}
+            )
+        return self.rows[shard]
 
     def sum_values(self, values: list[Tensor]) -> Tensor:
         """Values at the union, overlaps added: ``(support.nnz,)``, differentiable.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import warnings
 from abc import abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from threading import get_ident
@@ -27,6 +27,7 @@ from .base_state import TrainedState
 from .expert_weights import ExpertWeight
 from .files.checks import BASE_ADAPTER
 from .four_bit import base_weight
+from .fully_sharded import FullySharded, LastingParameters
 from .layer_parts import bias_of, weight_of
 from .ledger import READERS, Ledger, Merged, Weight, transition
 from .parallel import check_mergeable, check_not_partitioned
@@ -260,7 +261,7 @@ class TunerLayer(BaseTunerLayer, nn.Module, Generic[StateT]):
             return False
         weight = weight_of(base)
         return (
-            (type(weight) in (nn.Parameter, Tensor) or self.parallel is not None)
+            (type(weight) in (nn.Parameter, Tensor) or self.parallel is not None or self.divided is not None)
             and not (weight.requires_grad and torch.is_grad_enabled())
             and (
                 x is None
@@ -271,7 +272,7 @@ class TunerLayer(BaseTunerLayer, nn.Module, Generic[StateT]):
         )
 
     def _is_sharded(self) -> bool:
-        """Whether FSDP2 shards the weight: what is gathered for a pass is a copy that comes and goes."""
+        """Whether FSDP shards the weight: what is gathered for a pass is a copy that comes and goes."""
         return self.base_layer.__dict__.get("_is_fsdp_managed_module", False)
 
     def _is_partitioned(self) -> bool:
@@ -299,6 +300,16 @@ class TunerLayer(BaseTunerLayer, nn.Module, Generic[StateT]):
                 "call the engine that deepspeed.initialize or accelerator.prepare returns"
             )
         keep_whole(parameter for name in self.deltas for parameter in self.deltas[name].parameters())
+
+    @property
+    def divided(self) -> FullySharded | None:
+        """The weight as FSDP2 divides it; None for a weight that is whole, or divided otherwise."""
+        if not self._is_sharded() or self.parallel is not None:
+            return None
+        ledger = self.ledger
+        if not ledger.knows_division:
+            ledger.divided, ledger.knows_division = FullySharded.of(self.base_layer, self.stored_shape), True
+        return ledger.divided
 
     def dense_base_weight(self) -> Tensor:
         """The base weight in floats as a matrix in its stored layout, for criteria to look at; whole."""
@@ -497,13 +508,17 @@ class TunerLayer(BaseTunerLayer, nn.Module, Generic[StateT]):
             RuntimeError: something else wrote to the weight while other adapters were merged.
             NotImplementedError: other processes hold parts of the weight.
         """
-        if self.quantization_backend is None and self.parallel is None:
+        if self.quantization_backend is None and not self._merges_parts():
             check_mergeable(self.name, self.get_base_layer())
         new = tuple(name for name in check_adapters_to_merge(self, adapter_names) if name in self.deltas)
         if not new:
             return
         with torch.inference_mode(False), torch.no_grad(), self._unmerged() as merged:
             self._merge((*merged, *new), safe_merge)
+
+    def _merges_parts(self) -> bool:
+        """Whether processes merge into their parts of the weight."""
+        return self.parallel is not None
 
     @contextmanager
     def _unmerged(self) -> Iterator[tuple[str, ...]]:
@@ -627,7 +642,8 @@ class TunerLayer(BaseTunerLayer, nn.Module, Generic[StateT]):
                 trains, state = name in names and not inference_mode, states.get(name)
                 if state is None:
                     continue
-                for parameter in state.parameters() if state._modules else state._parameters.values():
+                trains = trains and not self._is_left_out(state)
+                for parameter in self._flagged(state):
                     if parameter.requires_grad != trains and parameter.is_leaf:
                         parameter.requires_grad_(trains)
         self._active_adapter = names
@@ -637,6 +653,17 @@ class TunerLayer(BaseTunerLayer, nn.Module, Generic[StateT]):
         self._is_serving = False
         super().set_requires_grad(adapter_names, requires_grad)
 
+    def _is_left_out(self, state: nn.Module) -> bool:
+        """Whether an adapter came after FSDP, which averages none of its gradients."""
+        return self._is_sharded() and not state.__dict__.get("_is_fsdp_managed_module", False)
+
+    def _flagged(self, state: nn.Module) -> Iterable[Tensor]:
+        """The parameters that say whether they need gradients: of FSDP2's the gathered and the divided ones."""
+        if not self._is_sharded():
+            return state.parameters() if state._modules else state._parameters.values()  # type: ignore[return-value]
+        lasting = [part for module in state.modules() for part in LastingParameters(module).values()]
+        return [*state.parameters(), *(parameter for parameter in lasting if parameter is not None)]
+
     @of_owner
     @transition
     def enable_adapters(self, enabled: bool) -> None:
@@ -644,7 +671,10 @@ class TunerLayer(BaseTunerLayer, nn.Module, Generic[StateT]):
         if not enabled and self.merged:
             self.unmerge()
         self.release()
-        super().enable_adapters(enabled)
+        if enabled or not self._is_sharded():
+            super().enable_adapters(enabled)
+        else:  # FSDP takes the flags of its parameters from one another when it gathers them
+            self._disable_adapters = True
 
     @of_owner
     @transition

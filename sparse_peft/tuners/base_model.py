@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
+import weakref
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
@@ -12,6 +13,7 @@ from operator import attrgetter
 from typing import Any, ClassVar, Generic, Protocol, TypeVar, cast
 
 import torch
+import torch.distributed as dist
 from peft.tuners.tuners_utils import _ExcludedModule
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING, _get_submodules
 from peft.utils.other import AuxiliaryTrainingWrapper
@@ -36,6 +38,7 @@ from .files.checks import check_adapter_name
 from .forms import LoraFactors, weightless_layer
 from .four_bit import prepare_four_bit
 from .mixed_batches import mixed_batch
+from .parallel import check_made_before_sharding
 from .residency import hold_layers, release_layers
 from .shared_memory import check_no_other_model, note_adapted, note_unloaded
 from .targets import (
@@ -70,6 +73,21 @@ ConfigT = TypeVar("ConfigT", bound=BaseSparseConfig)
 StateT = TypeVar("StateT", bound=TrainedState)
 
 
+def _divided_layers_of(reference: weakref.ref[BaseSparseModel[Any, Any]]) -> list[SparseTunerLayer[Any]]:
+    model = reference()
+    return [] if model is None else model._divided_layers()
+
+
+def _hold_early(
+    reference: weakref.ref[BaseSparseModel[Any, Any]], module: nn.Module, args: Any, kwargs: dict[str, Any]
+) -> None:
+    """Before FSDP2's outermost module gathers its weights."""
+    model = reference()
+    layers = [] if model is None else model._divided_layers()
+    if model is not None and layers:
+        model._hold_before_gathering(layers, kwargs.get("adapter_names"))
+
+
 class BaseSparseModel(BaseTuner, Generic[ConfigT, StateT]):
     """Base of the sparse methods' tuners, generic in the method's config and trained state.
 
@@ -82,6 +100,7 @@ class BaseSparseModel(BaseTuner, Generic[ConfigT, StateT]):
     takes_groups = True  # whether convolutions of several groups, which are no one matrix, can be targets
     why_no_convolutions: ClassVar[str | None] = None  # None: the method trains convolutions
     counted_tensor = "values"  # which of a layer's tensors in a file says by its size what the layer trains
+    _called_by: int | None = None  # FSDP2's outermost module, which lets this model write before it gathers
     needs_base_weights = False  # whether what an adapter adds is a function of its base's weights as well
     target_module_mapping: dict[str, list[str]] = cast(
         "dict[str, list[str]]", TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
@@ -233,6 +252,10 @@ class BaseSparseModel(BaseTuner, Generic[ConfigT, StateT]):
         targets = self.find_targets(peft_config, model, state_dict)
         self._ties = self._tied_layers(model)
         check_bare_weights(peft_config, model, targets)
+        if not peft_config.inference_mode:
+            for name, module in targets.items():
+                if isinstance(module, TunerLayer):
+                    check_made_before_sharding(name, module, adapter_name)
         self.check_targets(model, targets)
         new = {name: module for name, module in targets.items() if not isinstance(module, TunerLayer)}
         check_no_other_model(model, own_weights(new), bool(self.layer_options(peft_config).get("resident")))
@@ -483,14 +506,49 @@ class BaseSparseModel(BaseTuner, Generic[ConfigT, StateT]):
         if torch.compiler.is_compiling() and names is None:
             yield
             return
+        divided = self._divided_layers()
         try:
-            if names is None and self._writes_together():
+            if divided:
+                self._hold_before_gathering(divided, names)
+            elif names is None and self._writes_together():
                 self.make_resident()
             with nullcontext() if names is None else mixed_batch(self, names, kwargs.get("num_beams") or 1):
                 yield
         except BaseException:
-            self.release()
+            if not divided:  # else all processes would have to take part
+                self.release()
             raise
+
+    def _divided_layers(self) -> list[SparseTunerLayer[Any]]:
+        """The layers whose weights FSDP2 divides."""
+        if not (dist.is_available() and dist.is_initialized()):
+            return []
+        layers = (layer for layer in tuner_layers(self.model) if isinstance(layer, SparseTunerLayer))
+        return [layer for layer in layers if layer.divided is not None]
+
+    def _hold_before_gathering(self, layers: list[SparseTunerLayer[Any]], names: list[str] | None) -> None:
+        """Make the processes' parts of weights hold what a pass is going to gather.
+
+        A module that gathered weights before this model's own pass began calls this itself from then on.
+
+        Args:
+            layers: ``_divided_layers()``.
+            names: of a mixed batch.
+        """
+        reference = weakref.ref(self)
+        for layer in layers:
+            assert layer.divided is not None
+            layer.divided.siblings = partial(_divided_layers_of, reference)
+        assert layers[0].divided is not None
+        root = layers[0].divided.root_in_a_pass()
+        if root is not None and self._called_by != id(root):
+            self._called_by = id(root)
+            for module in root._modules:
+                module.register_forward_pre_hook(partial(_hold_early, reference), prepend=True, with_kwargs=True)
+        if names is None:
+            hold_layers(layers)
+        else:
+            release_layers(layer.ledger for layer in layers)
 
     def release(self) -> None:
         """Give every base weight its own entries back; the next forward pass writes the adapter's anew."""

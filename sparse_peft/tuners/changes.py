@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 
 from .base_state import TrainedState
+from .fully_sharded import LastingParameters
 
 # {id of a parameter: its state}, for those that something was made from. An id that another tensor has by now does no
 # harm: what was made from the state is made anew.
@@ -40,11 +41,12 @@ class Mark(NamedTuple):
 
     @classmethod
     def of(cls, state: TrainedState, name: str, sharded: bool) -> Mark:
-        tensor = state._parameters[name]
+        parameters = LastingParameters(state) if sharded else state._parameters
+        tensor = parameters[name]
         assert tensor is not None
-        # FSDP2 gathers parameters to another address for each pass
+        # FSDP gathers parameters to another address for each pass
         address = None if sharded else tensor.data_ptr()
-        return cls(state._parameters, name, tensor, None if tensor.is_inference() else tensor._version, address)
+        return cls(parameters, name, tensor, None if tensor.is_inference() else tensor._version, address)
 
 
 class Stamp:
@@ -52,7 +54,7 @@ class Stamp:
 
     Args:
         states: whose values something is made from.
-        sharded: whether FSDP2 gathers their parameters for each pass.
+        sharded: whether FSDP gathers their parameters for each pass.
         after_backward: whether a backward pass, too, may be followed by changes without a trace.
     """
 

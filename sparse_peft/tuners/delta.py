@@ -98,6 +98,12 @@ class Delta(TrainedState):
         values = self.values if self._zeros is None else self.values.masked_fill(self._zeros[1], 0)
         return self.scaled(values) if scaled else values
 
+    def of_entries(self, values: Tensor, first: int, last: int) -> Tensor:
+        """The delta at the entries ``first`` to ``last``, of which these are the values, detached."""
+        if self._zeros is not None:
+            values = values.masked_fill(self._zeros[1][first:last], 0)
+        return self.scaled(values.detach())
+
     @property
     def knows_zeros(self) -> bool:
         """Whether nothing is left to be found out about zeros of the base weight."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any, ClassVar, Self, TypeVar, cast
 
@@ -33,9 +33,10 @@ from .base_layer import Step, TunerLayer, of_owner
 from .changes import Stamp
 from .contents import Contents
 from .delta import Delta
+from .fully_sharded import values_of_own_rows
 from .layer_parts import weight_of
 from .ledger import Content, Held, Merged, Weight, Write, transition, write_all
-from .residency import note_holding
+from .residency import hold_layers, note_holding, release_layers
 from .sources import DeltaSource, DequantisedSource, GatheredSource, LayerSource, OverlaySource, ResidentSource
 from .stacks import EntryStack, Stack
 from .tensor_parallel import WholeObserver
@@ -235,7 +236,10 @@ class SparseTunerLayer(TunerLayer[DeltaT]):
     def _prepare(self, wanted: ActiveDelta | Weight) -> None:
         if isinstance(wanted, Weight):
             super()._prepare(wanted)
-        else:
+            return
+        if self.divided is not None:
+            hold_layers(self._siblings())
+        if not self.ledger.holds(wanted):
             self._write(wanted, self.stamp(wanted))
 
     def _write(self, delta: ActiveDelta, stamp: Stamp | None) -> None:
@@ -245,6 +249,8 @@ class SparseTunerLayer(TunerLayer[DeltaT]):
     def _write_of(self, delta: ActiveDelta, stamp: Stamp | None) -> Write:
         """What makes the base weight hold adapters' entries."""
         assert stamp is not None
+        if self.divided is not None:
+            return self.write_of(delta, values_of_own_rows([(self, delta)])[0], stamp)
         weight, parameters = self.base_parameter, self.base_parameters
         # of a divided layer, processes whose weights may not be written must exchange the same as the others
         is_all = self.adds_entries_only and self.parallel is None
@@ -256,13 +262,30 @@ class SparseTunerLayer(TunerLayer[DeltaT]):
             values = self.sum_values(delta, stamp)
         return Write(self.ledger, weight, delta.support, values.detach(), 1.0, held)
 
-    def pending_write(self) -> Write | None:
-        """What makes the base weight hold the active adapters' entries; None if it does, or may not."""
+    def write_of(self, delta: ActiveDelta, values: Tensor | None = None, stamp: Stamp | None = None) -> Write:
+        """What makes the base weight, or this process's rows of it, hold the entries of joined adapters.
+
+        Args:
+            delta: the adapters.
+            values: ``(entries,)``: the delta at the entries in this process's rows, of a weight that FSDP2 divides.
+            stamp: what the adapters' values are; by default their present ones.
+        """
+        stamp, divided = stamp or self.stamp(delta), self.divided
+        if divided is None or values is None:
+            return self._write_of(delta, stamp)
+        assert stamp is not None
+        # what state dicts refer to was left alone by the last write, if there was one
+        rows = divided.own_rows() if self.ledger.is_own else divided.get("weight")
+        held = Held(delta, stamp, divided, rows, self.adds_entries_only)
+        return Write(self.ledger, rows, delta.within(divided.shard).support, values, 1.0, held)
+
+    def pending_delta(self) -> ActiveDelta | None:
+        """The active adapters, whose entries the base weight could hold and does not; None without any."""
         names = self._active_names()
         if not names or self.ledger.is_merged or self.disable_adapters or self.path() != "resident":
             return None
         delta = self._join(names)
-        return None if self.ledger.holds(delta) else self._write_of(delta, self.stamp(delta))
+        return None if self.ledger.holds(delta) else delta
 
     def hold(self, delta: ActiveDelta | None, stamp: Stamp | None) -> bool:
         """Make the base weight hold what it held in a forward pass: these adapters' entries, or its own for None.
@@ -294,10 +317,13 @@ class SparseTunerLayer(TunerLayer[DeltaT]):
                 "backward pass; merge after backward"
             )
         if delta is None or stamp is None or self.ledger.is_kept_own:
-            self.release()
+            release_layers(layer.ledger for layer in self._siblings())
             return delta is None
         self.check_stamp(delta, stamp)
-        self._write(delta, stamp)
+        if self.divided is not None:  # with the other layers, before their weights are gathered
+            hold_layers(self._siblings())
+        if not self._still_holds(delta, stamp):
+            self._write(delta, stamp)
         return True
 
     def _enter_partitioned(self) -> None:
@@ -323,10 +349,17 @@ class SparseTunerLayer(TunerLayer[DeltaT]):
             or base._backward_pre_hooks
         )
 
+    def _siblings(self) -> Iterable[SparseTunerLayer[Any]]:
+        """The layers whose weights change together: all of the model where processes exchange, else this one."""
+        divided = self.divided
+        return (self,) if divided is None or divided.siblings is None else divided.siblings()
+
     def _may_be_resident(self) -> bool:
-        weight = self.base_parameter
-        if not self.resident or self._is_sharded() or self._is_partitioned() or self.ledger.is_kept_own:
+        if not self.resident or self._is_partitioned() or self.ledger.is_kept_own:
             return False
+        if self._is_sharded():
+            return self.divided is not None
+        weight = self.base_parameter
         # what follows changes only with the memory itself, and would be asked in every pass
         known = self._writable
         if known is not None and known[0]() is weight and known[1] == weight.data_ptr():
@@ -383,13 +416,19 @@ class SparseTunerLayer(TunerLayer[DeltaT]):
         path = "additive" if has_more else self.path(x)
         if self.parallel is None and path in ("resident", "overlay") and torch._C._are_functorch_transforms_active():
             return "transformed"
-        if self.parallel is not None:
-            self._refuse_compiling()
+        self._refuse_compiling()
         self._refuse_transforms()
         return "traced" if path == "resident" and torch.compiler.is_compiling() else path
 
     def _refuse_compiling(self) -> None:
-        if torch.compiler.is_compiling():
+        if not torch.compiler.is_compiling():
+            return
+        if self.resident and self._is_sharded():
+            raise NotImplementedError(
+                f"layer {self.name}: FSDP and torch.compile go together with resident=False only, since graphs write "
+                "nothing; make the adapter with it, or do without torch.compile"
+            )
+        if self.parallel is not None:
             raise NotImplementedError(
                 f"layer {self.name}: tensor parallelism (tp_plan) and adapters are not compiled together; do without "
                 "torch.compile, or use FSDP2 or DDP"
@@ -557,15 +596,23 @@ class SparseTunerLayer(TunerLayer[DeltaT]):
         if self.quantization_backend is not None or not self.adds_entries_only:
             super()._merge(names, safe_merge)
             return
-        delta, weight = self._join(names), self.base_parameter
-        values = self.sum_values(delta)
+        delta, divided = self._join(names), self.divided
+        if divided is None:
+            weight, support, values = self.base_parameter, delta.support, self.sum_values(delta)
+        else:
+            weight, support = divided.own_rows(), delta.within(divided.shard).support
+            values = values_of_own_rows([(self, delta)])[0]
         if safe_merge:
-            self._check_merged(effective_entries(read_support(weight.detach(), delta.support), values), names)
+            entries = effective_entries(read_support(weight.detach(), support), values)
+            self._check_merged(entries if divided is None else divided.worst_of(entries), names)
 
         def content(backup: EntriesBackup) -> Content:
             return Merged(names, backup.checksum())
 
-        write_all([Write(self.ledger, weight, delta.support, values.detach(), 1.0, content)])
+        write_all([Write(self.ledger, weight, support, values.detach(), 1.0, content)])
+
+    def _merges_parts(self) -> bool:
+        return super()._merges_parts() or (self.adds_entries_only and self.divided is not None)
 
     def _add_deltas_(self, weight: Tensor, names: tuple[str, ...]) -> None:
         if not self.adds_entries_only:
@@ -612,12 +659,20 @@ class SparseTunerLayer(TunerLayer[DeltaT]):
     @exclusive
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:
         """As torch's, of the base's own weight, which no entries are written into while the result refers to it."""
-        self.release()
+        divided = self.divided
+        if divided is None:
+            self.release()
         state = super().state_dict(*args, **kwargs)
         prefix = args[1] if len(args) > 1 else kwargs.get("prefix", "")
-        weight = state.get(f"{prefix}base_layer.weight")
-        if isinstance(weight, Tensor) and weight is not self.base_layer._parameters.get("weight"):
+        key = f"{prefix}base_layer.weight"
+        weight = state.get(key)
+        if not isinstance(weight, Tensor) or weight is self.base_layer._parameters.get("weight"):
+            return state
+        if divided is None:
             self.ledger.keep_own_while(weight)
+        elif not self.merged:  # without a transition, which all processes would have to take part in
+            backup = self.ledger.backup
+            state[key] = divided.own_weight(weight, backup if isinstance(backup, EntriesBackup) else None)
         return state
 
     @exclusive

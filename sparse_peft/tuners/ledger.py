@@ -15,7 +15,7 @@ import functools
 import sys
 import time
 import weakref
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from threading import get_ident
@@ -30,6 +30,7 @@ from ..support import Support
 from .active_delta import ActiveDelta
 from .backups import Backup, EntriesBackup, restore_all
 from .changes import Stamp
+from .fully_sharded import FullySharded, drop_all, gather_again
 from .transitions import exclusive, exclusively, is_within
 
 P = ParamSpec("P")
@@ -53,6 +54,12 @@ class Content(Protocol):
         ...
 
 
+class Parameters(Protocol):
+    """Parameters by name, as they are now."""
+
+    def get(self, name: str, /) -> Tensor | None: ...
+
+
 @dataclass(slots=True, eq=False)
 class Held:
     """The active adapters' entries.
@@ -67,7 +74,7 @@ class Held:
 
     delta: ActiveDelta
     stamp: Stamp
-    parameters: Mapping[str, Tensor | None]
+    parameters: Parameters
     weight: Tensor
     is_all: bool
 
@@ -102,6 +109,7 @@ class Ledger:
         readers: ``{thread: whether it computes with the weight}``, of all threads that ever did.
         is_closed: whether readers have to wait for the lock.
         turn: the number of times that other threads were kept out, or entries were.
+        divided: what FSDP2 makes of the weight, of which the ledger's is this process's part; None without it.
     """
 
     def __init__(self, layer_name: str) -> None:
@@ -111,6 +119,8 @@ class Ledger:
         self.readers: dict[int, bool] = {}
         self.is_closed = False
         self.turn = 0
+        self.divided: FullySharded | None = None
+        self.knows_division = False
         self._version: int | None = None
         self._keepers: list[weakref.ref[Any]] = []
 
@@ -400,6 +410,7 @@ def write_all(writes: Sequence[Write]) -> None:
     """
 
     def change() -> None:
+        used = drop_all(write.ledger.divided for write in writes)
         others = [w.ledger for w in writes if w.ledger.backup is not None and not w.keeps(w.ledger.backup)]
         if others:
             release_all(others)
@@ -410,6 +421,7 @@ def write_all(writes: Sequence[Write]) -> None:
         for write, own, place in zip(fresh, originals, places, strict=True):
             write.ledger.begin(EntriesBackup(write.weight, write.support, own, place))
         _resync(writes)
+        gather_again(used)
 
     outside_modes(closed, [write.ledger for write in writes], change)
 
@@ -444,7 +456,9 @@ def release_all(ledgers: Iterable[Ledger]) -> None:
 
     def change() -> None:
         _refuse_changed(ledgers)
+        used = drop_all(ledger.divided for ledger in ledgers)
         _restore(ledgers)
+        gather_again(used)
 
     outside_modes(closed, ledgers, change)
 

@@ -55,6 +55,25 @@ def check_not_partitioned(name: str, base: nn.Module, layer_cls: type[Any], meth
     )
 
 
+def check_made_before_sharding(name: str, layer: Any, adapter: str) -> None:
+    """Refuse to train a new adapter in a layer that FSDP has wrapped already: nothing would average its gradients.
+
+    Args:
+        name: of the layer.
+        layer: it, with adapters.
+        adapter: the new one.
+
+    Raises:
+        NotImplementedError: names the adapter, the layer and the alternative.
+    """
+    if layer._is_sharded():
+        raise NotImplementedError(
+            f"adapter {adapter!r} in layer {name}: FSDP has wrapped the model, and would not average the gradients of "
+            "an adapter that is added now; add all adapters before fully_shard, or load this one with "
+            "is_trainable=False"
+        )
+
+
 def check_mergeable(name: str, base: nn.Module) -> None:
     """Refuse to merge into a weight of which this process holds a part.
 

@@ -13,10 +13,12 @@ from contextlib import contextmanager
 from typing import Any, Protocol
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 
+from .active_delta import ActiveDelta
 from .changes import stepped_by
+from .fully_sharded import FullySharded, values_of_own_rows
 from .ledger import Held, Ledger, Write, release_all, write_all
 from .transitions import exclusively
 from .traversal import tuner_layers
@@ -30,7 +32,12 @@ class HoldingLayer(Protocol):
 
     ledger: Ledger
 
-    def pending_write(self) -> Write | None: ...
+    @property
+    def divided(self) -> FullySharded | None: ...
+
+    def pending_delta(self) -> ActiveDelta | None: ...
+
+    def write_of(self, delta: ActiveDelta, values: Tensor | None = None) -> Write: ...
 
 
 def note_holding(ledger: Ledger) -> None:
@@ -54,7 +61,10 @@ def _is_settled(ledger: Ledger) -> bool:
 @torch.no_grad()
 def _hold(layers: list[HoldingLayer]) -> None:
     with torch.inference_mode(False):
-        writes = [write for layer in layers if (write := layer.pending_write()) is not None]
+        pending = [(layer, delta) for layer in layers if (delta := layer.pending_delta()) is not None]
+        divided = [(layer, delta) for layer, delta in pending if layer.divided is not None]
+        values = iter(values_of_own_rows(divided) if divided else ())
+        writes = [layer.write_of(delta, None if layer.divided is None else next(values)) for layer, delta in pending]
     write_all(writes)
     for write in writes:
         note_holding(write.ledger)

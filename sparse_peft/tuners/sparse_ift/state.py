@@ -9,6 +9,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+from ...dynamics.full_tensor import write_full_tensor_
 from ...support import Support, check_indices, index_dtype
 from ..forms import StateSizes
 from ..low_rank import LowRankState
@@ -92,7 +93,7 @@ class SparseFactors(LowRankState):
         """Put other entries in place; as many as before."""
         self.changes += 1
         self.own_buffers[f"{factor}_positions"].copy_(positions)
-        self.own_parameters[f"{factor}_values"].copy_(values)
+        write_full_tensor_(self.own_parameters[f"{factor}_values"], values)
 
     def take_file(self, positions: dict[str, Tensor], parameters: dict[str, Tensor]) -> dict[str, Tensor]:
         taken = super().take_file(positions, parameters)

@@ -68,7 +68,7 @@ class SSTDynamics(Dynamics[SSTConfig, SSTLinear]):
         round_length = self.config.draws_per_round or math.ceil(state.S.numel() / state.active.numel())
         if self.draws % round_length == 0:
             turned = max(_overlap(state.U_rest), _overlap(state.V_rest.t()))
-            u, s, v = torch.linalg.svd((state.U_rest * state.S) @ state.V_rest, full_matrices=False)
+            u, s, v = torch.linalg.svd((state.U_rest * full_tensor(state.S)) @ state.V_rest, full_matrices=False)
             state.take(*(self.collectives.from_first(tensor) for tensor in (u, s, v)))
             self.optimizer.state.pop(state.S, None)  # the directions that it scales are others
         state.activate(self.collectives.from_first(state.drawn(self.draws)))

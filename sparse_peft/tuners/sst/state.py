@@ -9,6 +9,7 @@ from typing import Self
 import torch
 from torch import Tensor, nn
 
+from ...dynamics.full_tensor import full_tensor, write_full_tensor_
 from ...numerics import uniform
 from ...ops import spectral_product
 from ..base_state import TrainedState
@@ -70,21 +71,21 @@ class SpectralState(TrainedState):
         """Put a decomposition in place, in which no vector is active."""
         self.changes += 1
         for own, given in ((self.U_rest, u), (self.S, s), (self.V_rest, v)):
-            own.copy_(given)
+            write_full_tensor_(own, given)
 
     @torch.no_grad()
     def rest(self) -> None:
         """Put the trained vectors back among the others."""
-        self.U_rest[:, self.active] = self.U.to(self.U_rest)
-        self.V_rest[self.active] = self.V.to(self.V_rest)
+        self.U_rest[:, self.active] = full_tensor(self.U).to(self.U_rest)
+        self.V_rest[self.active] = full_tensor(self.V).to(self.V_rest)
 
     @torch.no_grad()
     def activate(self, active: Tensor) -> None:
         """Let the vectors of these singular values ``(r,)`` train; all are among the others."""
         self.changes += 1
         self.active.copy_(active)
-        self.U.copy_(self.U_rest[:, active])
-        self.V.copy_(self.V_rest[active])
+        write_full_tensor_(self.U, self.U_rest[:, active])
+        write_full_tensor_(self.V, self.V_rest[active])
         self.U_rest[:, active] = 0
         self.V_rest[active] = 0
 
@@ -94,7 +95,7 @@ class SpectralState(TrainedState):
         Without replacement, one after the other in proportion to the probabilities: the ``r`` largest of
         ``log(u) / p``, with ``u`` uniform (Efraimidis and Spirakis 2006).
         """
-        values = self.S.detach().double().cpu().clamp(min=0)
+        values = full_tensor(self.S).double().cpu().clamp(min=0)
         total = values.sum()
         chances = 0.5 / values.numel() + 0.5 * (values / total if total > 0 else 1 / values.numel())
         drawn = (uniform(values.numel(), seed=self.seed, name=f"{self.name} {number}").double() + 1) / 2
