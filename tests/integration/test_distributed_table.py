@@ -17,7 +17,6 @@ from transformers.distributed import DistributedConfig
 from transformers.utils.logging import disable_progress_bar
 
 from sparse_peft import (
-    PruneConfig,
     S2FTConfig,
     SaRAConfig,
     SketchConfig,
@@ -25,9 +24,7 @@ from sparse_peft import (
     SnellaConfig,
     SoRAConfig,
     SparseConfig,
-    SparseIFTConfig,
     SparsityController,
-    SSTConfig,
     base_weights,
 )
 from sparse_peft.dynamics.full_tensor import full_tensor
@@ -53,16 +50,6 @@ METHODS = {
     ),
     "SketchConfig": (partial(SketchConfig, bits=2), None),
 }
-# not tried with DeepSpeed
-LATER_METHODS = {
-    "SSTConfig": (partial(SSTConfig, r=2), {"resample_every": 1}),
-    "SparseIFTConfig": (
-        partial(SparseIFTConfig, r=2, sparsity=0.5, replace_rate=None),
-        {"replace_rate": 0.5, "reselect_every": 1},
-    ),
-    "PruneConfig": (partial(PruneConfig, pattern=0.5, r=2), {"recipe": "gradual", "mask_every": 1, "start": 0}),
-}
-ALL_METHODS = METHODS | LATER_METHODS
 
 
 def base():
@@ -72,7 +59,7 @@ def base():
 
 
 def adapted(model, method, dynamic=False):
-    make, fields = ALL_METHODS[method]
+    make, fields = METHODS[method]
     config = make(target_modules="all-linear", **(fields or {}) if dynamic else {})
     return get_peft_model(model, config)
 
@@ -209,7 +196,7 @@ def cells_of(cells):
     """``{column: "tested", an error or none}``."""
     found, error = {}, None
     for column in ("static", "dynamic", "save", "mixed batch", "merge"):
-        if column == "dynamic" and ALL_METHODS[cells.method][1] is None:
+        if column == "dynamic" and METHODS[cells.method][1] is None:
             found[column] = NOTHING
             continue
         try:
@@ -232,13 +219,13 @@ def process(rank, address, folder, results):
     results[rank] = {
         (wrapper, method): cells_of(Cells(partial(make, folder, method), method))
         for wrapper, make in WRAPPERS.items()
-        for method in ALL_METHODS
+        for method in METHODS
     }
     distributed.barrier()
     distributed.destroy_process_group()
 
 
-def expected_cells(wrappers, all_methods):
+def expected_cells(wrappers):
     """``{(wrapper, method): {column: cell}}`` of the page, and its numbered errors."""
     text = PAGE.read_text()
     errors = dict(re.findall(r"^(\d+)\. > (.+)$", text, re.MULTILINE))
@@ -248,13 +235,13 @@ def expected_cells(wrappers, all_methods):
         if wrapper in wrappers:
             for method in methods.replace("`", "").split(", "):
                 found[wrapper, method] = dict(zip(COLUMNS, row, strict=True))
-    assert set(found) == {(wrapper, method) for wrapper in wrappers for method in all_methods}
+    assert set(found) == {(wrapper, method) for wrapper in wrappers for method in METHODS}
     return found, errors
 
 
-def assert_as_said(wrappers, first, second, all_methods=tuple(METHODS)):
+def assert_as_said(wrappers, first, second):
     """Compare what happened in both processes with the page."""
-    expected, errors = expected_cells(wrappers, all_methods)
+    expected, errors = expected_cells(wrappers)
     assert first == second
     wrong = {}
     for line, row in expected.items():
@@ -271,4 +258,4 @@ def test_the_table_says_what_happens(tmp_path):
     with Manager() as manager:
         results = manager.dict()
         run_on_two(process, tmp_path / "rendezvous", tmp_path / "base", results)
-        assert_as_said(WRAPPERS, results[0], results[1], ALL_METHODS)
+        assert_as_said(WRAPPERS, results[0], results[1])
