@@ -85,7 +85,7 @@ $(DEEPSPEED): $(STAMP)
 	DS_BUILD_OPS=0 $(BIN)/python -m pip install --quiet $(PIP_ARGS) --no-deps --target $@ -r tests/deepspeed.txt
 
 deepspeed: $(DEEPSPEED)
-	PYTHONPATH=$(DEEPSPEED) DS_ACCELERATOR=cpu $(PYTEST) -m distributed -k deepspeed tests/integration $(PYTEST_ARGS)
+	PYTHONPATH=$(CURDIR)/$(DEEPSPEED) DS_ACCELERATOR=cpu $(PYTEST) -m distributed -k deepspeed tests/integration $(PYTEST_ARGS)
 
 compile: $(STAMP)
 	$(PYTEST) $(PARALLEL) -m compile $(PYTEST_ARGS)
