@@ -204,6 +204,8 @@ def draw(content: dict[str, Any], path: Path) -> None:
             points = [(row["at"], row[name]) for row in rows if row[name] is not None]
             panel.plot(*zip(*points, strict=True), marker="o", label=name.replace("_", " "))
         panel.set_xscale("log")
+        panel.set_xticks([row["at"] for row in rows], [f"{row['at']:g}" for row in rows])
+        panel.minorticks_off()
         panel.set_yscale("log" if axis == "adapters" else "linear")
         panel.set_xlabel(axis)
         panel.axhline(1, color="0.6", linewidth=0.8)
