@@ -5,7 +5,7 @@ import torch
 from peft import get_peft_model
 from torch import nn
 
-from sparse_peft import S2FTConfig, SparsityController
+from sparse_peft import S2FTConfig, SLTrainConfig, SparsityController
 from tests.helpers.expert_models import IDS, adapted, config, layers, mixture
 
 # A model, the implementation of its experts, and what is stored in another way there.
@@ -81,6 +81,27 @@ def test_channels_in_a_graph(name):
     settings = S2FTConfig(ratio=0.2, target_modules=[], target_experts=True, init_weights=False)
     model, block = made(name, settings=settings)
     check_equal(model, block, whole(block))
+
+
+@pytest.mark.parametrize("name", ["qwen3_moe", "gpt_oss"])
+def test_the_sparse_part_of_sltrain_in_a_graph(name):
+    settings = SLTrainConfig(r=2, density=0.1, target_modules=["q_proj"], target_experts=True, init_weights=False)
+    model, block = made(name, settings=settings)
+    check_equal(model, block, whole(block))
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_autocast_around_a_graph(case):
+    def cast(forward):
+        def run(x):
+            with torch.autocast("cpu", torch.bfloat16):
+                return forward(x)
+
+        return run
+
+    model, block = made(*CASES[case])
+    assert first(cast(block)(X)).dtype == first(cast(whole(block))(X)).dtype
+    check_equal(model, cast(block), cast(whole(block)), 0.03)
 
 
 def test_adapters_are_added_switched_merged_and_disabled():
