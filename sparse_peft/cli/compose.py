@@ -37,7 +37,10 @@ def compose(
             adapter_folder(folder)
         with asked():
             Combination(combination, density, majority_sign_method, seed, svd_rank)
-            numbers = None if weights is None else [float(number) for number in weights.split(",")]
+            try:
+                numbers = None if weights is None else [float(number) for number in weights.split(",")]
+            except ValueError as error:
+                raise UsageError(f"weights={weights}: numbers with commas are expected") from error
         if numbers is not None and len(numbers) != len(adapters):
             raise UsageError(f"weights={weights}: {len(numbers)} numbers for {len(adapters)} adapters")
         with new_folder(out, force) as staging:

@@ -11,8 +11,10 @@ from rich.markup import escape
 
 from ..adapters import CONVERSION_TARGETS
 from ..adapters import convert as convert_adapter
+from ..adapters.modules_to_save import OTHERS
+from ..constraints import OneOf, validated
 from .folders import model_folder, new_folder
-from .output import ForceOption, JsonOption, UsageError, answering, working
+from .output import ForceOption, JsonOption, UsageError, answering, asked, working
 
 PICKLES = (".bin", ".ckpt", ".pt", ".pth", ".pkl")
 
@@ -36,6 +38,8 @@ def convert(
     with answering("convert", as_json) as answer:
         if to not in CONVERSION_TARGETS:
             raise UsageError(f"to={to!r}: one of {', '.join(CONVERSION_TARGETS)} is expected")
+        with asked():
+            validated("others", others, Annotated[str, OneOf(OTHERS)])
         if not source.exists():
             raise UsageError(f"{source}: no such file or folder")
         if base is not None:

@@ -10,11 +10,12 @@ from rich.console import Console
 
 from ..report import plot_sparsity_curve
 from ..sparsify import SparsityCurve, as_pattern, essential_sparsity
+from ..sparsify.pruning import settings
 from .eval import names_in
 from .folders import check_output, model_folder
 from .output import ForceOption, JsonOption, answering, asked, share_text, show_table, table
 from .prune import AllocationOption, CalibrationOption, ScoreOption
-from .texts import DeviceOption, DtypeOption, LengthOption, batches_of, load_language_model, perplexity
+from .texts import DeviceOption, DtypeOption, LengthOption, batches_of, check_place, load_language_model, perplexity
 
 
 def curve(
@@ -39,6 +40,9 @@ def curve(
         model_folder(model)
         with asked():
             patterns = [as_pattern(part) for part in names_in(grid)]
+            for wanted in patterns:
+                settings(wanted, score, allocation, None, has_data=calibration is not None)
+        check_place(dtype, device)
         if plot is not None:
             check_output(plot, force)
         batches = batches_of(text, model, length, sequences)

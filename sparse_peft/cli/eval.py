@@ -18,6 +18,7 @@ from _sparse_peft_startup.install import install_advice
 from ..structure import read_model_config
 from .folders import adapter_folder
 from .output import JsonOption, UsageError, answering, asked, show_table, table
+from .texts import DeviceOption, DtypeOption, check_place
 
 
 def eval(
@@ -26,11 +27,11 @@ def eval(
     keep: Annotated[str, typer.Option(help="Names of tasks that must not be forgotten, with commas.")] = "",
     base: Annotated[str | None, typer.Option(help="The base model; by default the adapter's own.")] = None,
     include_path: Annotated[Path | None, typer.Option(help="A folder of tasks of your own.")] = None,
-    num_fewshot: Annotated[int | None, typer.Option(help="Examples in each prompt.")] = None,
-    limit: Annotated[int | None, typer.Option(help="Rows of each task.")] = None,
-    batch_size: Annotated[int, typer.Option(help="Rows at once.")] = 8,
-    dtype: Annotated[str, typer.Option(help="Of the base model.")] = "auto",
-    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    num_fewshot: Annotated[int | None, typer.Option(min=0, help="Examples in each prompt.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Rows of each task.")] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Rows at once.")] = 8,
+    dtype: DtypeOption = "auto",
+    device: DeviceOption = "cpu",
     as_json: JsonOption = False,
 ) -> None:
     """Measure a model before and after its adapter with lm-eval, and what it forgot."""
@@ -39,6 +40,11 @@ def eval(
             raise UsageError(f"eval needs lm-eval: {install_advice('eval')}")
         folder = adapter_folder(adapter)
         learnt, kept = names_in(tasks), names_in(keep)
+        if not learnt:
+            raise UsageError(f"--tasks {tasks!r}: the name of a task of lm-eval's is expected")
+        if include_path is not None and not include_path.is_dir():
+            raise UsageError(f"--include-path {include_path}: no such folder")
+        check_place(dtype, device)
         model, tokenizer = load(folder, base, dtype, device)
         options = {"num_fewshot": num_fewshot, "limit": limit, "batch_size": batch_size}
         with model.disable_adapter():

@@ -12,6 +12,7 @@ from rich.markup import escape
 from ..constraints import OneOf, validated
 from ..sparsify import ALLOCATIONS, LAYOUTS, REFINEMENTS, SCORES, Armor, Masks, as_pattern, save_sparse
 from ..sparsify import prune as prune_model
+from ..sparsify.pruning import settings
 from .eval import names_in
 from .folders import model_folder, new_folder
 from .merge import copy_companions, files_in
@@ -28,7 +29,7 @@ from .output import (
     show_table,
     table,
 )
-from .texts import DeviceOption, DtypeOption, LengthOption, batches_of, load_language_model
+from .texts import DeviceOption, DtypeOption, LengthOption, batches_of, check_place, load_language_model
 
 MASKS, WEIGHTS = "masks.safetensors", "sparse.safetensors"
 DENSE = "dense"
@@ -70,11 +71,13 @@ def prune(
         with asked():
             wanted = as_pattern(pattern)
             layout = validated("layout", layout, Annotated[str, OneOf((DENSE, *LAYOUTS))])
-        if refine == Armor.name and layout == DENSE:
-            raise UsageError(
-                f"refine={refine!r} with layout={layout!r}: a transformers checkpoint cannot hold its layers; use "
-                f"layout={LAYOUTS[0]!r}"
-            )
+            if refine == Armor.name and layout == DENSE:
+                raise UsageError(
+                    f"refine={refine!r} with layout={layout!r}: a transformers checkpoint cannot hold its layers; use "
+                    f"layout={LAYOUTS[0]!r}"
+                )
+            settings(wanted, score, allocation, refine, has_data=calibration is not None)
+        check_place(dtype, device)
         data = None if calibration is None else batches_of(calibration, model, length, sequences)
         with new_folder(out, force) as staging:
             loaded = load_language_model(model, dtype, device)

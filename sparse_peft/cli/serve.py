@@ -20,6 +20,7 @@ from ..serving import AdapterFolders, Engine, HttpServer, RequestError, ServerLi
 from ..structure import read_model_config
 from .folders import adapter_folder
 from .output import JsonOption, UsageError, answering, asked, working
+from .texts import DeviceOption, DtypeOption, check_place
 
 MIB = 2**20
 
@@ -46,8 +47,8 @@ def serve(
     ignore_base_names: Annotated[
         bool, typer.Option("--ignore-base-names", help="Take adapters that name another base.")
     ] = False,
-    dtype: Annotated[str, typer.Option(help="Of the base model.")] = "auto",
-    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    dtype: DtypeOption = "auto",
+    device: DeviceOption = "cpu",
     as_json: JsonOption = False,
 ) -> None:
     """Serve a model with many adapters over HTTP, with OpenAI's endpoints; each request's model names its adapter."""
@@ -57,6 +58,7 @@ def serve(
             raise UsageError(f"serve needs {' and '.join(missing)}: {install_advice('serve')}")
         folders = _adapters(adapter or [])
         roots = AdapterFolders([*(adapter_root or []), *folders.values()])
+        check_place(dtype, device)
         with asked():
             read_model_config(model)
         with working("loading"):

@@ -11,14 +11,31 @@ import typer
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from ..constraints import OneOf, validated
 from .folders import model_folder
-from .output import UsageError
+from .output import UsageError, asked
 
 BATCH = 4  # sequences at once
+DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 LengthOption = Annotated[int, typer.Option(min=2, help="Tokens of a sequence.")]
-DtypeOption = Annotated[str, typer.Option(help="Of the model.")]
+DtypeOption = Annotated[str, typer.Option(help=f"Of the model: {', '.join(DTYPES)}.")]
 DeviceOption = Annotated[str, typer.Option(help="cpu or cuda.")]
+
+
+def check_place(dtype: str, device: str) -> None:
+    """Refuse a type that no model is loaded in, and a device that is none or is not there.
+
+    Raises:
+        UsageError: names the option.
+    """
+    with asked():
+        validated("dtype", dtype, Annotated[str, OneOf(DTYPES)])
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).partition("\n")[0]
+        raise UsageError(f"--device {device}: cpu or cuda is expected, and present here ({reason})") from error
 
 
 def load_language_model(folder: Path, dtype: str, device: str) -> Any:

@@ -122,25 +122,25 @@ def prune(
         return run.masks_of_model(model)
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Plan:
     """What is pruned and how.
 
     Attributes:
-        layers: ``{layer name: view}``.
         pattern: of all layers.
         score: of the weights.
         sparsegpt: settings, if that is the score.
         refine: improves on masks; None to leave them.
         allocation: one of ``ALLOCATIONS``, or ``{layer name: density}``.
+        layers: ``{layer name: view}``.
     """
 
-    layers: dict[str, LayerView]
     pattern: Pattern
     score: Score
     sparsegpt: SparseGPT | None
     refine: DSnoT | Armor | None
     allocation: str | Mapping[str, float]
+    layers: dict[str, LayerView] = field(default_factory=dict)
 
     @property
     def needs_inputs(self) -> bool:
@@ -180,6 +180,35 @@ def _plan(
     seed: int,
 ) -> _Plan:
     """The arguments of [`prune`][sparse_peft.sparsify.prune], checked."""
+    plan = settings(pattern, score, allocation, refine, has_data=data is not None, seed=seed)
+    plan.layers = layers = layers_to_prune(model, target_modules, exclude_modules)
+    if not isinstance(plan.allocation, str) and set(plan.allocation) != set(layers):
+        missing, extra = sorted(set(layers) - set(plan.allocation)), sorted(set(plan.allocation) - set(layers))
+        raise ValueError(
+            f"allocation: no density of layer {', '.join(missing[:2]) or '-'}, and one of "
+            f"{', '.join(map(repr, extra[:2])) or '-'}, which is not pruned; give one for each layer"
+        )
+    for layer_name, layer in layers.items():
+        plan.pattern.check(shape_of(layer), layer_name)
+        if isinstance(plan.refine, Armor):
+            plan.refine.check_layer(shape_of(layer), layer_name)
+    return plan
+
+
+def settings(
+    pattern: PatternLike,
+    score: str | SparseGPT,
+    allocation: str | Mapping[str, float],
+    refine: str | DSnoT | Armor | None,
+    *,
+    has_data: bool,
+    seed: int = 0,
+) -> _Plan:
+    """What is to be done, checked as far as that goes without a model; no layers yet.
+
+    Raises:
+        ValueError: an unknown name, missing data, or settings that contradict each other.
+    """
     sparsegpt = score if isinstance(score, SparseGPT) else None
     name = validated("score", sparsegpt.name if sparsegpt else score, Annotated[str, OneOf(SCORES)])
     scored = Score(name, seed)
@@ -189,22 +218,11 @@ def _plan(
     made = as_pattern(pattern, "matrix" if allocation == "global" else scored.scope)
     if refine is not None and not isinstance(refine, (DSnoT, Armor)):
         refine = DSnoT() if validated("refine", refine, Annotated[str, OneOf(REFINEMENTS)]) == DSnoT.name else Armor()
-    layers = layers_to_prune(model, target_modules, exclude_modules)
-    if not isinstance(allocation, str) and set(allocation) != set(layers):
-        missing, extra = sorted(set(layers) - set(allocation)), sorted(set(allocation) - set(layers))
-        raise ValueError(
-            f"allocation: no density of layer {', '.join(missing[:2]) or '-'}, and one of "
-            f"{', '.join(map(repr, extra[:2])) or '-'}, which is not pruned; give one for each layer"
-        )
-    plan = _Plan(layers, made, scored, sparsegpt, refine, allocation)
+    plan = _Plan(made, scored, sparsegpt, refine, allocation)
     _check_together(plan)
-    if data is None and (plan.needs_inputs or scored.needs == "gradient"):
+    if not has_data and (plan.needs_inputs or scored.needs == "gradient"):
         asking = f"score={name!r}" if scored.needs not in ("none", "weight") else f"refine={refine.name!r}"  # type: ignore[union-attr]
         raise ValueError(f"{asking} needs data: pass calibration=, batches of text like the model's own")
-    for layer_name, layer in layers.items():
-        made.check(shape_of(layer), layer_name)
-        if isinstance(refine, Armor):
-            refine.check_layer(shape_of(layer), layer_name)
     return plan
 
 

@@ -236,6 +236,45 @@ def test_pickles_are_refused_with_a_sentence(world, run, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+MISTYPED = {
+    "prune BASE OUT --score wnda": "did you mean 'wanda'?",
+    "prune BASE OUT --score wanda": "needs data: pass --calibration",
+    "prune BASE OUT --allocation unifrom": "did you mean 'uniform'?",
+    "prune BASE OUT --refine dsnott": "did you mean 'dsnot'?",
+    "prune BASE OUT --pattern 2:4 --allocation erk": "has its own count in every layer",
+    "prune BASE OUT --dtype floa32": "did you mean 'float32'?",
+    "prune BASE OUT --device cudda": "--device cudda: cpu or cuda is expected",
+    "prune BASE OUT --device cuda:99": "--device cuda:99: cpu or cuda is expected, and present here",
+    "curve BASE TEXT --score wnda": "did you mean 'wanda'?",
+    "curve BASE TEXT --allocation globl": "did you mean 'global'?",
+    "curve BASE TEXT --grid 0.5,2:4 --allocation erk": "has its own count in every layer",
+    "curve BASE TEXT --dtype flot": "did you mean 'float32'?",
+    "convert ADAPTER OUT --others drop": "one of 'leave_out', 'save', 'refuse' is expected",
+    "compose ADAPTER ADAPTER OUT --weights 1,x": "--weights 1,x: numbers with commas are expected",
+    "serve BASE --dtype flot": "did you mean 'float32'?",
+    "serve BASE --device cudda": "--device cudda: cpu or cuda is expected",
+    "eval ADAPTER --tasks x --limit 0": "Invalid value for '--limit'",
+    "eval ADAPTER --tasks x --batch-size 0": "Invalid value for '--batch-size'",
+    "eval ADAPTER --tasks ,": "the name of a task",
+    "eval ADAPTER --tasks x --include-path none": "--include-path none: no such folder",
+    "eval ADAPTER --tasks x --dtype flot": "did you mean 'float32'?",
+}
+
+
+@pytest.mark.parametrize("request_", MISTYPED)
+def test_a_mistyped_request_is_usage_before_a_model_is_loaded(world, run, tmp_path, monkeypatch, request_):
+    name = request_.partition(" ")[0]
+    for module in {"eval": ["lm_eval"], "serve": ["starlette", "uvicorn"]}.get(name, []):
+        pytest.importorskip(module)
+    monkeypatch.setattr("transformers.AutoModelForCausalLM.from_pretrained", None)
+    (tmp_path / "text").write_text("In the beginning. " * 400)
+    places = {"BASE": world / "base", "ADAPTER": world / "sparse", "OUT": tmp_path / "out", "TEXT": tmp_path / "text"}
+    said = run(*(places.get(part, part) for part in request_.split()), "--json", expect=2).said
+    assert said["command"] == name and said["error"]["kind"] == "usage"
+    assert MISTYPED[request_] in said["error"]["message"]
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize(
     ("name", "words"),
     [("none", "no such folder"), ("base", "it is a model's folder"), (".", "there are adapters in it")],
