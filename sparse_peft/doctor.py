@@ -98,7 +98,16 @@ def _requirements() -> Iterator[tuple[Requirement, str | None]]:
         shown = extra is None or extra in SHOWN_EXTRAS or requirement.name == "triton"
         if shown and requirement.name not in seen and requirement.name != DISTRIBUTION:
             seen.add(requirement.name)
-            yield requirement, extra
+            yield (_tritons_of_torch(requirement) if requirement.name == "triton" else requirement), extra
+
+
+def _tritons_of_torch(requirement: Requirement) -> Requirement:
+    """The Triton that torch's CUDA builds name, which is older with an older torch; otherwise the one given."""
+    try:
+        lines = metadata.requires("torch") or []
+    except metadata.PackageNotFoundError:
+        lines = []
+    return next((wanted for wanted in map(Requirement, lines) if wanted.name == "triton"), requirement)
 
 
 def _packages() -> list[Check]:

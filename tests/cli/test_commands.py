@@ -347,6 +347,15 @@ def test_outputs_are_refused_before_the_work(world, run, tmp_path, monkeypatch):
     assert "a file" in run("compose", *adapters, tmp_path / "file", "--force", expect=2).err
 
 
+def test_doctor_takes_the_triton_of_an_older_torch(monkeypatch):
+    needs = {"torch": ["triton==3.2.0; platform_system == 'Linux'"], "sparse-peft": ["triton>=3.9; extra == 'test'"]}
+    monkeypatch.setattr(doctor.metadata, "requires", needs.get)
+    monkeypatch.setattr(doctor.metadata, "version", lambda name: "3.2.0")
+    assert [check.status for check in doctor._packages() if check.name == "triton"] == [doctor.OK]
+    needs["torch"] = []
+    assert [check.status for check in doctor._packages() if check.name == "triton"] == [doctor.BROKEN]
+
+
 def test_doctor(run, monkeypatch, tmp_path):
     monkeypatch.setenv("SPARSE_PEFT_CACHE", str(tmp_path / "cache"))
     said = run("doctor", "--json").said

@@ -8,9 +8,9 @@ from peft import get_peft_model
 
 from sparse_peft.sync import PatchFolder, Publisher, checkpoint_shapes, to_bytes
 from sparse_peft.sync.vllm_worker import PatchWorker
+from tests.helpers.fused_engine import assert_same, fuse
 from tests.helpers.language_models import small_llama
 from tests.helpers.methods import config
-from tests.sync.test_layouts import assert_same, fuse
 
 
 class Worker(PatchWorker):
