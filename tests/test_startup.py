@@ -1,7 +1,6 @@
 """Adapters load without ``import sparse_peft``, in environments with an installed package and a fresh interpreter."""
 
 import json
-import shutil
 import subprocess
 import sys
 
@@ -176,45 +175,3 @@ def test_lm_eval_measures_an_adapter(installed, stand_in, adapters, tmp_path):
         expected = [log_likelihood(model, tokenizer, sample["doc"]["q"], c) for c in sample["doc"]["c"]]
         assert measured == pytest.approx(expected, abs=1e-4)
     assert len(found) == questions
-
-
-SERVER = """
-import json, socket, sys
-from urllib.request import Request, urlopen
-from transformers.cli.serve import Serve
-
-assert "sparse_peft" not in sys.modules
-with socket.socket() as free:
-    free.bind(("127.0.0.1", 0))
-    port = free.getsockname()[1]
-Serve(sys.argv[1], host="127.0.0.1", port=port, device="cpu", non_blocking=True)
-message = {"role": "user", "content": "2+3="}
-body = {"model": sys.argv[1], "messages": [message], "temperature": 0, "max_tokens": 12, "stream": False}
-request = Request(f"http://127.0.0.1:{port}/v1/chat/completions", json.dumps(body).encode())
-request.add_header("Content-Type", "application/json")
-with urlopen(request, timeout=120) as answer:
-    print("answer:", json.dumps(json.load(answer)["choices"][0]["message"]["content"]))
-assert "sparse_peft" in sys.modules
-"""
-
-
-@pytest.mark.slow
-def test_transformers_serve_answers_with_an_adapter(installed, stand_in, adapters, tmp_path):
-    """transformers' server, which `transformers chat` asks, takes a model's folder with an adapter in it."""
-    pytest.importorskip("fastapi", reason="transformers' server needs transformers[serving]")
-    served = tmp_path / "served"
-    shutil.copytree(stand_in, served)
-    for name in ("adapter_config.json", "adapter_model.safetensors"):
-        shutil.copy(adapters[0] / name, served / name)
-    tokenizer = AutoTokenizer.from_pretrained(stand_in)
-    tokenizer.chat_template = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
-    tokenizer.save_pretrained(served)
-    said = installed.run("-c", SERVER, served).stdout
-    (answer,) = [json.loads(line.partition(":")[2]) for line in said.splitlines() if line.startswith("answer:")]
-    base = AutoModelForCausalLM.from_pretrained(stand_in)
-    asked = tokenizer("2+3=", return_tensors="pt")
-    expected = []
-    for model in (base, PeftModel.from_pretrained(base, adapters[0]).eval()):
-        tokens = model.generate(**asked, max_new_tokens=12, do_sample=False)[0, asked["input_ids"].shape[1] :]
-        expected.append(tokenizer.decode(tokens, skip_special_tokens=True))
-    assert answer == expected[1] != expected[0]

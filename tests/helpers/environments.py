@@ -19,7 +19,7 @@ class Environment:
         venv.create(folder, symlinks=True)
         self.python = folder / "bin" / "python"
         (self.site,) = folder.glob("lib/python*/site-packages")
-        found = filter(None, map(find_spec, ("torch", "hatchling", "editables", "lm_eval", "fastapi")))
+        found = filter(None, map(find_spec, ("torch", "hatchling", "editables", "lm_eval")))
         (self.site / "shared.pth").write_text("\n".join({str(Path(spec.origin).parents[1]) for spec in found}))
 
     def pip(self, *arguments: object) -> None:
