@@ -124,14 +124,6 @@ class Loop(nn.Module):
         return sum(weights[:, e, None] * F.linear(hidden[e], self.down[e]) for e in range(3))
 
 
-class Einsum(Loop):
-    """Experts that multiply by functions which are not taken over, and one after the other."""
-
-    def forward(self, x, weights):
-        hidden = torch.einsum("ti,eoi->teo", x, self.up).relu()
-        return sum(weights[:, e, None] * F.linear(hidden[:, e], self.down[e]) for e in range(3))
-
-
 class Stack(Loop):
     """Experts that multiply by functions which are not taken over, and by a list of weights."""
 
