@@ -315,7 +315,9 @@ class TunerLayer(BaseTunerLayer, nn.Module, Generic[StateT]):
         """The base weight in floats as a matrix in its stored layout, for criteria to look at; whole."""
         if self.quantization_backend is not None:
             return self.dequantised()
-        if self.parallel is not None or self._is_partitioned():
+        if self.parallel is not None:  # other processes have the other parts of this shape
+            return full_tensor(weight_of(self.base_layer))
+        if self._is_partitioned():
             return full_tensor(weight_of(self.base_layer)).reshape(self.stored_shape)
         return self.base_parameter.detach().reshape(self.stored_shape)
 
