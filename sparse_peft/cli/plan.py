@@ -11,7 +11,17 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
-from ..planning import FORMATS, GPU_SIZES, OPTIMIZERS, LayerKind, Need, PlanOptions, TrainingPlan, plan_training
+from ..planning import (
+    FORMATS,
+    GPU_SIZES,
+    OPTIMIZERS,
+    STRATEGIES,
+    LayerKind,
+    Need,
+    PlanOptions,
+    TrainingPlan,
+    plan_training,
+)
 from ..registry import method_named
 from ..structure import read_model_config
 from .fields import METHOD_HELP, check_field, option_help, parse_fields
@@ -56,6 +66,8 @@ def plan(
     checkpointing: Annotated[bool, typer.Option("--checkpointing", help="Recompute activations.")] = False,
     flops: Annotated[float | None, typer.Option(help="Operations a second; measured if not given.")] = None,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    processes: Annotated[int, typer.Option(help="Processes; memory is that of one of them.")] = 1,
+    strategy: Annotated[str, typer.Option(help=f"One of {', '.join(STRATEGIES)}.")] = "ddp",
     memory: Annotated[float | None, typer.Option(help="GB to stay below; what needs more is marked.", min=0)] = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -69,7 +81,7 @@ def plan(
             }
             targets = [f"target_modules={target_modules}"] if target_modules is not None else []
             config = config_class(**values, **parse_fields(config_class, [*targets, *(settings or [])]))
-            options = PlanOptions(base, optimizer, batch, length, checkpointing, flops, device)
+            options = PlanOptions(base, optimizer, batch, length, checkpointing, flops, device, processes, strategy)
             model_config = read_model_config(model)
         made = plan_training(model_config, config, options)
         over = [need.name for need in made.needs if memory is not None and need.peak_bytes > memory * GB]
@@ -91,6 +103,7 @@ def show(console: Console, plan: TrainingPlan, memory: float | None = None) -> N
     console.print()
     tokens = f"{plan.batch} x {plan.length} tokens, {plan.optimizer}"
     title = f"A step of {tokens}" + (", with checkpointing" if plan.checkpointing else "")
+    title += f", on each of {plan.processes} processes ({plan.strategy})" if plan.processes > 1 else ""
     show_table(console, need_table(plan, memory), title)
     if memory is not None:
         show_limit(console, plan, memory)

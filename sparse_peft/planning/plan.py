@@ -17,6 +17,8 @@ from ..ops import Crossover, known_crossover
 from ..registry import method_of
 from ..structure import build_on_meta
 from ..tuners.base_config import BaseSparseConfig, changed_fields
+from .communication import STRATEGIES
+from .divided import Division
 from .sizes import (
     FORMATS,
     OPTIMIZERS,
@@ -33,6 +35,13 @@ from .step import MEASURED_SIZE, CrossoverOf, Need, Step, Work, measure_flops
 from .trace import trace_forward
 
 ADAPTER = "default"
+IN_SHARDS = "which has its part of all weights, values and states, and up to three whole blocks at a time"
+DIVIDED = {
+    "ddp": "which has everything, and gradients twice",
+    "fsdp2": IN_SHARDS,
+    "zero3": IN_SHARDS,
+    "tp": "which has its part of the blocks' weights and all values, and activations as if it had all",
+}
 LORA_RANK = 16
 
 
@@ -49,6 +58,8 @@ class PlanOptions:
         checkpointing: whether activations are recomputed, block by block.
         flops: operations a second of the machine; measured if None.
         device: whose crossover of sparse gradients counts, and whose speed is measured.
+        processes: among which the training is divided; memory is that of one of them, with a batch of its own.
+        strategy: one of [`STRATEGIES`][sparse_peft.planning.STRATEGIES].
 
     Raises:
         ValueError: a value that does not exist or is out of range.
@@ -66,6 +77,8 @@ class PlanOptions:
     checkpointing: bool = False
     flops: Positive | None = None
     device: str = "cpu"
+    processes: Count = 1
+    strategy: Annotated[str, OneOf(STRATEGIES)] = "ddp"
 
     def __post_init__(self) -> None:
         validate_fields(self)
@@ -91,11 +104,11 @@ class TrainingPlan:
         scale: factor between the trained values and the delta; None where the method has none.
         recommended_rate: learning rate that suits the adapter, with AdamW; None if it is not known.
         base: format of the frozen weights.
-        optimizer, batch, length, checkpointing, device: as in the options.
+        optimizer, batch, length, checkpointing, device, processes, strategy: as in the options.
         flops_per_second: that times are reckoned with.
         kinds: trained parameters by kinds of layers.
         beside: trained parameters outside of the adapted layers.
-        needs: of the method, of LoRA and of full fine-tuning.
+        needs: of the method, of LoRA and of full fine-tuning, by one process.
         assumptions: behind the figures, in sentences.
     """
 
@@ -116,6 +129,8 @@ class TrainingPlan:
     beside: int
     needs: list[Need]
     assumptions: list[str] = field(default_factory=list)
+    processes: int = 1
+    strategy: str = "ddp"
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON; every need has its ``peak_bytes`` and ``smallest_gpu``."""
@@ -175,6 +190,7 @@ def plan_training(
     counted, notes = config.countable()
     model = build_on_meta(model_config, form.dtype).requires_grad_(False)
     frozen = _Frozen.of(model, options, form)
+    division = Division.of(model, options.strategy, options.processes)
     adapted = _Adapted.of(model, counted, form)
     device = torch.device(options.device)
     largest = known_crossover(device, form.dtype)
@@ -196,10 +212,17 @@ def plan_training(
         kinds=kinds_of(adapted.sizes, options.optimizer),
         beside=sum(tensor.numel() for tensor in adapted.beside.values()),
         needs=[
-            _adapter_need(method, frozen, adapted, lambda shape: known_crossover(device, form.dtype, shape).density),
-            _lora_need(frozen, adapted),
-            _full_need(frozen),
+            division.need(
+                _adapter_need(
+                    method, frozen, adapted, lambda shape: known_crossover(device, form.dtype, shape).density
+                ),
+                sum(size.kept_bytes for size in adapted.sizes),
+            ),
+            division.need(_lora_need(frozen, adapted)),
+            division.need(_full_need(frozen)),
         ],
+        processes=options.processes,
+        strategy=options.strategy,
         assumptions=[
             *notes,
             *frozen.notes,
@@ -366,6 +389,10 @@ def _assumptions(options: PlanOptions, form: BaseFormat, crossover: Crossover, s
         "Activations: what one forward pass keeps for backward, with fused attention"
         + (", every block recomputed from its input." if options.checkpointing else ", nothing recomputed."),
     ]
+    if options.processes > 1:
+        sentences.append(
+            f"Memory: of one of {options.processes} processes ({options.strategy}), {DIVIDED[options.strategy]}."
+        )
     if trains_entries(sizes):
         sentences.append(
             f"Gradients at single entries of large weights take as long as dense ones from a density of "

@@ -163,6 +163,32 @@ def test_checkpointing_and_optimizers_and_formats(world):
     assert bases == sorted(bases, reverse=True) and bases[0] == pytest.approx(2 * bases[1], rel=0.01)
 
 
+def test_processes_divide_what_their_strategy_divides(world):
+    config = read_model_config(str(world / "base"))
+
+    def needs(**options):
+        wanted = SparseConfig(target_modules="all-linear", density=0.05)
+        made = plan_training(config, wanted, PlanOptions(flops=1.0, batch=1, length=16, **options))
+        return made, made.needs
+
+    alone = needs()[1]
+    assert needs(processes=1, strategy="fsdp2")[1] == alone
+    made, shared = needs(processes=4, strategy="ddp")
+    assert [n.base_bytes for n in shared] == [n.base_bytes for n in alone]
+    assert [n.gradient_bytes for n in shared] == [2 * n.gradient_bytes for n in alone]
+    assert any("4 processes (ddp)" in sentence for sentence in made.assumptions)
+    for strategy in ("fsdp2", "zero3"):
+        for one, whole in zip(needs(processes=4, strategy=strategy)[1], alone, strict=True):
+            assert one.base_bytes == -(-whole.base_bytes // 4) and one.trained_bytes == -(-whole.trained_bytes // 4)
+            assert one.optimizer_bytes == -(-whole.optimizer_bytes // 4)
+            assert one.temporary_bytes > whole.temporary_bytes, "whole blocks"
+    for one, whole in zip(needs(processes=4, strategy="tp")[1], alone, strict=True):
+        assert whole.base_bytes // 4 < one.base_bytes < whole.base_bytes or not whole.base_bytes
+        assert one.trained_bytes == whole.trained_bytes and one.optimizer_bytes == whole.optimizer_bytes
+    with pytest.raises(ValueError, match="strategy='zero9'"):
+        PlanOptions(strategy="zero9")
+
+
 def test_what_is_decided_by_weights_or_data_is_said():
     config, notes = SparseConfig(selection="fisher", allocation="global", density=0.01).countable()
     assert config.selection == "random" and len(notes) == 2 and "from data" in notes[1]
