@@ -6,7 +6,7 @@ from peft import get_peft_model
 from torch import nn
 
 from sparse_peft import S2FTConfig, SLTrainConfig, SparsityController
-from tests.helpers.expert_models import IDS, adapted, config, layers, mixture
+from tests.helpers.expert_models import IDS, Loop, adapted, config, layers, mixture
 
 # A model, the implementation of its experts, and what is stored in another way there.
 CASES = {
@@ -153,14 +153,8 @@ def test_positions_change_as_in_an_eager_run():
     assert all(torch.equal(*pair) for pair in zip(*found, strict=True))
 
 
-class Einsum(nn.Module):
+class Einsum(Loop):
     """Experts that multiply by a function which is not taken over, and one after the other."""
-
-    def __init__(self):
-        super().__init__()
-        self.num_experts = 3
-        self.up = nn.Parameter(torch.randn(3, 5, 4))
-        self.down = nn.Parameter(torch.randn(3, 4, 5))
 
     def forward(self, x, weights):
         hidden = torch.einsum("ti,eoi->teo", x, self.up).relu()
