@@ -90,8 +90,9 @@ deepspeed: $(DEEPSPEED)
 compile: $(STAMP)
 	$(PYTEST) $(PARALLEL) -m compile $(PYTEST_ARGS)
 
+# a file with its environment, its Hub or its site stays with one worker
 subprocess: $(STAMP)
-	$(PYTEST) $(PARALLEL) -m "subprocess and not slow" $(PYTEST_ARGS)
+	$(PYTEST) -n $(WORKERS) --dist loadfile -m "subprocess and not slow" $(PYTEST_ARGS)
 
 slow: $(STAMP)
 	$(BIN)/python -m pytest -m "slow and not gpu" $(PYTEST_ARGS)
