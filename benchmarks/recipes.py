@@ -21,10 +21,11 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
-from sparse_peft import PruneConfig, SparsityController, adapter_masks, release_masks
+from sparse_peft import PruneConfig, adapter_masks, release_masks
 from sparse_peft.procedures import DistillationLoss
 
 from .held_out import HeldOut, check_ways
+from .quality.training import controller_of
 
 RESULTS = Path(__file__).parent / "results" / "recipes-smollm2-cpu.json"
 ALONE, DISTILLED = "alone", "distilled"
@@ -174,8 +175,7 @@ class Trial:
         """AdamW without weight decay, at a rate that falls to zero."""
         optimizer = torch.optim.AdamW([p for p in adapted.parameters() if p.requires_grad], way.rate, weight_decay=0)
         decay = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / self.steps)
-        changes = adapted.peft_config["default"].changes_in_training
-        controller = SparsityController(adapted, optimizer, total_steps=self.steps) if changes else None
+        controller = controller_of(adapted, optimizer, self.steps)
         loss_fn = DistillationLoss(adapted, **({"ce": CE, "kl": KL} if is_distilled else {"ce": 1.0, "kl": 0.0}))
         order = torch.randperm(len(data), generator=torch.Generator().manual_seed(seed)).tolist()
         adapted.train()

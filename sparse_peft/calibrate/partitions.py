@@ -1,12 +1,25 @@
-"""Passes of models that ZeRO stage 3 has partitioned, before DeepSpeed's engine is there to gather their layers."""
+"""Parameters that ZeRO stage 3 has partitioned, and passes before DeepSpeed's engine is there to gather them."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor, nn
+
+
+def is_partitioned(parameter: Tensor | None) -> bool:
+    """Whether ZeRO stage 3 has partitioned a parameter, which may be whole for the moment."""
+    return hasattr(parameter, "ds_id")
+
+
+def gather_missing(parameters: Iterable[Any]) -> list[Any]:
+    """Make partitioned parameters whole, and return those that were not; all processes call this together."""
+    missing = [parameter for parameter in parameters if parameter.numel() != parameter.ds_numel]
+    if missing:
+        missing[0].all_gather(missing)
+    return missing
 
 
 class _Gathering:
@@ -20,7 +33,7 @@ class _Gathering:
         self._gathered: dict[int, list[Any]] = {}
         self._handles: list[Any] = []
         for module in model.modules():
-            if any(map(_is_partitioned, module._parameters.values())):
+            if any(map(is_partitioned, module._parameters.values())):
                 self._handles += [
                     module.register_forward_pre_hook(self._gather),
                     module.register_forward_hook(self._release, always_call=True),
@@ -29,10 +42,8 @@ class _Gathering:
                 ]
 
     def _gather(self, module: nn.Module, *_: Any) -> None:
-        partitioned: list[Any] = [p for p in module._parameters.values() if _is_partitioned(p)]
-        missing = [p for p in partitioned if p.numel() != p.ds_numel]
+        missing = gather_missing(filter(is_partitioned, module._parameters.values()))
         if missing:
-            missing[0].all_gather(param_list=missing)
             self._gathered[id(module)] = missing
 
     def _release(self, module: nn.Module, *_: Any) -> None:
@@ -58,17 +69,13 @@ class _Gathering:
             handle.remove()
 
 
-def _is_partitioned(parameter: Tensor | None) -> bool:
-    return hasattr(parameter, "ds_id")
-
-
 @contextmanager
 def gathered_by_layer(model: nn.Module) -> Iterator[_Gathering]:
     """Inside the block a partitioned model can be run; one layer is whole at a time.
 
     All processes run it on as many batches. DeepSpeed's engine gathers by itself: its model is left as it is.
     """
-    has_engine = hasattr(model, "ds_id") or not any(map(_is_partitioned, model.parameters()))
+    has_engine = hasattr(model, "ds_id") or not any(map(is_partitioned, model.parameters()))
     gathering = _Gathering(nn.Module() if has_engine else model)
     try:
         yield gathering

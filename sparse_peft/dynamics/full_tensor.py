@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from .zero import full_master, gathered_weight, is_partitioned, write_master_
+from ..calibrate.partitions import is_partitioned
+from .zero import full_master, gathered_weight, write_master_
 
 
 def full_tensor(tensor: Tensor) -> Tensor:

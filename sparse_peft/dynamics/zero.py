@@ -16,6 +16,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ..calibrate.partitions import gather_missing, is_partitioned
+
 # The attribute of a parameter with the ZeRO optimizer that trains it.
 TRAINED_BY = "_sparse_peft_zero"
 
@@ -68,11 +70,6 @@ class Piece:
 def shape_of(parameter: Tensor) -> torch.Size:
     """The whole parameter's shape, also where stage 3 has partitioned it."""
     return torch.Size(getattr(parameter, "ds_shape", parameter.shape))
-
-
-def is_partitioned(parameter: Tensor) -> bool:
-    """Whether ZeRO stage 3 has partitioned a parameter, which may be whole for the moment."""
-    return hasattr(parameter, "ds_id")
 
 
 def piece_of(parameter: Any, zero: Any) -> Piece:
@@ -293,19 +290,14 @@ def keep_whole(parameters: Iterable[Any]) -> None:
 
     Optimizer state and the float32 parameters stay partitioned. All processes call this together.
     """
-    missing = []
-    for parameter in parameters:
-        if not is_partitioned(parameter):
-            continue
+    partitioned = [parameter for parameter in parameters if is_partitioned(parameter)]
+    for parameter in partitioned:
         if not parameter.ds_persist:
             parameter.ds_persist = True
             zero = getattr(parameter, "_z3_optimizer", None)
             if zero is not None:
                 zero.persistent_parameters.append(parameter)
-        if parameter.numel() != parameter.ds_numel:
-            missing.append(parameter)
-    if missing:
-        missing[0].all_gather(missing)
+    gather_missing(partitioned)
 
 
 def gathered_weight(parameter: Any) -> Tensor:

@@ -53,27 +53,29 @@ class Division:
     def _part(self, size: int) -> int:
         return -(-size // self.processes)
 
+    def _position_bytes(self, alone: Need, kept_bytes: int) -> int:
+        """All positions, which every process knows, and those and the base's own entries of its part of the weight."""
+        return alone.position_bytes - kept_bytes + self._part(alone.position_bytes)
+
     def _of_rows(self, alone: Need, kept_bytes: int) -> Need:
         """Weights, values, gradients and the optimizer's state are divided; a few blocks are whole at a time."""
         whole = alone.base_bytes + alone.trained_bytes
         live = round(whole * (LIVE_BLOCKS * self.block + 1 - self.blocks))
-        positions = alone.position_bytes - kept_bytes
         return replace(
             alone,
             base_bytes=self._part(alone.base_bytes),
             trained_bytes=self._part(alone.trained_bytes),
             gradient_bytes=self._part(alone.gradient_bytes) + round(alone.gradient_bytes * 2 * self.block),
             optimizer_bytes=self._part(alone.optimizer_bytes),
-            position_bytes=positions + self._part(positions + kept_bytes),
+            position_bytes=self._position_bytes(alone, kept_bytes),
             temporary_bytes=alone.temporary_bytes + live,
         )
 
     def _of_tensors(self, alone: Need, kept_bytes: int) -> Need:
         """The weights of blocks are divided; values, their gradients and the optimizer's state are whole."""
-        positions = alone.position_bytes - kept_bytes
         in_blocks = round(alone.base_bytes * self.blocks)
         return replace(
             alone,
             base_bytes=alone.base_bytes - in_blocks + self._part(in_blocks),
-            position_bytes=positions + self._part(positions + kept_bytes),
+            position_bytes=self._position_bytes(alone, kept_bytes),
         )

@@ -16,9 +16,10 @@ from peft.tuners.tuners_utils import BaseTunerLayer, _get_in_out_features, check
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from ..calibrate.partitions import is_partitioned
 from ..compat import QuantizationBackend, quantization_extra_repr, resolve_quantization_backend
 from ..dynamics.full_tensor import full_tensor
-from ..dynamics.zero import is_partitioned, keep_whole
+from ..dynamics.zero import keep_whole
 from ..ops import CONVOLUTIONS, ConvProduct, EmbeddingProduct, LayerProduct, LinearProduct, is_convolution
 from .active_delta import ActiveDelta
 from .backups import SET_ASIDE, LayerBackup, PackedBackup, WeightBackup

@@ -82,8 +82,7 @@ def _hold_early(
     reference: weakref.ref[BaseSparseModel[Any, Any]], module: nn.Module, args: Any, kwargs: dict[str, Any]
 ) -> None:
     """Before FSDP2's outermost module gathers its weights."""
-    model = reference()
-    layers = [] if model is None else model._divided_layers()
+    model, layers = reference(), _divided_layers_of(reference)
     if model is not None and layers:
         model._hold_before_gathering(layers, kwargs.get("adapter_names"))
 

@@ -10,6 +10,7 @@ from typing import Any, ClassVar, Self, TypeVar, cast
 import torch
 from torch import Tensor, nn
 
+from ..calibrate.partitions import gather_missing
 from ..ops import (
     UNOBSERVED,
     BatchOrder,
@@ -243,14 +244,27 @@ class SparseTunerLayer(TunerLayer[DeltaT]):
             self._write(wanted, self.stamp(wanted))
 
     def _write(self, delta: ActiveDelta, stamp: Stamp | None) -> None:
-        write_all([self._write_of(delta, stamp)])
+        write_all([self.write_of(delta, stamp=stamp)])
         note_holding(self.ledger)
 
-    def _write_of(self, delta: ActiveDelta, stamp: Stamp | None) -> Write:
-        """What makes the base weight hold adapters' entries."""
+    def write_of(self, delta: ActiveDelta, values: Tensor | None = None, stamp: Stamp | None = None) -> Write:
+        """What makes the base weight, or this process's rows of it, hold the entries of joined adapters.
+
+        Args:
+            delta: the adapters.
+            values: ``(entries,)``: the delta at the entries in this process's rows, of a weight that FSDP2 divides;
+                asked of the other processes if None.
+            stamp: what the adapters' values are; by default their present ones.
+        """
+        stamp, divided = stamp or self.stamp(delta), self.divided
         assert stamp is not None
-        if self.divided is not None:
-            return self.write_of(delta, values_of_own_rows([(self, delta)])[0], stamp)
+        if divided is not None:
+            if values is None:
+                (values,) = values_of_own_rows([(self, delta)])
+            # what state dicts refer to was left alone by the last write, if there was one
+            rows = divided.own_rows() if self.ledger.is_own else divided.get("weight")
+            held = Held(delta, stamp, divided, rows, self.adds_entries_only)
+            return Write(self.ledger, rows, delta.within(divided.shard).support, values, 1.0, held)
         weight, parameters = self.base_parameter, self.base_parameters
         # of a divided layer, processes whose weights may not be written must exchange the same as the others
         is_all = self.adds_entries_only and self.parallel is None
@@ -261,23 +275,6 @@ class SparseTunerLayer(TunerLayer[DeltaT]):
         with torch.no_grad():
             values = self.sum_values(delta, stamp)
         return Write(self.ledger, weight, delta.support, values.detach(), 1.0, held)
-
-    def write_of(self, delta: ActiveDelta, values: Tensor | None = None, stamp: Stamp | None = None) -> Write:
-        """What makes the base weight, or this process's rows of it, hold the entries of joined adapters.
-
-        Args:
-            delta: the adapters.
-            values: ``(entries,)``: the delta at the entries in this process's rows, of a weight that FSDP2 divides.
-            stamp: what the adapters' values are; by default their present ones.
-        """
-        stamp, divided = stamp or self.stamp(delta), self.divided
-        if divided is None or values is None:
-            return self._write_of(delta, stamp)
-        assert stamp is not None
-        # what state dicts refer to was left alone by the last write, if there was one
-        rows = divided.own_rows() if self.ledger.is_own else divided.get("weight")
-        held = Held(delta, stamp, divided, rows, self.adds_entries_only)
-        return Write(self.ledger, rows, delta.within(divided.shard).support, values, 1.0, held)
 
     def pending_delta(self) -> ActiveDelta | None:
         """The active adapters, whose entries the base weight could hold and does not; None without any."""
@@ -334,9 +331,7 @@ class SparseTunerLayer(TunerLayer[DeltaT]):
                 parameter for parameter in self.base_layer._parameters.values() if parameter is not None
             ]
             external.update({id(parameter): parameter for parameter in found})
-            missing = [parameter for parameter in found if parameter.numel() != parameter.ds_numel]
-            if missing:  # in the first pass
-                missing[0].all_gather(missing)
+            gather_missing(found)  # in the first pass
 
     def _gathers(self) -> bool:
         """Whether DeepSpeed gathers for this layer what its base layer needs, which nothing else has hooks in."""

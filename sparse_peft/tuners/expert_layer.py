@@ -184,7 +184,7 @@ class ExpertsLayer(nn.Module):
             if isinstance(wanted, Weight):
                 layer.ledger.release()
             else:
-                writes.append(layer._write_of(cast("ActiveDelta", delta), layer.stamp(delta)))
+                writes.append(layer.write_of(cast("ActiveDelta", delta)))
         if writes:
             with torch.no_grad():
                 write_all(writes)

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers.pytorch_utils import Conv1D
 
-from ..dynamics.zero import is_partitioned
+from ..calibrate.partitions import is_partitioned
 from .tensor_parallel import TensorParallel
 
 CURE = "use DDP, or wrap the model in FSDP2 (fully_shard) after the adapter is made"

@@ -2,28 +2,17 @@
 
 import gc
 import os
-import traceback
 from collections.abc import Callable
-from multiprocessing import Manager
 
-import pytest
-import torch
 from accelerate import DistributedType
 from accelerate.state import PartialState
-from torch import distributed
 
-from tests.helpers.processes import run_on_two
+from tests.helpers.processes import process_group, results_on_two
 
 
 def on_two(function: Callable[..., object], tmp_path, *arguments) -> tuple[object, object]:
     """What ``function(rank, *arguments)`` returned in both processes, which can call ``initialize``."""
-    with Manager() as manager:
-        results = manager.dict()
-        try:
-            run_on_two(_process, function, tmp_path / "rendezvous", arguments, results)
-        except Exception:
-            pytest.fail("\n".join(str(value) for value in results.values()))
-        return results[0], results[1]
+    return results_on_two(_process, function, tmp_path / "rendezvous", arguments)
 
 
 def initialize(model, optimizer, stage, **fields):
@@ -52,12 +41,8 @@ def _settings(stage, zero_optimization=None, **fields):
     }
 
 
-def begin(rank: int, address) -> None:
-    """Start the process group, as DeepSpeed's launcher would."""
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0", "DS_ACCELERATOR": "cpu"}
-    distributed.init_process_group("gloo", init_method=f"file://{address}", rank=rank, world_size=2)
-    torch.set_num_threads(1)
+def _begin() -> None:
+    """Let DeepSpeed use the process group, as its launcher would."""
     import deepspeed  # noqa: PLC0415
 
     # its own all-reduce in shared memory would be compiled at the start
@@ -68,12 +53,8 @@ def begin(rank: int, address) -> None:
     PartialState._prepare_backend = lambda *_: ("gloo", DistributedType.MULTI_CPU)
 
 
-def _process(rank, function, address, arguments, results):
-    try:
-        begin(rank, address)
-        results[rank] = function(rank, *arguments)
-        distributed.barrier()
-        distributed.destroy_process_group()
-    except BaseException:
-        results[rank] = traceback.format_exc()
-        raise
+def _process(rank, function, address, arguments):
+    os.environ["DS_ACCELERATOR"] = "cpu"
+    with process_group(rank, address):
+        _begin()
+        return function(rank, *arguments)

@@ -8,12 +8,18 @@ import multiprocessing
 import os
 import runpy
 import sys
-from collections.abc import Callable, Mapping
+import traceback
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
+import pytest
 import torch.multiprocessing
+from torch import distributed
 
 SERVER = multiprocessing.get_context("forkserver")
 SERVER.set_forkserver_preload(["torch", "transformers", "peft"])
@@ -41,6 +47,42 @@ def run_module(name: str, *arguments: object, env: Mapping[str, str] | None = No
 def run_on_two(function: Callable[..., None], *arguments: object) -> None:
     """Run ``function(rank, *arguments)`` for ranks 0 and 1 at once."""
     torch.multiprocessing.start_processes(function, arguments, nprocs=2, start_method="forkserver")
+
+
+def results_on_two(function: Callable[..., Any], *arguments: object) -> tuple[Any, Any]:
+    """What ``function(rank, *arguments)`` returned in both processes; their tracebacks where one raised."""
+    with multiprocessing.Manager() as manager:
+        results = manager.dict()
+        try:
+            run_on_two(_keep_result, function, arguments, results)
+        except Exception:
+            pytest.fail("\n".join(str(value) for value in results.values()))
+        return results[0], results[1]
+
+
+def _keep_result(rank, function, arguments, results) -> None:
+    try:
+        results[rank] = function(rank, *arguments)
+    except BaseException:
+        results[rank] = traceback.format_exc()
+        raise
+
+
+def join_group(rank: int, address: object, timeout: timedelta | None = None) -> None:
+    """Become one of two processes that meet at a file, in the environment that a launcher makes."""
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}  # not used
+    distributed.init_process_group("gloo", init_method=f"file://{address}", rank=rank, world_size=2, timeout=timeout)
+    torch.set_num_threads(1)
+
+
+@contextmanager
+def process_group(rank: int, address: object, timeout: timedelta | None = None) -> Iterator[None]:
+    """``join_group`` for the block, which both processes leave together."""
+    join_group(rank, address, timeout)
+    yield
+    distributed.barrier()
+    distributed.destroy_process_group()
 
 
 def _run(program: Callable[..., None], arguments: tuple[str, ...], env: Mapping[str, str] | None) -> Completed:

@@ -20,10 +20,11 @@ from sparse_peft import (
 )
 from sparse_peft.dynamics.full_tensor import full_tensor
 from sparse_peft.tuners.traversal import tuner_layers
+from tests.helpers.blocks import Net
 from tests.helpers.deepspeed_engine import initialize, on_two, partitioned
 from tests.integration import test_distributed_table as table
 from tests.integration.test_distributed_table import base
-from tests.integration.test_distributed_training import STATIC, TOTAL, Net, adapted, batch_at, half, leaves, look_at
+from tests.integration.test_distributed_training import STATIC, TOTAL, adapted, batch_at, half, leaves, look_at
 
 pytest.importorskip("deepspeed", reason="DeepSpeed is not installed: make deepspeed")
 pytestmark = pytest.mark.distributed

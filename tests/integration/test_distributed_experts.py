@@ -1,20 +1,16 @@
 """Fused experts with adapters on two processes: DDP, and FSDP2 that leaves experts out."""
 
-import os
-import traceback
-from multiprocessing import Manager
-
 import pytest
 import torch
 from peft import get_peft_model
-from torch import distributed, nn
+from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 from sparse_peft import SparsityController, select_support
 from sparse_peft.dynamics.full_tensor import full_tensor
 from tests.helpers.expert_models import adapted, config, layers, mixture
-from tests.helpers.processes import run_on_two
+from tests.helpers.processes import process_group, results_on_two
 
 pytestmark = pytest.mark.distributed
 STEPS = 7
@@ -88,28 +84,13 @@ def chosen(rank):
     return {name: support.indices.tolist() for name, support in made.supports.items()}
 
 
-def process(rank, run, address, results):
-    try:
-        os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
-        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}  # not used: the processes meet at a file
-        distributed.init_process_group("gloo", init_method=f"file://{address}", rank=rank, world_size=2)
-        torch.set_num_threads(1)
-        results[rank] = run(rank)
-        distributed.barrier()
-        distributed.destroy_process_group()
-    except Exception:
-        results[rank] = traceback.format_exc()
-        raise
+def process(rank, run, address):
+    with process_group(rank, address):
+        return run(rank)
 
 
 def on_two_processes(run, tmp_path):
-    with Manager() as manager:
-        results = manager.dict()
-        try:
-            run_on_two(process, run, tmp_path / "rendezvous", results)
-        except Exception:
-            pytest.fail("\n".join(str(value) for value in results.values()))
-        return results[0], results[1]
+    return results_on_two(process, run, tmp_path / "rendezvous")
 
 
 @pytest.mark.parametrize("run", [with_ddp, with_fsdp2])

@@ -14,11 +14,11 @@ from torch.nn.parallel import DistributedDataParallel
 
 from sparse_peft import SparseConfig, SparsityController
 from sparse_peft.tuners.traversal import tuner_layers
-from tests.helpers.processes import run_on_two
+from tests.helpers.processes import join_group, process_group, run_on_two
 from tests.helpers.two_layers import TwoLayers
 
 pytestmark = pytest.mark.distributed
-TIMEOUT = 20
+TIMEOUT = timedelta(seconds=20)
 REGROWTH = {"selection": "rigl", "reselect_every": 2, "accumulate": 1}
 
 
@@ -119,20 +119,11 @@ CHECKS = (
 )
 
 
-def start(rank, address):
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
-    timeout = timedelta(seconds=TIMEOUT)
-    distributed.init_process_group("gloo", init_method=f"file://{address}", rank=rank, world_size=2, timeout=timeout)
-    torch.set_num_threads(1)
-
-
 def process(rank, address, results):
-    start(rank, address)
-    for check in CHECKS:
-        check(rank)
-        results[rank] = check.__name__
-    distributed.barrier()
-    distributed.destroy_process_group()
+    with process_group(rank, address, TIMEOUT):
+        for check in CHECKS:
+            check(rank)
+            results[rank] = check.__name__
 
 
 def test_processes_that_disagree_or_differ(tmp_path):
@@ -143,7 +134,7 @@ def test_processes_that_disagree_or_differ(tmp_path):
 
 
 def dying(rank, address, results):
-    start(rank, address)
+    join_group(rank, address, TIMEOUT)
     model = adapted(**REGROWTH)
     optimizer, controller = controlled(model, called := nn.parallel.DistributedDataParallel(model))
     began = time.monotonic()
@@ -166,4 +157,4 @@ def test_a_process_that_dies_ends_the_others(tmp_path):
         run_on_two(dying, tmp_path / "rendezvous", results)
         assert set(results) == {0}, "the other process got an error"
         seconds, _ = results[0]
-        assert seconds < TIMEOUT + 10
+        assert seconds < TIMEOUT.total_seconds() + 10

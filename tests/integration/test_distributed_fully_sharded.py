@@ -1,6 +1,5 @@
 """FSDP2 on two processes: entries lie in the processes' shards before weights are gathered, as on one process."""
 
-import os
 from collections import Counter
 from functools import partial
 from multiprocessing import Manager
@@ -25,7 +24,8 @@ from sparse_peft.planning.communication import summed
 from sparse_peft.tuners.ledger import Held
 from sparse_peft.tuners.sources import LayerSource
 from sparse_peft.tuners.traversal import tuner_layers
-from tests.helpers.processes import run_on_two
+from tests.helpers.blocks import Net
+from tests.helpers.processes import process_group, run_on_two
 
 pytestmark = pytest.mark.distributed
 TARGETS = ["up", "down"]
@@ -39,30 +39,7 @@ CONFIGS = {
 X = torch.randn(8, 12, generator=torch.Generator().manual_seed(1))
 
 
-class Block(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.up = nn.Linear(12, 23)
-        self.down = nn.Linear(23, 12, bias=False)
-
-    def forward(self, x):
-        return x + self.down(torch.tanh(self.up(x)))
-
-
-class Net(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.blocks = nn.ModuleList([Block(), Block()])
-        self.head = nn.Linear(12, 3)
-
-    def forward(self, x):
-        for block in self.blocks:
-            x = block(x)
-        return self.head(x)
-
-
 def adapted(config="entries", dtype=torch.float32, **fields):
-    torch.manual_seed(0)
     config = CONFIGS[config](target_modules=TARGETS, init_weights=False, **fields)
     return get_peft_model(Net().to(dtype), config)
 
@@ -440,14 +417,10 @@ CHECKS = (
 
 
 def process(rank, address, checks, results):
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
-    distributed.init_process_group("gloo", init_method=f"file://{address}", rank=rank, world_size=2)
-    torch.set_num_threads(1)
-    for check in checks:
-        check(rank)
-        results[rank] = check.__name__
-    distributed.barrier()
-    distributed.destroy_process_group()
+    with process_group(rank, address):
+        for check in checks:
+            check(rank)
+            results[rank] = check.__name__
 
 
 def test_two_processes_compute_what_one_does(tmp_path):

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from peft import get_peft_model, get_peft_model_state_dict
-from torch import distributed, nn
+from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
@@ -29,7 +29,7 @@ from sparse_peft import (
 )
 from sparse_peft.dynamics.full_tensor import full_tensor
 from sparse_peft.tuners.traversal import tuner_layers
-from tests.helpers.processes import run_on_two
+from tests.helpers.processes import process_group, run_on_two
 
 pytestmark = pytest.mark.distributed
 
@@ -211,18 +211,14 @@ def cells_of(cells):
 
 
 def process(rank, address, folder, results):
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "ACCELERATE_USE_CPU": "true"}
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}  # not used: the processes meet at a file
-    distributed.init_process_group("gloo", init_method=f"file://{address}", rank=rank, world_size=2)
-    torch.set_num_threads(1)
-    disable_progress_bar()
-    results[rank] = {
-        (wrapper, method): cells_of(Cells(partial(make, folder, method), method))
-        for wrapper, make in WRAPPERS.items()
-        for method in METHODS
-    }
-    distributed.barrier()
-    distributed.destroy_process_group()
+    os.environ["ACCELERATE_USE_CPU"] = "true"
+    with process_group(rank, address):
+        disable_progress_bar()
+        results[rank] = {
+            (wrapper, method): cells_of(Cells(partial(make, folder, method), method))
+            for wrapper, make in WRAPPERS.items()
+            for method in METHODS
+        }
 
 
 def expected_cells(wrappers):

@@ -1,6 +1,5 @@
 """Tensor parallelism on two processes, against one process with the same weights and batches, in float64."""
 
-import os
 from multiprocessing import Manager
 
 import pytest
@@ -15,7 +14,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from sparse_peft import S2FTConfig, SaRAConfig, SparseConfig, SparsityController, base_weights, select_support
 from sparse_peft.tuners.traversal import tuner_layers
-from tests.helpers.processes import run_on_two
+from tests.helpers.processes import process_group, run_on_two
 
 pytestmark = pytest.mark.distributed
 
@@ -277,16 +276,11 @@ CHECKS = (
 
 
 def process(rank, address, folder, results):
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}  # not used: the processes meet at a file
-    distributed.init_process_group("gloo", init_method=f"file://{address}", rank=rank, world_size=2)
-    torch.set_num_threads(1)
-    disable_progress_bar()
-    for check in CHECKS:
-        check(folder)
-        results[rank] = check.__name__
-    distributed.barrier()
-    distributed.destroy_process_group()
+    with process_group(rank, address):
+        disable_progress_bar()
+        for check in CHECKS:
+            check(folder)
+            results[rank] = check.__name__
 
 
 def test_two_processes_compute_what_one_does(tmp_path):

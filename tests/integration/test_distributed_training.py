@@ -2,10 +2,8 @@
 
 import copy
 import os
-import traceback
 import warnings
 from functools import partial
-from multiprocessing import Manager
 
 import pytest
 import torch
@@ -37,7 +35,8 @@ from sparse_peft import (
 from sparse_peft.dynamics.full_tensor import full_tensor
 from sparse_peft.tuners.base_state import TrainedState
 from sparse_peft.tuners.delta import Delta
-from tests.helpers.processes import run_on_two
+from tests.helpers.blocks import Net
+from tests.helpers.processes import process_group, results_on_two
 
 pytestmark = pytest.mark.distributed
 STEPS, TOTAL = 11, 12
@@ -53,29 +52,6 @@ OTHERS = {
 }
 # nothing of them changes in training but the values
 STATIC = ("nonzero", "s2ft", "sltrain", "sketch", "sketch in place")
-
-
-class Block(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.up = nn.Linear(12, 23)
-        self.down = nn.Linear(23, 12, bias=False)
-
-    def forward(self, x):
-        return x + self.down(torch.tanh(self.up(x)))
-
-
-class Net(nn.Module):
-    def __init__(self):
-        super().__init__()
-        torch.manual_seed(0)
-        self.blocks = nn.ModuleList([Block(), Block()])
-        self.head = nn.Linear(12, 3)
-
-    def forward(self, x):
-        for block in self.blocks:
-            x = block(x)
-        return self.head(x)
 
 
 def adapted(selection, seed=0, net=None, **fields):
@@ -228,31 +204,16 @@ def refused(rank, selection, kind, fields, folder):
     return "refused"
 
 
-def process(rank, run, address, cases, results):
-    try:
-        # what a launcher sets, and accelerate looks for
-        os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "ACCELERATE_USE_CPU": "true"}
-        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}  # not used: the processes meet at a file
-        distributed.init_process_group("gloo", init_method=f"file://{address}", rank=rank, world_size=2)
-        torch.set_num_threads(1)
-        results[rank] = [run(rank, *case) for case in cases]
-        distributed.barrier()
-        distributed.destroy_process_group()
-    except Exception:
-        results[rank] = traceback.format_exc()
-        raise
+def process(rank, run, address, cases):
+    os.environ["ACCELERATE_USE_CPU"] = "true"
+    with process_group(rank, address):
+        return [run(rank, *case) for case in cases]
 
 
 def on_two_processes(run, tmp_path, cases):
     """What the two processes returned, for each case."""
     cases = [(selection, kind, fields, tmp_path / selection) for selection, kind, fields in cases]
-    with Manager() as manager:
-        results = manager.dict()
-        try:
-            run_on_two(process, run, tmp_path / "rendezvous", cases, results)
-        except Exception:
-            pytest.fail("\n".join(str(value) for value in results.values()))
-        return list(zip(results[0], results[1], strict=True))
+    return list(zip(*results_on_two(process, run, tmp_path / "rendezvous", cases), strict=True))
 
 
 def assert_close(found, expected):

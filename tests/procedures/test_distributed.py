@@ -1,17 +1,13 @@
 """Every procedure on two processes with DDP, against one process with the whole batch; one spawn for all."""
 
-import os
-import traceback
-from multiprocessing import Manager
-
 import pytest
 import torch
-from torch import distributed, nn
+from torch import nn
 
 from sparse_peft import SparsityController
 from sparse_peft.procedures import FisherAnchor, GradientMask, ImportanceLearningRate, LayerSampling, SplitMerge
 from tests.helpers.procedures import adapted, batches, loss_of, optimizer_of, train, trained
-from tests.helpers.processes import run_on_two
+from tests.helpers.processes import process_group, results_on_two
 
 pytestmark = [pytest.mark.distributed, pytest.mark.filterwarnings("ignore:adapter.*what suits its config")]
 STEPS = 6
@@ -42,27 +38,13 @@ def run(kind, name, rank=None):
     return {name: parameter.tolist() for name, parameter in trained(model).items()}
 
 
-def process(rank, address, results):
-    try:
-        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}  # not used: the processes meet at a file
-        distributed.init_process_group("gloo", init_method=f"file://{address}", rank=rank, world_size=2)
-        torch.set_num_threads(1)
-        results[rank] = [run(*case, rank) for case in CASES]
-        distributed.barrier()
-        distributed.destroy_process_group()
-    except Exception:
-        results[rank] = traceback.format_exc()
-        raise
+def process(rank, address):
+    with process_group(rank, address):
+        return [run(*case, rank) for case in CASES]
 
 
 def test_two_processes_do_what_one_does_with_the_whole_batch(tmp_path):
-    with Manager() as manager:
-        results = manager.dict()
-        try:
-            run_on_two(process, tmp_path / "rendezvous", results)
-        except Exception:
-            pytest.fail("\n".join(str(value) for value in results.values()))
-        first, second = results[0], results[1]
+    first, second = results_on_two(process, tmp_path / "rendezvous")
     assert first == second, "the processes agree to the bit"
     for case, found in zip(CASES, first, strict=True):
         for name, expected in run(*case).items():
