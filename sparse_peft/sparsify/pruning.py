@@ -214,6 +214,11 @@ def settings(
     scored = Score(name, seed)
     if name == SparseGPT.name:
         sparsegpt = sparsegpt or SparseGPT()
+    if allocation == "sensitivity":
+        raise ValueError(
+            "allocation='sensitivity': the damage of each layer is measured first; pass "
+            "allocation=sensitivity(model, evaluate, by='layer').densities(0.5)"
+        )
     allocation = validated("allocation", allocation, Annotated[str, OneOf(ALLOCATIONS)] | dict[str, ShareOrZero])
     made = as_pattern(pattern, "matrix" if allocation == "global" else scored.scope)
     if refine is not None and not isinstance(refine, (DSnoT, Armor)):

@@ -3,6 +3,7 @@
 import pytest
 
 from sparse_peft import (
+    MonarchConfig,
     PruneConfig,
     S2FTConfig,
     SaRAConfig,
@@ -11,6 +12,8 @@ from sparse_peft import (
     SnellaConfig,
     SoRAConfig,
     SparseConfig,
+    SparseIFTConfig,
+    SSTConfig,
 )
 
 METHODS = {
@@ -25,6 +28,9 @@ METHODS = {
     "sltrain": (SLTrainConfig, {"r": 4, "density": 0.1, "target_modules": "all-linear"}),
     "sketch": (SketchConfig, {"bits": 3, "target_modules": "all-linear"}),
     "prune": (PruneConfig, {"pattern": 0.5, "r": 4, "target_modules": "all-linear"}),
+    "monarch": (MonarchConfig, {"nblocks": 2, "target_modules": "all-linear"}),
+    "sst": (SSTConfig, {"r": 4, "target_modules": "all-linear"}),
+    "sparse_ift": (SparseIFTConfig, {"r": 4, "sparsity": 0.5, "target_modules": "all-linear"}),
 }
 
 # What of a method changes during training besides its values, soon and often; the others change nothing.
@@ -35,6 +41,8 @@ MOVING = {
     "snella": {"target_sparsity": 0.5, "allocate_start": 0, "allocate_stop": 6, "allocate_every": 2},
     "sltrain": {"selection": "rigl", "reselect_every": 2, "accumulate": 1},
     "prune": {"recipe": "pst", "pattern": 0.5, "start": 0, "stop": 6, "mask_every": 2},
+    "sst": {"resample_every": 2},
+    "sparse_ift": {"reselect_every": 2, "reselect_stop": 6},
 }
 
 # Where one of each family will do for every run of the tests, the others are slow.

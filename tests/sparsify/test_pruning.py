@@ -229,6 +229,7 @@ def test_a_second_pruning_goes_on_from_the_first():
         ({"score": "wand"}, ValueError, "score='wand'.*did you mean 'wanda'"),
         ({"score": "wanda"}, ValueError, "score='wanda' needs data: pass calibration="),
         ({"refine": "dsnot"}, ValueError, "refine='dsnot' needs data"),
+        ({"allocation": "sensitivity"}, ValueError, "allocation='sensitivity'.*densities"),
         ({"refine": "dsn"}, ValueError, "refine='dsn'.*did you mean 'dsnot'"),
         ({"allocation": "even"}, ValueError, "allocation='even'"),
         ({"pattern": "2:4", "allocation": "erk"}, ValueError, "allocation='erk': NM.* has its own count"),
