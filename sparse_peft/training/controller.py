@@ -57,7 +57,7 @@ class SparsityController(StepDriver):
         TypeError: the optimizer is none of torch's.
         RuntimeError: processes have different positions.
         ValueError: the optimizer does not train an adapter that it should, or ``total_steps`` is missing.
-        NotImplementedError: the model is wrapped in FSDP1.
+        NotImplementedError: the model is wrapped in FSDP1, or an adapter came after FSDP.
 
     Example:
         >>> import torch
@@ -110,6 +110,8 @@ class SparsityController(StepDriver):
             states = [layer.deltas[adapter] for layer in mine.values()]
             trains = any(state.watched.requires_grad for state in states)
             if trains:
+                for layer in mine.values():
+                    layer.check_trainable(adapter)
                 keep_whole(parameter for state in states for parameter in state.parameters())
                 self._trained[adapter] = {layer.name: layer.deltas[adapter] for layer in mine.values()}
                 check_agreement(adapter, self._trained[adapter], self._processes)

@@ -30,8 +30,8 @@ from .files.checks import BASE_ADAPTER
 from .four_bit import base_weight
 from .fully_sharded import FullySharded, LastingParameters
 from .layer_parts import bias_of, weight_of
-from .ledger import READERS, Ledger, Merged, Weight, transition
-from .parallel import check_mergeable, check_not_partitioned
+from .ledger import READERS, Held, Ledger, Merged, Weight, transition
+from .parallel import check_made_before_sharding, check_mergeable, check_not_partitioned
 from .tensor_parallel import LocalParameters, TensorParallel, local_part
 from .transitions import exclusive, exclusively
 
@@ -286,7 +286,7 @@ class TunerLayer(BaseTunerLayer, nn.Module, Generic[StateT]):
 
         Raises:
             NotImplementedError: this kind of layer.
-            RuntimeError: DeepSpeed's engine, which gathers the weight, is not there.
+            RuntimeError: DeepSpeed's engine, which gathers the weight, is not there, or came after a pass.
         """
         base = self.base_layer
         if torch.compiler.is_compiling():
@@ -295,6 +295,12 @@ class TunerLayer(BaseTunerLayer, nn.Module, Generic[StateT]):
                 "or use ZeRO stage 1 or 2"
             )
         check_not_partitioned(self.name, base, type(self), type(self).__name__)
+        if isinstance(self.ledger.content, Held):
+            raise RuntimeError(
+                f"layer {self.name}: ZeRO stage 3 partitioned its weight while it held an adapter's entries, after a "
+                "pass without DeepSpeed; make the model anew, and call deepspeed.initialize or accelerator.prepare "
+                "before its first pass, or model.base_model.release() between them"
+            )
         if not base._forward_pre_hooks and weight_of(base).numel() == 0:
             raise RuntimeError(
                 f"layer {self.name}: ZeRO stage 3 has partitioned its weight, which only DeepSpeed's engine gathers; "
@@ -654,7 +660,19 @@ class TunerLayer(BaseTunerLayer, nn.Module, Generic[StateT]):
 
     def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
         self._is_serving = False
+        names = [adapter_names] if isinstance(adapter_names, str) else adapter_names
+        for name in names if requires_grad else ():
+            self.check_trainable(name)
         super().set_requires_grad(adapter_names, requires_grad)
+
+    def check_trainable(self, adapter_name: str) -> None:
+        """Refuse to train an adapter that came after FSDP.
+
+        Raises:
+            NotImplementedError: names the adapter, the layer and the alternative.
+        """
+        if adapter_name in self.deltas and self._is_left_out(self.deltas[adapter_name]):
+            check_made_before_sharding(self.name, self, adapter_name)
 
     def _is_left_out(self, state: nn.Module) -> bool:
         """Whether an adapter came after FSDP, which averages none of its gradients."""

@@ -66,8 +66,9 @@ class TensorParallel:
         mesh, placements = weight.device_mesh, weight.placements
         if mesh.ndim > 1 or placements != (Placement(dim),):
             raise NotImplementedError(
-                f"Target module {name}: its weight is divided as {placements} over a mesh of {mesh.ndim} dimensions; "
-                "tensor parallelism alone (tp_plan) has adapters, its combinations with FSDP or pipelines have none"
+                f"Target module {name}: its weight is divided as {placements} over a mesh of {mesh.ndim} dimensions, "
+                "by tensor parallelism together with FSDP2 or pipelines; use tensor parallelism alone (tp_size=, "
+                "without fsdp_size), or FSDP2 alone (fully_shard, after the adapter is made)"
             )
         rows, cols = weight.shape
         group = mesh.get_group()

@@ -4,10 +4,12 @@ A process begins with torch, transformers and PEFT imported, but not sparse_peft
 server that forks itself for every process.
 """
 
+import faulthandler
 import multiprocessing
 import os
 import runpy
 import sys
+import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -23,6 +25,9 @@ from torch import distributed
 
 SERVER = multiprocessing.get_context("forkserver")
 SERVER.set_forkserver_preload(["torch", "transformers", "peft"])
+# seconds after which processes that wait for one another are ended
+LIMIT = 300.0
+GROUP_TIMEOUT = timedelta(seconds=120)
 
 
 @dataclass(frozen=True)
@@ -44,9 +49,32 @@ def run_module(name: str, *arguments: object, env: Mapping[str, str] | None = No
     return _run(_as_module, (name, *map(str, arguments)), env)
 
 
-def run_on_two(function: Callable[..., None], *arguments: object) -> None:
+def run_on_two(function: Callable[..., None], *arguments: object, limit: float = LIMIT) -> None:
     """Run ``function(rank, *arguments)`` for ranks 0 and 1 at once."""
-    torch.multiprocessing.start_processes(function, arguments, nprocs=2, start_method="forkserver")
+    run_on(2, function, *arguments, limit=limit)
+
+
+def run_on(processes: int, function: Callable[..., None], *arguments: object, limit: float = LIMIT) -> None:
+    """Run ``function(rank, *arguments)`` for each rank at once.
+
+    Raises:
+        TimeoutError: they did not end within ``limit`` seconds; each has printed where it was.
+    """
+    started = torch.multiprocessing.start_processes(
+        _limited, (limit, function, arguments), nprocs=processes, join=False, start_method="forkserver"
+    )
+    deadline = time.monotonic() + limit + 10
+    while not started.join(timeout=max(0.0, deadline - time.monotonic())):
+        if time.monotonic() < deadline:
+            continue  # one of them has ended
+        for process in started.processes:
+            process.kill()
+        raise TimeoutError(f"{function.__name__}: processes {started.pids()} did not end within {limit} s")
+
+
+def _limited(rank: int, limit: float, function: Callable[..., None], arguments: tuple[object, ...]) -> None:
+    faulthandler.dump_traceback_later(limit, exit=True)
+    function(rank, *arguments)
 
 
 def results_on_two(function: Callable[..., Any], *arguments: object) -> tuple[Any, Any]:
@@ -68,18 +96,20 @@ def _keep_result(rank, function, arguments, results) -> None:
         raise
 
 
-def join_group(rank: int, address: object, timeout: timedelta | None = None) -> None:
-    """Become one of two processes that meet at a file, in the environment that a launcher makes."""
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
+def join_group(rank: int, address: object, timeout: timedelta = GROUP_TIMEOUT, size: int = 2) -> None:
+    """Become one of ``size`` processes that meet at a file, in the environment that a launcher makes."""
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(size)}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}  # not used
-    distributed.init_process_group("gloo", init_method=f"file://{address}", rank=rank, world_size=2, timeout=timeout)
+    distributed.init_process_group(
+        "gloo", init_method=f"file://{address}", rank=rank, world_size=size, timeout=timeout
+    )
     torch.set_num_threads(1)
 
 
 @contextmanager
-def process_group(rank: int, address: object, timeout: timedelta | None = None) -> Iterator[None]:
-    """``join_group`` for the block, which both processes leave together."""
-    join_group(rank, address, timeout)
+def process_group(rank: int, address: object, timeout: timedelta = GROUP_TIMEOUT, size: int = 2) -> Iterator[None]:
+    """``join_group`` for the block, which the processes leave together."""
+    join_group(rank, address, timeout, size)
     yield
     distributed.barrier()
     distributed.destroy_process_group()

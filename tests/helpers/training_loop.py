@@ -6,6 +6,7 @@ from torch import distributed, nn
 
 from sparse_peft import SM3, SparseAdamW, SparsityController
 from sparse_peft.tuners.base_layer import TunerLayer
+from tests.helpers.processes import join_group
 
 
 def optimizer_of(model, kind="adamw", lr=1e-2):
@@ -47,7 +48,7 @@ def train_on_half(model, rank, folder, total_steps=None):
 
     The states of the default adapter are written to ``folder/rank.pt``, in the model's order.
     """
-    distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    join_group(rank, f"{folder}/store")
     wrapped = nn.parallel.DistributedDataParallel(model)
     optimizer = optimizer_of(model)
     controller = SparsityController(wrapped, optimizer, total_steps=total_steps)

@@ -299,6 +299,12 @@ def refused(rank):
     with pytest.raises(RuntimeError) as error:
         model(torch.ones(1, 4))
     errors.append(str(error.value))
+    model = adapted("nonzero", init_weights=False)
+    model(batch_at(0)[0]).sum().backward()  # the weights hold entries, which the partitions would keep
+    engine, _ = initialize(model, optimizer_of(model, "adamw"), 3)
+    with pytest.raises(RuntimeError) as error:
+        engine(batch_at(0)[0])
+    errors.append(str(error.value))
     model = adapted("rigl")
     groups = [{"params": [p]} for p in model.parameters() if p.requires_grad]
     engine, optimizer = initialize(model, torch.optim.AdamW(groups, lr=RATE), 2)
@@ -308,10 +314,11 @@ def refused(rank):
 
 
 def test_what_cannot_work_is_refused(tmp_path):
-    embedding, replaced, outside, groups = on_two(refused, tmp_path)[0]
+    embedding, replaced, outside, late, groups = on_two(refused, tmp_path)[0]
     assert "Target module 0: ZeRO stage 3 has partitioned its weight (Embedding)" in embedding
     assert "layer 1: mode='replace' drops the base weight" in replaced
     assert "layer 0: ZeRO stage 3 has partitioned its weight, which only DeepSpeed's engine gathers" in outside
+    assert "blocks.0.up: ZeRO stage 3 partitioned its weight while it held an adapter's entries" in late
     assert "ZeRO stage 2 steps 4 groups of an adapter's parameters one after another" in groups
 
 

@@ -11,7 +11,7 @@ from torch.nn.parallel import DistributedDataParallel
 from sparse_peft import SparseConfig
 from sparse_peft.dynamics.full_tensor import full_tensor
 from tests.helpers.embedding_models import IDS, Words, layers
-from tests.helpers.processes import run_on_two
+from tests.helpers.processes import join_group, run_on_two
 
 pytestmark = pytest.mark.distributed
 BATCH = torch.cat((IDS, IDS.flip(1)))[:4]
@@ -36,7 +36,7 @@ def fsdp2(model):
 
 
 def _on_rank(rank, address, tied, wrap):
-    distributed.init_process_group("gloo", init_method=f"file://{address}", rank=rank, world_size=2)
+    join_group(rank, address)
     try:
         wanted = gradients(alone := adapted(tied), BATCH, alone)
         model = adapted(tied)

@@ -7,7 +7,7 @@ import torch
 from torch import distributed, nn
 
 from sparse_peft import SketchConfig, SparseConfig, select_support, sketch_model
-from tests.helpers.processes import run_on_two
+from tests.helpers.processes import join_group, run_on_two
 
 pytestmark = pytest.mark.distributed
 
@@ -16,7 +16,7 @@ DATA_CRITERIA = ("gradient", "fisher", "gallop", "movement", "wanda")
 
 
 def choose(rank, address, results):
-    distributed.init_process_group("gloo", init_method=f"file://{address}", rank=rank, world_size=2)
+    join_group(rank, address)
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(9, 7))
     torch.manual_seed(rank)
@@ -43,7 +43,7 @@ def test_all_processes_get_what_the_first_chose(tmp_path):
 
 
 def sketch(rank, address, results):
-    distributed.init_process_group("gloo", init_method=f"file://{address}", rank=rank, world_size=2)
+    join_group(rank, address)
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(24, 7))
     torch.manual_seed(rank)

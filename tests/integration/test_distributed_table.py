@@ -17,6 +17,8 @@ from transformers.distributed import DistributedConfig
 from transformers.utils.logging import disable_progress_bar
 
 from sparse_peft import (
+    MonarchConfig,
+    PruneConfig,
     S2FTConfig,
     SaRAConfig,
     SketchConfig,
@@ -24,12 +26,14 @@ from sparse_peft import (
     SnellaConfig,
     SoRAConfig,
     SparseConfig,
+    SparseIFTConfig,
     SparsityController,
+    SSTConfig,
     base_weights,
 )
 from sparse_peft.dynamics.full_tensor import full_tensor
 from sparse_peft.tuners.traversal import tuner_layers
-from tests.helpers.processes import process_group, run_on_two
+from tests.helpers.processes import process_group, run_on, run_on_two
 
 pytestmark = pytest.mark.distributed
 
@@ -49,6 +53,10 @@ METHODS = {
         {"target_sparsity": 0.5, "allocate_start": 0, "allocate_every": 1},
     ),
     "SketchConfig": (partial(SketchConfig, bits=2), None),
+    "MonarchConfig": (partial(MonarchConfig, nblocks=2, blk_r=2), None),
+    "SSTConfig": (partial(SSTConfig, r=2), {"resample_every": 1, "draws_per_round": 1}),
+    "SparseIFTConfig": (partial(SparseIFTConfig, r=2), {"reselect_every": 1, "reselect_stop": 1.0}),
+    "PruneConfig": (partial(PruneConfig, r=2), {"recipe": "pst", "start": 0, "stop": 2, "mask_every": 1}),
 }
 
 
@@ -247,6 +255,32 @@ def assert_as_said(wrappers, first, second):
             if not re.search(".*".join(parts), found := first[line][column], re.DOTALL):
                 wrong[line, column] = cell, found
     assert not wrong
+
+
+MESH = "tensor parallel with FSDP2"
+
+
+def on_a_mesh(rank, address, folder, results):
+    """Transformers divides a weight among four processes, in two ways, while it loads it."""
+    with process_group(rank, address, size=4):
+        disable_progress_bar()
+        found = {}
+        for method, (_, fields) in METHODS.items():
+            plan = DistributedConfig(tp_size=2, fsdp_size=2, tp_plan="auto")
+            model = AutoModelForCausalLM.from_pretrained(folder, distributed_config=plan)
+            with pytest.raises(NotImplementedError) as error:
+                adapted(model, method)
+            row = dict.fromkeys(COLUMNS, str(error.value))
+            found[MESH, method] = row if fields is not None else {**row, "dynamic": NOTHING}
+        results[rank] = found
+
+
+def test_a_mesh_of_two_dimensions_is_refused(tmp_path):
+    base().save_pretrained(tmp_path / "base")
+    with Manager() as manager:
+        results = manager.dict()
+        run_on(4, on_a_mesh, tmp_path / "rendezvous", tmp_path / "base", results)
+        assert_as_said([MESH], results[0], results[3])
 
 
 def test_the_table_says_what_happens(tmp_path):

@@ -13,8 +13,10 @@ from transformers.distributed import DistributedConfig
 from transformers.utils.logging import disable_progress_bar
 
 from sparse_peft import S2FTConfig, SaRAConfig, SparseConfig, SparsityController, base_weights, select_support
+from sparse_peft.planning import DividedRun, step_traffic
 from sparse_peft.tuners.traversal import tuner_layers
 from tests.helpers.processes import process_group, run_on_two
+from tests.helpers.sent_bytes import SentBytes
 
 pytestmark = pytest.mark.distributed
 
@@ -243,6 +245,18 @@ def half_precision(folder):
     assert all(map(torch.equal, before, bits(pair.models[0])))
 
 
+def counted_bytes(folder):
+    """What is sent is what the formula of plans says, of the blocks."""
+    pair = Pair(folder, lambda: SparseConfig(density=0.1, target_modules=TARGETS[:-1]), dtype=torch.float32)
+    model = pair.models[0]
+    embedded = torch.randn(4, 7, 16).requires_grad_()
+    with SentBytes() as count:
+        model.get_base_model().model(inputs_embeds=embedded).last_hidden_state.square().mean().backward()
+    trained = sum(state.values.numel() for state in states(model).values())
+    run = DividedRun(trained, 0, activation_bytes=embedded.nbytes, blocks=2)
+    assert count.by_kind == {"allreduce": step_traffic(run, "tp", 2).total}
+
+
 def refusals(folder):
     pair = Pair(folder)
     with pytest.raises(
@@ -271,6 +285,7 @@ CHECKS = (
     dynamic,
     files,
     half_precision,
+    counted_bytes,
     refusals,
 )
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator, DistributedType, FullyShardedDataParallelPlugin
-from accelerate.state import AcceleratorState
+from accelerate.state import AcceleratorState, PartialState
 from peft import PeftModel, get_peft_model
 from torch import distributed, nn
 from torch.distributed.checkpoint.state_dict import (
@@ -130,7 +130,12 @@ def with_ddp(rank, selection, kind, fields, folder):
     wrapped, prepared = accelerator.prepare(model, optimizer)
     assert isinstance(wrapped, nn.parallel.DistributedDataParallel)
     controller = SparsityController(wrapped, prepared, TOTAL)
-    return train(model, wrapped, prepared, controller, range(STEPS), half(rank), backward=accelerator.backward)
+    seen = train(model, wrapped, prepared, controller, range(STEPS), half(rank), backward=accelerator.backward)
+    state = accelerator.get_state_dict(wrapped)
+    if rank == 0:
+        accelerator.unwrap_model(wrapped).save_pretrained(folder, state_dict=state)
+    distributed.barrier()
+    return seen
 
 
 def with_fsdp2(rank, selection, kind, fields, folder):
@@ -184,8 +189,7 @@ def with_accelerates_fsdp2(rank, selection, kind, fields, folder):
     assert all(isinstance(module, FSDPModule) for module in (wrapped, *wrapped.get_base_model().blocks))
     controller = SparsityController(wrapped, prepared, TOTAL)
     seen = train(wrapped, wrapped, prepared, controller, range(STEPS), half(rank), backward=accelerator.backward)
-    # accelerator.get_state_dict offloads to the CPU, where torch leaves shards as they are: they lie there already
-    state = get_model_state_dict(wrapped, options=StateDictOptions(full_state_dict=True))
+    state = accelerator.get_state_dict(wrapped)
     if rank == 0:
         accelerator.unwrap_model(wrapped).save_pretrained(folder, state_dict=state)
     distributed.barrier()
@@ -265,11 +269,52 @@ def test_two_processes_do_what_one_does_with_the_whole_batch(tmp_path, run):
         assert first == second, f"{selection}: the processes agree to the bit"
         assert_close(first, on_one_process(selection, kind, **fields))
         assert first[0] != first[-1]
-        if run is not with_ddp:
-            loaded = PeftModel.from_pretrained(Net(), tmp_path / selection)
-            saved = first[6 if run is with_fsdp2 else -1]
-            for name, (indices, values, _) in look_at(loaded).items():
-                assert (indices, values) == saved[name][:2]
+        loaded = PeftModel.from_pretrained(Net(), tmp_path / selection)
+        saved = first[6 if run is with_fsdp2 else -1]
+        for name, (indices, values, _) in look_at(loaded).items():
+            assert (indices, values) == saved[name][:2]
+
+
+def with_accelerates_checkpoints(rank, selection, kind, fields, folder):
+    """``save_state`` in the middle, and ``load_state`` into a new model, in DDP and in FSDP2."""
+    plugin = FullyShardedDataParallelPlugin(
+        fsdp_version=2,
+        auto_wrap_policy="transformer_based_wrap",
+        transformer_cls_names_to_wrap=["Block"],
+        state_dict_type="SHARDED_STATE_DICT",
+    )
+    for name in ("ddp", "fsdp2"):
+        AcceleratorState._reset_state()
+        accelerator = Accelerator(cpu=True)
+        kept = accelerator.state.distributed_type
+        if name == "fsdp2":
+            accelerator.state.fsdp_plugin = plugin
+            # of both, since each new state asks the other
+            accelerator.state.distributed_type = PartialState().distributed_type = DistributedType.FSDP
+
+        def make(accelerator=accelerator):
+            model = adapted(selection, **fields)
+            optimizer = OPTIMIZERS[kind]([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+            wrapped, prepared = accelerator.prepare(model, optimizer)
+            return wrapped, wrapped, prepared, SparsityController(wrapped, prepared, TOTAL)
+
+        try:
+            run = make()
+            train(*run, range(6), half(rank), backward=accelerator.backward)
+            accelerator.save_state(folder / name)
+            rest = train(*run, range(6, STEPS), half(rank), backward=accelerator.backward)
+            accelerator.free_memory()
+            run = make()
+            accelerator.load_state(folder / name)
+            assert run[-1].completed_steps == 6
+            again = train(*run, range(6, STEPS), half(rank), backward=accelerator.backward)
+            assert again == rest, f"{name}: a resumed run is the uninterrupted one"
+        finally:
+            PartialState().distributed_type = kept
+
+
+def test_accelerate_saves_and_loads_what_a_run_needs(tmp_path):
+    on_two_processes(with_accelerates_checkpoints, tmp_path, [CASES[0], CASES[2]])
 
 
 def test_processes_that_propose_different_candidates_agree(tmp_path):

@@ -18,7 +18,7 @@ from sparse_peft.sync import (
     broadcast_publication,
     receive_entries,
 )
-from tests.helpers.processes import run_on_two
+from tests.helpers.processes import join_group, run_on_two
 from tests.helpers.two_layers import TwoLayers
 
 
@@ -33,7 +33,7 @@ def adapted():
 
 
 def _two_processes(rank, store):
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
+    join_group(rank, store)
     merged = copy.deepcopy(adapted()).merge_and_unload().state_dict()
     if rank == 0:
         publisher = Publisher(adapted())

@@ -27,6 +27,7 @@ class MonarchLinear(TunerLayer[MonarchState]):
     """
 
     config_cls = MonarchConfig
+    takes_partitions = True
 
     def adapter_output(self, x: Tensor, adapter_name: str) -> Tensor:
         state = self.deltas[adapter_name]

@@ -39,6 +39,7 @@ class MonarchState(TrainedState):
     ):
         super().__init__(name)
         self.inputs, self.outputs = sizes
+        self.blocks = config.nblocks, config.blk_r
         width, height = block_sizes(*sizes, config.nblocks)
         shapes = (config.nblocks, config.blk_r, width), (config.nblocks, height, config.blk_r)
         self.A = nn.Parameter(torch.empty(shapes[0]))
@@ -106,5 +107,5 @@ class MonarchState(TrainedState):
         return {"A": first.float(), "B": second.float()}
 
     def extra_repr(self) -> str:
-        nblocks, rank, _ = self.A.shape
+        nblocks, rank = self.blocks  # FSDP1's flat parameters have other shapes
         return f"nblocks={nblocks}, blk_r={rank}, inputs={self.inputs}, outputs={self.outputs}"

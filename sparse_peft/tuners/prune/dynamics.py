@@ -49,10 +49,13 @@ class PruneDynamics(Dynamics[PruneConfig, PruneLinear]):
 
     Raises:
         ValueError: the config needs the length of the run and it is not known.
+        NotImplementedError: FSDP2 divides the weights.
     """
 
     def __init__(self, context: TrainingContext[PruneConfig, PruneLinear]):
         super().__init__(context)
+        for layer in self.layers.values():
+            layer.check_whole(f"recipe={self.config.recipe!r} chooses masks in training")
         self.timeline = self.config.timeline(context.total_steps)
         self.parts = {name: self._part(layer) for name, layer in self.layers.items()}
         self.numel = sum(part.numel for part in self.parts.values())

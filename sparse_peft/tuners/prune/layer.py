@@ -51,14 +51,24 @@ class PruneLinear(TunerLayer[PrunedState]):
 
     def base_rows(self, start: int, stop: int) -> Tensor:
         """Rows of the base weight as ``(outputs, inputs)``, without a copy."""
-        stored = self.base_parameter.detach()
-        if isinstance(stored, DTensor):
-            raise NotImplementedError(
-                f"layer {self.name}: its weight is sharded (FSDP2 or tensor parallel), and a mask needs whole rows; "
-                "train with DDP"
-            )
-        stored = stored.reshape(self.stored_shape)
+        self.check_whole("a mask is chosen")
+        stored = self.base_parameter.detach().reshape(self.stored_shape)
         return (stored if self.product.in_dim == 1 else stored.t())[start:stop]
+
+    def check_whole(self, purpose: str) -> None:
+        """Refuse a weight whose rows other processes have.
+
+        Args:
+            purpose: what the whole weight is for.
+
+        Raises:
+            NotImplementedError: FSDP2 divides the weight, and no pass has gathered it.
+        """
+        if isinstance(self.base_parameter, DTensor):
+            raise NotImplementedError(
+                f"layer {self.name}: {purpose} from the whole weight, which FSDP2 (fully_shard) divides among "
+                "processes; use DDP, or a fixed mask (recipe='static')"
+            )
 
     # ------------------------------------------------------------------ masks
 

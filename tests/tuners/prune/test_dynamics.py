@@ -13,7 +13,7 @@ from sparse_peft.numerics import panel_limit, unpack_bits
 from sparse_peft.sparsify import NM
 from sparse_peft.tuners.prune.layer import PruneLinear
 from sparse_peft.tuners.prune.recipes import RECIPES
-from tests.helpers.processes import run_on_two
+from tests.helpers.processes import join_group, run_on_two
 from tests.helpers.training_loop import batch_at
 from tests.helpers.two_layers import TwoLayers
 
@@ -251,8 +251,8 @@ def test_no_temporary_of_a_step_and_its_event_is_larger_than_a_panel(recipe):
     assert 0 < largest.nbytes <= limit < size * size * 4
 
 
-def _train_on(rank, port, folder):
-    torch.distributed.init_process_group("gloo", f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+def _train_on(rank, folder):
+    join_group(rank, f"{folder}/store")
     model = model_of(recipe="pst", start=0, stop=8, mask_every=2, pattern=0.6)
     wrapped = torch.nn.parallel.DistributedDataParallel(model)
     optimizer = optimizer_of(model)
@@ -269,7 +269,7 @@ def _train_on(rank, port, folder):
 
 @pytest.mark.distributed
 def test_two_processes_have_equal_masks(tmp_path):
-    run_on_two(_train_on, 29573, str(tmp_path))
+    run_on_two(_train_on, str(tmp_path))
     one, two = (torch.load(tmp_path / str(rank)) for rank in range(2))
     assert all(torch.equal(a, b) for a, b in zip(one, two, strict=True))
     model = model_of(recipe="pst", start=0, stop=8, mask_every=2, pattern=0.6)
