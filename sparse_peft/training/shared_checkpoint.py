@@ -158,7 +158,9 @@ class _Run:
     def optimizer_parts(self) -> tuple[list[dict[str, Any]], dict[str, dict[str, Any]], dict[str, Tensor]]:
         """Options of the groups with their parameters' names, and of the state its numbers and its tensors."""
         groups, state = self._named_groups(), self.optimizer.state_dict()
-        options, numbers, tensors = [], {}, {}
+        options: list[dict[str, Any]] = []
+        numbers: dict[str, dict[str, Any]] = {}
+        tensors: dict[str, Tensor] = {}
         for group, names in zip(state["param_groups"], groups, strict=True):
             options.append({**group, "params": names})
             for number, name in zip(group["params"], names, strict=True):

@@ -30,7 +30,7 @@ from .files.checks import BASE_ADAPTER
 from .four_bit import base_weight
 from .fully_sharded import FullySharded, LastingParameters
 from .layer_parts import bias_of, weight_of
-from .ledger import READERS, Held, Ledger, Merged, Weight, transition
+from .ledger import READERS, Ledger, Merged, Weight, transition
 from .parallel import check_made_before_sharding, check_mergeable, check_not_partitioned
 from .tensor_parallel import LocalParameters, TensorParallel, local_part
 from .transitions import exclusive, exclusively
@@ -286,7 +286,7 @@ class TunerLayer(BaseTunerLayer, nn.Module, Generic[StateT]):
 
         Raises:
             NotImplementedError: this kind of layer.
-            RuntimeError: DeepSpeed's engine, which gathers the weight, is not there, or came after a pass.
+            RuntimeError: DeepSpeed's engine, which gathers the weight, is not there.
         """
         base = self.base_layer
         if torch.compiler.is_compiling():
@@ -295,12 +295,6 @@ class TunerLayer(BaseTunerLayer, nn.Module, Generic[StateT]):
                 "or use ZeRO stage 1 or 2"
             )
         check_not_partitioned(self.name, base, type(self), type(self).__name__)
-        if isinstance(self.ledger.content, Held):
-            raise RuntimeError(
-                f"layer {self.name}: ZeRO stage 3 partitioned its weight while it held an adapter's entries, after a "
-                "pass without DeepSpeed; make the model anew, and call deepspeed.initialize or accelerator.prepare "
-                "before its first pass, or model.base_model.release() between them"
-            )
         if not base._forward_pre_hooks and weight_of(base).numel() == 0:
             raise RuntimeError(
                 f"layer {self.name}: ZeRO stage 3 has partitioned its weight, which only DeepSpeed's engine gathers; "

@@ -10,6 +10,7 @@ import torch
 from peft import get_peft_model
 from torch import distributed, nn
 from torch.distributed.algorithms.join import Join
+from torch.multiprocessing import ProcessExitedException
 from torch.nn.parallel import DistributedDataParallel
 
 from sparse_peft import SparseConfig, SparsityController
@@ -158,3 +159,13 @@ def test_a_process_that_dies_ends_the_others(tmp_path):
         assert set(results) == {0}, "the other process got an error"
         seconds, _ = results[0]
         assert seconds < TIMEOUT.total_seconds() + 10
+
+
+def waiting(rank):
+    while rank == 1:
+        time.sleep(1)
+
+
+def test_a_test_whose_processes_wait_for_ever_ends():
+    with pytest.raises(ProcessExitedException, match="process 1 terminated with exit code 1"):
+        run_on_two(waiting, limit=2)

@@ -265,9 +265,9 @@ def on_a_mesh(rank, address, folder, results):
     with process_group(rank, address, size=4):
         disable_progress_bar()
         found = {}
+        plan = DistributedConfig(tp_size=2, fsdp_size=2, tp_plan="auto")
+        model = AutoModelForCausalLM.from_pretrained(folder, distributed_config=plan)
         for method, (_, fields) in METHODS.items():
-            plan = DistributedConfig(tp_size=2, fsdp_size=2, tp_plan="auto")
-            model = AutoModelForCausalLM.from_pretrained(folder, distributed_config=plan)
             with pytest.raises(NotImplementedError) as error:
                 adapted(model, method)
             row = dict.fromkeys(COLUMNS, str(error.value))
