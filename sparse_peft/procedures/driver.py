@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import warnings
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -19,6 +20,25 @@ from ..dynamics.zero import ZeroOptimizer
 STATE_KEY = "sparse_peft"
 # Calls of step() without a step of the optimizer after which something is wrong: a loss scale is halved each time.
 MAX_SKIPPED = 64
+
+
+def packed(state: dict[str, Any]) -> bytes:
+    """A state as one value of an optimizer's state.
+
+    Distributed checkpoints take a fresh optimizer's state as the template of what they read. A driver's state has
+    other entries in each step; as one value it is read whole.
+    """
+    file = io.BytesIO()
+    torch.save(state, file)
+    return file.getvalue()
+
+
+def unpacked(data: bytes | Mapping[str, Any]) -> dict[str, Any]:
+    """What ``packed`` was given, or a state that an earlier version saved as it was."""
+    if isinstance(data, Mapping):
+        return dict(data)
+    found: dict[str, Any] = torch.load(io.BytesIO(data), weights_only=True)
+    return found
 
 
 class StepDriver:
@@ -196,7 +216,7 @@ class StepDriver:
 
     def _add_state(self, _: torch.optim.Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
         if not self._is_idle:
-            state_dict["param_groups"][0][STATE_KEY] = self.state_dict()
+            state_dict["param_groups"][0][STATE_KEY] = packed(self.state_dict())
         return state_dict
 
     def _take_state(self, optimizer: torch.optim.Optimizer) -> None:
@@ -206,4 +226,4 @@ class StepDriver:
         # a full distributed checkpoint is read by one process, and torch does not send the others this entry
         state = self.collectives.first_not_none(state)
         if state is not None:
-            self.load_state_dict(state)
+            self.load_state_dict(unpacked(state))

@@ -12,6 +12,7 @@ from sparse_peft.constraints import Count
 from sparse_peft.dynamics.protocol import Moments
 from sparse_peft.dynamics.records import Record
 from sparse_peft.procedures import Procedure, StepDriver
+from sparse_peft.procedures.driver import packed, unpacked
 from tests.helpers.procedures import adapted, assert_resumes, loss_of, optimizer_of, run, train
 from tests.helpers.training_loop import batch_at
 
@@ -71,7 +72,7 @@ def test_a_procedure_acts_and_resumes(kind):
     part = controller.parts["procedures"]["Shrinking"]
     assert part.seen[:4] == [("begin", 1), ("before", 1), ("after", 1), ("begin", 2)]
     assert [record.step for record in controller.history] == [2, 4] and part.times == 2
-    state = controller.optimizer.state_dict()["param_groups"][0]["sparse_peft"]
+    state = unpacked(controller.optimizer.state_dict()["param_groups"][0]["sparse_peft"])
     assert state["procedures"] == {"Shrinking": {"completed_steps": 5, "times": 2}} and state["adapters"] == {}
     controller.close()
     assert part.seen[-1] == "close" and "sparse_peft" not in controller.optimizer.state_dict()["param_groups"][0]
@@ -82,6 +83,16 @@ def test_a_procedure_acts_beside_the_changes_of_an_adapter():
     assert_resumes("sparse", Shrinking(), selection="rigl", reselect_every=3, stops=(3, 5))
     _, controller = run("sparse", Shrinking(), selection="rigl", reselect_every=3)
     assert {type(record).__name__ for record in controller.history} == {"Shrink", "Reselection"}
+
+
+def test_a_state_of_an_earlier_version_is_taken_as_it_is():
+    _, controller = run("sparse", Shrinking(), steps=5)
+    state = controller.optimizer.state_dict()
+    state["param_groups"][0]["sparse_peft"] = unpacked(state["param_groups"][0]["sparse_peft"])
+    _, other = run("sparse", Shrinking(), steps=1)
+    other.optimizer.load_state_dict(state)
+    assert other.completed_steps == 5 and other.history == controller.history
+    assert unpacked(packed(other.state_dict())) == other.state_dict()
 
 
 def test_skipped_steps_do_not_count():

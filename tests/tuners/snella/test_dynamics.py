@@ -12,6 +12,7 @@ from torch import nn
 
 from sparse_peft import SnellaConfig, SparsityController
 from sparse_peft.dynamics.records import record_from_dict
+from sparse_peft.procedures.driver import unpacked
 from sparse_peft.support import BudgetSchedule
 from sparse_peft.tuners.delta_layer import TunerLayer
 from sparse_peft.tuners.snella.records import Allocation
@@ -211,7 +212,7 @@ def test_a_state_of_another_rank_is_refused():
     model = make()
     optimizer = adamw(model)
     train(model, optimizer, SparsityController(model, optimizer, total_steps=20), range(3))
-    saved = optimizer.state_dict()["param_groups"][0]["sparse_peft"]
+    saved = unpacked(optimizer.state_dict()["param_groups"][0]["sparse_peft"])
     other = make(r=2)
     with pytest.raises(ValueError, match=r"layer 0.*\(2, 12, 2\).*\(2, 12, 1\)"):
         SparsityController(other, adamw(other), total_steps=20).load_state_dict(saved)
