@@ -32,6 +32,8 @@ OLDEST_TESTS := $(addprefix tests/,test_compat.py test_constraints.py test_regis
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 # Neighbours in a file share its fixtures, so each worker begins with a half and takes from the other at the end.
 PARALLEL := -n $(WORKERS) --dist worksteal
+# the files with tests of a tier: reading all the others takes each worker 20 seconds
+TIER = -m "$(1) and not slow" $(shell grep -rl "mark\.$(1)\b" --include="test_*.py" tests)
 
 .PHONY: help venv quickstart test test-oldest suite distributed deepspeed compile subprocess slow gpu test-python coverage lint types docs bench quality \
 	quality-table clean
@@ -74,10 +76,10 @@ test: $(STAMP)
 	$(PYTEST) $(PARALLEL) $(PYTEST_ARGS)
 
 suite: $(STAMP)
-	$(PYTEST) -m "suite and not slow" $(PYTEST_ARGS)
+	$(PYTEST) $(call TIER,suite) $(PYTEST_ARGS)
 
 distributed: $(STAMP)
-	$(PYTEST) -m "distributed and not slow" $(PYTEST_ARGS)
+	$(PYTEST) $(call TIER,distributed) $(PYTEST_ARGS)
 
 # DeepSpeed has no wheel: the first run builds one, in a minute. Its tests' all-reduce is gloo's, and nothing is compiled.
 DEEPSPEED := $(VENV)/deepspeed
@@ -88,11 +90,11 @@ deepspeed: $(DEEPSPEED)
 	PYTHONPATH=$(CURDIR)/$(DEEPSPEED) DS_ACCELERATOR=cpu $(PYTEST) -m distributed -k deepspeed tests/integration $(PYTEST_ARGS)
 
 compile: $(STAMP)
-	$(PYTEST) $(PARALLEL) -m compile $(PYTEST_ARGS)
+	$(PYTEST) $(PARALLEL) $(call TIER,compile) $(PYTEST_ARGS)
 
 # a file with its environment, its Hub or its site stays with one worker
 subprocess: $(STAMP)
-	$(PYTEST) -n $(WORKERS) --dist loadfile -m "subprocess and not slow" $(PYTEST_ARGS)
+	$(PYTEST) -n $(WORKERS) --dist loadfile $(call TIER,subprocess) $(PYTEST_ARGS)
 
 slow: $(STAMP)
 	$(BIN)/python -m pytest -m "slow and not gpu" $(PYTEST_ARGS)

@@ -15,7 +15,7 @@ from sparse_peft.cli.compose import compose
 from sparse_peft.cli.output import in_words_of
 from sparse_peft.registry import methods
 from sparse_peft.tuners.unknown_fields import settable_fields
-from tests.helpers.processes import run_code, run_module
+from tests.helpers.processes import run_code, run_module, started_code
 
 PASS_ON = {"train", "run"}  # their options are those of other programs
 
@@ -103,16 +103,14 @@ def test_signals_leave_no_traceback_and_no_folder(world, tmp_path, number, code)
     (tmp_path / "outputs").mkdir()
     started = tmp_path / "started"
     arguments = ["merge", str(world / "base"), str(world / "sparse"), str(tmp_path / "outputs" / "out"), str(started)]
-    process = subprocess.Popen(
-        [sys.executable, "-c", SLOW_MERGE, *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
-    deadline = time.monotonic() + 600  # imports on a busy machine
-    while not started.exists() and process.poll() is None and time.monotonic() < deadline:
-        time.sleep(0.1)
-    assert len(list((tmp_path / "outputs").iterdir())) == 1
-    process.send_signal(number)
-    out, err = process.communicate(timeout=60)
-    assert process.returncode == code and "Traceback" not in err and out == ""
+    with started_code(SLOW_MERGE, *arguments) as process:
+        deadline = time.monotonic() + 600  # imports on a busy machine
+        while not started.exists() and process.runs and time.monotonic() < deadline:
+            time.sleep(0.1)
+        assert len(list((tmp_path / "outputs").iterdir())) == 1
+        process.send_signal(number)
+        done = process.completed(timeout=60)
+    assert done.returncode == code and "Traceback" not in done.stderr and done.stdout == ""
     assert list((tmp_path / "outputs").iterdir()) == []
 
 

@@ -12,7 +12,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -39,14 +39,46 @@ class Completed:
     stderr: str
 
 
-def run_code(code: str, env: Mapping[str, str] | None = None) -> Completed:
-    """Run ``python -c code``, with ``env`` added to the environment."""
-    return _run(_as_code, (code,), env)
+class Started:
+    """A program that runs."""
+
+    def __init__(self, process: Any, output: Path) -> None:
+        self._process, self._output = process, output
+
+    @property
+    def runs(self) -> bool:
+        """Whether it has not ended."""
+        return bool(self._process.is_alive())
+
+    def send_signal(self, number: int) -> None:
+        """Send a signal."""
+        os.kill(self._process.pid, number)
+
+    def completed(self, timeout: float | None = None) -> Completed:
+        """Wait for its end; it is killed after ``timeout`` seconds, and its exit code is -9 then."""
+        self._process.join(timeout)
+        self._process.kill()
+        self._process.join()
+        return Completed(self._process.exitcode, *((self._output / n).read_text() for n in ("stdout", "stderr")))
+
+
+def run_code(code: str, env: Mapping[str, str] | None = None, cwd: Path | None = None) -> Completed:
+    """Run ``python -c code`` in a folder, with ``env`` added to the environment."""
+    with started_code(code, env=env, cwd=cwd) as process:
+        return process.completed()
 
 
 def run_module(name: str, *arguments: object, env: Mapping[str, str] | None = None) -> Completed:
     """Run ``python -m name arguments``, with ``env`` added to the environment."""
-    return _run(_as_module, (name, *map(str, arguments)), env)
+    with _started(_as_module, (name, *map(str, arguments)), env, None) as process:
+        return process.completed()
+
+
+def started_code(
+    code: str, *arguments: object, env: Mapping[str, str] | None = None, cwd: Path | None = None
+) -> AbstractContextManager[Started]:
+    """Start ``python -c code arguments`` for the block, at whose end it is killed."""
+    return _started(_as_code, (code, *map(str, arguments)), env, cwd)
 
 
 def run_on_two(function: Callable[..., None], *arguments: object, limit: float = LIMIT) -> None:
@@ -115,23 +147,31 @@ def process_group(rank: int, address: object, timeout: timedelta = GROUP_TIMEOUT
     distributed.destroy_process_group()
 
 
-def _run(program: Callable[..., None], arguments: tuple[str, ...], env: Mapping[str, str] | None) -> Completed:
+@contextmanager
+def _started(
+    program: Callable[..., None], arguments: tuple[str, ...], env: Mapping[str, str] | None, cwd: Path | None
+) -> Iterator[Started]:
     with TemporaryDirectory() as folder:
-        stdout, stderr = Path(folder, "stdout"), Path(folder, "stderr")
-        process = SERVER.Process(target=_redirected, args=(stdout, stderr, dict(env or {}), program, arguments))
+        process = SERVER.Process(target=_redirected, args=(Path(folder), dict(env or {}), cwd, program, arguments))
         process.start()
-        process.join()
-        return Completed(process.exitcode, stdout.read_text(), stderr.read_text())
+        try:
+            yield Started(process, Path(folder))
+        finally:
+            process.kill()
+            process.join()
 
 
-def _redirected(stdout, stderr, env, program, arguments) -> None:
+def _redirected(output, env, cwd, program, arguments) -> None:
     os.environ.update(env)
-    for file, stream in ((stdout, 1), (stderr, 2)):
-        os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT), stream)
+    for name, stream in (("stdout", 1), ("stderr", 2)):
+        os.dup2(os.open(output / name, os.O_WRONLY | os.O_CREAT), stream)
+    if cwd is not None:
+        os.chdir(cwd)
     program(*arguments)
 
 
-def _as_code(code: str) -> None:
+def _as_code(code: str, *arguments: str) -> None:
+    sys.argv = ["-c", *arguments]
     exec(compile(code, "<program>", "exec"), {"__name__": "__main__"})
 
 

@@ -1,8 +1,5 @@
 """axolotl's plugin, with a stand-in of axolotl's interface."""
 
-import subprocess
-import sys
-
 import pytest
 import torch
 from peft import PeftModel
@@ -10,6 +7,7 @@ from transformers import TrainingArguments
 
 from sparse_peft import SoRAConfig, SparseConfig
 from tests.helpers.language_models import llama, sequence_classifier
+from tests.helpers.processes import run_code
 from tests.integration import axolotl_stand_in
 from tests.integration.axolotl_stand_in import Run
 
@@ -38,10 +36,9 @@ def trained(this, folder, steps=4):
     return model, trainer
 
 
-@pytest.mark.subprocess
 def test_nothing_of_axolotl_is_imported_without_the_plugin():
-    code = "import sys, sparse_peft; assert not any('axolotl' in name for name in sys.modules)"
-    subprocess.run([sys.executable, "-c", code], check=True)
+    done = run_code("import sys, sparse_peft; assert not any('axolotl' in name for name in sys.modules)")
+    assert done.returncode == 0, done.stderr
 
 
 def test_a_yaml_file_trains_and_its_positions_change(tmp_path):

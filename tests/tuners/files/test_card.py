@@ -1,10 +1,6 @@
 """The model card of an adapter: facts, an example that runs, plots, and what others wrote."""
 
-import os
 import re
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -19,9 +15,9 @@ from sparse_peft.tuners.files.card import is_blank, new_card, read_card
 from sparse_peft.tuners.files.card_sections import LOAD_HEADING, PLOTS_HEADING, TRAINED_HEADING
 from tests.helpers.language_models import llama
 from tests.helpers.methods import METHODS, config
+from tests.helpers.processes import run_code
 from tests.helpers.two_layers import TwoLayers, adapted
 
-ROOT = Path(__file__).parents[3]
 IDS = torch.arange(3, 13).view(2, 5)
 UNFILLED = "[More Information Needed]"
 
@@ -143,11 +139,7 @@ def test_each_adapter_has_a_column(tmp_path):
 
 def run(folder, check):
     """Run the card's example as it is, in the adapter's folder and a fresh process, and then a check."""
-    done = subprocess.run(
-        [sys.executable, "-c", f"{example_of(folder)}\n{check}"],
-        cwd=folder, env={**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"},
-        capture_output=True, text=True, timeout=300,
-    )  # fmt: skip
+    done = run_code(f"{example_of(folder)}\n{check}", cwd=folder)
     assert done.returncode == 0, done.stderr[-2000:]
 
 
@@ -159,7 +151,6 @@ assert torch.equal(found, torch.load("logits.pt")), "the saved model computes so
 """
 
 
-@pytest.mark.subprocess
 def test_the_example_runs_as_it_is(tmp_path, base):
     model = AutoModelForCausalLM.from_pretrained(base)
     model = get_peft_model(model, config("sparse", init_weights=False))
@@ -171,7 +162,6 @@ def test_the_example_runs_as_it_is(tmp_path, base):
     run(tmp_path, f"model.set_adapter('other')\n{LOGITS}")
 
 
-@pytest.mark.subprocess
 def test_the_example_of_a_classifier_runs_as_it_is(tmp_path, base):
     model = AutoModelForSequenceClassification.from_pretrained(base, num_labels=5)
     model = get_peft_model(model, config("sparse", task_type="SEQ_CLS", init_weights=False), adapter_name="votes")
