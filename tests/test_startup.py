@@ -1,8 +1,11 @@
 """Adapters load without ``import sparse_peft``, in environments with an installed package and a fresh interpreter."""
 
 import json
+import shutil
+import socket
 import subprocess
 import sys
+import time
 
 import pytest
 import torch
@@ -12,6 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from sparse_peft import SaRAConfig, SparseConfig
 from tests.helpers.environments import ROOT, environment
+from tests.helpers.http_client import Client
 from tests.helpers.lm_eval_task import log_likelihood, sums_task
 
 pytestmark = pytest.mark.subprocess
@@ -175,3 +179,40 @@ def test_lm_eval_measures_an_adapter(installed, stand_in, adapters, tmp_path):
         expected = [log_likelihood(model, tokenizer, sample["doc"]["q"], c) for c in sample["doc"]["c"]]
         assert measured == pytest.approx(expected, abs=1e-4)
     assert len(found) == questions
+
+
+def free_port():
+    with socket.socket() as listening:
+        listening.bind(("127.0.0.1", 0))
+        return listening.getsockname()[1]
+
+
+@pytest.mark.slow
+def test_transformers_serve_and_chat_answer_with_an_adapter(installed, stand_in, adapters, tmp_path):
+    """From a folder that has a model's files and an adapter's."""
+    for package in ("fastapi", "openai"):
+        pytest.importorskip(package, reason="transformers' extra `serving` is not installed")
+    served = shutil.copytree(stand_in, tmp_path / "served")
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        shutil.copy(adapters[0] / name, served)
+    (served / "chat_template.jinja").write_text("{% for m in messages %}{{ m['content'] }}{% endfor %}")
+    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(stand_in), adapters[0]).eval()
+    tokenizer = AutoTokenizer.from_pretrained(stand_in)
+
+    def answer():
+        question = tokenizer("What is it?", return_tensors="pt")
+        tokens = model.generate(**question, max_new_tokens=8, do_sample=False)[0, question.input_ids.shape[1] :]
+        return tokenizer.decode(tokens, skip_special_tokens=True)
+
+    with model.disable_adapter():
+        without = answer()
+    client, main = Client(f"http://127.0.0.1:{free_port()}"), "from transformers.cli.transformers import main; main()"
+    with installed.running("-c", main, "serve", "--device", "cpu", "--port", client.url.rpartition(":")[2]) as server:
+        while server.poll() is None and not client.listens("/health"):
+            time.sleep(0.2)
+        question = {"messages": [{"role": "user", "content": "What is it?"}], "max_tokens": 8, "temperature": 0}
+        status, said = client.send("/v1/chat/completions", {"model": str(served), "stream": False, **question})
+        assert status == 200 and said["choices"][0]["message"]["content"] == answer() != without
+        options = ["chat", served, client.url, "max_new_tokens=8", "do_sample=False"]
+        chat = installed.run("-c", main, *options, typed="What is it?\nn\n!exit\n", HF_HUB_OFFLINE="0")
+        assert answer() in chat.stdout and without not in chat.stdout

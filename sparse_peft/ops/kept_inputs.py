@@ -141,7 +141,7 @@ def _recipe_of(x: Tensor) -> tuple[_Recipe, tuple[Tensor, ...]] | None:
 
 def is_formed_again(x: Tensor) -> bool:
     """Whether a tensor is a product of tensors that autograd keeps, for plans."""
-    return _recipe(x.grad_fn, MOST_STEPS, []) is not None
+    return TOP_HOOKS is not None and _recipe(x.grad_fn, MOST_STEPS, []) is not None
 
 
 def rounded_bytes(rows: int, width: int, compression: Compression, itemsize: int) -> int:

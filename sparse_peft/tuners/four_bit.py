@@ -6,6 +6,7 @@ On CPUs with AVX512 bitsandbytes 0.50 reads some of them wrong, and repacks the 
 from __future__ import annotations
 
 import functools
+import math
 import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -110,8 +111,10 @@ def _misreads(cols: int, block: int, quant_type: str) -> bool:
     """Whether bitsandbytes decodes rows of this length wrong on this CPU, tried with a small matrix."""
     from bitsandbytes.functional import dequantize_4bit, quantize_4bit  # noqa: PLC0415  (an optional package)
 
-    # ascending numbers: no two blocks have the same maximum
-    weight = torch.linspace(0, 1, (block // cols + 2) * cols, device="cpu").view(-1, cols)
+    # ascending numbers: no two blocks have the same maximum; whole blocks, as bitsandbytes 0.46 needs on a CPU
+    together = block // math.gcd(cols, block)
+    rows = -(-(block // cols + 2) // together) * together
+    weight = torch.linspace(0, 1, rows * cols, device="cpu").view(-1, cols)
     packed, state = quantize_4bit(weight, blocksize=block, quant_type=quant_type)
     return not torch.allclose(dequantize_4bit(packed, state), FourBit.unpacked(packed, state).dense())
 

@@ -4,6 +4,8 @@ import os
 import subprocess
 import sys
 import venv
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -19,7 +21,7 @@ class Environment:
         venv.create(folder, symlinks=True)
         self.python = folder / "bin" / "python"
         (self.site,) = folder.glob("lib/python*/site-packages")
-        found = filter(None, map(find_spec, ("torch", "hatchling", "editables", "lm_eval")))
+        found = filter(None, map(find_spec, ("torch", "hatchling", "editables", "lm_eval", "fastapi")))
         (self.site / "shared.pth").write_text("\n".join({str(Path(spec.origin).parents[1]) for spec in found}))
 
     def pip(self, *arguments: object) -> None:
@@ -32,12 +34,25 @@ class Environment:
         """Install a checkout or a wheel alone."""
         self.pip("install", "--no-deps", "--no-index", "--no-build-isolation", "--ignore-installed", *arguments)
 
-    def run(self, *arguments: object, expect: int = 0, **env: str) -> subprocess.CompletedProcess[str]:
-        """Run the interpreter in a folder without packages."""
+    def run(
+        self, *arguments: object, expect: int = 0, typed: str = "", **env: str
+    ) -> subprocess.CompletedProcess[str]:
+        """Run the interpreter in a folder without packages, with ``typed`` as its input."""
         command = [str(self.python), *map(str, arguments)]
-        done = subprocess.run(command, env=_environ() | env, capture_output=True, text=True, cwd=self.site.parent)
+        where = {"env": _environ() | env, "cwd": self.site.parent}
+        done = subprocess.run(command, input=typed, capture_output=True, text=True, **where)
         assert done.returncode == expect, (done.stdout, done.stderr)
         return done
+
+    @contextmanager
+    def running(self, *arguments: object) -> Iterator[subprocess.Popen[bytes]]:
+        """Run the interpreter likewise for the block, at whose end it is killed."""
+        command = [str(self.python), *map(str, arguments)]
+        with subprocess.Popen(command, env=_environ(), cwd=self.site.parent) as process:
+            try:
+                yield process
+            finally:
+                process.kill()
 
 
 def environment(folder: Path) -> Environment:

@@ -1,7 +1,7 @@
 """A client of OpenAI's endpoints, from the standard library."""
 
 import json
-from urllib.error import HTTPError
+from urllib.error import HTTPError, URLError
 from urllib.request import Request, urlopen
 
 TIMEOUT = 60
@@ -21,6 +21,13 @@ class Client:
                 return answer.status, self._decoded(answer)
         except HTTPError as error:
             return error.code, self._decoded(error)
+
+    def listens(self, path):
+        """Whether a server answers."""
+        try:
+            return self.send(path)[0] == 200
+        except URLError:
+            return False
 
     def _decoded(self, answer):
         content = answer.read().decode()

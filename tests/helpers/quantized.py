@@ -73,4 +73,9 @@ def four_bit_layer(rows, cols, block, quant_type="nf4", nested=True, dtype=torch
     layer.weight = bnb.nn.Params4bit(
         weight, requires_grad=False, blocksize=block, quant_type=quant_type, compress_statistics=nested
     )
-    return layer.to("cpu")
+    try:
+        return layer.to("cpu")
+    except RuntimeError as error:
+        if "must be nf4 on CPU" in str(error) or "must be divisible by blocksize" in str(error):
+            pytest.skip(f"bitsandbytes {bnb.__version__} has no such layers on a CPU")
+        raise

@@ -10,6 +10,7 @@ from sparse_peft import SparsityCallback
 from sparse_peft.tuners.delta_layer import TunerLayer
 from tests.helpers.language_models import llama, text
 from tests.helpers.methods import METHODS, MOVING, ONE_OF_EACH_FAMILY, config
+from tests.helpers.versions import transformers_adapters
 
 IDS = torch.arange(3, 13).view(2, 5)
 
@@ -22,6 +23,7 @@ def logits(model):
     return found
 
 
+@transformers_adapters
 @pytest.mark.parametrize("method", METHODS)
 def test_add_set_disable_save_load_and_delete(tmp_path, method):
     model, pristine = llama(), llama()
@@ -61,6 +63,7 @@ def test_add_set_disable_save_load_and_delete(tmp_path, method):
     assert torch.equal(logits(by_peft), wanted["one"])
 
 
+@transformers_adapters
 @pytest.mark.parametrize("method", ONE_OF_EACH_FAMILY)
 def test_an_added_adapter_trains_in_a_trainer(tokenizer, tmp_path, method):
     model, data = llama(), text().map(lambda row: tokenizer(row["text"]), remove_columns=["text"])

@@ -8,9 +8,8 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from sparse_peft.ops.kept_inputs import BLOCK, TOP_HOOKS, cast_once, keep_input
-
-forms_again = pytest.mark.skipif(TOP_HOOKS is None, reason="this torch does not say whether saved tensors are packed")
+from sparse_peft.ops.kept_inputs import BLOCK, cast_once, keep_input
+from tests.helpers.versions import forms_inputs_again
 
 
 def restored(kept):
@@ -37,7 +36,7 @@ MADE = {
 }
 
 
-@forms_again
+@forms_inputs_again
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("made", MADE)
 def test_products_of_kept_tensors_are_formed_again_bit_for_bit(made, dtype):
@@ -50,7 +49,9 @@ def test_products_of_kept_tensors_are_formed_again_bit_for_bit(made, dtype):
 
 
 @pytest.mark.parametrize("compression", [None, "bf16", "int8"])
-@pytest.mark.parametrize("made", [*(pytest.param(made, marks=forms_again) for made in ("gate", "cast")), "a sum"])
+@pytest.mark.parametrize(
+    "made", [*(pytest.param(made, marks=forms_inputs_again) for made in ("gate", "cast")), "a sum"]
+)
 def test_what_restores_an_input_keeps_neither_it_nor_what_it_is_made_from(made, compression):
     x = {**MADE, **KEPT}[made](leaf(3, 5, 7))
     computed = cast_once(x, torch.float32)
@@ -97,7 +98,7 @@ def test_everything_else_is_kept_itself(made):
     assert tensor is x
 
 
-@forms_again
+@forms_inputs_again
 def test_where_saved_tensors_are_packed_the_input_is_kept():
     """Looking at them would run a checkpoint's block again, and bring offloaded tensors back."""
     found = []

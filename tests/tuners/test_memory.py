@@ -14,6 +14,7 @@ from benchmarks.measure import LargestTensor
 from sparse_peft import SparseConfig, panel_limit, use_backend
 from tests.helpers.memory import saved_bytes
 from tests.helpers.two_layers import TwoLayers, adapted
+from tests.helpers.versions import forms_inputs_again
 
 TOKENS, WIDTH = 8, 256
 
@@ -103,6 +104,7 @@ def saved_for_values(model, x):
     return nbytes - saved_bytes(model, x)[0]
 
 
+@forms_inputs_again
 @pytest.mark.parametrize(("compression", "itemsize"), [(None, 4), ("bf16", 2), ("int8", 1)])
 def test_inputs_that_are_products_of_kept_tensors_are_not_kept(compression, itemsize):
     config = SparseConfig(density=0.05, target_modules=NAMES, compress_inputs=compression)
@@ -114,6 +116,7 @@ def test_inputs_that_are_products_of_kept_tensors_are_not_kept(compression, item
     assert saved_for_values(model, x) == copies * itemsize * TOKENS * WIDTH + scales
 
 
+@forms_inputs_again
 def test_inputs_that_are_formed_again_are_freed():
     """Not only by autograd: after the forward pass nothing refers to them."""
     model, alive = get_peft_model(Block(), SparseConfig(density=0.05, target_modules=NAMES)), []
