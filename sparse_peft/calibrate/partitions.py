@@ -6,12 +6,15 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 
 def is_partitioned(parameter: Tensor | None) -> bool:
     """Whether ZeRO stage 3 has partitioned a parameter, which may be whole for the moment."""
-    return hasattr(parameter, "ds_id")
+    if parameter is None or torch.compiler.is_compiling():
+        return hasattr(parameter, "ds_id")
+    return "ds_id" in parameter.__dict__  # hasattr takes ten times as long to say no, in every pass of every layer
 
 
 def gather_missing(parameters: Iterable[Any]) -> list[Any]:

@@ -7,6 +7,7 @@ the input as the layer multiplies it, one tensor for all layers that have the sa
 
 from __future__ import annotations
 
+import itertools
 import weakref
 from collections.abc import Callable, Iterator
 from threading import local
@@ -47,6 +48,15 @@ def keep_input(x: Tensor, computed: Tensor, compression: Compression | None, fea
         compression: the rounding of what has to be kept.
         features: ``(used,)`` int64, those that are needed of what has to be kept; None for all.
     """
+    block_pass = _pass_of_checkpoint()
+    if block_pass is None:
+        return _kept(x, computed, compression, features)
+    if block_pass == "first":
+        return Kept((torch.zeros(1, dtype=torch.int64),), _of_second_pass)
+    return _note(_kept(x, computed, compression, features))
+
+
+def _kept(x: Tensor, computed: Tensor, compression: Compression | None, features: Tensor | None) -> Kept:
     found = _recipe_of(x)
     if found is not None:
         (recipe, leaves), dtype = found, computed.dtype  # what restores the input must not refer to it
@@ -80,6 +90,45 @@ def cast_once(x: Tensor, dtype: torch.dtype) -> Tensor:
     if not x.is_inference():
         _thread.cast = weakref.ref(x), x._version, weakref.ref(result)
     return result
+
+
+# ---------------------------------------------------------------------------------------------- gradient checkpointing
+#
+# A checkpointed block runs twice, and torch keeps for the first pass what the second one saves, one tensor for one. In
+# the first, nothing tells whether the second will find a recipe: both save a number, under which the second notes what
+# it keeps.
+
+_CHECKPOINT_PASSES = {
+    "_checkpoint_hook.__init__.<locals>.pack_hook": "first",
+    "_recomputation_hook.__init__.<locals>.pack_hook": "second",
+}
+_numbers = itertools.count(1)
+_noted: dict[int, Kept] = {}  # of blocks that ran again, until the first pass's node asks
+
+
+def _pass_of_checkpoint() -> str | None:
+    """Which pass of a block under torch's checkpointing (without reentry) this is; None outside of one."""
+    hooks = None if TOP_HOOKS is None else TOP_HOOKS(True)
+    if hooks is None or getattr(hooks[0], "__module__", None) != "torch.utils.checkpoint":
+        return None
+    return _CHECKPOINT_PASSES.get(hooks[0].__qualname__)
+
+
+def _note(kept: Kept) -> Kept:
+    """What the second pass keeps, to be found by the node of the first."""
+    kept = Kept(tuple(tensor.detach() for tensor in kept.tensors), kept.restore)
+    number = next(_numbers)
+    saved = torch.tensor([number])
+    _noted[number] = kept
+    # torch drops it with the graph, also after an error
+    weakref.finalize(saved.untyped_storage(), _noted.pop, number, None)
+    # for this pass's own node, which only a block that calls backward itself asks
+    return Kept((saved,), lambda _: kept.restore(*kept.tensors))
+
+
+def _of_second_pass(number: Tensor) -> Tensor:
+    kept = _noted.pop(int(number))
+    return kept.restore(*kept.tensors)
 
 
 # ------------------------------------------------------------------------------------------------------------ recipes
@@ -122,14 +171,14 @@ _Recipe = _Leaf | _Product | _Cast
 def _recipe_of(x: Tensor) -> tuple[_Recipe, tuple[Tensor, ...]] | None:
     """How to form a tensor again from tensors that autograd keeps until it has passed its node, and these tensors.
 
-    Products and casts give the same bits again. Where saved tensors are packed (gradient checkpointing, offloading to
-    the CPU), looking at them would unpack them, so nothing is known there. Nor is it of a tensor that was changed in
-    place since.
+    Products and casts give the same bits again. Where saved tensors are packed (offloading to the CPU), looking at
+    them would unpack them, so nothing is known there; the second pass of a checkpointed block packs nothing. Nor is
+    it known of a tensor that was changed in place since.
     """
     node = x.grad_fn
     if node is None or node.name() not in STEPS or x._version or x.is_inference():
         return None
-    if TOP_HOOKS is None or TOP_HOOKS(True) is not None:
+    if TOP_HOOKS is None or (TOP_HOOKS(True) is not None and _pass_of_checkpoint() != "second"):
         return None
     leaves: list[Tensor] = []
     try:

@@ -189,10 +189,10 @@ class TunerLayer(BaseTunerLayer, nn.Module, Generic[StateT]):
     @property
     def base_parameters(self) -> Mapping[str, Tensor | None]:
         """The parameters of the module that has the base weight, which is called ``"weight"`` here."""
-        base = self.base_layer
+        base: Any = self._modules["base_layer"]
         if self.parallel is not None:
             return LocalParameters(base)
-        return base.by_name if isinstance(base, ExpertWeight) else base._parameters
+        return base.by_name if isinstance(base, ExpertWeight) else cast("dict[str, Tensor | None]", base._parameters)
 
     @transition
     def add_delta(self, adapter_name: str, delta: StateT, *, init_weights: bool, inference_mode: bool) -> None:
@@ -237,9 +237,11 @@ class TunerLayer(BaseTunerLayer, nn.Module, Generic[StateT]):
         return self.deltas[adapter_name]
 
     def _active_names(self) -> tuple[str, ...]:
-        active, deltas = self.owner._active_adapter, self.deltas
-        names = (active,) if isinstance(active, str) else active
-        return tuple([name for name in names if name in deltas])
+        owner = self._owner[0] if self._owner else self
+        active, deltas = owner._active_adapter, cast("Any", owner._modules[self.delta_container])._modules
+        if isinstance(active, str):
+            return (active,) if active in deltas else ()
+        return tuple([name for name in active if name in deltas])
 
     # ------------------------------------------------------------------ the base layer
 
@@ -260,7 +262,9 @@ class TunerLayer(BaseTunerLayer, nn.Module, Generic[StateT]):
         base: Any = self._modules["base_layer"]
         if type(base).forward not in STOCK_FORWARDS:
             return False
-        weight = weight_of(base)
+        weight = base._parameters.get("weight")
+        if weight is None:
+            weight = weight_of(base)
         return (
             (type(weight) in (nn.Parameter, Tensor) or self.parallel is not None or self.divided is not None)
             and not (weight.requires_grad and torch.is_grad_enabled())
@@ -274,12 +278,13 @@ class TunerLayer(BaseTunerLayer, nn.Module, Generic[StateT]):
 
     def _is_sharded(self) -> bool:
         """Whether FSDP shards the weight: what is gathered for a pass is a copy that comes and goes."""
-        return self.base_layer.__dict__.get("_is_fsdp_managed_module", False)
+        base: Any = self._modules["base_layer"]
+        return base.__dict__.get("_is_fsdp_managed_module", False)
 
     def _is_partitioned(self) -> bool:
         """Whether ZeRO stage 3 has partitioned the weight: it is whole inside the base layer's own forward only."""
-        weight = self.base_layer._parameters.get("weight")
-        return weight is not None and is_partitioned(weight)
+        base: Any = self._modules["base_layer"]
+        return is_partitioned(base._parameters.get("weight"))
 
     def _enter_partitioned(self) -> None:
         """Refuse what cannot work with a partitioned weight; gather the adapters' parameters, which stay whole.

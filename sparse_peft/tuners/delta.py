@@ -98,6 +98,13 @@ class Delta(TrainedState):
         values = self.values if self._zeros is None else self.values.masked_fill(self._zeros[1], 0)
         return self.scaled(values) if scaled else values
 
+    def unscaled(self) -> Tensor:
+        """``self(scaled=False)``, without torch's call of a module where it has no hooks."""
+        hooked = (
+            self._forward_pre_hooks or self._forward_hooks or self._backward_pre_hooks or self._backward_hooks
+        ) or "forward" in self.__dict__
+        return self(scaled=False) if hooked else self.forward(scaled=False)
+
     def of_entries(self, values: Tensor, first: int, last: int) -> Tensor:
         """The delta at the entries ``first`` to ``last``, of which these are the values, detached."""
         if self._zeros is not None:

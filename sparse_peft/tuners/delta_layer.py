@@ -162,8 +162,9 @@ class SparseTunerLayer(TunerLayer[DeltaT]):
 
     def _is_current(self, joined: ActiveDelta) -> bool:
         """Whether the adapters still have the supports that were joined."""
+        deltas = self.deltas
         for name, support in zip(joined.names, joined.parts, strict=True):
-            if self.deltas[name].known_support() is not support:
+            if deltas[name].known_support() is not support:
                 return False
         return True
 
@@ -207,7 +208,7 @@ class SparseTunerLayer(TunerLayer[DeltaT]):
         if delta is None:
             return None
         content = self.ledger.content
-        if isinstance(content, Held) and content.delta is delta and content.stamp.is_current():
+        if content is not None and isinstance(content, Held) and content.delta is delta and content.stamp.is_current():
             return content.stamp
         # parameters that are gathered change their addresses
         gathered = self._is_sharded() or self._is_partitioned()
@@ -271,7 +272,7 @@ class SparseTunerLayer(TunerLayer[DeltaT]):
         held = Held(delta, stamp, parameters, weight, is_all)
         if len(delta.names) == 1 and self.parallel is None and stamp.is_in_place():
             state = self.deltas[delta.names[0]]
-            return Write(self.ledger, weight, delta.support, state(scaled=False).detach(), state.value_scale, held)
+            return Write(self.ledger, weight, delta.support, state.unscaled(), state.value_scale, held)
         with torch.no_grad():
             values = self.sum_values(delta, stamp)
         return Write(self.ledger, weight, delta.support, values.detach(), 1.0, held)
@@ -465,7 +466,7 @@ class SparseTunerLayer(TunerLayer[DeltaT]):
         if len(delta.names) > 1:
             alike = len({self.deltas[name].compression for name in delta.names}) == 1
             return self.sum_values(delta), How(1.0, dtype, state.compression if alike else None)
-        values = state(scaled=False)
+        values = state.unscaled()
         if self.parallel is not None:
             (values,) = self._own(delta, [values])
         return values, How(state.value_scale, dtype, state.compression, state.narrows_inputs)

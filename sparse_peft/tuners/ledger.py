@@ -386,7 +386,7 @@ class Write:
         ledger: the weight's.
         weight: the parameter.
         support: the entries' positions.
-        values: ``(entries,)``, detached.
+        values: ``(entries,)``.
         scale: factor between the values and the delta.
         content: what the weight holds then; what tells it, given its backup, where that depends on what is written.
     """

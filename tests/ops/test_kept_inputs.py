@@ -8,6 +8,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from sparse_peft.ops import kept_inputs
 from sparse_peft.ops.kept_inputs import BLOCK, cast_once, keep_input
 from tests.helpers.versions import forms_inputs_again
 
@@ -100,19 +101,82 @@ def test_everything_else_is_kept_itself(made):
 
 @forms_inputs_again
 def test_where_saved_tensors_are_packed_the_input_is_kept():
-    """Looking at them would run a checkpoint's block again, and bring offloaded tensors back."""
-    found = []
+    """Looking at them would bring offloaded tensors back."""
+    x = leaf(3, 7)
+    with torch.autograd.graph.save_on_cpu():
+        product = x * x.sin()
+        assert keep_input(product, product, None).tensors[0] is product
+
+
+class Keeps(torch.autograd.Function):
+    """The identity, which notes the input that backward restores."""
+
+    @staticmethod
+    def forward(ctx, x, compression, log):
+        kept = keep_input(x, x, compression)
+        ctx.restore, ctx.log = kept.restore, log
+        ctx.save_for_backward(*kept.tensors)
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        ctx.log.append(ctx.restore(*ctx.saved_tensors))
+        return grad, None, None
+
+
+@pytest.mark.parametrize("made", [name for name in {**MADE, **KEPT} if "since" not in name])
+@pytest.mark.parametrize("times", [1, 2])
+def test_a_checkpointed_block_restores_every_input(made, times):
+    """Also its own input, which a node made outside of the block in the first pass and none in the second."""
+    log, x = [], leaf(3, 5, 7)
+    outside = x * x.sin()
+
+    def block(outside):
+        inside = {**MADE, **KEPT}[made](outside)
+        return Keeps.apply(outside, None, log).sum() + Keeps.apply(inside, None, log).double().sum()
+
+    total = checkpoint(block, outside, use_reentrant=False)
+    torch.manual_seed(1)
+    for number in range(times):
+        log.clear()
+        total.backward(retain_graph=number + 1 < times)
+        assert any(torch.equal(one, outside) for one in log) and len(log) == 2
+    assert not kept_inputs._noted
+
+
+def test_a_checkpointed_block_keeps_the_factors_of_a_product_and_not_the_product(monkeypatch):
+    kept, log = [], []
+    note = kept_inputs._note
+    monkeypatch.setattr(kept_inputs, "_note", lambda each: kept.append(each) or note(each))
+
+    def block(x, compression):
+        return Keeps.apply(x * x.sin(), compression, log).sum() + Keeps.apply(x + 1, compression, log).sum()
+
+    x = leaf(3, 7)
+    for compression, of_sum in ((None, torch.float32), ("int8", torch.int8)):
+        checkpoint(block, x, compression, use_reentrant=False).backward()
+        assert [len(each.tensors) for each in kept] == [2, 1 if compression is None else 2]
+        assert torch.equal(kept[0].tensors[0], x) and kept[1].tensors[0].dtype == of_sum
+        assert torch.equal(log[1], x * x.sin())
+        kept.clear()
+        log.clear()
+
+
+def test_a_backward_pass_that_fails_leaves_nothing_behind():
+    def fail(grad):
+        raise RuntimeError("no memory")
 
     def block(x):
-        product = x * x.sin()
-        found.append(keep_input(product, product, None).tensors[0] is product)
-        return product.sin()
+        inner = x * x.sin()
+        inner.register_hook(fail)
+        return Keeps.apply(Keeps.apply(inner, None, []) * inner, None, []).sin().sum()
 
-    checkpoint(block, leaf(3, 7), use_reentrant=False).sum().backward()
-    with torch.autograd.graph.save_on_cpu():
-        block(leaf(3, 7))
-    block(leaf(3, 7))
-    assert found == [True, True, True, False]
+    total = checkpoint(block, leaf(3, 7), use_reentrant=False)
+    with pytest.raises(RuntimeError, match="no memory"):
+        total.backward()
+    del total
+    gc.collect()
+    assert not kept_inputs._noted
 
 
 @pytest.mark.parametrize("shape", [(4, 7), (2, 3, BLOCK), (5, 2 * BLOCK + 3), (0, 9), (2, 1)])

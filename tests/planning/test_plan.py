@@ -119,7 +119,14 @@ def peak_of(config, batch, length, checkpointing):
 
 
 @pytest.mark.parametrize(
-    ("budget", "batch", "checkpointing"), [({"density": 0.01}, 2, False), ({"r": 16}, 2, False), ({"r": 8}, 8, True)]
+    ("budget", "batch", "checkpointing"),
+    [
+        ({"density": 0.01}, 2, False),
+        ({"r": 16}, 2, False),
+        ({"r": 8}, 8, True),
+        ({"density": 0.01, "columns": 0.25}, 2, False),
+        ({"density": 0.01, "columns": 0.1}, 8, True),
+    ],
 )
 def test_the_peak_is_within_a_tenth_of_the_measured_one(budget, batch, checkpointing):
     config = SparseConfig(**budget, target_modules="all-linear")
