@@ -40,7 +40,7 @@ def eval(
             raise UsageError(f"eval needs lm-eval: {install_advice('eval')}")
         folder = adapter_folder(adapter)
         learnt, kept = names_in(tasks), names_in(keep)
-        if not learnt:
+        if not (learnt or kept):
             raise UsageError(f"--tasks {tasks!r}: the name of a task of lm-eval's is expected")
         if include_path is not None and not include_path.is_dir():
             raise UsageError(f"--include-path {include_path}: no such folder")

@@ -19,10 +19,7 @@ def adapter_folder(path: Path) -> Path:
         UsageError: it is not; says what it is instead.
     """
     if not path.exists():
-        raise UsageError(
-            f"{path}: no such folder; an adapter's is expected. One of the hub is fetched with `hf download {path} "
-            "--local-dir FOLDER`"
-        )
+        raise UsageError(f"{path}: no such folder; an adapter's is expected{from_the_hub(path)}")
     if not path.is_dir():
         raise UsageError(f"{path}: a file; the folder of an adapter is expected, with adapter_config.json in it")
     if not (path / "adapter_config.json").is_file():
@@ -40,6 +37,12 @@ def adapter_folder(path: Path) -> Path:
     return path
 
 
+def from_the_hub(path: Path) -> str:
+    """How to fetch what is not here, if the path may be a name on the Hub."""
+    is_name = not path.exists() and not path.is_absolute() and len(path.parts) <= 2 and ".." not in path.parts
+    return f". One of the Hub is fetched with `hf download {path} --local-dir FOLDER`" if is_name else ""
+
+
 def model_folder(path: Path) -> Path:
     """The path, if it is the folder of a model whose weights can be read.
 
@@ -48,10 +51,7 @@ def model_folder(path: Path) -> Path:
     """
     if not path.is_dir():
         what = "a file" if path.exists() else "no such folder"
-        raise UsageError(
-            f"{path}: {what}; the folder of a model is expected. One of the hub is fetched with `hf download {path} "
-            "--local-dir FOLDER`"
-        )
+        raise UsageError(f"{path}: {what}; the folder of a model is expected{from_the_hub(path)}")
     if not (path / "config.json").is_file():
         what = "an adapter" if (path / "adapter_config.json").is_file() else "not a model, it has no config.json"
         raise UsageError(f"{path}: {what}; the folder of a model is expected")

@@ -6,6 +6,7 @@ import argparse
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import MISSING, fields
+from difflib import get_close_matches
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
@@ -54,16 +55,18 @@ def train(
     try:
         folder = run_script(script, arguments, config, plan)
     except (FileNotFoundError, ConnectionError) as error:  # a data set, or weights
-        refuse("train", error)
+        data = arguments[0].dataset_name
+        is_file = data is not None and Path(data).is_file()
+        hint = f"--dataset_name {data}: a file; the folder that it is in is expected. " if is_file else ""
+        refuse("train", FileNotFoundError(f"{hint}{error}"))
     console_for_people().print(f"[bold]{escape(str(folder))}[/]: the adapter", soft_wrap=True)
 
 
-# the options are TRL's parser's
+# the options behind the trainer are TRL's parser's, --help among them
 train.context_settings = {  # type: ignore[attr-defined]
     "allow_extra_args": True,
     "ignore_unknown_options": True,
     "allow_interspersed_args": False,
-    "help_option_names": [],
 }
 
 
@@ -95,7 +98,8 @@ def parse(script: Any, given: Sequence[str], task_type: str) -> tuple[list[Any],
     parser.set_defaults(use_cpu=not torch.accelerator.is_available())
     config_class = method_named(chosen_method(given)).config_class
     names = add_options(parser, config_class)
-    *arguments, ours = parser.parse_args_and_config(list(given))
+    *arguments, ours, left = parser.parse_args_and_config(list(given), return_remaining_strings=True)
+    refuse_unknown(left, parser)
     data, _, model, mixture = arguments
     refuse_lora(model)
     if model.model_name_or_path is None:
@@ -146,6 +150,20 @@ def option_text(config_class: type[BaseSparseConfig], name: str) -> str:
     """What a field means and may hold, for argparse, to which % is special."""
     text = config_class.__dataclass_fields__[name].metadata["help"]
     return f"{text} ({describe(field_hints(config_class)[name])})".replace("%", "%%")
+
+
+def refuse_unknown(left: Sequence[str], parser: argparse.ArgumentParser) -> None:
+    """Refuse what of the command line and the YAML file the parser does not know.
+
+    Raises:
+        ValueError: names it, and the options that it may stand for.
+    """
+    if not left:
+        return
+    names = [text.partition("=")[0] for text in left if text.startswith("-")] or list(left)
+    close = [f"{match!r}" for name in names for match in get_close_matches(name, parser._option_string_actions, n=1)]
+    hint = f"; did you mean {', '.join(close)}?" if close else ""
+    raise ValueError(f"{', '.join(names)}: no such option{hint}")
 
 
 def refuse_lora(model: Any) -> None:

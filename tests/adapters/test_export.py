@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM
 from sparse_peft import S2FTConfig, SaRAConfig, SLTrainConfig, SoRAConfig, SparseConfig
 from sparse_peft.adapters import export, save_merged
 from tests.helpers.trained_adapters import FACTORS, METHODS, deltas, llama, saved, three, trained
+from tests.helpers.versions import transformers_adapters
 
 TARGETS = ["q_proj", "o_proj", "down_proj"]
 CONFIGS = {
@@ -76,6 +77,7 @@ def test_modules_saved_whole_take_their_place(tmp_path):
         assert torch.equal(tensors[f"{q}.weight"], expected.float())
 
 
+@transformers_adapters
 def test_models_that_got_their_adapter_from_transformers(tmp_path):
     model = llama()
     model.add_adapter(SparseConfig(density=0.2, target_modules=["q_proj"], init_weights=False))

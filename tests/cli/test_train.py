@@ -101,7 +101,7 @@ def test_a_yaml_file_has_options_of_both(tmp_path):
     [
         (["ppo"], "'ppo': one of sft, dpo, grpo, kto, reward"),
         (["sft", "--method", "spars"], "did you mean 'sparse'?"),
-        (["sft", "--densty", "0.1", *MODEL], "--densty"),
+        (["sft", "--densty", "0.1", *MODEL], "--densty: no such option; did you mean '--density'?"),
         (["sft", "--density", "3", *MODEL], "density=3.0: a share in (0, 1]"),
         (["sft", "--lora_r", "8", *MODEL], "--lora_r: options of LoRA"),
         (["sft"], "--model_name_or_path: a model's folder"),
@@ -112,6 +112,24 @@ def test_a_yaml_file_has_options_of_both(tmp_path):
 )
 def test_invalid_requests(run, arguments, words):
     assert words in run("train", *arguments, expect=2).err.replace("\n", " ")
+
+
+def test_a_file_of_data_is_refused_with_its_folder(run, stand_in, tmp_path):
+    (tmp_path / "train.jsonl").write_text('{"text": "fox"}\n')
+    where = ["--model_name_or_path", stand_in, "--dataset_name", tmp_path / "train.jsonl", "--output_dir", tmp_path]
+    said = run("train", "sft", *where, *SHORT, "--target_modules", "q_proj", expect=2).err.replace("\n", " ")
+    assert "train.jsonl: a file; the folder that it is in is expected" in said
+
+
+def test_a_wrong_key_of_a_yaml_file_is_refused(tmp_path):
+    (tmp_path / "train.yaml").write_text("model_name_or_path: m\ndataset_name: d\ndensty: 0.1\n")
+    with pytest.raises(ValueError, match="--densty: no such option; did you mean '--density'"):
+        parse(script_of("sft"), ["--config", str(tmp_path / "train.yaml")], "CAUSAL_LM")
+
+
+@pytest.mark.parametrize("option", ["-h", "--help"])
+def test_help_without_a_trainer(run, option):
+    assert "sft, dpo, grpo, kto, reward" in run("train", option).out
 
 
 @pytest.mark.parametrize(("target", "words"), [("q_prj", "did you mean 'q_proj'?"), ("q_proj", "nodata")])
