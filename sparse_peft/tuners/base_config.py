@@ -139,6 +139,7 @@ class BaseSparseConfig(PeftConfig):
     """
 
     method: ClassVar[str]  # the PEFT type's name
+    fixed_tensors: ClassVar[frozenset[str]] = frozenset()  # of floats in a layer's file that never train
     # Fields that decide what each layer trains: once one is set again, what was resolved from it is void.
     deciding_fields: ClassVar[frozenset[str]] = frozenset()
     resolved_fields: ClassVar[tuple[str, ...]] = ("weight_shapes",)

@@ -49,7 +49,12 @@ class SavedAdapter:
     @property
     def values(self) -> dict[str, StoredTensor]:
         """The tensors that train in the adapted layers: positions and codes are integers, thresholds are scalars."""
-        return {name: tensor for name, tensor in self.tensors.items() if self._is_own(name) and _trains(tensor)}
+        fixed = self.config_class.fixed_tensors
+        return {
+            name: tensor
+            for name, tensor in self.tensors.items()
+            if self._is_own(name) and _trains(tensor) and name.rpartition(".")[2] not in fixed
+        }
 
     @property
     def saved_whole(self) -> dict[str, StoredTensor]:

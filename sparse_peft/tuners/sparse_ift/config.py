@@ -68,6 +68,10 @@ class SparseIFTConfig(BaseSparseConfig):
     )
     seed: int = field(default=0, metadata={"help": "Seed of the first positions."})
 
+    def claimed_sizes(self, layer: str) -> Iterator[tuple[str, int, str]]:
+        _, inputs = (self.weight_shapes or {}).get(layer, (1, 1))
+        yield "r", self.r * inputs, "A_values.0"
+
     @property
     def rank(self) -> int:
         """The rank of the sparse factors."""

@@ -56,6 +56,11 @@ class SSTConfig(BaseSparseConfig):
     )
     seed: int = field(default=0, metadata={"help": "Seed of the draws."})
 
+    fixed_tensors: ClassVar[frozenset[str]] = frozenset({"U_rest", "V_rest"})
+
+    def claimed_sizes(self, layer: str) -> Iterator[tuple[str, int, str]]:
+        yield "r", min(self.r, *(self.weight_shapes or {}).get(layer, (self.r,))), "U.1"
+
     @property
     def changes_in_training(self) -> bool:
         return True

@@ -27,6 +27,9 @@ CLAIMS = {
     "s2ft": ({"num_channels": None, "sides": None, "ratio": 0.9}, "num_channels: "),
     "sketch": ({"groups": 8}, "groups: 8"),
     "prune": ({"trains": "low_rank+sparse", "density": 0.5}, "density: "),
+    "monarch": ({"blk_r": 12}, "blk_r: 12"),
+    "sst": ({"r": 12}, "r: 12"),
+    "sparse_ift": ({"r": 12}, "r: "),
 }
 
 

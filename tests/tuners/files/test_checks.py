@@ -207,7 +207,7 @@ def seeded_layers():
     return TwoLayers()
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", [name for name in METHODS if name != "sst"])  # whose values stay float32
 def test_values_too_large_for_the_file_are_not_saved_and_the_old_adapter_stays(tmp_path, method):
     make, fields = METHODS[method]
     config = make(**{**fields, "target_modules": ["first", "second"]}, save_dtype="float16")
