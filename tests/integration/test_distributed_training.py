@@ -3,6 +3,7 @@
 import copy
 import os
 import warnings
+from contextlib import contextmanager
 from functools import partial
 
 import pytest
@@ -176,24 +177,41 @@ def with_fsdp2(rank, selection, kind, fields, folder):
     return first[:-1] + rest
 
 
-def with_accelerates_fsdp2(rank, selection, kind, fields, folder):
-    plugin = FullyShardedDataParallelPlugin(
-        fsdp_version=2, auto_wrap_policy="transformer_based_wrap", transformer_cls_names_to_wrap=["Block"]
-    )
+@contextmanager
+def accelerates(fsdp2):
+    """An accelerator of DDP or FSDP2, which accelerate keeps for devices; what it does then runs on CPUs, too."""
+    AcceleratorState._reset_state()
     accelerator = Accelerator(cpu=True)
-    # accelerate keeps FSDP for devices; what it does once it is chosen runs on CPUs too
-    accelerator.state.distributed_type, accelerator.state.fsdp_plugin = DistributedType.FSDP, plugin
-    model = adapted(selection, **fields)
-    optimizer = OPTIMIZERS[kind]([p for p in model.parameters() if p.requires_grad], lr=1e-2)
-    wrapped, prepared = accelerator.prepare(model, optimizer)
-    assert all(isinstance(module, FSDPModule) for module in (wrapped, *wrapped.get_base_model().blocks))
-    controller = SparsityController(wrapped, prepared, TOTAL)
-    seen = train(wrapped, wrapped, prepared, controller, range(STEPS), half(rank), backward=accelerator.backward)
-    state = accelerator.get_state_dict(wrapped)
-    if rank == 0:
-        accelerator.unwrap_model(wrapped).save_pretrained(folder, state_dict=state)
-    distributed.barrier()
-    return seen
+    kept = accelerator.state.distributed_type
+    if fsdp2:
+        accelerator.state.fsdp_plugin = FullyShardedDataParallelPlugin(
+            fsdp_version=2,
+            auto_wrap_policy="transformer_based_wrap",
+            transformer_cls_names_to_wrap=["Block"],
+            state_dict_type="SHARDED_STATE_DICT",
+        )
+        # of both, since each part of accelerate that asks takes the second one's again
+        accelerator.state.distributed_type = PartialState().distributed_type = DistributedType.FSDP
+    try:
+        yield accelerator
+    finally:
+        PartialState().distributed_type = kept
+        AcceleratorState._reset_state()
+
+
+def with_accelerates_fsdp2(rank, selection, kind, fields, folder):
+    with accelerates(fsdp2=True) as accelerator:
+        model = adapted(selection, **fields)
+        optimizer = OPTIMIZERS[kind]([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+        wrapped, prepared = accelerator.prepare(model, optimizer)
+        assert all(isinstance(module, FSDPModule) for module in (wrapped, *wrapped.get_base_model().blocks))
+        controller = SparsityController(wrapped, prepared, TOTAL)
+        seen = train(wrapped, wrapped, prepared, controller, range(STEPS), half(rank), backward=accelerator.backward)
+        state = accelerator.get_state_dict(wrapped)
+        if rank == 0:
+            accelerator.unwrap_model(wrapped).save_pretrained(folder, state_dict=state)
+        distributed.barrier()
+        return seen
 
 
 def refused(rank, selection, kind, fields, folder):
@@ -277,28 +295,15 @@ def test_two_processes_do_what_one_does_with_the_whole_batch(tmp_path, run):
 
 def with_accelerates_checkpoints(rank, selection, kind, fields, folder):
     """``save_state`` in the middle, and ``load_state`` into a new model, in DDP and in FSDP2."""
-    plugin = FullyShardedDataParallelPlugin(
-        fsdp_version=2,
-        auto_wrap_policy="transformer_based_wrap",
-        transformer_cls_names_to_wrap=["Block"],
-        state_dict_type="SHARDED_STATE_DICT",
-    )
     for name in ("ddp", "fsdp2"):
-        AcceleratorState._reset_state()
-        accelerator = Accelerator(cpu=True)
-        kept = accelerator.state.distributed_type
-        if name == "fsdp2":
-            accelerator.state.fsdp_plugin = plugin
-            # of both, since each new state asks the other
-            accelerator.state.distributed_type = PartialState().distributed_type = DistributedType.FSDP
+        with accelerates(fsdp2=name == "fsdp2") as accelerator:
 
-        def make(accelerator=accelerator):
-            model = adapted(selection, **fields)
-            optimizer = OPTIMIZERS[kind]([p for p in model.parameters() if p.requires_grad], lr=1e-2)
-            wrapped, prepared = accelerator.prepare(model, optimizer)
-            return wrapped, wrapped, prepared, SparsityController(wrapped, prepared, TOTAL)
+            def make(accelerator=accelerator):
+                model = adapted(selection, **fields)
+                optimizer = OPTIMIZERS[kind]([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+                wrapped, prepared = accelerator.prepare(model, optimizer)
+                return wrapped, wrapped, prepared, SparsityController(wrapped, prepared, TOTAL)
 
-        try:
             run = make()
             train(*run, range(6), half(rank), backward=accelerator.backward)
             accelerator.save_state(folder / name)
@@ -309,8 +314,6 @@ def with_accelerates_checkpoints(rank, selection, kind, fields, folder):
             assert run[-1].completed_steps == 6
             again = train(*run, range(6, STEPS), half(rank), backward=accelerator.backward)
             assert again == rest, f"{name}: a resumed run is the uninterrupted one"
-        finally:
-            PartialState().distributed_type = kept
 
 
 def test_accelerate_saves_and_loads_what_a_run_needs(tmp_path):
