@@ -18,6 +18,7 @@ from torch import Tensor
 
 from ..support import Support
 from .expert_support_grad import expert_parts, expert_support_grad
+from .kept_inputs import kept_of_pass
 from .products import LinearProduct, WeightPanels
 
 P = ParamSpec("P")
@@ -183,6 +184,15 @@ class Recipe:
     make: Callable[..., Tensor]
     tensors: tuple[Tensor, ...]
 
+    def without_products(self) -> Recipe:
+        """The recipe with the first tensor formed again, too, where it is a product of what autograd keeps anyway."""
+        source, *others = self.tensors
+        kept, make = kept_of_pass(source, source), self.make
+        if kept.tensors and kept.tensors[0] is source:
+            return self
+        restore, count = kept.restore, len(kept.tensors)  # what makes the activation must not refer to tensors
+        return Recipe(lambda *saved: make(restore(*saved[:count]), *saved[count:]), (*kept.tensors, *others))
+
 
 # By the dimension of input features.
 _PRODUCTS = LinearProduct(0), LinearProduct(1)
@@ -198,6 +208,7 @@ class ExpertProduct:
         routing: of the activation's rows.
         in_dim: the dimension of input features of an expert's stored weight: 1 for ``(out, in)``.
         first: number of the entry that the values begin with.
+        scale: factor between the values and the delta.
         grouped: multiplies sorted tokens by ``(experts, in, out)`` weights, given their ``offs``; None if the experts
             multiply one after the other.
     """
@@ -207,6 +218,7 @@ class ExpertProduct:
     routing: Routing
     in_dim: int
     first: int = 0
+    scale: float = 1.0
     grouped: Callable[..., Tensor] | None = None
 
     @property
@@ -298,7 +310,12 @@ class _ExpertFunction(torch.autograd.Function):
         if ctx.needs_input_grad[1]:
             dtype, entries = ctx.values
             x = ctx.make(*ctx.saved_tensors).reshape(ctx.shape).to(grad.dtype)
-            grad_values = product.support_grad(grad, x, entries).to(dtype)
+            grad_values = product.support_grad(grad, x, entries)
+            if product.scale != 1:
+                # of one expert an observer may have kept it
+                one = isinstance(product.routing, OneExpert)
+                grad_values = grad_values * product.scale if one else grad_values.mul_(product.scale)
+            grad_values = grad_values.to(dtype)
             product.source.after_backward()
         return grad_x, grad_values, None, None, None
 
@@ -314,7 +331,8 @@ def expert_product(
 
     Args:
         x: ``(rows, in)``, the routed tokens.
-        values: ``(entries,)`` trained delta that the source adds to the weights; None for the base weights alone.
+        values: ``(entries,)`` trained, of which the source adds ``product.scale`` times as much to the weights; None
+            for the base weights alone.
         product: the product.
         run: computes the result where the base's own function can, of any shape that is ``(rows, out)`` without its
             ones; by default experts multiply their tokens one after the other.
@@ -335,8 +353,10 @@ def _same(x: Tensor) -> Tensor:
 
 class _DenseExpert(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, values: Tensor, weight: Tensor, source: ExpertSource, places: Sequence[Tensor]) -> Tensor:
-        ctx.source, ctx.dtype = source, values.dtype
+    def forward(
+        ctx: Any, values: Tensor, weight: Tensor, source: ExpertSource, places: Sequence[Tensor], scale: float
+    ) -> Tensor:
+        ctx.source, ctx.dtype, ctx.scale = source, values.dtype, scale
         ctx.save_for_backward(*places)
         return weight
 
@@ -344,13 +364,13 @@ class _DenseExpert(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         (places,) = ctx.saved_tensors
-        values = grad.reshape(-1).index_select(0, places).to(ctx.dtype)
+        values = grad.reshape(-1).index_select(0, places).mul_(ctx.scale).to(ctx.dtype)
         ctx.source.after_backward()
-        return values, None, None, None
+        return values, None, None, None, None
 
 
 def dense_experts(
-    values: Tensor | None, source: ExpertSource, support: Support | None, numbers: Sequence[int]
+    values: Tensor | None, source: ExpertSource, support: Support | None, numbers: Sequence[int], scale: float = 1.0
 ) -> Tensor:
     """Experts' effective weights as a tensor ``(len(numbers), rows, cols)`` of its own, differentiable.
 
@@ -361,6 +381,7 @@ def dense_experts(
         source: of the weights.
         support: of all experts' entries.
         numbers: of the experts.
+        scale: factor between the values and the delta.
     """
     with torch.no_grad():
         panels = [panel for number in numbers for _, _, panel in source.expert(number).panels(source.dtype)]
@@ -369,4 +390,4 @@ def dense_experts(
     if values is None or support is None or not torch.is_grad_enabled():
         return weight
     places = support.indices if len(numbers) > 1 else expert_parts(support, source.experts)[numbers[0]][0].indices
-    return _DenseExpert.apply(values, weight, source, (places,))
+    return _DenseExpert.apply(values, weight, source, (places,), scale)

@@ -23,7 +23,8 @@ BLOCK = 256  # inputs that share a scale, in one row
 # Steps of a recipe: more than a norm (a product with its weight, a cast, a product) has.
 MOST_STEPS = 8
 VIEWS = {"SliceBackward0", "AliasBackward0"}
-STEPS = {"MulBackward0", "ToCopyBackward0", *VIEWS}
+RESHAPES = {"ViewBackward0", "UnsafeViewBackward0", "ReshapeAliasBackward0"}  # of all numbers, in their order
+STEPS = {"MulBackward0", "ToCopyBackward0", *VIEWS, *RESHAPES}
 TOP_HOOKS = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)  # torch 2.6 has none
 
 
@@ -50,17 +51,21 @@ def keep_input(x: Tensor, computed: Tensor, compression: Compression | None, fea
     """
     block_pass = _pass_of_checkpoint()
     if block_pass is None:
-        return _kept(x, computed, compression, features)
+        return kept_of_pass(x, computed, compression, features)
     if block_pass == "first":
         return Kept((torch.zeros(1, dtype=torch.int64),), _of_second_pass)
-    return _note(_kept(x, computed, compression, features))
+    return _note(kept_of_pass(x, computed, compression, features))
 
 
-def _kept(x: Tensor, computed: Tensor, compression: Compression | None, features: Tensor | None) -> Kept:
+def kept_of_pass(
+    x: Tensor, computed: Tensor, compression: Compression | None = None, features: Tensor | None = None
+) -> Kept:
+    """``keep_input`` of one pass, whether or not a checkpoint runs it twice."""
     found = _recipe_of(x)
     if found is not None:
-        (recipe, leaves), dtype = found, computed.dtype  # what restores the input must not refer to it
-        return Kept(leaves, lambda *saved: recipe.evaluate(iter(saved)).to(dtype))
+        # what restores the input must not refer to it
+        (recipe, leaves), dtype, shape = found, computed.dtype, x.shape
+        return Kept(leaves, lambda *saved: recipe.evaluate(iter(saved)).to(dtype).reshape(shape))
     if features is not None:
         computed = computed.index_select(-1, features)
     if compression is None or not computed.is_floating_point():
@@ -182,7 +187,7 @@ def _recipe_of(x: Tensor) -> tuple[_Recipe, tuple[Tensor, ...]] | None:
         return None
     leaves: list[Tensor] = []
     try:
-        recipe = _recipe(node, MOST_STEPS, leaves)
+        recipe = _recipe(_before_reshapes(node), MOST_STEPS, leaves)
     except RuntimeError:  # the node has passed its backward, or a tensor it kept was overwritten
         return None
     return None if recipe is None else (recipe, tuple(leaves))
@@ -190,7 +195,7 @@ def _recipe_of(x: Tensor) -> tuple[_Recipe, tuple[Tensor, ...]] | None:
 
 def is_formed_again(x: Tensor) -> bool:
     """Whether a tensor is a product of tensors that autograd keeps, for plans."""
-    return TOP_HOOKS is not None and _recipe(x.grad_fn, MOST_STEPS, []) is not None
+    return TOP_HOOKS is not None and _recipe(_before_reshapes(x.grad_fn), MOST_STEPS, []) is not None
 
 
 def rounded_bytes(rows: int, width: int, compression: Compression, itemsize: int) -> int:
@@ -221,6 +226,13 @@ def _recipe(node: Any, steps: int, leaves: list[Tensor]) -> _Recipe | None:
         source = _recipe(node.next_functions[0][0], steps - 1, leaves)
         return None if source is None else _Cast(source, node._input_metadata[0].dtype)
     return None
+
+
+def _before_reshapes(node: Any) -> Any:
+    """The node whose result has the numbers of a node's result, perhaps in another shape."""
+    while node is not None and node.name() in RESHAPES:
+        node = node.next_functions[0][0]
+    return node
 
 
 def _is_whole(view: Any) -> bool:

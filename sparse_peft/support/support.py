@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..constraints import Count, validated
 from ..numerics.errors import layer_prefix
-from ..numerics.panels import panel_bytes, panels
+from ..numerics.panels import panels
 from ..numerics.rng import sample_without_replacement
 from ..numerics.sorted import among
 from ..numerics.topk import topk_indices
@@ -21,6 +21,8 @@ from ..numerics.topk import topk_indices
 INT32_LIMIT = 2**31
 UINT16_LIMIT = 2**16
 COORDINATE_BYTES = 2 * torch.int64.itemsize  # of a row and a column, from which a flat position is computed
+# Entries whose flat positions are computed at a time on a CPU: they stay in its cache, in memory that is used again.
+PIECE_ENTRIES = 2**16
 
 
 def index_dtype(shape: Sequence[int]) -> torch.dtype:
@@ -346,22 +348,37 @@ class Support:
         return cols.add_(rows, alpha=self.shape[1])
 
     def flat_in_one_piece(self) -> Tensor | None:
-        """``(entries,)`` int64 flat positions, where they are computed within a panel; else None."""
-        return self._flatten() if self.nnz * COORDINATE_BYTES <= panel_bytes() else None
+        """``(entries,)`` int64 flat positions, where they are few enough for one of ``flat_pieces``; else None."""
+        return self._flatten() if len(self._pieces()) <= 1 else None
 
     def flat_pieces(self) -> Iterator[tuple[int, int, Tensor]]:
         """``(first, last, flat positions of these entries)``, int64 and of at most a panel's size."""
-        whole = self.flat_in_one_piece()
-        if whole is not None:
-            yield 0, self.nnz, whole
+        pieces = self._pieces()
+        if len(pieces) <= 1:
+            yield 0, self.nnz, self._flatten()
         elif self._cols is None:
-            for first, last in panels(self.nnz, torch.int64.itemsize):
+            for first, last in pieces:
                 yield first, last, self.indices[first:last].long()
         else:
-            rows, cols = self.shape
-            bounds = panels(rows, cols * COORDINATE_BYTES)
-            for (start, stop), (first, last) in zip(bounds, self.entry_ranges(bounds), strict=True):
-                yield first, last, self.part(start, stop, first, last)._flatten().add_(start * cols)
+            yield from self._coordinate_pieces(pieces)
+
+    def _pieces(self) -> list[tuple[int, int]]:
+        # the rows of pieces are numbers that a graph does not know
+        is_divided = self.device.type == "cpu" and not torch.compiler.is_compiling()
+        return panels(self.nnz, COORDINATE_BYTES, PIECE_ENTRIES if is_divided else None)
+
+    def _coordinate_pieces(self, pieces: Sequence[tuple[int, int]]) -> Iterator[tuple[int, int, Tensor]]:
+        """``flat_pieces`` of row pointers and columns; the entries of one row may lie in several."""
+        assert self._cols is not None
+        pointers, cols = self.row_ptr, self.shape[1]
+        bounds = torch.tensor([first for first, _ in pieces] + [self.nnz], dtype=pointers.dtype, device=self.device)
+        # the row of a piece's first entry, and the row after that of its last one
+        starts = torch.searchsorted(pointers, bounds[:-1], right=True).sub_(1).tolist()
+        stops = torch.searchsorted(pointers, bounds[1:]).tolist()
+        for (first, last), start, stop in zip(pieces, starts, stops, strict=True):
+            within = pointers[start : stop + 1].clamp(first, last).sub_(first)
+            part = Support.of_stored((stop - start, cols), (within, self._cols[first:last]))
+            yield first, last, part._flatten().add_(start * cols)
 
     def entry_ranges(self, row_ranges: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
         """The half-open range of entries in each of several consecutive ranges of rows.

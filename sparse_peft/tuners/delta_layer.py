@@ -460,7 +460,7 @@ class SparseTunerLayer(TunerLayer[DeltaT]):
         out = support_layer(parallel.enter(x), values, within, source, support, how)
         return parallel.leave(out, None if parallel.is_colwise else bias)
 
-    def _trained(self, delta: ActiveDelta, dtype: torch.dtype) -> tuple[Tensor, How]:
+    def _trained(self, delta: ActiveDelta, dtype: torch.dtype | None) -> tuple[Tensor, How]:
         """What a pass differentiates by, and how: one adapter's values, or the sum of several deltas."""
         state = self.deltas[delta.names[0]]
         if len(delta.names) > 1:

@@ -216,8 +216,10 @@ class ExpertsLayer(nn.Module):
         base = cast("ExpertWeight", layer.get_base_layer())
         resident = plan.resident or (delta is None and layer._may_be_resident())
         source = ExpertsSource(layer, delta, resident, base.experts)
-        values = None if delta is None else layer.sum_values(delta)
-        return WeightPass(layer.base_parameter, source, values, None if delta is None else delta.support, layer.name)
+        if delta is None:
+            return WeightPass(layer.base_parameter, source, None, None, layer.name)
+        values, how = layer._trained(delta, None)
+        return WeightPass(layer.base_parameter, source, values, delta.support, layer.name, how.scale)
 
     def _check_implementation(self) -> None:
         chosen = self._implementation()

@@ -49,12 +49,20 @@ class WeightPass:
         values: ``(entries,)`` of the active adapters, differentiable; None without adapters.
         support: of the values.
         name: of the parameter, for messages.
+        scale: factor between the values and the delta.
     """
 
     def __init__(
-        self, parameter: Tensor, source: WholeSource, values: Tensor | None, support: Support | None, name: str
+        self,
+        parameter: Tensor,
+        source: WholeSource,
+        values: Tensor | None,
+        support: Support | None,
+        name: str,
+        scale: float = 1.0,
     ):
         self.parameter, self.source, self.values, self.support, self.name = parameter, source, values, support, name
+        self.scale = scale
         self._parts: Sequence[Tensor] | None = None
 
     def part(self, expert: int) -> tuple[Tensor | None, int]:
@@ -93,6 +101,10 @@ class _Made:
     result: weakref.ref[Tensor]
     version: int
     recipe: Recipe
+
+
+def _itself(x: Tensor) -> Tensor:
+    return x
 
 
 def _getter(name: str) -> Any:
@@ -159,7 +171,7 @@ class ExpertsMode(TorchFunctionMode):
         place, view = self._find(args, kwargs)
         if view is None:
             result = func(*args, **kwargs)
-            if func in _REMEMBERED:
+            if func in _REMEMBERED and not kwargs:
                 self._remember(func, args, result)
             return result
         if func in _QUESTIONS:
@@ -272,7 +284,7 @@ class ExpertsMode(TorchFunctionMode):
         """The product of rows with experts' weights; ``run`` computes it where the parameter holds these weights."""
         one = view.of
         values, first = (one.values, 0) if view.expert is None else one.part(view.expert)
-        how = ExpertProduct(one.source, one.support, routing, in_dim, first, grouped)
+        how = ExpertProduct(one.source, one.support, routing, in_dim, first, one.scale, grouped)
         return expert_product(x, values, how, run if one.source.is_whole else None, recipe)
 
     def _batched(self, func: Any, view: View, place: int, x: Tensor) -> Any:
@@ -317,7 +329,8 @@ class ExpertsMode(TorchFunctionMode):
         ):
             return NotImplemented
         run = partial(func, x, weight.detach(), offs=offs)
-        return self._product(view, x, SortedTokens(offs), int(view.is_turned), run, self._recipe(x), func)
+        recipe = (self._recipe(x) or Recipe(_itself, (x,))).without_products()
+        return self._product(view, x, SortedTokens(offs), int(view.is_turned), run, recipe, func)
 
     @staticmethod
     def _cast(x: Tensor, view: View) -> Tensor:
@@ -345,9 +358,10 @@ class ExpertsMode(TorchFunctionMode):
         )
         one, source = view.of, view.of.source
         if view.expert is not None:
-            weight = dense_experts(one.part(view.expert)[0], source, one.support, [view.expert])[0]
+            values = one.part(view.expert)[0]
+            weight = dense_experts(values, source, one.support, [view.expert], one.scale)[0]
         else:
-            weight = dense_experts(one.values, source, one.support, range(source.experts))
+            weight = dense_experts(one.values, source, one.support, range(source.experts), one.scale)
             weight = weight if view.ids is None else weight[view.ids]
         return weight.transpose(-2, -1) if view.is_turned else weight
 

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from sparse_peft import panel_limit
 from sparse_peft.support import ChannelSupport, Support, check_indices, check_stored, index_dtype
+from sparse_peft.support.support import PIECE_ENTRIES
 
 SHAPES = [(1, 1), (1, 7), (7, 1), (20, 2), (5, 13)]
 
@@ -190,8 +191,18 @@ def test_flat_pieces_are_no_larger_than_a_panel(entries, limit):
             pieces = list(kind.flat_pieces())
         assert torch.equal(torch.cat([flat for *_, flat in pieces]), support.indices.long())
         assert all(last - first == flat.numel() for first, last, flat in pieces)
-        # one row's entries are not divided
-        assert all(flat.numel() * 8 <= max(limit, 9 * 8) for *_, flat in pieces)
+        assert all(flat.numel() * 8 <= max(limit, 8) for *_, flat in pieces)
+
+
+@pytest.mark.parametrize("density", [0.02, 0.9])
+def test_flat_pieces_are_short_on_a_cpu(density):
+    shape = (3, PIECE_ENTRIES) if density > 0.5 else (2000, 7000)  # pieces within one row, and with rows without any
+    support = Support.random(shape, int(shape[0] * shape[1] * density), seed=0, name="a")
+    for kind in (support, support.compact()):
+        pieces = list(kind.flat_pieces())
+        assert len(pieces) > 2 and max(flat.numel() for *_, flat in pieces) == PIECE_ENTRIES
+        assert torch.equal(torch.cat([flat for *_, flat in pieces]), support.indices.long())
+        assert [first for first, *_ in pieces] == [0, *(last for _, last, _ in pieces[:-1])]
 
 
 @pytest.mark.parametrize(

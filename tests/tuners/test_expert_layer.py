@@ -225,6 +225,34 @@ def test_nothing_is_saved_that_a_frozen_model_does_not_save(implementation):
     assert ours <= saved_bytes(_Of(base, run(base)), x)[0] + 4096
 
 
+def test_a_step_with_grouped_products_saves_what_the_frozen_model_saves():
+    model, x = wide("grouped_mm"), torch.randn(1, 32, 64, requires_grad=True)
+    sizes = {"num_experts": 16, "num_hidden_layers": 1}
+    frozen = mixture("qwen3_moe", "grouped_mm", hidden_size=64, moe_intermediate_size=96, **sizes).requires_grad_(
+        False
+    )
+    ours = saved_bytes(_Of(model, lambda x: model(inputs_embeds=x).logits), x)[0]
+    # the norm's output, which gate and up projections multiply, is formed again
+    assert ours <= saved_bytes(_Of(frozen, lambda x: frozen(inputs_embeds=x).logits), x)[0] + 1024 < ours + 32 * 64 * 4
+
+
+@pytest.mark.parametrize("implementation", ["eager", "grouped_mm"])  # the other gathers a panel of weights
+def test_temporaries_of_positions_do_not_grow_with_the_entries(implementation, monkeypatch):
+    monkeypatch.setattr("sparse_peft.support.support.PIECE_ENTRIES", 256)
+    sizes = {"hidden_size": 64, "moe_intermediate_size": 96, "num_experts": 16, "num_hidden_layers": 1}
+    model = get_peft_model(mixture("qwen3_moe", implementation, **sizes), config(density=0.2))
+    entries = max(layer.support("default").nnz for layer in layers(model).values())
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1e-3)
+    ids = IDS[:1, :4]  # activations are small
+    for _ in range(2):
+        with LargestTensor() as largest:
+            model(ids, labels=ids).loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    # originals and gradients in float32; flat positions would take 8 bytes an entry, rows and columns 16
+    assert largest.nbytes <= 4 * entries
+
+
 class _Of(nn.Module):
     def __init__(self, module, run):
         super().__init__()
