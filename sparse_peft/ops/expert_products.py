@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ..support import Support
 from .expert_support_grad import expert_parts, expert_support_grad
-from .kept_inputs import kept_of_pass
+from .kept_inputs import keep_input
 from .products import LinearProduct, WeightPanels
 
 P = ParamSpec("P")
@@ -187,7 +187,7 @@ class Recipe:
     def without_products(self) -> Recipe:
         """The recipe with the first tensor formed again, too, where it is a product of what autograd keeps anyway."""
         source, *others = self.tensors
-        kept, make = kept_of_pass(source, source), self.make
+        kept, make = keep_input(source, source, None), self.make
         if kept.tensors and kept.tensors[0] is source:
             return self
         restore, count = kept.restore, len(kept.tensors)  # what makes the activation must not refer to tensors

@@ -51,16 +51,13 @@ def keep_input(x: Tensor, computed: Tensor, compression: Compression | None, fea
     """
     block_pass = _pass_of_checkpoint()
     if block_pass is None:
-        return kept_of_pass(x, computed, compression, features)
+        return _kept(x, computed, compression, features)
     if block_pass == "first":
         return Kept((torch.zeros(1, dtype=torch.int64),), _of_second_pass)
-    return _note(kept_of_pass(x, computed, compression, features))
+    return _note(_kept(x, computed, compression, features))
 
 
-def kept_of_pass(
-    x: Tensor, computed: Tensor, compression: Compression | None = None, features: Tensor | None = None
-) -> Kept:
-    """``keep_input`` of one pass, whether or not a checkpoint runs it twice."""
+def _kept(x: Tensor, computed: Tensor, compression: Compression | None, features: Tensor | None) -> Kept:
     found = _recipe_of(x)
     if found is not None:
         # what restores the input must not refer to it
