@@ -34,6 +34,7 @@ from .models import Base
 from .tasks import Batch
 
 FULL, LORA, RANDOM, DEFAULT = "full", "lora", "random", "default"
+AROUND = "+"  # between the names of an adapter and a procedure
 # About half a power of ten apart; each search starts where the method's best was in earlier ones.
 RATES = (1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2)
 CALIBRATION_BATCHES = 8
@@ -269,7 +270,7 @@ PROCEDURES: dict[str, Callable[[Around], list[Procedure]]] = {
     "mask": lambda data: [GradientMask(0.8)],
 }
 METHODS |= {
-    f"{name}+{around}": replace(METHODS[name], procedures=procedures)
+    f"{name}{AROUND}{around}": replace(METHODS[name], procedures=procedures)
     for name in (LORA, DEFAULT)
     for around, procedures in PROCEDURES.items()
 }

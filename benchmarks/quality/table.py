@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from statistics import mean, stdev
 from typing import Any, NamedTuple
 
-from .methods import DEFAULT, LORA, METHODS
+from .methods import AROUND, DEFAULT, LORA, METHODS
 from .records import Run
 from .sweep import TUNING_SEED
 
@@ -102,8 +102,18 @@ def comparisons(runs: Iterable[Run]) -> dict[Comparison, list[Run]]:
 
 
 def rows(runs: Sequence[Run]) -> list[Row]:
-    """Methods of one comparison at their best rates, in the order of ``METHODS``; none with an automatic scale."""
-    return _rows([run for run in runs if not METHODS[run.method].automatic])
+    """Adapters of one comparison at their best rates, in the order of ``METHODS``; none with an automatic scale."""
+    return _rows([run for run in runs if not (METHODS[run.method].automatic or _has_procedure(run.method))])
+
+
+def around(runs: Sequence[Run]) -> list[Row]:
+    """Procedures and the adapters that they act around, at their best rates; none where no procedure ran."""
+    adapters = {run.method.partition(AROUND)[0] for run in runs if _has_procedure(run.method)}
+    return _rows([run for run in runs if run.method in adapters or _has_procedure(run.method)])
+
+
+def _has_procedure(method: str) -> bool:
+    return AROUND in method
 
 
 def swapped(runs: Sequence[Run]) -> list[Row]:
@@ -198,12 +208,17 @@ def text(runs: Sequence[Run]) -> str:
     parts = _part("# Each method at its best rate", best)
     if as_swapped:
         parts += _part(f"# LoRA's script at {LORA_RATE:g} with only the config swapped", as_swapped)
+    if procedures := _tables(runs, around):
+        parts += ["# Procedures at their best rates", *_shown(procedures)]
     return "\n\n".join(parts) + "\n"
 
 
 def _part(heading: str, tables: dict[Comparison, list[Row]]) -> list[str]:
-    shown = [markdown(key, found) for key, found in tables.items()]
-    return [heading, overall_markdown(overall(standard(tables))), *shown]
+    return [heading, overall_markdown(overall(standard(tables))), *_shown(tables)]
+
+
+def _shown(tables: dict[Comparison, list[Row]]) -> list[str]:
+    return [markdown(key, found) for key, found in tables.items()]
 
 
 def _tables(runs: Sequence[Run], made: Callable[[Sequence[Run]], list[Row]]) -> dict[Comparison, list[Row]]:
@@ -222,6 +237,7 @@ def content(runs: Sequence[Run]) -> dict[str, Any]:
         "overall": [asdict(row) for row in overall(standard(best))],
         "swapped": _plain(as_swapped),
         "swapped_overall": [asdict(row) for row in overall(standard(as_swapped))],
+        "procedures": _plain(_tables(runs, around)),
     }
 
 

@@ -341,6 +341,21 @@ def test_the_swapped_config_is_compared_at_loras_rate():
     assert "with only the config swapped" in table.text(runs) and "swapped" not in table.text(runs[:2])
 
 
+def test_procedures_stand_beside_the_adapters_that_they_act_around():
+    runs = [
+        made_up(rate=1e-3, end={"validation_loss": 3.0, "test_loss": 2.5}),
+        made_up(method="lora+mask", rate=1e-3, end={"validation_loss": 3.0, "test_loss": 2.6}),
+        made_up(method="lora+mask", rate=3e-3, end={"validation_loss": 2.0, "test_loss": 2.4}),
+        made_up(method="fisher", rate=1e-3, end={"validation_loss": 3.0, "test_loss": 2.0}),
+    ]
+    lora, masked = table.around(runs)
+    assert (lora.method, masked.method, masked.rate) == ("lora", "lora+mask", 3e-3)
+    assert masked.share_of_lora == pytest.approx(1.2)
+    assert [row.method for row in table.rows(runs)] == ["lora", "fisher"]
+    assert table.around([runs[0], runs[3]]) == []
+    assert "# Procedures" in table.text(runs) and "# Procedures" not in table.text([runs[0], runs[3]])
+
+
 def test_a_run_that_diverged_is_never_the_best():
     nan = {"validation_loss": math.nan, "test_loss": math.nan}
     (row,) = table.rows([made_up(rate=1e-2, end=nan), made_up(rate=1e-3)])
