@@ -28,6 +28,9 @@ SERVER.set_forkserver_preload(["torch", "transformers", "peft"])
 # seconds after which processes that wait for one another are ended
 LIMIT = 300.0
 GROUP_TIMEOUT = timedelta(seconds=120)
+# DDP's reducer must not be the last to hold a group: its end waits for gloo's threads and keeps Python's lock, and a
+# thread that still drops what a hook had saved waits for the lock.
+_groups: list[Any] = []
 
 
 @dataclass(frozen=True)
@@ -135,6 +138,7 @@ def join_group(rank: int, address: object, timeout: timedelta = GROUP_TIMEOUT, s
     distributed.init_process_group(
         "gloo", init_method=f"file://{address}", rank=rank, world_size=size, timeout=timeout
     )
+    _groups.append(distributed.group.WORLD)
     torch.set_num_threads(1)
 
 
