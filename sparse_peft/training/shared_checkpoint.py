@@ -74,10 +74,11 @@ def load_checkpoint(folder: str | Path, model: nn.Module, optimizer: Any) -> Non
 
     Args:
         folder: that ``save_checkpoint`` wrote.
-        model, optimizer: as there.
+        model: with adapters, in DDP or FSDP2, with tensor parallelism, or in one process.
+        optimizer: torch's, or accelerate's wrapper of one.
 
     Raises:
-        NotImplementedError: as there.
+        NotImplementedError: FSDP1 or DeepSpeed, which have checkpoints of their own.
         ValueError: the checkpoint is of other parameters, or of other sizes.
     """
     run = _Run(model, optimizer)
