@@ -23,6 +23,7 @@ Layer = SparseTunerLayer[Any]
 
 # The implementations of transformers' experts that have a backward pass in ordinary functions of torch.
 IMPLEMENTATIONS = (None, "eager", "grouped_mm", "batched_mm")
+_write_all = torch.no_grad()(write_all)
 
 
 class _Plan(NamedTuple):
@@ -186,8 +187,7 @@ class ExpertsLayer(nn.Module):
             else:
                 writes.append(layer.write_of(cast("ActiveDelta", delta)))
         if writes:
-            with torch.no_grad():
-                write_all(writes)
+            _write_all(writes)
             for write in writes:
                 note_holding(write.ledger)
         return plans
@@ -198,8 +198,8 @@ class ExpertsLayer(nn.Module):
             return self.base_layer(*args, **kwargs)
         self._check_implementation()
         passes = [self._pass(plan) for plan in watched]
-        with ExpertsMode(passes) as mode:
-            result = self.base_layer(*args, **kwargs)
+        mode = ExpertsMode(passes)
+        result = mode.run(self.base_layer, args, kwargs)
         self._check_used(passes, mode)
         return result
 

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
+from torch.overrides import TorchFunctionMode, _pop_mode
 
 from ..numerics import panels
 from ..ops import (
@@ -165,6 +165,17 @@ class ExpertsMode(TorchFunctionMode):
         self._views = {id(one.parameter): View(one, one.parameter) for one in passes}
         self._made: dict[int, _Made] = {}
         self.used: set[str] = set()  # names of the parameters that the base asked for
+
+    def run(self, act: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
+        """The result of ``act`` in the mode, which an interruption at any line leaves."""
+        depth = torch._C._len_torch_function_stack()
+        try:
+            with self:
+                return act(*args, **kwargs)
+        except BaseException:
+            while torch._C._len_torch_function_stack() > depth:
+                _pop_mode()
+            raise
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None) -> Any:
         kwargs = kwargs or {}
