@@ -340,7 +340,7 @@ class ExpertsMode(TorchFunctionMode):
         ):
             return NotImplemented
         run = partial(func, x, weight.detach(), offs=offs)
-        recipe = (self._recipe(x) or Recipe(_itself, (x,))).without_products()
+        recipe = self._recipe_without_products(x)
         return self._product(view, x, SortedTokens(offs), int(view.is_turned), run, recipe, func)
 
     @staticmethod
@@ -396,3 +396,6 @@ class ExpertsMode(TorchFunctionMode):
         if made is None or made.result() is not x or made.version != x._version:
             return None
         return made.recipe
+
+    def _recipe_without_products(self, x: Tensor) -> Recipe | None:
+        return (self._recipe(x) or Recipe(_itself, (x,))).without_products()

@@ -118,6 +118,9 @@ class TracedMode(ExpertsMode):
     def _recipe(self, x: Tensor) -> Recipe | None:
         return None
 
+    def _recipe_without_products(self, x: Tensor) -> Recipe | None:
+        return None
+
     def _product(self, view: View, x: Tensor, routing: Routing, in_dim: int, *how: Any) -> Tensor:
         one = view.of
         assert isinstance(one, TracedPass) and one.values is not None and one.support is not None
