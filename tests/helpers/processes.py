@@ -8,6 +8,7 @@ import faulthandler
 import multiprocessing
 import os
 import runpy
+import signal
 import sys
 import time
 import traceback
@@ -171,6 +172,8 @@ def _redirected(output, env, cwd, program, arguments) -> None:
         os.dup2(os.open(output / name, os.O_WRONLY | os.O_CREAT), stream)
     if cwd is not None:
         os.chdir(cwd)
+    # a shell lets its background jobs ignore Ctrl-C, and with them the tests and their programs
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     program(*arguments)
 
 
