@@ -47,6 +47,13 @@ def _fixed_seed():
     torch.manual_seed(0)
 
 
+@pytest.fixture(autouse=True)
+def _fixed_precision():
+    """Arguments of transformers 4 with bfloat16 set a variable, and every later trainer would compute in it."""
+    yield
+    os.environ.pop("ACCELERATE_MIXED_PRECISION", None)
+
+
 @pytest.fixture(scope="session")
 def stand_in(tmp_path_factory):
     """A folder with a random Llama and a character tokenizer, under which every hub name is found."""

@@ -144,6 +144,7 @@ def test_a_checkpointed_block_restores_every_input(made, times):
     assert not kept_inputs._noted
 
 
+@forms_inputs_again
 def test_a_checkpointed_block_keeps_the_factors_of_a_product_and_not_the_product(monkeypatch):
     kept, log = [], []
     note = kept_inputs._note

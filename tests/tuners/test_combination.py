@@ -294,8 +294,7 @@ def test_half_precision_bases_and_convolutions():
 
 @pytest.mark.parametrize("config_cls", [SparseConfig, S2FTConfig, SLTrainConfig])
 def test_quantised_bases(config_cls):
-    pytest.importorskip("bitsandbytes")
-    build = pytest.importorskip("test_quantized").build
+    build = pytest.importorskip("tests.helpers.quantized").build
     names = {"target_modules": ["first", "second"]}
     model = trained(config_cls(), base=lambda: build("4bit"), **names)
     model.add_adapter("two", _with(config_cls(seed=1), **names))
