@@ -6,7 +6,6 @@ import ast
 import runpy
 import sys
 from collections.abc import Sequence
-from difflib import get_close_matches
 from importlib import import_module
 from importlib.machinery import PathFinder
 from pathlib import Path
@@ -17,6 +16,7 @@ from typer.core import TyperCommand, TyperGroup
 from typer.main import get_command
 
 from .quiet import quieten, quieten_bitsandbytes
+from .spelling import did_you_mean
 
 # Each is a function in a module of its name in sparse_peft/cli/.
 COMMANDS = (
@@ -82,8 +82,7 @@ class Commands(TyperGroup):
         try:
             name, _, rest = super().resolve_command(ctx, args)
         except CommandLineError as error:
-            close = get_close_matches(args[0], COMMANDS, n=1)
-            error.message += f" Did you mean {close[0]!r}?" if close else ""
+            error.message = error.message.rstrip(".") + (did_you_mean([args[0]], COMMANDS) or ".")
             raise
         assert name is not None
         if not ctx.params["verbose"]:

@@ -3,6 +3,8 @@
 ``__init__.pyi`` has the same names for type checkers and editors; a test compares the two.
 """
 
+from _sparse_peft_startup.spelling import did_you_mean
+
 from . import tuners
 from .compat import call_file_hooks
 from .numerics import panel_limit
@@ -34,9 +36,11 @@ guard_saved_embeddings()
 
 
 def __getattr__(name: str) -> object:
-    hint = other_name(name)
-    advice = "" if hint is None else f": use {hint}"
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}{advice}")
+    advice = other_name(name)
+    if advice is not None:
+        # of an AttributeError, `from sparse_peft import SpIELConfig` would not show the text
+        raise ImportError(f"{__name__!r} has no {name!r}: use {advice}", name=__name__)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}{did_you_mean([name], __all__)}")
 
 
 __all__ = [

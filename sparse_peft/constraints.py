@@ -14,12 +14,13 @@ import re
 import types
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, fields, replace
-from difflib import get_close_matches
 from functools import cache, lru_cache
 from typing import Annotated, Any, ClassVar, Literal, Protocol, Union, get_args, get_origin, get_type_hints
 
 import numpy as np
 from torch import Tensor
+
+from _sparse_peft_startup.spelling import did_you_mean
 
 INT_LIMIT = 2**63
 """Integers must fit 64 bits: files and tensors have no more."""
@@ -100,8 +101,7 @@ class OneOf:
     def refusal(self, value: Any) -> str | None:
         if value in self.names:
             return None
-        close = get_close_matches(str(value), map(str, self.names), n=1)
-        return f"; did you mean {close[0]!r}?" if close else ""
+        return did_you_mean([str(value)], self.names)
 
 
 @dataclass(frozen=True)

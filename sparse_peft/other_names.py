@@ -13,7 +13,7 @@ OTHER_NAMES = {
     "fish": "SparseConfig(selection='fisher')",
     "lift": "SparseConfig(selection='principal')",
     "ltsft": "SparseConfig(selection='given') with the positions of sparse_peft.adapters.lottery_ticket",
-    "rosa": "SLTrainConfig(selection='gradient'), a sparse delta beside low rank",
+    "rosa": "SLTrainConfig(selection='fisher'), a sparse delta beside low rank",
     "dsee": "SLTrainConfig(selection='residual'), a sparse delta beside low rank",
     "snell": "SnellaConfig without target_sparsity",
     "more": "MonarchConfig",

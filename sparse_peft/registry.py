@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from difflib import get_close_matches
 from importlib import import_module
 from pkgutil import iter_modules
 from types import ModuleType
@@ -12,6 +11,8 @@ from typing import Any
 from peft import PeftConfig
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING
 from peft.utils import PeftType, register_peft_method
+
+from _sparse_peft_startup.spelling import did_you_mean
 
 from .tuners.method import Method
 
@@ -47,9 +48,8 @@ def method_named(name: str) -> Method:
         if wanted in (method.name, method.peft_type.lower(), method.config_class.__name__.lower()):
             return method
     known = [method.name for method in methods()]
-    close = get_close_matches(wanted, known, n=1, cutoff=0.5)
-    hint = f"did you mean {close[0]!r}? " if close else ""
-    raise ValueError(f"method={name!r}: {hint}The methods are {', '.join(known)}")
+    hint = did_you_mean([wanted], known)
+    raise ValueError(f"method={name!r}: no such method{hint}; the methods are {', '.join(known)}")
 
 
 # ------------------------------------------------------------------ registration

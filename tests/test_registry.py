@@ -114,7 +114,9 @@ def test_import_needs_neither_compiler_nor_gpu_nor_optional_packages():
 
 @pytest.mark.parametrize("name", OTHER_NAMES)
 def test_names_of_other_projects_say_what_they_are_here(name):
-    with pytest.raises(AttributeError, match=f"no attribute '{name.upper()}Config': use ") as caught:
+    with pytest.raises(ImportError, match=f"no '{name.upper()}Config': use ") as caught:
+        exec(f"from sparse_peft import {name.upper()}Config")
+    with pytest.raises(ImportError, match=re.escape(str(caught.value))):
         getattr(sparse_peft, f"{name.upper()}Config")
     advice = str(caught.value).partition(": use ")[2]
     config, arguments = re.match(r"(\w+)(?:\((.*?)\))?", advice).groups()
@@ -126,4 +128,6 @@ def test_names_of_other_projects_say_what_they_are_here(name):
 def test_other_attributes_have_the_usual_error():
     with pytest.raises(AttributeError, match=r"module 'sparse_peft' has no attribute 'nothing'$"):
         _ = sparse_peft.nothing
+    with pytest.raises(AttributeError, match=r"no attribute 'SparsConfig'; did you mean 'SparseConfig'\?$"):
+        _ = sparse_peft.SparsConfig
     assert not hasattr(sparse_peft, "__wrapped__") and sparse_peft.other_name("SHiRA-config") is not None

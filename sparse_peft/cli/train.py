@@ -6,7 +6,6 @@ import argparse
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import MISSING, fields
-from difflib import get_close_matches
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
@@ -20,6 +19,7 @@ from rich.markup import escape
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from _sparse_peft_startup.install import install_advice
+from _sparse_peft_startup.spelling import did_you_mean
 
 from ..adapters import add_results
 from ..constraints import describe, field_hints
@@ -161,9 +161,7 @@ def refuse_unknown(left: Sequence[str], parser: argparse.ArgumentParser) -> None
     if not left:
         return
     names = [text.partition("=")[0] for text in left if text.startswith("-")] or list(left)
-    close = [f"{match!r}" for name in names for match in get_close_matches(name, parser._option_string_actions, n=1)]
-    hint = f"; did you mean {', '.join(close)}?" if close else ""
-    raise ValueError(f"{', '.join(names)}: no such option{hint}")
+    raise ValueError(f"{', '.join(names)}: no such option{did_you_mean(names, parser._option_string_actions)}")
 
 
 def refuse_lora(model: Any) -> None:

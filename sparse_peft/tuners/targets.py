@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
-from difflib import get_close_matches
 from functools import partial
 from typing import Any
 
@@ -20,6 +19,8 @@ from peft.utils import _get_submodules
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers.pytorch_utils import Conv1D
+
+from _sparse_peft_startup.spelling import did_you_mean
 
 from ..calibrate import LayerView
 from ..calibrate.layer_view import KeptTokens, See
@@ -157,8 +158,7 @@ def which_layers(config: BaseSparseConfig, model: nn.Module) -> str:
     layers = (name for name, module in model.named_modules() if isinstance(module, (nn.Linear, Conv1D)))
     names = sorted({name.rpartition(".")[2] for name in layers})
     given = [] if isinstance(config.target_modules, str) else list(config.target_modules or ())
-    close = [meant for name in given for meant in get_close_matches(name, names, n=1)]
-    hint = f"; did you mean {close[0]!r}?" if close else ""
+    hint = did_you_mean(given, names)
     return f"{hint}; its linear layers are {', '.join(names[:MOST_NAMED])}" if names else hint
 
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import fields
-from difflib import get_close_matches
 
 from peft import LoraConfig, PeftConfig
+
+from _sparse_peft_startup.spelling import did_you_mean
 
 VERSION_FIELD = "sparse_peft_version"
 RATE_FIELD = "recommended_rate"
@@ -39,9 +40,8 @@ def explain_unknown_field(config_class: type[PeftConfig], name: str) -> str:
         return f"a field of LoRA, {own!r} takes its place" if own else f"a field of LoRA; leave it out, {reason}"
     if name in LoraConfig.__dataclass_fields__:
         return "a field of LoRA without a counterpart; leave it out"
-    close = get_close_matches(name, known, n=1, cutoff=0.6)
-    if close:
-        return f"did you mean {close[0]!r}?"
+    if hint := did_you_mean([name], known):
+        return hint.removeprefix("; ")
     if name in BUDGETS:
         return f"the budget is one of {', '.join(budget for budget in BUDGETS if budget in known)}"
     return f"the fields are {', '.join(known)}"

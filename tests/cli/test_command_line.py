@@ -42,7 +42,7 @@ main()
         (["plan"], "plan", "Missing argument 'MODEL'"),
         (["plan", "model", "--batch", "two"], "plan", "Invalid value for '--batch'"),
         (["nope"], "sparse-peft", "No such command 'nope'"),
-        (["docter"], "sparse-peft", "No such command 'docter'. Did you mean 'doctor'?"),
+        (["docter"], "sparse-peft", "No such command 'docter'; did you mean 'doctor'?"),
     ],
 )
 def test_errors_in_the_command_line_are_json_too(run, arguments, command, message):
