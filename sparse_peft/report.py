@@ -22,7 +22,7 @@ from .ops import plan_support_grad
 from .sparsify import SparsityCurve
 from .support import Support
 from .tuners.delta_layer import SparseTunerLayer
-from .tuners.traversal import tuner_layers
+from .tuners.traversal import configs_of, tuner_layers
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -272,8 +272,11 @@ def plot_report(
         folder: made if need be.
         adapter: its name; the history's by default, or ``"default"``.
 
+    Returns:
+        The files; none for a method without positions that changed nothing.
+
     Raises:
-        ValueError: nothing to draw, or a history of several adapters.
+        ValueError: no such adapter, or a history of several.
         ImportError: matplotlib is not installed.
     """
     adapter = adapter or next((record.adapter for record in history), "default")
@@ -283,7 +286,7 @@ def plot_report(
     for kind in dict.fromkeys(type(record) for record in history):
         if kind.plot_name is not None:
             files.append(_plot_records(kind, history, folder / kind.plot_name))
-    if not files or any(adapter in layer.deltas for layer in _layers_of(model)):
+    if adapter not in configs_of(model) or any(adapter in layer.deltas for layer in _layers_of(model)):
         files.append(plot_supports(model, folder / "supports.png", adapter))
     return [*files, write_history(history, folder)] if history else files
 

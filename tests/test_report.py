@@ -5,7 +5,7 @@ import torch
 from peft import get_peft_model
 from torch import nn
 
-from sparse_peft import SparseConfig, report
+from sparse_peft import SketchConfig, SparseConfig, report
 from sparse_peft.report import (
     plot_allocation,
     plot_ranks,
@@ -110,6 +110,13 @@ def test_a_report_has_both_and_the_history(tmp_path):
     files = plot_report(model_of(), history(), tmp_path / "report")
     assert [file.name for file in files] == ["turnover.png", "supports.png", "sparsity_history.json"]
     assert read_history(tmp_path / "report") == history() == read_history(files[2])
+
+
+def test_a_method_without_positions_has_no_report(tmp_path):
+    model = get_peft_model(nn.Sequential(nn.Linear(8, 8)), SketchConfig(bits=2, target_modules=["0"]))
+    assert plot_report(model, [], tmp_path) == []
+    with pytest.raises(ValueError, match="adapter='ref': no layer"):
+        plot_report(model, [], tmp_path, adapter="ref")
 
 
 def test_errors_say_what_is_wrong(tmp_path, monkeypatch):

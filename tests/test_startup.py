@@ -187,7 +187,6 @@ def free_port():
         return listening.getsockname()[1]
 
 
-@pytest.mark.slow
 def test_transformers_serve_and_chat_answer_with_an_adapter(installed, stand_in, adapters, tmp_path):
     """From a folder that has a model's files and an adapter's."""
     for package in ("fastapi", "openai"):

@@ -31,12 +31,16 @@ from ..training.callback import SparsityCallback
 from ..tuners.base_config import BaseSparseConfig
 from ..tuners.delta import Delta
 from ..tuners.files.card import name_source
+from ..tuners.traversal import configs_of
 from ..tuners.unknown_fields import settable_fields
 from .fields import METHOD_HELP, parse_value
 from .output import bytes_text, console_for_people, count_text, fields_text, refuse, share_text
 
 # {trainer: the task type of its model}
 TRAINERS = {"sft": "CAUSAL_LM", "dpo": "CAUSAL_LM", "grpo": "CAUSAL_LM", "kto": "CAUSAL_LM", "reward": "SEQ_CLS"}
+# Of the adapter's recommended rate, for a run whose user names none. GRPO was measured with half of it
+# (docs/reinforcement_learning.md); the other trainers on preferences take as much.
+RATE_SHARES = {"sft": 1.0, "dpo": 0.5, "grpo": 0.5, "kto": 0.5, "reward": 1.0}
 PREFIX = "adapter_"  # of a field whose name is an option of TRL's, too
 BYTES_OF = {"bfloat16": "bfloat16", "float16": "float16", "float32": "float32"}
 
@@ -53,7 +57,7 @@ def train(
     except (ValueError, TypeError, OSError) as error:
         refuse("train", error)
     try:
-        folder = run_script(script, arguments, config, plan)
+        folder = run_script(script, arguments, config, plan, RATE_SHARES[trainer])
     except (FileNotFoundError, ConnectionError) as error:  # a data set, or weights
         data = arguments[0].dataset_name
         is_file = data is not None and Path(data).is_file()
@@ -95,7 +99,8 @@ def parse(script: Any, given: Sequence[str], task_type: str) -> tuple[list[Any],
     name = script.__name__.rpartition(".")[2]
     parser = script.make_parser(prog=f"sparse-peft train {name}")
     parser.usage = f"sparse-peft train {name} [--config FILE.yaml] [options]"
-    parser.set_defaults(use_cpu=not torch.accelerator.is_available())
+    own_rate = OwnRate(parser.get_default("learning_rate"))
+    parser.set_defaults(use_cpu=not torch.accelerator.is_available(), learning_rate=own_rate)
     config_class = method_named(chosen_method(given)).config_class
     names = add_options(parser, config_class)
     *arguments, ours, left = parser.parse_args_and_config(list(given), return_remaining_strings=True)
@@ -114,6 +119,13 @@ def parse(script: Any, given: Sequence[str], task_type: str) -> tuple[list[Any],
         if value is not None
     }
     return arguments, config_class(**{"task_type": task_type, **chosen})
+
+
+class OwnRate(float):
+    """A trainer's own learning rate, which is for training whole models and which the user did not ask for."""
+
+    def __str__(self) -> str:
+        return "what suits the adapter"
 
 
 def chosen_method(given: Sequence[str]) -> str:
@@ -181,12 +193,30 @@ def refuse_lora(model: Any) -> None:
 
 
 class Report(SparsityCallback):
-    """Drives the adapter, prints what trains at the start, and keeps the model and its loss for the card."""
+    """Drives the adapter, prints what trains at the start, and keeps the model and its loss for the card.
 
-    def __init__(self) -> None:
+    Args:
+        rate_share: the learning rate of a run without one, as a share of the adapter's recommended rate.
+    """
+
+    def __init__(self, rate_share: float = 1.0) -> None:
         super().__init__()
         self.model: Any = None
         self.loss: float | None = None
+        self.rate_share = rate_share
+        self.rate_note = ""
+
+    def on_init_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if not isinstance(args.learning_rate, OwnRate):
+            return
+        recommended = [config.recommended_rate for config in configs_of(kwargs["model"]).values()]
+        args.learning_rate = float(args.learning_rate)
+        if None not in recommended and "adam" in args.optim:
+            share = "" if self.rate_share == 1 else f"{self.rate_share:g} of "
+            self.rate_note = f", {share}what suits the adapter; --learning_rate sets another"
+            args.learning_rate = self.rate_share * min(recommended)
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -194,7 +224,7 @@ class Report(SparsityCallback):
         super().on_train_begin(args, state, control, **kwargs)
         self.model = kwargs["model"]
         if state.is_world_process_zero:
-            show_start(console_for_people(), self.model, args)
+            show_start(console_for_people(), self.model, args, self.rate_note)
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -203,12 +233,12 @@ class Report(SparsityCallback):
         self.loss = next((entry["train_loss"] for entry in reversed(state.log_history) if "train_loss" in entry), None)
 
 
-def show_start(console: Console, model: Any, args: TrainingArguments) -> None:
+def show_start(console: Console, model: Any, args: TrainingArguments, rate_note: str) -> None:
     """What trains, with which rate and scale."""
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     total = sum(parameter.numel() for parameter in model.parameters())
     console.print(f"[bold]trains[/] {count_text(trained)} parameters, {share_text(trained / total)} of the model")
-    console.print(f"[bold]learning rate[/] {args.learning_rate:g}")
+    console.print(f"[bold]learning rate[/] {args.learning_rate:g}{rate_note}")
     scales = sorted({float(scale) for scale in scales_of(model)})
     if scales:
         span = f"{scales[0]:.4g}" + (f" to {scales[-1]:.4g}" if len(scales) > 1 else "")
@@ -253,12 +283,14 @@ def plan_of(config: BaseSparseConfig, _: Any, training: Any, model: Any, *__: An
     return plan_training(model_config, config, options)
 
 
-def run_script(script: Any, arguments: list[Any], config: BaseSparseConfig, plan: TrainingPlan | None) -> Path:
+def run_script(
+    script: Any, arguments: list[Any], config: BaseSparseConfig, plan: TrainingPlan | None, rate_share: float
+) -> Path:
     """Train, save and draw; returns the adapter's folder."""
     scripted, training, *_ = arguments
     if plan is not None:
         show_plan(console_for_people(), plan)
-    report, folder = Report(), Path(training.output_dir)
+    report, folder = Report(rate_share), Path(training.output_dir)
 
     def write_card(trainer: Any, *_: Any, **__: Any) -> None:
         # TRL asks for a card with each checkpoint, and before it uploads the finished adapter

@@ -12,7 +12,7 @@ pytest.importorskip("trl")
 
 from sparse_peft.cli.train import TRAINERS, parse, script_of
 from sparse_peft.tuners.unknown_fields import settable_fields
-from tests.helpers.methods import METHODS
+from tests.helpers.methods import METHODS, MOVING
 
 ROWS = {
     "sft": {"text": "to be or not to be"},
@@ -72,6 +72,42 @@ def test_every_trainer_trains_and_saves_an_adapter(run, stand_in, data, tmp_path
         before = base(torch.arange(6)[None]).logits.detach()
         model = PeftModel.from_pretrained(base, out)
         assert not torch.equal(model(torch.arange(6)[None]).logits, before)
+
+
+@pytest.mark.parametrize(
+    ("trainer", "options", "shown", "used"),
+    [
+        ("sft", [], "0.0002, what suits the adapter; --learning_rate sets another", 2e-4),
+        ("sft", ["--scale", "1"], "0.0032, what suits", 16 * 2e-4),
+        ("sft", ["--method", "snella"], "0.002, what suits", 2e-3),
+        ("dpo", [], "0.0001, 0.5 of what suits", 1e-4),
+        ("sft", ["--learning_rate", "2e-5"], "2e-05\n", 2e-5),
+        ("sft", ["--config", "rate.yaml"], "0.001\n", 1e-3),
+        ("sft", ["--optim", "adafactor"], "2e-05\n", 2e-5),  # nothing is known of others than Adam
+    ],
+)
+def test_the_learning_rate_is_the_adapter_s_unless_one_is_given(
+    run, stand_in, data, tmp_path, monkeypatch, trainer, options, shown, used
+):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "rate.yaml").write_text("learning_rate: 0.001\n")
+    where = ["--model_name_or_path", stand_in, "--dataset_name", data(trainer), "--output_dir", tmp_path / "out"]
+    steady = ["--lr_scheduler_type", "constant", "--logging_steps", "1", "--save_steps", "2"]
+    said = run("train", trainer, *where, *steady, *SHORT, "--target_modules", "q_proj,v_proj", *options)
+    assert f"learning rate {shown}" in said.out + said.err
+    (state,) = (tmp_path / "out").rglob("trainer_state.json")
+    logged = [entry["learning_rate"] for entry in json.loads(state.read_text())["log_history"] if "loss" in entry]
+    assert logged == pytest.approx([used] * 2)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_trains_and_saves_its_adapter(run, stand_in, data, tmp_path, method):
+    where = ["--model_name_or_path", stand_in, "--dataset_name", data("sft"), "--output_dir", tmp_path / "out"]
+    fields = {**METHODS[method][1], **MOVING.get(method, {})}
+    options = [text for name, value in fields.items() for text in (f"--{name}", str(value))]
+    run("train", "sft", *where, *SHORT, "--method", method, *options)
+    assert "train_loss" in (tmp_path / "out" / "README.md").read_text()
+    PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(stand_in), tmp_path / "out")
 
 
 @pytest.mark.parametrize("method", METHODS)
