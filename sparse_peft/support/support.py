@@ -308,7 +308,15 @@ class Support:
     def __getstate__(self) -> dict[str, Any]:
         """Of memory of its own: torch saves no two tensors that view one buffer as numbers of two kinds."""
         state = {name: value for name, value in self.__dict__.items() if name != "derived"}
-        return state | {name: state[name].clone() for name in ("_row_ptr", "_cols") if name in state}
+        state |= {name: state[name].clone() for name in ("_row_ptr", "_cols") if name in state}
+        if "_cols" in state and state["_cols"].dtype == torch.uint16:
+            state["_cols"] = state["_cols"].view(torch.int16)  # pickle, in torch, reads no unsigned numbers again
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        if self._cols is not None and self._cols.dtype == torch.int16:
+            self._cols = self._cols.view(torch.uint16)
 
     def _computed(self, name: str, compute: Callable[[], Tensor]) -> Tensor:
         """What is computed from the positions; kept on a GPU."""

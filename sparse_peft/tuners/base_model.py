@@ -429,8 +429,9 @@ class BaseSparseModel(BaseTuner, Generic[ConfigT, StateT]):
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
         # PEFT's version also assigns the child's weight to whatever replaces it, which fails for a child whose weight
         # is computed (a trained token embedding being merged); a replacement here is a layer or a base, with its own
-        if isinstance(child, TunerLayer):
-            note_unloaded(child)
+        for module in child.modules():  # experts have several layers in one module
+            if isinstance(module, TunerLayer):
+                note_unloaded(module)
         setattr(parent, child_name, new_module)
 
     def _post_injection_hook(self, model: nn.Module, config: Any, adapter_name: str) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pickle
+
 import numpy as np
 import pytest
 import torch
@@ -180,6 +182,8 @@ def test_compact_positions_are_the_same(shape, entries, dtypes):
     (part, *bounds), (expected, *others) = compact.of_rows(middle, shape[0]), flat.of_rows(middle, shape[0])
     assert part == expected and bounds == others
     assert compact.to("meta").stored[-1].dtype == dtypes[-1]
+    again = pickle.loads(pickle.dumps(compact))
+    assert again == flat and [tensor.dtype for tensor in again.stored] == dtypes
 
 
 @pytest.mark.parametrize("entries", [20, 40])

@@ -10,7 +10,7 @@ from torch import nn
 
 from sparse_peft import S2FTConfig, SoRAConfig, SparseConfig
 from tests.helpers.expert_models import config as experts_config
-from tests.helpers.expert_models import mixture
+from tests.helpers.expert_models import layers, mixture
 from tests.helpers.two_layers import TwoLayers
 
 
@@ -87,6 +87,13 @@ def test_a_second_model_may_have_a_copy_or_the_weights_of_one_that_is_unloaded_o
     second = get_peft_model(twin, sparse())
     del second, twin, model  # no unload(): only the model itself refers to it
     get_peft_model(base, sparse())
+
+
+def test_experts_of_an_unloaded_model_adapt_anew_while_somebody_has_their_layers():
+    model = get_peft_model(mixture(), experts_config())
+    kept = layers(model)  # as a controller has them
+    get_peft_model(model.unload(), experts_config())
+    assert kept
 
 
 def test_two_models_that_write_nothing_into_a_weight_may_share_it():
