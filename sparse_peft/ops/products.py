@@ -55,7 +55,7 @@ class WeightSource(WeightPanels, Protocol):
         ...
 
     def read(self, act: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
-        """The result of ``act``, which reads panels in backward; nothing else changes the weight meanwhile."""
+        """The result of ``act``, which reads panels; nothing else changes the weight meanwhile."""
         ...
 
     def after_backward(self) -> None:

@@ -35,7 +35,7 @@ class _SupportLayer(torch.autograd.Function):
             kept = _kept(x, computed, source.product, support, how)
             ctx.restore = kept.restore
             ctx.save_for_backward(*kept.tensors)
-        return source.product.forward(computed, source, bias)
+        return source.read(source.product.forward, computed, source, bias)
 
     @staticmethod
     @torch.autograd.function.once_differentiable

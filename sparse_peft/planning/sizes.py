@@ -152,7 +152,7 @@ def layer_sizes(model: nn.Module, config: BaseSparseConfig, adapter: str, form: 
     for layer in (layer for layer in layers if adapter in layer.deltas):
         state: TrainedState = layer.deltas[adapter]
         sizes = state.sizes(getattr(torch, config.save_dtype))
-        holds = layer.resident and not form.is_quantised
+        holds = layer.resident is True and not form.is_quantised
         kept = form.dtype.itemsize * (sizes.entries or 0) if holds else 0
         in_dim, tied = layer.product.in_dim, tuple(_tied_to(layer, model))
         state_compression = getattr(state, "compression", None)

@@ -25,6 +25,7 @@ from .active_delta import ActiveDelta
 from .backups import SET_ASIDE, LayerBackup, PackedBackup, WeightBackup
 from .base_config import BaseSparseConfig
 from .base_state import TrainedState
+from .delta_config import Resident
 from .expert_weights import ExpertWeight
 from .files.checks import BASE_ADAPTER
 from .four_bit import base_weight
@@ -85,7 +86,7 @@ class TunerLayer(BaseTunerLayer, nn.Module, Generic[StateT]):
     """
 
     config_cls: ClassVar[type[BaseSparseConfig]]
-    resident: bool = False  # whether the base weight may hold adapters' entries between steps
+    resident: Resident = False  # whether the base weight may hold adapters' entries
     delta_container: ClassVar[str]  # the attribute with the adapters' states; starts with the method's prefix
     product: LayerProduct
     weight_shape: tuple[int, ...]  # of the base weight, (rows, cols) or a convolution's

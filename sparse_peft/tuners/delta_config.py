@@ -20,6 +20,9 @@ if TYPE_CHECKING:
     from .delta import Delta
 
 AUTO = "auto"
+IN_PRODUCTS = "product"
+# whether a base weight may hold entries: between steps, only while it is multiplied in training, or never
+Resident = bool | Annotated[str, OneOf((IN_PRODUCTS,))]
 Scale = Annotated[float, Limits(least=2**-20, most=2**20, noun="a scale")]
 
 

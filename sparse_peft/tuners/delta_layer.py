@@ -34,11 +34,20 @@ from .base_layer import Step, TunerLayer, of_owner
 from .changes import Stamp
 from .contents import Contents
 from .delta import Delta
+from .delta_config import IN_PRODUCTS, Resident
 from .fully_sharded import values_of_own_rows
 from .layer_parts import weight_of
 from .ledger import Content, Held, Merged, Weight, Write, transition, write_all
 from .residency import hold_layers, note_holding, release_layers
-from .sources import DeltaSource, DequantisedSource, GatheredSource, LayerSource, OverlaySource, ResidentSource
+from .sources import (
+    DeltaSource,
+    DequantisedSource,
+    GatheredSource,
+    LayerSource,
+    OverlaySource,
+    ProductSource,
+    ResidentSource,
+)
 from .stacks import EntryStack, Stack
 from .tensor_parallel import WholeObserver
 from .transitions import exclusive, exclusively
@@ -50,7 +59,7 @@ KEPT_UNIONS = 4
 # The method that computes each path.
 HANDLERS = {
     name: f"_{name}_forward"
-    for name in ("resident", "gathered", "overlay", "dequantised", "additive", "traced", "transformed")
+    for name in ("resident", "product", "gathered", "overlay", "dequantised", "additive", "traced", "transformed")
 }
 WRITABLE_DTYPES = {torch.float16, torch.bfloat16, torch.float32, torch.float64}
 
@@ -73,7 +82,8 @@ class SparseTunerLayer(TunerLayer[DeltaT]):
         base_layer: ``nn.Linear``, ``nn.Conv1d`` to ``nn.Conv3d``, transformers' ``Conv1D``, a quantised linear layer
             that PEFT has a backend for, or ``nn.Embedding`` in layers that train it.
         name: the layer's full name in the model, for errors and for random supports.
-        resident: whether the base weight may hold the active adapter's entries between forward passes.
+        resident: whether the base weight may hold the active adapter's entries between forward passes; with
+            ``"product"`` in evaluation only.
         owner: as in ``TunerLayer``.
 
     A batch whose inputs use several adapters costs the base's product and, where that is cheaper, one more for all of
@@ -84,7 +94,7 @@ class SparseTunerLayer(TunerLayer[DeltaT]):
     takes_partitions = True
     adds_entries_only: ClassVar[bool] = True  # whether an adapter adds nothing to the weight but its entries
 
-    def __init__(self, base_layer: nn.Module, name: str, resident: bool = True, **kwargs: Any) -> None:
+    def __init__(self, base_layer: nn.Module, name: str, resident: Resident = True, **kwargs: Any) -> None:
         super().__init__(base_layer, name, **kwargs)
         self.resident = resident
         self._joined: ActiveDelta | None = None
@@ -390,7 +400,13 @@ class SparseTunerLayer(TunerLayer[DeltaT]):
     def _held_pass(self, x: Tensor, has_more: bool) -> Callable[..., Tensor]:
         # what forward_step asks besides holds since the weight was written
         content = self.ledger.content
-        is_plain = not (has_more or self._owner or torch._C._are_functorch_transforms_active() or self._is_hooked())
+        is_plain = not (
+            has_more
+            or self._owner
+            or torch._C._are_functorch_transforms_active()
+            or self._is_hooked()
+            or self._holds_in_products_only()
+        )
         if is_plain and isinstance(content, Held) and self._base_is_stock(x):
             return partial(self._resident_forward, content.delta, stamp=content.stamp)
         return super()._held_pass(x, has_more)
@@ -437,7 +453,8 @@ class SparseTunerLayer(TunerLayer[DeltaT]):
             x: the input; one in the base's dtype if None.
 
         Returns:
-            ``"resident"``, ``"overlay"``, ``"dequantised"`` or ``"additive"``; see docs/how_it_works.md.
+            ``"resident"``, ``"product"``, ``"overlay"``, ``"dequantised"`` or ``"additive"``; see
+            docs/how_it_works.md.
         """
         if self.quantization_backend is not None:
             stock = self.quantization_backend.supports_merge and not self._is_hooked()
@@ -447,7 +464,15 @@ class SparseTunerLayer(TunerLayer[DeltaT]):
         if self._is_hooked() or not self._base_is_stock(x):
             return "additive"
         # a compiled graph writes nothing: it sets the entries in a transient copy
-        return "resident" if torch.compiler.is_compiling() or self._may_be_resident() else "overlay"
+        if torch.compiler.is_compiling():
+            return "resident"
+        if not self._may_be_resident():
+            return "overlay"
+        return "product" if self._holds_in_products_only() else "resident"
+
+    def _holds_in_products_only(self) -> bool:
+        """Whether the weight is the base's own again after each product; processes that exchange do so once a step."""
+        return self.resident == IN_PRODUCTS and self.training and self.parallel is None and self.divided is None
 
     def _product(self, x: Tensor, source: LayerSource) -> Tensor:
         dtype, delta, parallel = self._compute_dtype(x), source.delta, self.parallel
@@ -486,6 +511,9 @@ class SparseTunerLayer(TunerLayer[DeltaT]):
             and (x.requires_grad or any(self.deltas[name].values.requires_grad for name in delta.names))
         )
         return self._product(x, ResidentSource(self, delta, stamp)) if trains else self.base_layer(x)
+
+    def _product_forward(self, delta: ActiveDelta, x: Tensor) -> Tensor:
+        return self._product(x, ProductSource(self, delta))
 
     def _gathered_forward(self, delta: ActiveDelta, x: Tensor) -> Tensor:
         return self._product(x, GatheredSource(self, delta))

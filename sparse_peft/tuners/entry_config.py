@@ -10,7 +10,7 @@ from typing import Annotated, Any, ClassVar, Self
 from ..constraints import Count, OneOf, Pattern, Positive, Share
 from ..support import ALLOCATIONS, Block, Budget, Criterion, Given
 from .base_config import allocation_note, explains_fields, selection_note
-from .delta_config import DeltaConfig
+from .delta_config import DeltaConfig, Resident
 from .scale import Spread
 
 # Without a budget: a density, and in layers so small that it would be next to nothing, this many entries.
@@ -47,9 +47,11 @@ class EntryConfig(DeltaConfig):
         default="numel", metadata={"help": "How layers share the budget."}
     )
     seed: int = field(default=0, metadata={"help": "Seed of the random positions."})
-    resident: bool = field(
+    resident: Resident = field(
         default=True,
-        metadata={"help": "Whether the base weight may hold the adapter's entries between steps (speed only)."},
+        metadata={
+            "help": "Whether the base weight may hold the entries between steps, or in products only ('product')."
+        },
     )
     threshold: Positive | None = field(
         default=None, metadata={"help": "Train entries with |weight| below it, in place of a budget."}

@@ -2,6 +2,7 @@
 
 *Resident*: the base weight itself holds the active adapters' entries, ``round(original + value)``, and the forward
 pass is the base layer's own product.
+*Product*: the base weight holds them only while it is multiplied.
 *Gathered*: a weight that DeepSpeed gathers for a pass is written to for the moment of its product.
 *Overlay*: a base that must not be written is copied panel by panel, with the entries set in the copy.
 *Dequantised*: the entries are set in the buffer that a quantisation backend makes anyway.
@@ -83,7 +84,7 @@ class LayerSource(ABC):
         """
 
     def read(self, act: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
-        """The result of ``act``, which reads panels in backward, while no other thread changes the weight."""
+        """The result of ``act``, which reads panels, while no other thread changes the weight."""
         return self.layer.ledger.read(act, *args, **kwargs)
 
     def _copies(self, dtype: torch.dtype) -> Iterator[Panel]:
@@ -122,6 +123,17 @@ class ResidentSource(LayerSource):
         if not self.layer.hold(self.delta, self.stamp):
             return self._copies(dtype)
         return self._cast(self.layer.base_parameter.detach(), dtype)
+
+
+class ProductSource(ResidentSource):
+    """The base weight, which holds the entries only while it is multiplied, so that their originals are soon freed."""
+
+    def read(self, act: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        """The result of ``act``, before and after which the weight is the base's own."""
+        try:
+            return super().read(act, *args, **kwargs)
+        finally:
+            self.layer.ledger.release()
 
 
 class GatheredSource(LayerSource):

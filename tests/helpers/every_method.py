@@ -17,6 +17,7 @@ from tests.helpers.two_layers import TwoLayers
 
 CONFIGS = {
     "sparse": lambda: SparseConfig(density=0.3),
+    "sparse in products": lambda: SparseConfig(density=0.3, resident="product"),
     "sara": lambda: SaRAConfig(density=0.3),
     "s2ft": lambda: S2FTConfig(ratio=0.4),
     "sltrain": lambda: SLTrainConfig(r=2, density=0.2),

@@ -124,6 +124,7 @@ def peak_of(config, batch, length, checkpointing):
         ({"density": 0.01}, 2, False),
         ({"r": 16}, 2, False),
         ({"r": 8}, 8, True),
+        ({"r": 32, "resident": "product"}, 2, True),
         ({"density": 0.01, "columns": 0.25}, 2, False),
         ({"density": 0.01, "columns": 0.1}, 8, True),
     ],

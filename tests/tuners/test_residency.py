@@ -6,7 +6,7 @@ import pickle
 
 import pytest
 import torch
-from peft import PeftModel
+from peft import PeftModel, get_peft_model
 
 import sparse_peft
 from sparse_peft.ops import triton_kernels
@@ -420,3 +420,98 @@ def test_kernels_write_all_layers_in_one_launch_and_give_them_back_in_one(monkey
 def assert_base_untouched_after_release(model, reference):
     with sparse_peft.base_weights(model):
         assert_base_untouched(model, reference)
+
+
+# ------------------------------------------------------------------------------------------- held in products only
+
+IN_PRODUCTS = {
+    "sparse": lambda **k: sparse_peft.SparseConfig(density=0.2, **k),
+    "sara": lambda **k: sparse_peft.SaRAConfig(density=0.2, nuclear_weight=0.0, progressive=None, **k),
+    "s2ft": lambda **k: sparse_peft.S2FTConfig(r=2, **k),
+    "sltrain": lambda **k: sparse_peft.SLTrainConfig(mode="finetune", r=2, density=0.2, **k),
+}
+
+
+class Checkpointed(TwoLayers):
+    """Runs its layers twice."""
+
+    def forward(self, x):
+        return torch.utils.checkpoint.checkpoint(super().forward, x, use_reentrant=False)
+
+
+def trained_steps(config, base, x):
+    """Outputs, gradients and values of three steps, and the model."""
+    torch.manual_seed(0)
+    model = get_peft_model(copy.deepcopy(base), config(target_modules=["first", "second"], init_weights=False))
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer, found = torch.optim.AdamW(trained, lr=0.05), []
+    for _ in range(3):
+        inputs = x.clone().requires_grad_()
+        y = model(inputs)
+        y.float().square().sum().backward()
+        found += [y.detach(), inputs.grad, *(p.grad.clone() for p in trained)]
+        optimizer.step()
+        optimizer.zero_grad()
+    return [*found, *(p.detach().clone() for p in trained)], model
+
+
+@pytest.mark.parametrize("method", IN_PRODUCTS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("block", [TwoLayers, Checkpointed])
+def test_entries_held_in_products_train_to_the_same_bits(method, dtype, block):
+    base, x = block().to(dtype), torch.randn(2, 3, 17, dtype=dtype)
+    expected, _ = trained_steps(IN_PRODUCTS[method], base, x)
+    found, model = trained_steps(lambda **k: IN_PRODUCTS[method](resident="product", **k), base, x)
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+    assert_base_untouched(model, base)
+
+
+def test_entries_held_in_products_keep_no_originals_in_training():
+    model, reference = adapted(resident="product")
+    kept = []
+    for layer in layers_of(model).values():
+        layer.register_forward_hook(lambda layer, *_: kept.append(layer.ledger.backup))
+    y = model(torch.randn(4, 17))
+    assert_base_untouched(model, reference)
+    y.square().sum().backward()
+    assert_base_untouched(model, reference)
+    assert kept == [None, None]
+
+
+def test_entries_held_in_products_stay_in_evaluation_until_training_goes_on():
+    model, reference = adapted(resident="product")
+    x = torch.randn(4, 17)
+    with torch.no_grad():
+        y = model.eval()(x)
+    assert all(holding(model))
+    assert torch.equal(model(x), y)  # with gradients, too
+    assert torch.equal(model.train()(x), y)
+    assert_base_untouched(model, reference)
+
+
+def test_a_failed_product_leaves_no_entries(monkeypatch):
+    model, reference = adapted(resident="product")
+
+    def fail(*_):
+        raise RuntimeError("no memory")
+
+    monkeypatch.setattr(torch.nn.functional, "linear", fail)
+    with pytest.raises(RuntimeError, match="no memory"):
+        model(torch.randn(4, 17))
+    assert_base_untouched(model, reference)
+
+
+def test_copies_are_multiplied_where_products_may_not_write():
+    model, reference = adapted(resident="product")
+    x = torch.randn(4, 17)
+    expected = model(x)
+    with sparse_peft.base_weights(model):
+        y = model(x)
+        assert_base_untouched(model, reference)
+        y.sum().backward()
+    torch.testing.assert_close(y, expected)
+
+
+def test_other_residencies_are_refused():
+    with pytest.raises(ValueError, match="resident='products'"):
+        sparse_peft.SparseConfig(resident="products")

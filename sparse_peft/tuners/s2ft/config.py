@@ -9,7 +9,7 @@ from typing import Annotated, ClassVar, Self
 from ...calibrate import CHANNEL_CRITERIA
 from ...constraints import Count, OneOf, Pattern, Share
 from ..base_config import allocation_note, explains_fields, selection_note
-from ..delta_config import DeltaConfig
+from ..delta_config import DeltaConfig, Resident
 from ..scale import Spread
 from .budget import UNIT_ALLOCATIONS, UnitBudget
 
@@ -58,7 +58,9 @@ class S2FTConfig(DeltaConfig):
             changes neither.
         seed: of the random channels; every block draws its own from (seed, block name).
         resident: let the base weight hold the adapter's channels between steps where that is possible, which makes the
-            forward pass as fast as the base's. ``False`` never writes to the base; it changes speed, not results.
+            forward pass as fast as the base's. ``False`` never writes to the base. ``"product"`` holds channels in
+            training only while a layer multiplies: less memory, slower steps (``docs/memory.md``). It changes no
+            result.
         scale: factor between the trained values and the delta: a number, or ``"auto"``, with which LoRA's learning
             rate of 2e-4 suits the selection and the density (``docs/learning_rate.md``); 1.0 is the papers'.
         compress_inputs: rounding of the inputs that are kept for the values' gradient in training: ``"bf16"``,
@@ -117,9 +119,11 @@ class S2FTConfig(DeltaConfig):
         default=None, metadata={"help": "Adapters of the model whose channels do not train here."}
     )
     seed: int = field(default=0, metadata={"help": "Seed of the random channels."})
-    resident: bool = field(
+    resident: Resident = field(
         default=True,
-        metadata={"help": "Whether the base weight may hold the adapter's channels between steps (speed only)."},
+        metadata={
+            "help": "Whether the base weight may hold the channels between steps, or in products only ('product')."
+        },
     )
     num_channels: dict[str, int] | None = field(
         default=None,

@@ -13,6 +13,7 @@ from ...ops import cheaper_way, compose_weight, sparse_low_rank_linear
 from ..backups import SET_ASIDE
 from ..base_layer import Step
 from ..delta import SparseDelta
+from ..delta_config import Resident
 from ..delta_layer import SparseTunerLayer
 from ..ledger import Weight
 from ..low_rank import LowRankLayer
@@ -52,7 +53,7 @@ class SLTrainLinear(LowRankLayer[SLTrainDelta], SparseTunerLayer[SLTrainDelta]):
         self,
         base_layer: nn.Module,
         name: str,
-        resident: bool = True,
+        resident: Resident = True,
         weightless: bool = False,
         backend: str = "auto",
         **kwargs: Any,
@@ -155,7 +156,7 @@ class SLTrainExperts(SparseTunerLayer[SparseDelta]):
 
     config_cls = SLTrainConfig
 
-    def __init__(self, base_layer: nn.Module, name: str, resident: bool = True, **kwargs: Any) -> None:
+    def __init__(self, base_layer: nn.Module, name: str, resident: Resident = True, **kwargs: Any) -> None:
         for option in ("weightless", "backend"):  # of linear layers
             kwargs.pop(option, None)
         super().__init__(base_layer, name, resident, **kwargs)

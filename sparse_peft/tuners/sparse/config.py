@@ -86,7 +86,9 @@ class SparseConfig(EntryConfig):
         seed_moments: the optimizer's first moments of a new entry: ``"gradient"``: from its observed gradients,
             ``"zero"``: none.
         resident: let the base weight hold the adapter's entries between steps where that is possible, which makes the
-            forward pass as fast as the base's. ``False`` never writes to the base; it changes speed, not results.
+            forward pass as fast as the base's. ``False`` never writes to the base. ``"product"`` holds entries in
+            training only while a layer multiplies: less memory, slower steps (``docs/memory.md``). It changes no
+            result.
         scale: factor between the trained values and the delta: a number, or ``"auto"``, with which LoRA's learning
             rate of 2e-4 suits the selection and the density (``docs/learning_rate.md``); 1.0 is the papers'.
         compress_inputs: rounding of the inputs that are kept for the values' gradient in training: ``"bf16"``,
