@@ -67,9 +67,9 @@ def product_name(rank: int) -> str:
 def methods(rank: int, densities: Sequence[float]) -> list[Method]:
     """All rows.
 
-    ``sparse-r``, ``sparse-r-product`` and ``shira-r`` train exactly as many entries as LoRA of that rank, ``s2ft-in-r`` and ``s2ft-out-r``
-    as many in whole channels of their inputs or outputs, ``snell-r`` as many in its kernel's factors; ``sltrain`` has
-    half the rank and single entries beside it.
+    ``sparse-r``, ``sparse-r-product`` and ``shira-r`` train exactly as many entries as LoRA of that rank,
+    ``s2ft-in-r`` and ``s2ft-out-r`` as many in whole channels of their inputs or outputs, ``snell-r`` as many in its
+    kernel's factors; ``sltrain`` has half the rank and single entries beside it.
     """
 
     def lora(dropout: float) -> Callable[..., PeftConfig]:
