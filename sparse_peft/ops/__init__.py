@@ -38,14 +38,10 @@ from .embedding import EmbeddingProduct, embedding_delta, set_row_entries_
 from .entries import (
     add_to_support_,
     effective_entries,
-    places_of,
     read_entries,
     read_support,
-    read_supports,
     restore_,
-    restore_supports_,
     resync_,
-    resync_supports_,
     scatter_add_,
     take_,
     write_entries_,
@@ -67,6 +63,7 @@ from .expert_products import (
 from .expert_support_grad import expert_parts, expert_support_grad
 from .gradient_observers import UNOBSERVED, GradientObserver, new_key, observe
 from .gradient_paths import gradient_panels
+from .held_entries import HeldEntries, restore_supports_, resync_supports_, take_supports_
 from .kept_inputs import COMPRESSIONS, Compression, is_formed_again, rounded_bytes
 from .masked_dw import PANEL_BYTES_PER_WEIGHT, masked_dw
 from .masked_linear import MaskedPart, MaskedWeight, masked_linear, sums_of_runs
@@ -112,6 +109,7 @@ __all__ = [
     "Factors",
     "GradientObserver",
     "GradientPlan",
+    "HeldEntries",
     "How",
     "InitialDelta",
     "LayerProduct",
@@ -182,11 +180,9 @@ __all__ = [
     "own_features",
     "pack_codes",
     "packed_width",
-    "places_of",
     "plan_support_grad",
     "read_entries",
     "read_support",
-    "read_supports",
     "reference_threshold",
     "remember",
     "restore_",
@@ -206,6 +202,7 @@ __all__ = [
     "support_grad",
     "support_layer",
     "take_",
+    "take_supports_",
     "unpack_codes",
     "use_backend",
     "write_entries_",

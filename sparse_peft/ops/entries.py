@@ -24,7 +24,6 @@ from ..support import ChannelSupport, Support
 from . import cuda_kernels, triton_kernels
 from .backends import forced_backend, kernel_backend, kernels_possible
 
-NOWHERE: Iterable[Tensor | None] = itertools.repeat(None)
 UNSCALED: Iterable[float] = itertools.repeat(1.0)
 
 # ---------------------------------------------------------------------------------------------------- flat positions
@@ -48,10 +47,22 @@ def _write_pieces_(weight: Tensor, pieces: Iterable[tuple[int, int, Tensor]], en
     """Overwrite entries whose positions come in pieces of at most a panel: ``(first, last, int64 positions)``."""
     weight, entries = weight.detach(), entries.detach()
     for first, last, piece in pieces:
-        _write_piece_(weight, piece, entries[first:last])
+        load_piece(weight, piece)
+        write_piece_(weight, piece, entries[first:last])
 
 
-def _write_piece_(weight: Tensor, piece: Tensor, entries: Tensor) -> None:
+def load_piece(weight: Tensor, piece: Tensor) -> None:
+    """Bring entries into a CPU's cache before they are overwritten.
+
+    A CPU waits for many reads at once, and for few writes to lines outside of its cache: this takes a third of the
+    time that it saves.
+    """
+    if weight.is_cpu and weight.is_contiguous():
+        weight.view(-1).index_select(0, piece)
+
+
+def write_piece_(weight: Tensor, piece: Tensor, entries: Tensor) -> None:
+    """``write_entries_`` at few positions, in int64."""
     # on a CPU in bfloat16 three times as fast as scatter_; it takes int64 positions only
     if weight.is_contiguous():
         weight.view(-1).index_copy_(0, piece, entries)
@@ -300,111 +311,4 @@ def _scatter_add_to_(weight: Tensor, support: Support, values: Tensor) -> None:
         return
     weight, values = weight.detach(), values.detach()
     for first, last, piece in support.flat_pieces():
-        _write_piece_(weight, piece, effective_entries(read_entries(weight, piece), values[first:last]))
-
-
-def _resync_pieces_(weight: Tensor, support: Support, originals: Tensor, values: Tensor, scale: float) -> None:
-    """Overwrite the entries by ``effective_entries``, formed a piece at a time."""
-    weight, values = weight.detach(), values.detach()
-    for first, last, piece in support.flat_pieces():
-        _write_piece_(weight, piece, effective_entries(originals[first:last], values[first:last], scale))
-
-
-# Up to so many entries, positions are kept while a weight holds them: 16 KB a layer at most, and a call of each of the
-# operations that would compute them costs more than reading the entries.
-FEW_ENTRIES = 2048
-
-
-def places_of(weights: Sequence[Tensor], supports: Sequence[Support]) -> list[Tensor | None]:
-    """``(entries,)`` int64 flat positions in weights on a CPU, for the functions below; None where they are many."""
-    if forced_backend() is not None:
-        return [None] * len(weights)
-    return [_place_of(weight, support) for weight, support in zip(weights, supports, strict=True)]
-
-
-def _place_of(weight: Tensor, support: Support) -> Tensor | None:
-    if support.nnz > FEW_ENTRIES or not weight.is_cpu or not weight.is_contiguous():
-        return None
-    return None if isinstance(support, ChannelSupport) else support.flat_in_one_piece()
-
-
-@torch.no_grad()
-def read_supports(
-    weights: Sequence[Tensor], supports: Sequence[Support], places: Iterable[Tensor | None] = NOWHERE
-) -> list[Tensor]:
-    """``read_support`` for many weights, on a GPU in one launch.
-
-    Args:
-        weights: the base weights.
-        supports: of each.
-        places: ``places_of`` them; they save computing positions.
-    """
-    found, reads, is_forced = [], [], forced_backend() is not None
-    for weight, support, place in zip(weights, supports, places, strict=False):
-        if place is not None:
-            found.append(weight.view(-1).index_select(0, place))
-        elif isinstance(support, ChannelSupport):
-            found.append(_read_channels(weight.detach(), support))
-        elif weight.is_cpu and not is_forced:
-            found.append(_read_pieces(weight.detach(), support))
-        else:
-            found.append(weight.new_empty(support.nnz))
-            reads.append(_Write("take", weight, support.indices, found[-1]))
-    _write_many(reads)
-    return found
-
-
-@torch.no_grad()
-def resync_supports_(
-    weights: Sequence[Tensor],
-    supports: Sequence[Support],
-    originals: Sequence[Tensor],
-    values: Sequence[Tensor],
-    scales: Iterable[float] = UNSCALED,
-    places: Iterable[Tensor | None] = NOWHERE,
-) -> None:
-    """``weight[support] = round(original + scale * value)`` for many weights.
-
-    Args:
-        weights: the base weights.
-        supports: of each.
-        originals: ``(entries,)`` each, in the weight's dtype: the entries of the base model.
-        values: ``(entries,)`` each.
-        scales: factors between the values and the deltas.
-        places: as in ``read_supports``.
-    """
-    writes, is_forced = [], forced_backend() is not None
-    for weight, support, own, value, scale, place in zip(
-        weights, supports, originals, values, scales, places, strict=False
-    ):
-        if place is not None:
-            weight.view(-1).index_copy_(0, place, effective_entries(own, value, scale))
-        elif isinstance(support, ChannelSupport):
-            _write_channels_(weight, support, effective_entries(own, value, scale))
-        elif weight.is_cpu and not is_forced:
-            _resync_pieces_(weight, support, own, value, scale)
-        else:
-            delta = value.detach() if scale == 1 else value.detach() * scale
-            writes.append(_Write("resync", weight, support.indices, own, delta))
-    _write_many(writes)
-
-
-@torch.no_grad()
-def restore_supports_(
-    weights: Sequence[Tensor],
-    supports: Sequence[Support],
-    originals: Sequence[Tensor],
-    places: Iterable[Tensor | None] = NOWHERE,
-) -> None:
-    """``weight[support] = original`` for many weights; ``places`` as in ``read_supports``."""
-    writes, is_forced = [], forced_backend() is not None
-    for weight, support, own, place in zip(weights, supports, originals, places, strict=False):
-        if place is not None:
-            weight.view(-1).index_copy_(0, place, own)
-        elif isinstance(support, ChannelSupport):
-            _write_channels_(weight, support, own)
-        elif weight.is_cpu and not is_forced:
-            _write_pieces_(weight, support.flat_pieces(), own)
-        else:
-            writes.append(_Write("restore", weight, support.indices, own))
-    _write_many(writes)
+        write_piece_(weight, piece, effective_entries(read_entries(weight, piece), values[first:last]))

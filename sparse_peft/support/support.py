@@ -21,8 +21,9 @@ from ..numerics.topk import topk_indices
 INT32_LIMIT = 2**31
 UINT16_LIMIT = 2**16
 COORDINATE_BYTES = 2 * torch.int64.itemsize  # of a row and a column, from which a flat position is computed
-# Entries whose flat positions are computed at a time on a CPU: they stay in its cache, in memory that is used again.
-PIECE_ENTRIES = 2**16
+# Entries that are addressed at a time on a CPU: their positions and the weight's lines, of 64 bytes for each, stay in
+# its cache.
+PIECE_ENTRIES = 2**13
 
 
 def index_dtype(shape: Sequence[int]) -> torch.dtype:
@@ -383,10 +384,13 @@ class Support:
         # the row of a piece's first entry, and the row after that of its last one
         starts = torch.searchsorted(pointers, bounds[:-1], right=True).sub_(1).tolist()
         stops = torch.searchsorted(pointers, bounds[1:]).tolist()
+        length = torch.tensor([cols], device=self.device)
         for (first, last), start, stop in zip(pieces, starts, stops, strict=True):
-            within = pointers[start : stop + 1].clamp(first, last).sub_(first)
-            part = Support.of_stored((stop - start, cols), (within, self._cols[first:last]))
-            yield first, last, part._flatten().add_(start * cols)
+            # each row's start is so many positions after the one before: twice as fast as numbering the rows
+            flat = torch.zeros(last - first, dtype=torch.int64, device=self.device)
+            begins = pointers[start + 1 : stop].sub(first)
+            flat.index_add_(0, begins, length.expand(begins.numel()))
+            yield first, last, torch.cumsum(flat, 0, out=flat).add_(self._cols[first:last].long()).add_(start * cols)
 
     def entry_ranges(self, row_ranges: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
         """The half-open range of entries in each of several consecutive ranges of rows.

@@ -14,8 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ..numerics import checksum
-from ..ops import read_support, restore_supports_
-from ..support import Support
+from ..ops import HeldEntries, read_support, restore_supports_
 
 SET_ASIDE = "set_aside"  # the submodule that a layer without a weight is kept as, while a merged one has its place
 
@@ -36,21 +35,9 @@ class Backup(Protocol):
         ...
 
 
-@dataclass(slots=True)
-class EntriesBackup:
-    """Single entries of a weight.
-
-    Attributes:
-        weight: the parameter.
-        support: the entries' positions.
-        originals: ``(entries,)``: the base's own entries there.
-        place: one of ``places_of``.
-    """
-
-    weight: Tensor
-    support: Support
-    originals: Tensor
-    place: Tensor | None = None
+@dataclass(slots=True, eq=False)
+class EntriesBackup(HeldEntries):
+    """Single entries of a weight."""
 
     def restore(self) -> None:
         restore_all([self])
@@ -59,14 +46,14 @@ class EntriesBackup:
         return checksum(read_support(self.weight.detach(), self.support))
 
     def follow(self) -> None:
-        weight, originals = self.weight, self.originals
+        weight = self.weight
         if not weight.is_contiguous():
             self.place = None
-        if originals.dtype == weight.dtype and originals.device == weight.device:
+        if self.is_like(weight):
             return
         if self.support.device != weight.device:
             self.support, self.place = self.support.to(weight.device), None
-        self.originals = originals.to(weight)
+        self.keep(self.originals.to(weight))
 
 
 @dataclass
@@ -161,9 +148,4 @@ def restore_all(backups: Iterable[Backup]) -> None:
             entries.append(backup)
         else:
             backup.restore()
-    restore_supports_(
-        [b.weight for b in entries],
-        [b.support for b in entries],
-        [b.originals for b in entries],
-        [b.place for b in entries],
-    )
+    restore_supports_(entries)

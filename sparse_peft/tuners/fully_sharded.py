@@ -23,7 +23,7 @@ from torch.distributed._composable_state import _module_state_mapping
 from torch.distributed.tensor.placement_types import Replicate
 from torch.distributed.tensor.placement_types import Shard as Placement
 
-from ..ops import restore_supports_
+from ..ops import write_support_
 from ..support import Shard, Support
 from .active_delta import ActiveDelta
 from .backups import EntriesBackup
@@ -178,7 +178,7 @@ class FullySharded:
             self.aliases = [alias for alias in self.aliases if alias() is not None] + [weakref.ref(weight)]
             return weight
         copy: Any = weight.clone()
-        restore_supports_([copy._local_tensor], [backup.support], [backup.originals])
+        write_support_(copy._local_tensor, backup.support, backup.originals)
         found: Tensor = copy
         return found
 

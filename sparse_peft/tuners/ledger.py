@@ -2,7 +2,7 @@
 
 Each transition of a weight - *write* entries into it, *release* it, *merge*, *unmerge* - keeps to three rules.
 
-1. The originals are in the ledger before the first byte of the weight changes.
+1. The original of each entry is in the ledger before its first byte changes.
 2. What the weight holds is unknown (``content`` is None) until all of it is written. Restoring overwrites whatever is
    there and may be repeated, so an interruption at any line leaves nothing that the next transition does not mend.
 3. No other thread computes with the weight meanwhile. Readers register in ``readers`` without a lock; a transition
@@ -25,7 +25,7 @@ from typing import Any, Concatenate, ParamSpec, Protocol, TypeVar
 import torch
 from torch import Tensor
 
-from ..ops import places_of, read_support, read_supports, resync_supports_
+from ..ops import read_support, resync_supports_, take_supports_
 from ..support import Support
 from .active_delta import ActiveDelta
 from .backups import Backup, EntriesBackup, restore_all
@@ -307,7 +307,10 @@ class Ledger:
 
 def all_give_output(ledgers: Iterable[Ledger]) -> bool:
     """``Ledger.gives_output`` of several weights."""
-    return all(ledger.gives_output() for ledger in ledgers)
+    for ledger in ledgers:  # noqa: SIM110 - asked in every pass, where a generator takes twice as long
+        if not ledger.gives_output():
+            return False
+    return True
 
 
 def read_all(ledgers: Iterable[Ledger], act: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
@@ -415,11 +418,10 @@ def write_all(writes: Sequence[Write]) -> None:
         if others:
             release_all(others)
         fresh = [write for write in writes if write.ledger.backup is None]
-        weights, supports = [w.weight for w in fresh], [w.support for w in fresh]
-        places = places_of(weights, supports)
-        originals = read_supports(weights, supports, places)
-        for write, own, place in zip(fresh, originals, places, strict=True):
-            write.ledger.begin(EntriesBackup(write.weight, write.support, own, place))
+        backups = [EntriesBackup(write.weight, write.support) for write in fresh]
+        take_supports_(backups)
+        for write, backup in zip(fresh, backups, strict=True):
+            write.ledger.begin(backup)
         _resync(writes)
         gather_again(used)
 
@@ -427,7 +429,7 @@ def write_all(writes: Sequence[Write]) -> None:
 
 
 def _resync(writes: Sequence[Write]) -> None:
-    """Write the entries of weights whose originals are known."""
+    """Write the entries of weights with backups."""
     _refuse_changed([write.ledger for write in writes])
     backups = []
     for write in writes:
@@ -435,14 +437,7 @@ def _resync(writes: Sequence[Write]) -> None:
         backups.append(write.ledger.backup)
         backups[-1].follow()
         write.ledger.begin(backups[-1])
-    resync_supports_(
-        [b.weight for b in backups],
-        [b.support for b in backups],
-        [b.originals for b in backups],
-        [write.values for write in writes],
-        [write.scale for write in writes],
-        [b.place for b in backups],
-    )
+    resync_supports_(backups, [write.values for write in writes], [write.scale for write in writes])
     for write, backup in zip(writes, backups, strict=True):
         content = write.content
         write.ledger.commit(content(backup) if callable(content) else content)

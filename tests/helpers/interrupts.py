@@ -11,7 +11,9 @@ from typing import Any
 
 import sparse_peft
 
-TUNERS = str(Path(sparse_peft.__file__).parent / "tuners")
+PACKAGE = Path(sparse_peft.__file__).parent
+# All that an interruption of a weight's transition may meet.
+FOLLOWED = str(PACKAGE / "tuners"), str(PACKAGE / "ops" / "held_entries.py")
 
 Line = tuple[str, int]
 
@@ -21,7 +23,7 @@ class Interrupt(KeyboardInterrupt):
 
 
 def lines_of(act: Callable[[], Any]) -> list[Line]:
-    """The lines of ``sparse_peft/tuners`` that an action runs, in order."""
+    """The lines of ``FOLLOWED`` that an action runs, in order."""
     lines: list[Line] = []
     _traced(act, lambda frame: lines.append((frame.f_code.co_filename, frame.f_lineno)))
     return lines
@@ -54,7 +56,7 @@ def _traced(act: Callable[[], Any], at_line: Callable[[FrameType], None]) -> Non
         return local
 
     def trace(frame: FrameType, _event: str, _: Any) -> Any:
-        return local if frame.f_code.co_filename.startswith(TUNERS) else None
+        return local if frame.f_code.co_filename.startswith(FOLLOWED) else None
 
     before = sys.gettrace()
     sys.settrace(trace)

@@ -110,6 +110,16 @@ def test_an_interruption_at_some_lines_of_experts_is_mended(elsewhere):
     check_each(lambda lines: first_of_each(lines, FILES)[::20], elsewhere)
 
 
+def test_an_interruption_between_pieces_of_experts_is_mended(elsewhere, monkeypatch):
+    monkeypatch.setattr("sparse_peft.ops.held_entries.FEW_ENTRIES", 0)
+    monkeypatch.setattr("sparse_peft.support.support.PIECE_ENTRIES", 5)
+
+    def within(lines):
+        return [number for number, (file, _) in enumerate(lines) if file.endswith("held_entries.py")][::11]
+
+    check_each(within, elsewhere)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("part", range(4))
 def test_an_interruption_at_any_line_of_experts_is_mended(part, elsewhere):

@@ -237,7 +237,7 @@ def all_transitions(model):
 
 
 # The files with the code of transitions.
-TRANSITIONS = ("ledger", "backups", "transitions", "residency")
+TRANSITIONS = ("ledger", "backups", "transitions", "residency", "held_entries")
 X = torch.linspace(-1, 1, 21).view(3, 7)
 # {action: (what is done before, the action that is interrupted)}
 ACTIONS = {
@@ -308,6 +308,20 @@ def test_an_interruption_at_any_line_is_mended(action, elsewhere):
 @pytest.mark.parametrize("method", [name for name in CONFIGS if name != "sparse"])
 def test_an_interruption_at_any_line_of_transitions_is_mended(method, elsewhere):
     check_each(method, "all", elsewhere, lambda lines: first_of_each(lines, TRANSITIONS))
+
+
+@pytest.mark.parametrize("action", ["train", "step", "all"])
+def test_an_interruption_between_pieces_of_a_weight_is_mended(action, elsewhere, monkeypatch):
+    """Each entry's original is read right before its piece is written."""
+    monkeypatch.setattr("sparse_peft.ops.held_entries.FEW_ENTRIES", 0)
+    monkeypatch.setattr("sparse_peft.support.support.PIECE_ENTRIES", 3)
+
+    def within(lines):
+        numbers = [number for number, (file, _) in enumerate(lines) if file.endswith("held_entries.py")]
+        assert len(numbers) > 15
+        return numbers if action != "all" else numbers[::5]
+
+    check_each("sparse", action, elsewhere, within)
 
 
 @pytest.mark.parametrize("method", ["sparse", "sora"])
