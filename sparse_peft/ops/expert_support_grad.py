@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,7 +14,7 @@ from ..support import Support
 from . import triton_kernels
 from .backends import forced_backend, kernel_backend
 from .gradient_observers import UNOBSERVED, any_observed
-from .gradient_paths import TokenGroup, sample_
+from .gradient_paths import TokenGroups, sample_, sampled_tile
 from .plans import plan_support_grad
 from .support_grad import observed_support_grad
 from .transposed import token_contiguous
@@ -53,23 +54,68 @@ def expert_support_grad(
     values = torch.zeros(support.nnz, dtype=accumulation_dtype(left.dtype), device=left.device)
     groups = _groups(expert_parts(support, experts), ends)
     if path == "sampled":
-        sample_(values, left, right, (group for _, group in groups))
+        rows = left.shape[1]
+        tile = sampled_tile(rows, right.shape[1], values.dtype)
+        sample_(values, left, right, _joined(groups, support, rows, *tile))
         return values
-    for expert, (part, first, start, stop) in groups:
+    for expert, part, first, start, stop in groups:
         number = key + expert if observed else UNOBSERVED
         own = observed_support_grad(left[start:stop], right[start:stop], part, number)
         values[first : first + part.nnz] = own
     return values
 
 
-def _groups(parts: ExpertParts, ends: Tensor) -> Iterator[tuple[int, TokenGroup]]:
-    """The experts that have tokens and entries."""
+class _Group(NamedTuple):
+    """An expert that has tokens and entries: its support, its first entry, its first token and the one after it."""
+
+    expert: int
+    support: Support
+    first: int
+    start: int
+    stop: int
+
+
+def _groups(parts: ExpertParts, ends: Tensor) -> Iterator[_Group]:
     start = 0
     for expert, stop in enumerate(ends.tolist()):
         part, first, last = parts[expert]
         if stop > start and last > first:
-            yield expert, TokenGroup(part, first, start, stop)
+            yield _Group(expert, part, first, start, stop)
         start = stop
+
+
+def _joined(groups: Iterable[_Group], support: Support, rows: int, most: int, least: int) -> Iterator[TokenGroups]:
+    """Neighbouring experts with few tokens each, which take a product together less time than one each.
+
+    Args:
+        groups: of the experts.
+        support: of all experts.
+        rows: of one expert.
+        most: tokens in a tile.
+        least: tokens that an expert is filled up to; experts with more have a product of their own.
+    """
+    joined: list[_Group] = []
+    for group in groups:
+        is_small = group.stop - group.start <= least
+        is_next = joined and group.expert == joined[-1].expert + 1 and (len(joined) + 1) * least <= most
+        if joined and not (is_small and is_next):
+            yield _together(joined, support, rows)
+            joined = []
+        if is_small:
+            joined.append(group)
+        else:
+            yield _together([group], support, rows)
+    if joined:
+        yield _together(joined, support, rows)
+
+
+def _together(groups: list[_Group], support: Support, rows: int) -> TokenGroups:
+    first, last = groups[0], groups[-1]
+    if first is last:
+        return TokenGroups(first.support, first.first, [(first.start, first.stop)])
+    stop = last.first + last.support.nnz
+    part = support.part(first.expert * rows, (last.expert + 1) * rows, first.first, stop)
+    return TokenGroups(part, first.first, [(group.start, group.stop) for group in groups])
 
 
 def _path(support: Support, experts: int, dtype: torch.dtype, device: torch.device) -> str:

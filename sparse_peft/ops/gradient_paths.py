@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from ..numerics.panels import panels
 from ..numerics.tokens import accumulation_dtype, transposed_product
@@ -63,53 +64,96 @@ def _panel(left: Factor, right: Tensor, start: int, stop: int) -> Tensor:
 
 def _by_sampling(left: Tensor, right: Tensor, support: Support) -> Tensor:
     values = torch.zeros(support.nnz, dtype=accumulation_dtype(left.dtype), device=left.device)
-    sample_(values, left, right, [TokenGroup(support, 0, 0, left.shape[0])])
+    sample_(values, left, right, [TokenGroups(support, 0, [(0, left.shape[0])])])
     return values
 
 
-class TokenGroup(NamedTuple):
-    """Consecutive tokens whose gradient is that of consecutive entries.
+class TokenGroups(NamedTuple):
+    """Consecutive groups of tokens whose gradients are those of matrices one above the other, such as of experts.
 
     Attributes:
-        support: of the entries, in a matrix of their own.
+        support: of the entries, in the matrices ``(groups * rows, cols)``.
         first: the number of the first entry.
-        start: the first token.
-        stop: the token after the last.
+        bounds: of each group the first token, and the one after the last.
     """
 
     support: Support
     first: int
-    start: int
-    stop: int
+    bounds: Sequence[tuple[int, int]]
 
 
-def sample_(values: Tensor, left: Tensor, right: Tensor, groups: Iterable[TokenGroup]) -> None:
-    """Add the sampled product of each group to its entries.
+def sample_(values: Tensor, left: Tensor, right: Tensor, parts: Iterable[TokenGroups]) -> None:
+    """Add the sampled products of groups of tokens to their entries.
+
+    The groups of a part share one product, in which each has as many tokens as the longest: zeros take the place of
+    those that it lacks.
 
     Args:
-        values: ``(entries,)`` of all groups, in ``accumulation_dtype``.
-        left: ``(tokens, rows)`` of all groups.
-        right: ``(tokens, cols)`` of all groups.
-        groups: whose supports are of matrices ``(rows, cols)``.
+        values: ``(entries,)`` of all parts, in ``accumulation_dtype``.
+        left: ``(tokens, rows)`` of all parts.
+        right: ``(tokens, cols)`` of all parts.
+        parts: of the products.
     """
     rows, cols, dtype = left.shape[1], right.shape[1], values.dtype
-    step = panels(SAMPLED_TILE, (rows + cols) * dtype.itemsize)[0][1]
-    least = min(step, REGISTER_BYTES // dtype.itemsize)
+    step, least = sampled_tile(rows, cols, dtype)
     # The stock kernel reads both operands with their tokens contiguous, and copies them otherwise. One buffer for all
     # tiles stays in the cache; fresh memory for each would be paged in anew.
-    buffer = torch.empty((rows + cols) * max(least, min(step, left.shape[0])), dtype=dtype, device=left.device)
-    for support, first, begin, end in groups:
-        row_ptr, columns, shape = support.row_ptr, support.cols, support.shape
-        product = csr_matrix(row_ptr, columns, values[first : first + columns.numel()], shape)
-        for start in range(begin, end, step):
-            tokens = min(step, end - start)
-            width = max(tokens, least)
-            both = buffer[: (rows + cols) * width].view(rows + cols, width)
-            if tokens < width:
-                both[:, tokens:].zero_()
-            both[:rows, :tokens].copy_(left[start : start + tokens].t())
-            both[rows:, :tokens].copy_(right[start : start + tokens].t())
-            torch.sparse.sampled_addmm(product, both[:rows], both[rows:].t(), out=product)
+    buffer = values.new_empty(0)
+    for support, first, bounds in parts:
+        product = _product_of(support, values[first : first + support.nnz], len(bounds), cols)
+        for tile in _tiles(bounds, step):
+            width = max(least, *(end - start for start, end in tile))
+            size = len(tile) * (rows + cols) * width
+            buffer = buffer if buffer.numel() >= size else buffer.new_empty(size)
+            a = _turned(buffer, left, tile, width)
+            b = _turned(buffer[a.numel() :], right, tile, width)
+            torch.sparse.sampled_addmm(product, a, b.t(), out=product)
+
+
+def _tiles(bounds: Sequence[tuple[int, int]], step: int) -> Iterator[Sequence[tuple[int, int]]]:
+    """Parts of the only group, or all groups."""
+    if len(bounds) > 1:
+        yield bounds
+        return
+    ((begin, end),) = bounds
+    for start in range(begin, end, step):
+        yield [(start, min(start + step, end))]
+
+
+def _turned(buffer: Tensor, x: Tensor, bounds: Sequence[tuple[int, int]], width: int) -> Tensor:
+    """``(groups * features, width)`` in a buffer: the groups' transposed tokens, and zeros."""
+    groups, features = len(bounds), x.shape[1]
+    turned = buffer[: groups * features * width].view(-1, width)
+    if groups > 1:
+        tokens = pad_sequence([x[start:end] for start, end in bounds], batch_first=True)
+        return _fill_(turned.view(groups, features, width), tokens.transpose(1, 2)).view(-1, width)
+    ((start, end),) = bounds
+    return _fill_(turned, x[start:end].t())  # a matrix is copied faster than several
+
+
+def _fill_(out: Tensor, tokens: Tensor) -> Tensor:
+    count = tokens.shape[-1]
+    if count < out.shape[-1]:
+        out.zero_()
+        out[..., :count].copy_(tokens)
+        return out
+    return out.copy_(tokens)
+
+
+def sampled_tile(rows: int, cols: int, dtype: torch.dtype) -> tuple[int, int]:
+    """Most and least tokens in a tile of the sampled product of a matrix."""
+    most = panels(SAMPLED_TILE, (rows + cols) * dtype.itemsize)[0][1]
+    return most, min(most, REGISTER_BYTES // dtype.itemsize)
+
+
+def _product_of(support: Support, values: Tensor, groups: int, cols: int) -> Tensor:
+    """The CSR matrix of several matrices one above the other, each of which has columns of its own."""
+    pointers, columns = support.row_ptr, support.cols
+    if groups > 1:
+        counts = pointers[:: support.shape[0] // groups].diff()
+        offsets = torch.arange(groups, dtype=columns.dtype, device=columns.device).mul_(cols)
+        columns = columns + offsets.repeat_interleave(counts, output_size=columns.numel())
+    return csr_matrix(pointers, columns, values, (support.shape[0], groups * cols))
 
 
 def _by_panels(left: Tensor, right: Tensor, layout: Layout) -> Tensor:

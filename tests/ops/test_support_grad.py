@@ -5,6 +5,7 @@ import torch
 
 from sparse_peft.numerics import panel_limit
 from sparse_peft.ops import support_grad, use_backend
+from sparse_peft.ops.gradient_paths import REGISTER_BYTES
 from sparse_peft.support import Support
 
 SHAPES = [(1, 1), (1, 7), (13, 1), (20, 2), (37, 29), (64, 48), (5, 211)]
@@ -48,3 +49,24 @@ def test_support_grad_ignores_entries_outside_the_support_even_if_they_are_nan()
     for backend in ("sampled", "panels"):
         with use_backend(backend):
             assert torch.equal(support_grad(left, right, s), torch.full((2,), 3.0))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("tokens", [1, 3, 4, 7, 8, 15, 16, 17, 130])
+def test_fewer_tokens_than_a_register_has_numbers_are_filled_up_with_zeros(dtype, tokens, monkeypatch):
+    """Only a sampled product of at least as many takes no slow path of torch."""
+    widths, sampled = [], torch.sparse.sampled_addmm
+
+    def note(matrix, a, b, **more):
+        widths.append(a.shape[1])
+        return sampled(matrix, a, b, **more)
+
+    monkeypatch.setattr(torch.sparse, "sampled_addmm", note)
+    s = random_support((37, 29), 0.1)
+    left, right = torch.randn(tokens, 37).to(dtype), torch.randn(tokens, 29).to(dtype)
+    with use_backend("sampled"):
+        got = support_grad(left, right, s)
+    least = REGISTER_BYTES // got.element_size()
+    assert widths == [max(least, width) for width in ([128, tokens - 128] if tokens > 128 else [tokens])]
+    dense = (left.double().t() @ right.double()).reshape(-1)[s.indices.long()]
+    torch.testing.assert_close(got.double(), dense, rtol=1e-5, atol=1e-5)
