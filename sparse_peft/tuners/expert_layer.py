@@ -89,22 +89,21 @@ class ExpertsLayer(nn.Module):
     def forward(self, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any) -> Any:
         """The base's output with the active adapters, or in a mixed batch with each input's own."""
         if not torch.compiler.is_compiling():
-            return self._read(adapter_names, args, kwargs)
+            ledgers = self._ledgers
+            return read_all(ledgers, self._read_forward, ledgers, adapter_names, args, kwargs)
         run = self._untraced_forward if self._loops() else self._next_forward
         return run(adapter_names, args, kwargs)
 
     @torch.compiler.disable  # a graph ends in the loop anyway
     def _untraced_forward(self, adapter_names: list[str] | None, args: Any, kwargs: Any) -> Any:
-        return self._read(adapter_names, args, kwargs)
-
-    def _read(self, adapter_names: list[str] | None, args: Any, kwargs: Any) -> Any:
         ledgers = self._ledgers
         return read_all(ledgers, self._read_forward, ledgers, adapter_names, args, kwargs)
 
     def _read_forward(self, ledgers: list[Ledger], adapter_names: list[str] | None, args: Any, kwargs: Any) -> Any:
         """The output, by the base's module alone where its parameters hold all that the active adapters add."""
         if adapter_names is None and not torch.is_grad_enabled() and all_give_output(ledgers):
-            return cast("nn.Module", self._modules["base_layer"])(*args, **kwargs)
+            base: Any = self._modules["base_layer"]
+            return base(*args, **kwargs)
         return self._next_forward(adapter_names, args, kwargs)
 
     def _loops(self) -> bool:

@@ -16,6 +16,7 @@ from sparse_peft.tuners.expert_layer import ExpertsLayer
 from tests.helpers.expert_models import (
     CONFIGS,
     IDS,
+    FromTheEnd,
     Holder,
     Stack,
     adapted,
@@ -151,10 +152,11 @@ def test_a_settled_module_is_one_check_until_something_changes(monkeypatch):
     assert prepares() == 2
 
 
+@pytest.mark.parametrize("experts", [Stack, FromTheEnd])
 @pytest.mark.parametrize("resident", [True, False])
-def test_unknown_functions_get_dense_weights_and_right_gradients(resident):
+def test_other_ways_to_compute_have_right_gradients(experts, resident):
     torch.manual_seed(0)
-    base = Holder(Stack).double()
+    base = Holder(experts).double()
     dense = copy.deepcopy(base)
     model = get_peft_model(base, config(task_type=None, density=0.3, resident=resident))
     x, weights = torch.randn(6, 4, dtype=torch.float64), torch.rand(6, 3, dtype=torch.float64)
