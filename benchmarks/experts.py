@@ -27,6 +27,7 @@ from .report import environment, write_json
 RESULTS = Path(__file__).parent / "results"
 PARAMETERS = ["experts.gate_up_proj", "experts.down_proj"]
 HIDDEN, INTERMEDIATE, TOP_K, RANK = 512, 256, 4, 8
+NEW_TOKENS = 32  # of a text that is decoded
 FROZEN, LORA, FULL = "frozen", f"LoRA r={RANK}", "full"
 AT_ONE_PERCENT = "entries 1 %"
 # Most time of a step and of a decoded token, and most bytes that a step saves, of a model whose entries train at 1 %.
@@ -103,7 +104,13 @@ class Subject:
         self.x.grad = None
 
     def decode(self) -> None:
-        """One token, without gradients."""
+        """A text as users decode it, greedily and with a cache."""
+        length = {"min_new_tokens": NEW_TOKENS, "max_new_tokens": NEW_TOKENS}
+        found = self.model.generate(input_ids=self.token, do_sample=False, use_cache=True, pad_token_id=0, **length)
+        assert found.shape[1] == 1 + NEW_TOKENS
+
+    def call(self) -> None:
+        """One token by a call of the model, without gradients."""
         with torch.inference_mode():
             self.model(self.token)
 
@@ -124,6 +131,8 @@ class Row:
         parameters: trained ones.
         saved: bytes that autograd keeps for backward.
         peak: bytes above what lived before the step.
+        decode_vs_base: of a text by ``generate``, which calls the model inside PEFT's wrapper for each token.
+        call_vs_base: of one token by a call of PEFT's wrapper.
     """
 
     experts: int
@@ -138,6 +147,7 @@ class Row:
     peak: int
     peak_vs_frozen: float
     decode_vs_base: Ratio
+    call_vs_base: Ratio
     file: int
 
     @property
@@ -162,7 +172,8 @@ def measure(experts: int, layers: int, tokens: int, rounds: int, implementation:
     steps = interleave({name: one.step for name, one in subjects.items()}, rounds, device, warmup=2)
     for one in subjects.values():
         one.model.eval()
-    decode = _decode_ratios({name: one.decode for name, one in subjects.items()}, rounds, device)
+    decode = _ratios({name: one.decode for name, one in subjects.items()}, 10 * rounds, rounds, device)
+    call = _ratios({name: one.call for name, one in subjects.items()}, 40 * rounds, 5 * rounds, device)
     saved = {name: saved_bytes(one.forward, [*one.model.parameters(), one.x]) for name, one in subjects.items()}
     peaks = {}
     for name, one in subjects.items():
@@ -182,18 +193,21 @@ def measure(experts: int, layers: int, tokens: int, rounds: int, implementation:
             peak=peaks[name],
             peak_vs_frozen=peaks[name] / peaks[FROZEN],
             decode_vs_base=decode[name],
+            call_vs_base=call[name],
             file=one.file_bytes(),
         )
         for name, one in subjects.items()
     ]
 
 
-def _decode_ratios(decode: dict[str, Callable[[], None]], rounds: int, device: torch.device) -> dict[str, Ratio]:
-    """A token's time over the base's. Ratios near 1 need many rounds, for which LoRA's tokens take too long."""
+def _ratios(
+    actions: dict[str, Callable[[], None]], rounds: int, of_lora: int, device: torch.device
+) -> dict[str, Ratio]:
+    """Times over the base's. Ratios near 1 need many rounds, for which LoRA takes too long."""
     clock = main_clock(device)
-    slow = interleave({name: decode[name] for name in (FROZEN, LORA)}, 5 * rounds, device, warmup=3)
-    fast = {name: act for name, act in decode.items() if name != LORA}
-    found = interleave(fast, 40 * rounds, device, warmup=3, warm_caches=True)
+    slow = interleave({name: actions[name] for name in (FROZEN, LORA)}, of_lora, device, warmup=1)
+    fast = {name: act for name, act in actions.items() if name != LORA}
+    found = interleave(fast, rounds, device, warmup=3, warm_caches=True)
     ratios = {name: paired(found[name], found[FROZEN], clock) for name in fast}
     return ratios | {LORA: paired(slow[LORA], slow[FROZEN], clock)}
 
@@ -210,7 +224,7 @@ def draw(rows: list[Row], title: str) -> Table:
         "saved / frozen",
         "peak / frozen",
     )
-    for name in (*names, "decode / base", "file, MB", "goals"):
+    for name in (*names, "decode / base", "call / base", "file, MB", "goals"):
         table.add_column(name, justify="right", no_wrap=True)
     for row in rows:
         missed = [goal for goal, met in row.goals.items() if not met]
@@ -223,7 +237,8 @@ def draw(rows: list[Row], title: str) -> Table:
             f"{row.step_vs_lora.median:.2f}",
             f"{row.saved_vs_frozen:.2f}",
             f"{row.peak_vs_frozen:.2f}",
-            f"{row.decode_vs_base.median:.2f} ± {row.decode_vs_base.error:.2f}",
+            f"{row.decode_vs_base.median:.3f} ± {row.decode_vs_base.error:.3f}",
+            f"{row.call_vs_base.median:.2f} ± {row.call_vs_base.error:.2f}",
             f"{row.file / 1e6:.2f}" if row.file else "-",
             "-" if not row.goals else "missed: " + ", ".join(missed) if missed else "met",
         )
@@ -261,7 +276,7 @@ def main(
         "implementation": implementation,
     }
     content = [{**asdict(row), "goals": row.goals} for row in rows]
-    write_json(path, {"format": 1, **environment(torch.device("cpu")), "options": options, "rows": content})
+    write_json(path, {"format": 2, **environment(torch.device("cpu")), "options": options, "rows": content})
     console.print(f"written: {path}")
     if check and not all(met for row in rows for met in row.goals.values()):
         raise typer.Exit(1)
