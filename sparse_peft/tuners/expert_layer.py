@@ -73,8 +73,11 @@ class ExpertsLayer(nn.Module):
     @property
     def _ledgers(self) -> list[Ledger]:
         # asked in every pass: of the children, adapted parameters alone have one
-        found = [child.__dict__.get("ledger") for child in self._modules.values()]
-        return [ledger for ledger in found if ledger is not None]
+        return [
+            ledger
+            for child in self._modules.values()
+            if child is not None and (ledger := child.__dict__.get("ledger")) is not None
+        ]
 
     def __getattr__(self, name: str) -> Any:
         try:

@@ -83,7 +83,8 @@ class Held:
         return self.parameters.get("weight") is self.weight and self.stamp.is_current()
 
     def gives_output(self) -> bool:
-        return self.is_all and self.is_current()
+        # asked in every pass, so that nothing is called that can be written here
+        return self.is_all and self.parameters.get("weight") is self.weight and self.stamp.is_current()
 
 
 @dataclass(frozen=True, eq=False)
@@ -307,7 +308,7 @@ class Ledger:
 
 def all_give_output(ledgers: Iterable[Ledger]) -> bool:
     """``Ledger.gives_output`` of several weights."""
-    for ledger in ledgers:  # noqa: SIM110 - asked in every pass, where a generator takes twice as long
+    for ledger in ledgers:  # noqa: SIM110 - asked in every pass, and a generator is a call for each
         if not ledger.gives_output():
             return False
     return True
@@ -315,8 +316,10 @@ def all_give_output(ledgers: Iterable[Ledger]) -> bool:
 
 def read_all(ledgers: Iterable[Ledger], act: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
     """``Ledger.read`` of several weights."""
-    me = get_ident()
-    entered = [ledger.readers for ledger in ledgers if not ledger.readers.get(me)]
+    me, entered = get_ident(), []
+    for ledger in ledgers:
+        if not ledger.readers.get(me):
+            entered.append(ledger.readers)
     try:
         for readers in entered:
             readers[me] = True
