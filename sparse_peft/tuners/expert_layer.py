@@ -65,6 +65,12 @@ class ExpertsLayer(nn.Module):
             self._modules[parameter] = ExpertWeight(self.base_layer, parameter)
         return cast("nn.Module", self._modules[parameter])
 
+    def forget_bare_weights(self) -> None:
+        """Drop the children of parameters that have no layer."""
+        for name, child in list(self._modules.items()):
+            if isinstance(child, ExpertWeight):
+                del self._modules[name]
+
     @property
     def layers(self) -> list[Layer]:
         """The adapted parameters."""

@@ -216,11 +216,13 @@ def hold_experts(model: nn.Module, targets: Targets) -> None:
 
 
 def release_empty_experts(model: nn.Module) -> None:
-    """Put modules of experts without any adapter back into their place."""
+    """Put modules of experts without any adapter back into their place; of others only adapted parameters are kept."""
     for name, module in list(model.named_modules()):
-        if isinstance(module, ExpertsLayer) and not module.layers:
-            parent, _, attribute = _get_submodules(model, name)
-            setattr(parent, attribute, module.base_layer)
+        if isinstance(module, ExpertsLayer):
+            module.forget_bare_weights()
+            if not module.layers:
+                parent, _, attribute = _get_submodules(model, name)
+                setattr(parent, attribute, module.base_layer)
 
 
 def outermost_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:

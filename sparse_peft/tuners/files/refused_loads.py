@@ -18,6 +18,7 @@ from transformers.integrations.peft import PeftAdapterMixin
 
 from ..base_config import BaseSparseConfig
 from ..base_layer import TunerLayer
+from ..targets import release_empty_experts
 from ..traversal import configs_of, modules_beside_adapters
 from .accepted_tensors import Entries, named_states
 from .adapter_file import AdapterFile, reading
@@ -82,8 +83,9 @@ def _unwrap(model: nn.Module, kept: set[int]) -> None:
             if not isinstance(child, Wrapper) or id(child) in kept:
                 continue
             own = child.get_base_layer() if isinstance(child, TunerLayer) else child.original_module
-            if not isinstance(child, TunerLayer) or "weight" in own._parameters:
+            if not isinstance(child, TunerLayer) or "weight" in child.base_parameters:
                 parent._modules[name] = own
+    release_empty_experts(model)
 
 
 @contextmanager

@@ -2,12 +2,14 @@
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import nn
 
 from sparse_peft import SketchConfig, SnellaConfig, SoRAConfig, SparseConfig
 from sparse_peft.adapters import load_adapter
+from tests.helpers.expert_models import config as experts_config
+from tests.helpers.expert_models import mixture
 
 METHODS = {
     "sparse": (lambda **k: SparseConfig(density=0.3, **k), "values"),
@@ -54,6 +56,22 @@ def test_a_base_model_is_as_before(tmp_path, method, fields):
     before = everything(model)
     with pytest.raises(ValueError, match="NaN"):
         load_adapter(model, folder, "b")
+    same(everything(model), before)
+
+
+@pytest.mark.parametrize("first", [None, "experts.down_proj"])
+def test_a_model_with_experts_is_as_before(tmp_path, first):
+    get_peft_model(mixture(), experts_config()).save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "adapter_model.safetensors")
+    name = next(name for name in tensors if name.endswith("values"))
+    tensors[name][0] = torch.nan
+    save_file(tensors, tmp_path / "adapter_model.safetensors", metadata={"format": "pt"})
+    model = mixture()
+    if first is not None:
+        model = get_peft_model(model, experts_config(target_experts=False, target_parameters=[first]))
+    before = everything(model)
+    with pytest.raises(ValueError, match="NaN"):
+        (load_adapter if first is None else PeftModel.load_adapter)(model, tmp_path, "b")
     same(everything(model), before)
 
 
