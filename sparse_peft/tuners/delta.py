@@ -22,6 +22,7 @@ from .files.positions import (
     PACKED,
     UNSET,
     file_layout,
+    is_read,
     is_unset,
     memory_bytes,
     memory_form,
@@ -360,7 +361,7 @@ class SparseDelta(Delta):
         tensors = {name: buffer for name, buffer in self.own_buffers.items() if name in NAMES}
         if self.values.device.type == "meta" or any(t.device.type == "meta" for t in tensors.values()):
             return False
-        if not bool((tensors["row_counts"] != 0).any()):
+        if not is_read(tensors):
             return False
         indices = unpack(tensors, self.shape, self.name)
         if indices is None:

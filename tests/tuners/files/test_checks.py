@@ -53,9 +53,10 @@ def positions(folder, layer):
     return unpack(mine, layer.stored_shape, layer.name)
 
 
-@pytest.mark.parametrize("density", [0.01, 0.1])
+@pytest.mark.parametrize("low_cpu_mem_usage", [False, True])
+@pytest.mark.parametrize("density", [0.001, 0.005, 0.01, 0.1])
 @pytest.mark.parametrize(("save_dtype", "limit"), [("float32", 6.5), ("bfloat16", 4.5), ("float16", 4.5)])
-def test_bytes_on_disk(tmp_path, save_dtype, limit, density):
+def test_bytes_on_disk(tmp_path, save_dtype, limit, density, low_cpu_mem_usage):
     model = get_peft_model(
         nn.Sequential(nn.Linear(512, 512)),
         SparseConfig(target_modules=["0"], density=density, save_dtype=save_dtype, init_weights=False),
@@ -63,9 +64,12 @@ def test_bytes_on_disk(tmp_path, save_dtype, limit, density):
     model.save_pretrained(tmp_path)
     tensors = load_file(tmp_path / NAME)
     entries = round(density * 512 * 512)
-    assert {t.dtype for t in tensors.values()} == {getattr(torch, save_dtype), torch.uint16}
-    assert (tmp_path / NAME).stat().st_size <= limit * entries + 1024
-    again = PeftModel.from_pretrained(nn.Sequential(nn.Linear(512, 512)), tmp_path)
+    assert {t.dtype for t in tensors.values()} <= {getattr(torch, save_dtype), torch.uint16, torch.uint8}
+    header = int.from_bytes((tmp_path / NAME).read_bytes()[:8], "little") + 8
+    assert (tmp_path / NAME).stat().st_size - header <= limit * entries
+    again = PeftModel.from_pretrained(
+        nn.Sequential(nn.Linear(512, 512)), tmp_path, low_cpu_mem_usage=low_cpu_mem_usage
+    )
     values = again.base_model.model[0].deltas["default"].values
     expected = model.base_model.model[0].deltas["default"].values.to(getattr(torch, save_dtype)).float()
     assert values.dtype == torch.float32 and torch.equal(values, expected)
@@ -159,7 +163,12 @@ def test_flat_positions_are_read_too_and_checked(saved, at, value, message):
         ((64, 100), 64, {"cols", "row_counts"}),
         ((64, 100), 63, {"indices"}),
         ((4, 65_535), 100, {"cols", "row_counts"}),
-        ((4, 65_536), 100, {"indices"}),
+        ((4, 65_536), 100, {"low", "high"}),
+        ((512, 129), 2047, {"low", "high"}),
+        ((512, 129), 2048, {"cols", "row_counts"}),
+        ((512, 128), 600, {"cols", "row_counts"}),  # a small weight, as in version 0.1.0
+        ((70_000, 70_000), 1000, {"indices"}),  # 75,000 high bits would take more
+        ((70_000, 70_000), 50_000, {"low", "high"}),
         ((2, 65_535), 2 * 65_535, {"cols", "row_counts"}),
     ],
 )
@@ -169,6 +178,36 @@ def test_positions_take_the_smaller_form_and_come_back(shape, entries, names):
     assert set(packed) == names == set(file_layout(shape, entries))
     assert {name: (t.numel(), t.dtype) for name, t in packed.items()} == file_layout(shape, entries)
     assert torch.equal(unpack(packed, shape, "layer"), support.indices)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda t: t["high"].zero_(), "layer a: 100 positions in low, and 0 in high"),
+        (lambda t: t.update(low=t["low"][:-1]), "layer a: 99 positions in low, and 100 in high"),
+        (lambda t: t.update(high=t["high"].int()), r"layer a: high of dtype torch\.int32"),
+        (lambda t: t.update(low=t["low"][None]), r"layer a: low of dtype torch\.uint16 and shape \(1, 100\)"),
+        (
+            lambda t: t.update(high=torch.cat([torch.zeros(9, dtype=torch.uint8), t["high"]])),
+            r"layer a: low and high contain \d+, but a 300 x 300 weight",
+        ),
+    ],
+)
+def test_damaged_parts_of_positions_are_refused(change, message):
+    tensors = pack(Support.random((300, 300), 100, seed=0, name="a"))
+    change(tensors)
+    with pytest.raises(ValueError, match=message):
+        unpack(tensors, (300, 300), "a")
+
+
+def test_parts_of_positions_that_repeat_are_refused(tmp_path):
+    model = get_peft_model(nn.Sequential(nn.Linear(300, 300)), SparseConfig(target_modules=["0"], density=0.002))
+    model.save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / NAME)
+    next(tensor for name, tensor in tensors.items() if name.endswith("low"))[:3] = 7
+    save_file(tensors, tmp_path / NAME, metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=r"layer 0: indices must increase strictly"):
+        PeftModel.from_pretrained(nn.Sequential(nn.Linear(300, 300)), tmp_path)
 
 
 def test_another_number_of_entries_than_the_config_says(saved):
