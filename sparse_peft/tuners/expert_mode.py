@@ -172,14 +172,18 @@ class ExpertsMode(TorchFunctionMode):
         self.used: set[str] = set()  # names of the parameters that the base asked for
 
     def run(self, act: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
-        """The result of ``act`` in the mode, which an interruption at any line leaves."""
-        depth = torch._C._len_torch_function_stack()
+        """The result of ``act`` in the mode, which an interruption at any line leaves.
+
+        Ends of ``torch.no_grad`` blocks pass through the mode, too: interrupted there, gradients would stay disabled.
+        """
+        depth, with_gradients = torch._C._len_torch_function_stack(), torch.is_grad_enabled()
         try:
             with self:
                 return act(*args, **kwargs)
         except BaseException:
             while torch._C._len_torch_function_stack() > depth:
                 _pop_mode()
+            torch.set_grad_enabled(with_gradients)
             raise
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None) -> Any:
