@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM
 from benchmarks.measure import LargestTensor
 from sparse_peft import SparseConfig, SparsityController, panel_limit, select_support
 from sparse_peft.tuners.expert_layer import ExpertsLayer
+from sparse_peft.tuners.expert_mode import ExpertsMode
 from tests.helpers.expert_models import (
     CONFIGS,
     IDS,
@@ -649,3 +650,30 @@ def test_experts_in_mxfp4_train_where_transformers_dequantises_them(tmp_path):
     model = get_peft_model(loaded, config(init_weights=True))
     losses = train(model, 6)
     assert losses[-1] < losses[0]
+
+
+def test_checkpointed_experts_keep_zeros():
+    torch.manual_seed(1)
+    model = adapted(preserve_zeros=True).train()
+    twin = copy.deepcopy(model)
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    for one in model, twin:
+        one(IDS, labels=IDS).loss.backward()
+    for own, other in zip(model.parameters(), twin.parameters(), strict=True):
+        assert own.grad is None or torch.equal(own.grad, other.grad)
+
+
+def test_an_interruption_at_the_end_of_a_no_grad_block_leaves_gradients_enabled():
+    class Interrupted(ExpertsMode):
+        def __torch_function__(self, func, types, args=(), kwargs=None):
+            if func is torch._C._set_grad_enabled and args == (True,):
+                raise KeyboardInterrupt
+            return super().__torch_function__(func, types, args, kwargs)
+
+    def act():
+        with torch.no_grad():
+            torch.ones(2)
+
+    with pytest.raises(KeyboardInterrupt):
+        Interrupted([]).run(act, (), {})
+    assert torch.is_grad_enabled()

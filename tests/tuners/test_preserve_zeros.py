@@ -6,6 +6,7 @@ import warnings
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from torch.utils.checkpoint import checkpoint
 
 from sparse_peft import (
     PruneConfig,
@@ -109,6 +110,18 @@ def test_a_plain_lora_is_found_out_by_the_masks():
     model = get_peft_model(base, LoraConfig(target_modules=["first"], init_lora_weights=False))
     merged = model.merge_and_unload()
     assert set(masks_of(merged).broken(merged)) == {"first"}
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_checkpointed_block_has_the_gradients_of_a_plain_one(name):
+    torch.manual_seed(1)
+    model, x = adapted(name, pruned_base(), init_weights=False), torch.randn(3, SIZES[0])
+    twin = copy.deepcopy(model)
+    checkpoint(model, x, use_reentrant=False).square().sum().backward()
+    twin(x).square().sum().backward()
+    for own, other in zip(model.parameters(), twin.parameters(), strict=True):
+        assert (own.grad is None) == (other.grad is None)
+        assert own.grad is None or torch.equal(own.grad, other.grad)
 
 
 def test_an_adapter_whose_entries_are_all_zeros_says_so():
