@@ -46,9 +46,11 @@ def check_bare_weights(config: BaseSparseConfig, model: nn.Module, targets: Coll
         targets: names of its target layers.
 
     Raises:
-        ValueError: the targets match bare parameters and nothing else.
+        ValueError: the targets match bare parameters and nothing else, or those of a module of which other parameters
+            train; all experts are asked for, and there are none.
     """
     found = bare_weights(model)
+    _check_there_are_experts(config, model, found, targets)
     named = {name: shape for name, shape in found.items() if is_named(config.target_modules, name)}
     named = {name: shape for name, shape in named.items() if name not in targets}
     if not named:
@@ -59,9 +61,36 @@ def check_bare_weights(config: BaseSparseConfig, model: nn.Module, targets: Coll
         f"target_modules={config.target_modules!r}: {first} is a parameter of shape {shape} in "
         f"{type(model.get_submodule(block)).__name__} and no layer, like {len(named) - 1} others; {BARE_WEIGHTS}"
     )
+    mixed = [name for name in targets if name in found and name.rpartition(".")[0] == block]
+    if mixed and not _names_any(config.target_modules, first, targets):
+        raise ValueError(
+            f"target_modules={config.target_modules!r} names {first}, and target_parameters "
+            f"{mixed[0]} of the same module: a module's parameters belong into one of the fields. Name both in "
+            "target_parameters"
+        )
     if not targets:
         raise ValueError(message)
     warnings.warn(f"{message}. The adapter leaves them out.", UserWarning, stacklevel=2)
+
+
+def _check_there_are_experts(
+    config: BaseSparseConfig, model: nn.Module, found: Collection[str], targets: Collection[str]
+) -> None:
+    if not config.target_experts or any(name in found for name in targets):
+        return
+    left = " that exclude_modules, modules_to_save and layers_to_transform leave in" if found else ""
+    message = f"target_experts=True: {type(model).__name__} has no fused experts{left}"
+    if not targets:
+        raise ValueError(f"{message}; {CURE}")
+    warnings.warn(f"{message}. The adapter trains layers only.", UserWarning, stacklevel=2)
+
+
+def _names_any(target_modules: Collection[str] | str | None, parameter: str, targets: Collection[str]) -> bool:
+    """Whether what names a parameter names any of the targets as well."""
+    if isinstance(target_modules, str):
+        return any(is_named(target_modules, name) for name in targets)
+    names = [name for name in target_modules or () if is_named([name], parameter)]
+    return any(is_named(names, name) for name in targets)
 
 
 def check_target_parameters(config: BaseSparseConfig, model: nn.Module) -> None:

@@ -6,7 +6,7 @@ import warnings
 import pytest
 import torch
 from peft import PeftModel, get_peft_model
-from transformers import AutoModelForCausalLM, GptOssConfig, MixtralConfig, Qwen3MoeConfig
+from transformers import AutoModelForCausalLM, GptOssConfig, LlamaConfig, MixtralConfig, Qwen3MoeConfig
 
 from sparse_peft import SaRAConfig, SparsityController
 from sparse_peft.adapters import compose, extract, save_merged, soup
@@ -74,6 +74,27 @@ def test_experts_named_beside_layers_are_left_out_with_a_warning(name):
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message=".*is a parameter.*")
         get_peft_model(mixture(name), config("sparse", target_modules=["o_proj"]))
+
+
+@pytest.mark.parametrize("names", [["gate_up_proj"], ["o_proj", "gate_up_proj"], r".*experts\.gate_up_proj"])
+def test_parameters_of_one_module_in_both_fields_are_refused(names):
+    model = mixture("qwen3-moe")
+    with pytest.raises(ValueError, match=r"target_modules=.*gate_up_proj, and target_parameters .*down_proj of the s"):
+        get_peft_model(model, config("sparse", target_modules=names, target_parameters=["experts.down_proj"]))
+    assert not any(isinstance(module, TunerLayer) for module in model.modules())
+    # names of layers that other models have as experts
+    get_peft_model(model, config("sparse", target_modules=["o_proj", "down_proj"], target_experts=True))
+
+
+def test_all_experts_of_a_model_without_any_are_refused_or_warned_of():
+    dense = AutoModelForCausalLM.from_config(LlamaConfig(**SMALL))
+    with pytest.raises(ValueError, match=r"target_experts=True: LlamaForCausalLM has no fused experts; name linear l"):
+        get_peft_model(dense, config("sparse", target_modules=[], target_experts=True))
+    with pytest.raises(ValueError, match=r"target_experts=True: .* no fused experts that .*layers_to_transform leave"):
+        fields = {"target_modules": [], "target_experts": True, "layers_to_transform": [7]}
+        get_peft_model(mixture("qwen3-moe"), config("sparse", **fields))
+    with pytest.warns(UserWarning, match="target_experts=True: .*The adapter trains layers only"):
+        get_peft_model(dense, config("sparse", target_modules="all-linear", target_experts=True))
 
 
 # ---------------------------------------------------------------------- adapters of experts
