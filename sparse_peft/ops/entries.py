@@ -248,9 +248,9 @@ def _is_sliced(weight: Tensor, support: ChannelSupport) -> bool:
 
 
 def _of_rows(weight: Tensor, support: ChannelSupport) -> Tensor:
-    """The weight, with the rows of fused experts one above the other."""
-    is_of_experts = support.dim == 0 and weight.shape[0] != support.shape[0]
-    return weight.view(support.shape) if is_of_experts else weight
+    """The weight, with the rows of fused experts one above the other, also of a single one."""
+    has_channels = support.dim == 0 or weight.shape[1] * support.width == support.shape[1]
+    return weight if has_channels and weight.shape[0] == support.shape[0] else weight.view(support.shape)
 
 
 def _read_channels(weight: Tensor, support: ChannelSupport) -> Tensor:

@@ -204,3 +204,26 @@ def test_columns_of_experts():
         ExpertColumns((6, 4), 2, torch.tensor([1, 8]), name="w")
     with pytest.raises(ValueError, match="6 rows are not those of 4"):
         ExpertColumns((6, 4), 4, torch.tensor([1]))
+
+
+@pytest.mark.parametrize("name", ["qwen3_moe", "gpt_oss"])
+def test_a_single_expert_trains_its_channels(name):
+    count = "num_experts" if name == "qwen3_moe" else "num_local_experts"
+    model = get_peft_model(mixture(name, **{count: 1}, num_experts_per_tok=1), config())
+    before = {
+        key: tensor.clone() for key, tensor in mixture(name, **{count: 1}, num_experts_per_tok=1).named_parameters()
+    }
+    dense = mixture(name, **{count: 1}, num_experts_per_tok=1).double()
+    with torch.no_grad():
+        for path, layer in layers(model).items():
+            dense.get_parameter(path).add_(layer.get_delta_weight("default"))
+    loss, wanted = model(IDS, labels=IDS).loss, dense(IDS, labels=IDS).loss
+    loss.backward()
+    wanted.backward()
+    torch.testing.assert_close(loss, wanted.float(), atol=1e-5, rtol=1e-5)
+    for path, layer in layers(model).items():
+        state = layer.deltas["default"]
+        expected = dense.get_parameter(path).grad.reshape(-1)[state.support.indices.long()]
+        torch.testing.assert_close(state.values.grad.double(), expected.double(), atol=1e-6, rtol=1e-4)
+    for key, tensor in model.unload().named_parameters():
+        assert torch.equal(tensor, before[key]), key
