@@ -6,15 +6,20 @@ from pathlib import Path
 import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from tests.helpers.versions import transformers_adapters
+
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]  # docs/api/ is made from docstrings
+MARKS = {"ecosystem.md": transformers_adapters}
 
 
 def python_blocks(path):
     return re.findall(r"^```python\n(.*?)^```", path.read_text(), flags=re.MULTILINE | re.DOTALL)
 
 
-@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda p: p.name)
+@pytest.mark.parametrize(
+    "path", [pytest.param(path, marks=MARKS.get(path.name, ()), id=path.name) for path in DOCUMENTS]
+)
 def test_blocks_run(path, stand_in, tmp_path, monkeypatch):
     pytest.importorskip("bitsandbytes")
     pytest.importorskip("trl")

@@ -270,12 +270,11 @@ def test_no_temporary_is_larger_than_a_panel_whatever_the_batch(fused, mixed):
         assert largest.nbytes == 2**16 * 8
 
 
-def test_oracle_12_more_entries_than_torchs_quantile_takes():
+def test_oracle_12_more_entries_than_torchs_quantile_took():
+    """Before torch 2.15."""
     f = factors(4100, 4100, 2, dtype=torch.float32)
     numel = 4100 * 4100
     assert numel > 2**24
-    with pytest.raises(RuntimeError, match="too large"):
-        torch.quantile(torch.zeros(numel), 0.5)
     kept = numel // 10
     tau = find_threshold(f, kept, THRESHOLDS["soft"])
     count = sum(int((distance_matrix(f, *part).value.abs() > tau).sum()) for part in f.parts())

@@ -25,6 +25,7 @@ from sparse_peft.support import Support
 from tests.helpers.methods import METHODS
 from tests.helpers.processes import run_code
 from tests.helpers.two_layers import TwoLayers, adapted, effective_weights, layers_of, oracle_output
+from tests.helpers.versions import transformers_adapters
 
 
 def llama(**kwargs):
@@ -338,6 +339,7 @@ def test_injection_from_a_state_dict_takes_the_sizes_of_the_file():
     assert torch.equal(fresh.first.get_delta_weight("default"), model.first.get_delta_weight("default"))
 
 
+@transformers_adapters
 def test_transformers_own_adapter_methods(tmp_path):
     model = llama()
     model.add_adapter(SparseConfig(density=0.1, target_modules=["q_proj"], init_weights=False), adapter_name="mine")

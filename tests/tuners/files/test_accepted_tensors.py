@@ -14,6 +14,7 @@ from torch.testing import assert_close
 from sparse_peft.adapters import load_adapter
 from tests.helpers.language_models import llama
 from tests.helpers.methods import METHODS
+from tests.helpers.versions import transformers_adapters
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 PREFIX = "base_model.model."
@@ -92,8 +93,11 @@ LOADERS = {
     "sparse_peft.adapters.load_adapter": by_us,
     "model.load_adapter": by_transformers,
 }
+MARKS = {loader: transformers_adapters for loader in (by_us, by_transformers)}  # ours calls transformers' add_adapter
 NAMES = ["model", "layers", "0", "v_proj"]  # of adapters, as of modules
-pytestmark = pytest.mark.parametrize("loader", LOADERS.values(), ids=LOADERS)
+pytestmark = pytest.mark.parametrize(
+    "loader", [pytest.param(loader, marks=MARKS.get(loader, ()), id=name) for name, loader in LOADERS.items()]
+)
 
 
 def weights_of(model):

@@ -18,6 +18,7 @@ from sparse_peft.ops import pack_codes, unpack_codes
 from sparse_peft.tuners.delta_layer import TunerLayer
 from sparse_peft.tuners.sketch.sketched import SketchedLinear
 from tests.helpers.two_layers import TwoLayers
+from tests.helpers.versions import transformers_adapters
 
 NAMES = ["first", "second"]
 MODES = ["delta", "replace"]
@@ -579,6 +580,7 @@ def test_damaged_files_name_the_layer(tmp_path):
         PeftModel.from_pretrained(copy.deepcopy(base), tmp_path)
 
 
+@transformers_adapters
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("storage", ["recompute", "embed"])
 def test_transformers_loads_it_too(mode, storage, tmp_path):
