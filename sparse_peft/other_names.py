@@ -4,6 +4,7 @@ from __future__ import annotations
 
 # {name in lower case, without "config" and punctuation: what to use}
 OTHER_NAMES = {
+    "lora": "LoraConfig of peft",
     "spiel": "SparseConfig(selection='accumulated_gradient') for SpIEL-AG, selection='momentum' with SM3 for -MA",
     "shira": "SparseConfig(selection='random'), SHiRA with a random mask",
     "supertuning": "SparseConfig(selection='magnitude')",

@@ -14,6 +14,7 @@ from peft.utils import PeftType, register_peft_method
 
 from _sparse_peft_startup.spelling import did_you_mean
 
+from .other_names import other_name
 from .tuners.method import Method
 
 # {PEFT type: method}; kept when this module is reloaded, as methods of other packages register once only
@@ -48,7 +49,8 @@ def method_named(name: str) -> Method:
         if wanted in (method.name, method.peft_type.lower(), method.config_class.__name__.lower()):
             return method
     known = [method.name for method in methods()]
-    hint = did_you_mean([wanted], known)
+    other = other_name(name)
+    hint = did_you_mean([wanted], known) if other is None else f"; use {other}"
     raise ValueError(f"method={name!r}: no such method{hint}; the methods are {', '.join(known)}")
 
 

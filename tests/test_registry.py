@@ -119,6 +119,8 @@ def test_names_of_other_projects_say_what_they_are_here(name):
     with pytest.raises(ImportError, match=re.escape(str(caught.value))):
         getattr(sparse_peft, f"{name.upper()}Config")
     advice = str(caught.value).partition(": use ")[2]
+    if advice == "LoraConfig of peft":
+        return
     config, arguments = re.match(r"(\w+)(?:\((.*?)\))?", advice).groups()
     given = dict(re.findall(r"(\w+)='(\w+)'", arguments or ""))
     made = getattr(sparse_peft, config)(**given)

@@ -41,6 +41,14 @@ TRAINERS = {"sft": "CAUSAL_LM", "dpo": "CAUSAL_LM", "grpo": "CAUSAL_LM", "kto": 
 # Of the adapter's recommended rate, for a run whose user names none. GRPO was measured with half of it
 # (docs/reinforcement_learning.md); the other trainers on preferences take as much.
 RATE_SHARES = {"sft": 1.0, "dpo": 0.5, "grpo": 0.5, "kto": 0.5, "reward": 1.0}
+# {trainer: the columns of its data}
+COLUMNS = {
+    "sft": "text, or messages, or prompt and completion",
+    "dpo": "prompt, chosen and rejected",
+    "grpo": "prompt",
+    "kto": "prompt, completion and label",
+    "reward": "chosen and rejected",
+}
 PREFIX = "adapter_"  # of a field whose name is an option of TRL's, too
 BYTES_OF = {"bfloat16": "bfloat16", "float16": "float16", "float32": "float32"}
 
@@ -56,13 +64,13 @@ def train(
         plan = plan_of(config, *arguments)
     except (ValueError, TypeError, OSError) as error:
         refuse("train", error)
+    report = Report(RATE_SHARES[trainer])
     try:
-        folder = run_script(script, arguments, config, plan, RATE_SHARES[trainer])
-    except (FileNotFoundError, ConnectionError) as error:  # a data set, or weights
-        data = arguments[0].dataset_name
-        is_file = data is not None and Path(data).is_file()
-        hint = f"--dataset_name {data}: a file; the folder that it is in is expected. " if is_file else ""
-        refuse("train", FileNotFoundError(f"{hint}{error}"))
+        folder = run_script(script, arguments, config, plan, report)
+    except Exception as error:
+        if report.model is not None or context.find_root().params.get("verbose"):
+            raise
+        refuse("train", ValueError(why_not_started(error, trainer, arguments[0])))
     console_for_people().print(f"[bold]{escape(str(folder))}[/]: the adapter", soft_wrap=True)
 
 
@@ -118,7 +126,9 @@ def parse(script: Any, given: Sequence[str], task_type: str) -> tuple[list[Any],
         for name, value in values.items()
         if value is not None
     }
-    return arguments, config_class(**{"task_type": task_type, **chosen})
+    config = config_class(**{"task_type": task_type, **chosen})
+    refuse_looks_at_data(config)
+    return arguments, config
 
 
 class OwnRate(float):
@@ -139,7 +149,11 @@ def chosen_method(given: Sequence[str]) -> str:
     file = Path(found.config)
     if not file.is_file():
         raise ValueError(f"--config {file}: no such file")
-    content = import_module("yaml").safe_load(file.read_text(encoding="utf-8"))
+    yaml = import_module("yaml")
+    try:
+        content = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise ValueError(f"--config {file}: not YAML, {' '.join(str(error).split())}") from error
     return str(content.get("method", "sparse")) if isinstance(content, dict) else "sparse"
 
 
@@ -172,7 +186,9 @@ def refuse_unknown(left: Sequence[str], parser: argparse.ArgumentParser) -> None
     """
     if not left:
         return
-    names = [text.partition("=")[0] for text in left if text.startswith("-")] or list(left)
+    names = [text.partition("=")[0] for text in left if text.startswith("-")]
+    if not names:
+        raise ValueError(f"{' '.join(left)}: of no option; --model_name_or_path is the model, --dataset_name the data")
     raise ValueError(f"{', '.join(names)}: no such option{did_you_mean(names, parser._option_string_actions)}")
 
 
@@ -187,6 +203,20 @@ def refuse_lora(model: Any) -> None:
     given = [f"--{name}" for name in lora if getattr(model, name) != defaults[name]]
     if given:
         raise ValueError(f"{', '.join(given)}: options of LoRA; this command trains what --method names")
+
+
+def refuse_looks_at_data(config: BaseSparseConfig) -> None:
+    """Refuse positions that are chosen from data before training.
+
+    Raises:
+        ValueError: says how they are chosen.
+    """
+    if config.selection_needs in ("activation", "gradient"):
+        raise ValueError(
+            f"selection={getattr(config, 'selection', None)!r} looks at data before training, which this command does "
+            "not do: call sparse_peft.select_support in Python, or take positions by weights, or ones that change in "
+            "training"
+        )
 
 
 # ------------------------------------------------------------------ running
@@ -252,6 +282,21 @@ def scales_of(model: Any) -> Iterator[float]:
             yield module.value_scale
 
 
+def why_not_started(error: Exception, trainer: str, data: Any) -> str:
+    """What stopped a run before its first step: mostly the data, which TRL looks at without a word of its own."""
+    named = data.dataset_name
+    text = str(error) if isinstance(error, (ValueError, OSError)) else f"{type(error).__name__}: {error}"
+    if isinstance(error, (FileNotFoundError, ConnectionError)) and named is not None:
+        what = "a file; the folder that it is in is expected" if Path(named).is_file() else "no such folder"
+        return text if Path(named).is_dir() else f"--dataset_name {named}: {what}. {text}"
+    if isinstance(error, KeyError):
+        key = error.args[0]
+        if key in (data.dataset_train_split, data.dataset_test_split):
+            return f"{key!r}: no such split of the data"
+        text = f"{key!r} is not in the data, whose rows have {COLUMNS[trainer]} for {trainer}"
+    return f"{text}; `sparse-peft --verbose train {trainer} ...` shows where"
+
+
 def show_plan(console: Console, plan: TrainingPlan) -> None:
     """A plan in three lines."""
     console.print(f"[bold]{plan.architecture}[/], {count_text(plan.parameters)} parameters, {plan.base} weights")
@@ -264,13 +309,18 @@ def plan_of(config: BaseSparseConfig, _: Any, training: Any, model: Any, *__: An
     """What the first step takes; the longest row counts where the trainer limits it.
 
     Returns:
-        None on processes that print nothing, and for a model with code of its own.
+        None on processes that print nothing, for a model with code of its own, and where the weights decide how much
+        trains.
 
     Raises:
         FileNotFoundError, ValueError: there is no such model, or it has no such layers.
     """
     own_code = any(getattr(part, "trust_remote_code", False) for part in (training, model))
     if own_code or training.process_index != 0:
+        return None
+    try:
+        config.countable()
+    except ValueError:
         return None
     model_config = read_model_config(model.model_name_or_path, model.model_revision)
     options = PlanOptions(
@@ -284,13 +334,13 @@ def plan_of(config: BaseSparseConfig, _: Any, training: Any, model: Any, *__: An
 
 
 def run_script(
-    script: Any, arguments: list[Any], config: BaseSparseConfig, plan: TrainingPlan | None, rate_share: float
+    script: Any, arguments: list[Any], config: BaseSparseConfig, plan: TrainingPlan | None, report: Report
 ) -> Path:
     """Train, save and draw; returns the adapter's folder."""
     scripted, training, *_ = arguments
     if plan is not None:
         show_plan(console_for_people(), plan)
-    report, folder = Report(rate_share), Path(training.output_dir)
+    folder = Path(training.output_dir)
 
     def write_card(trainer: Any, *_: Any, **__: Any) -> None:
         # TRL asks for a card with each checkpoint, and before it uploads the finished adapter

@@ -9,7 +9,9 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 pytest.importorskip("trl")
+from typer.testing import CliRunner
 
+from _sparse_peft_startup.commands import app
 from sparse_peft.cli.train import TRAINERS, parse, script_of
 from sparse_peft.tuners.unknown_fields import settable_fields
 from tests.helpers.methods import METHODS, MOVING
@@ -144,6 +146,9 @@ def test_a_yaml_file_has_options_of_both(tmp_path):
         (["sft", "--model_name_or_path", "m"], "--dataset_name: a data set's folder"),
         (["sft", *MODEL], "m: no such folder"),
         (["sft", "--config", "no.yaml"], "no.yaml: no such file"),
+        (["sft", "m", "d"], "m d: of no option; --model_name_or_path is the model"),
+        (["sft", "--method", "shira"], "'shira': no such method; use SparseConfig(selection='random')"),
+        (["sft", "--selection", "fisher", *MODEL], "selection='fisher' looks at data before training"),
     ],
 )
 def test_invalid_requests(run, arguments, words):
@@ -155,6 +160,35 @@ def test_a_file_of_data_is_refused_with_its_folder(run, stand_in, tmp_path):
     where = ["--model_name_or_path", stand_in, "--dataset_name", tmp_path / "train.jsonl", "--output_dir", tmp_path]
     said = run("train", "sft", *where, *SHORT, "--target_modules", "q_proj", expect=2).err.replace("\n", " ")
     assert "train.jsonl: a file; the folder that it is in is expected" in said
+
+
+@pytest.mark.parametrize(
+    ("trainer", "options", "words"),
+    [
+        ("sft", [], "'completion' is not in the data, whose rows have text, or messages"),
+        ("dpo", ["--dataset_train_split", "valid"], "'valid': no such split of the data"),
+        ("dpo", ["--selection", "given"], "selection='given'"),
+        ("dpo", ["--dataset_name", "nodata"], "--dataset_name nodata: no such folder. "),
+    ],
+)
+def test_what_trl_does_not_start_with(run, stand_in, data, tmp_path, trainer, options, words):
+    where = ["--model_name_or_path", stand_in, "--dataset_name", data("dpo"), "--output_dir", tmp_path / "out"]
+    command = ["train", trainer, *where, *SHORT, "--target_modules", "q_proj", *options]
+    assert words in run(*command, expect=2).err.replace("\n", " ")
+    with pytest.raises((KeyError, ValueError, OSError)):
+        CliRunner().invoke(app, ["--verbose", *map(str, command)], catch_exceptions=False)
+
+
+def test_weights_that_decide_how_much_trains_are_no_obstacle(run, stand_in, data, tmp_path):
+    where = ["--model_name_or_path", stand_in, "--dataset_name", data("sft"), "--output_dir", tmp_path / "out"]
+    below = ["--selection", "threshold", "--threshold", "0.005", "--target_modules", "q_proj"]
+    assert "learning rate" in run("train", "sft", *where, *SHORT, *below).out
+
+
+def test_a_damaged_yaml_file_is_refused(run, tmp_path):
+    (tmp_path / "train.yaml").write_text("density: [0.1\n")
+    said = run("train", "sft", "--config", tmp_path / "train.yaml", expect=2).err.replace("\n", " ")
+    assert "train.yaml: not YAML, while parsing a flow sequence" in said
 
 
 def test_a_wrong_key_of_a_yaml_file_is_refused(tmp_path):
