@@ -92,8 +92,8 @@ def read_sparse(folder: str | os.PathLike) -> tuple[BaseSparseConfig, dict[str, 
     if not isinstance(config, BaseSparseConfig):
         kind = getattr(config.peft_type, "value", config.peft_type)
         cure = {
-            "LORA": "LoRA's factors are not combined one by one, mean(B) mean(A) is not mean(B A): load the adapters "
-            "and use PEFT's add_weighted_adapter with combination_type='cat', which is exact, or 'svd'",
+            "LORA": "PEFT itself loads and merges it, and combines several by add_weighted_adapter with "
+            "combination_type='cat', which is exact, or 'svd'",
             "SHIRA": "sparse_peft.adapters.convert makes a sparse delta of it",
             "SUPERTUNING": "sparse_peft.adapters.convert makes a sparse delta of it",
         }

@@ -113,7 +113,7 @@ def answering(command: str, as_json: bool) -> Iterator[Answer]:
             answer.code, problem = PROBLEM, error
     if problem is not None:
         message = in_words_of(command, " ".join(str(problem).split()) or type(problem).__name__)
-        Console(stderr=True, soft_wrap=True).print(
+        Console(stderr=True, soft_wrap=True, emoji=False).print(
             f"[red]sparse-peft {command}:[/] {escape(message)}", highlight=False
         )
         if as_json:
@@ -128,7 +128,7 @@ def answering(command: str, as_json: bool) -> Iterator[Answer]:
 
 def console_for_people() -> Console:
     """stdout; where that is a pipe or a file, no line is cut to the width of a terminal that is not there."""
-    console = Console(highlight=False)
+    console = Console(highlight=False, emoji=False)
     if not console.is_terminal and "COLUMNS" not in os.environ:
         console.width = WIDTH_OF_PIPES
     return console

@@ -237,6 +237,7 @@ def test_pickles_are_refused_with_a_sentence(world, run, tmp_path):
 
 
 MISTYPED = {
+    "prune BASE OUT --pattern 2:x": "--pattern 2:x: a share of zeros",  # and no picture in the place of :x:
     "prune BASE OUT --score wnda": "did you mean 'wanda'?",
     "prune BASE OUT --score wanda": "needs data: pass --calibration",
     "prune BASE OUT --allocation unifrom": "did you mean 'uniform'?",
