@@ -6,6 +6,7 @@ For a stored weight ``(rows, cols)`` with the dense gradient ``left.T @ right``,
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
@@ -150,9 +151,10 @@ def _product_of(support: Support, values: Tensor, groups: int, cols: int) -> Ten
     """The CSR matrix of several matrices one above the other, each of which has columns of its own."""
     pointers, columns = support.row_ptr, support.cols
     if groups > 1:
-        counts = pointers[:: support.shape[0] // groups].diff()
-        offsets = torch.arange(groups, dtype=columns.dtype, device=columns.device).mul_(cols)
-        columns = columns + offsets.repeat_interleave(counts, output_size=columns.numel())
+        bounds = pointers[:: support.shape[0] // groups].tolist()
+        own, columns = columns, torch.empty_like(columns)
+        for number, (first, last) in enumerate(itertools.pairwise(bounds)):
+            torch.add(own[first:last], number * cols, out=columns[first:last])
     return csr_matrix(pointers, columns, values, (support.shape[0], groups * cols))
 
 
