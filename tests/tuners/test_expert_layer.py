@@ -677,3 +677,13 @@ def test_an_interruption_at_the_end_of_a_no_grad_block_leaves_gradients_enabled(
     with pytest.raises(KeyboardInterrupt):
         Interrupted([]).run(act, (), {})
     assert torch.is_grad_enabled()
+
+
+def test_experts_hold_entries_between_steps_whatever_layers_do():
+    model = get_peft_model(mixture("qwen3_moe", "eager"), config(resident="product", target_modules=["q_proj"]))
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1e-3)
+    parts = {name: part for name, part in model.named_modules() if getattr(part, "ledger", None) is not None}
+    model.train()(IDS, labels=IDS).loss.backward()
+    assert {name for name, part in parts.items() if not part.ledger.is_own} == {n for n in parts if "experts" in n}
+    optimizer.step()
+    assert all(part.ledger.is_own for part in parts.values())

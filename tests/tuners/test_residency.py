@@ -7,6 +7,7 @@ import pickle
 import pytest
 import torch
 from peft import PeftModel, get_peft_model
+from transformers import LlamaConfig, LlamaForCausalLM
 
 import sparse_peft
 from sparse_peft.ops import triton_kernels
@@ -515,3 +516,27 @@ def test_copies_are_multiplied_where_products_may_not_write():
 def test_other_residencies_are_refused():
     with pytest.raises(ValueError, match="resident='products'"):
         sparse_peft.SparseConfig(resident="products")
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_embeddings_are_held_in_products_too(tied):
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    base = LlamaForCausalLM(LlamaConfig(vocab_size=64, tie_word_embeddings=tied, **sizes))
+    ids, values = torch.arange(16).view(2, 8), []
+    for resident in (True, "product"):
+        torch.manual_seed(0)
+        names = ["embed_tokens", "q_proj"]
+        config = sparse_peft.SparseConfig(density=0.2, target_modules=names, resident=resident, init_weights=False)
+        model = get_peft_model(copy.deepcopy(base), config)
+        trained = [p for p in model.parameters() if p.requires_grad]
+        optimizer = torch.optim.AdamW(trained, lr=0.05)
+        for _ in range(2):
+            loss = model.train()(input_ids=ids, labels=ids).loss
+            held = [layer.ledger.backup is not None for layer in layers_of(model).values()]
+            assert held == [resident is True] * len(held)
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        values.append([p.detach() for p in trained])
+    assert all(torch.equal(a, b) for a, b in zip(*values, strict=True))
