@@ -459,7 +459,7 @@ class SparseTunerLayer(TunerLayer[DeltaT]):
             x: the input; one in the base's dtype if None.
 
         Returns:
-            ``"resident"``, ``"product"``, ``"overlay"``, ``"dequantised"`` or ``"additive"``; see
+            ``"product"``, ``"resident"``, ``"overlay"``, ``"gathered"``, ``"dequantised"`` or ``"additive"``; see
             docs/how_it_works.md.
         """
         if self.quantization_backend is not None:

@@ -6,8 +6,8 @@ For each layer a file has the entries' columns, ``cols`` ``(entries,)`` uint16, 
 A weight of more than 65,536 numbers, with fewer than four entries a row or more than 65,535 columns, has flat
 row-major positions in two parts (the code of Elias and Fano). ``low`` ``(entries,)`` uint16 are their last 16 bits.
 ``high`` uint8 are bits, the lowest of a byte first: bit ``number of the entry + its position // 65536`` is set for
-each entry. Smaller weights, whose files are as those of version 0.1.0, and those with so few entries that this takes
-more, have whole positions, ``indices``.
+each entry. Weights with so few entries that this takes more have whole positions, ``indices``. So have smaller weights
+with fewer entries than rows, whose files are as those of version 0.1.0.
 
 In memory a layer has one buffer that no other tensor repeats. It is ``packed`` uint8, the bytes of row pointers and of
 columns, or flat ``indices`` where these are smaller. Bytes, because processes exchange buffers at the start of
