@@ -102,7 +102,12 @@ def test_the_learning_rate_is_the_adapter_s_unless_one_is_given(
     assert logged == pytest.approx([used] * 2)
 
 
-@pytest.mark.parametrize("method", METHODS)
+TRAINED_ELSEWHERE = ("sparse", "sara", "s2ft", "sora", "sltrain")  # which take seconds, and of which other tests train
+
+
+@pytest.mark.parametrize(
+    "method", [pytest.param(name, marks=pytest.mark.slow if name in TRAINED_ELSEWHERE else ()) for name in METHODS]
+)
 def test_every_method_trains_and_saves_its_adapter(run, stand_in, data, tmp_path, method):
     where = ["--model_name_or_path", stand_in, "--dataset_name", data("sft"), "--output_dir", tmp_path / "out"]
     fields = {**METHODS[method][1], **MOVING.get(method, {})}

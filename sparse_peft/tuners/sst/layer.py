@@ -58,6 +58,13 @@ class SSTLinear(TunerLayer[SpectralState]):
         base, bias = self.base_layer(x), self.base_bias
         return self._whole_output(x, adapter_name) - (base if bias is None else base - bias.to(base.dtype))
 
+    def _mixed_deltas_(self, result: Tensor, x: Tensor, adapter_names: list[str]) -> None:
+        if self._is_hooked():
+            super()._mixed_deltas_(result, x, adapter_names)
+            return
+        for name, rows in self._items_of(adapter_names, x.device):  # whole outputs, as in batches of one adapter
+            result.index_copy_(0, rows, self._spectral_forward(name, x.index_select(0, rows)).to(result.dtype))
+
     def get_delta_weight(self, adapter: str) -> Tensor:
         trained = self.deltas[adapter].dense()
         return (trained if self.product.in_dim == 1 else trained.t()) - self._own_weight().to(trained.dtype)

@@ -238,6 +238,16 @@ def test_file_merge_and_unmerge(tmp_path):
             set_peft_model_state_dict(sst(), tensors)
 
 
+def test_items_of_mixed_batches_are_no_sums_of_large_numbers():
+    base = TwoLayers()
+    model = sst(copy.deepcopy(base), init_weights=False).eval()
+    for layer in layers(model).values():  # the output is not the base's, of which nothing may be left
+        layer.base_layer.weight.data.mul_(1e6)
+    x = torch.randn(3, 17)
+    mixed = model(x, adapter_names=["default", "__base__", "default"])
+    assert torch.allclose(mixed[::2], model(x[::2]), rtol=1e-6)
+
+
 def test_several_adapters_and_mixed_batches():
     base = TwoLayers()
     model = sst(copy.deepcopy(base), init_weights=False)
