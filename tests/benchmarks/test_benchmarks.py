@@ -571,7 +571,8 @@ def test_weightless_measures_both_ways(tmp_path):
     assert few["largest_temporary"]["factored"] < 4 * 96 * 64 <= few["largest_temporary"]["composed"]
 
 
-def test_experts_measures_all_methods(tmp_path):
+def test_experts_measures_all_methods(tmp_path, monkeypatch):
+    monkeypatch.setattr(benchmarks.experts, "NEW_TOKENS", 2)
     app = typer.Typer()
     app.command()(benchmarks.experts.main)
     path = tmp_path / "found.json"
