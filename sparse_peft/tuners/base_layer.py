@@ -477,6 +477,13 @@ class TunerLayer(BaseTunerLayer, nn.Module, Generic[StateT]):
             part = self.adapter_output(x.index_select(0, rows), name)
             result.index_add_(0, rows, part.to(result.dtype))
 
+    def _replace_items_(
+        self, result: Tensor, x: Tensor, adapter_names: list[str], output: Callable[[str, Tensor], Tensor]
+    ) -> None:
+        """Put the whole output of each item's adapter in the place of its result, which is so rounded once."""
+        for name, rows in self._items_of(adapter_names, x.device):
+            result.index_copy_(0, rows, output(name, x.index_select(0, rows)).to(result.dtype))
+
     def _items_of(self, adapter_names: list[str], device: torch.device) -> Iterator[tuple[str, Tensor]]:
         """The adapters of a mixed batch, each with the places of its items."""
         for name in dict.fromkeys(adapter_names):

@@ -219,9 +219,8 @@ class PruneLinear(TunerLayer[PrunedState]):
     def _mixed_deltas_(self, result: Tensor, x: Tensor, adapter_names: list[str]) -> None:
         if self.path(x) == "additive":
             super()._mixed_deltas_(result, x, adapter_names)
-            return
-        for name, rows in self._items_of(adapter_names, x.device):  # whole outputs round once
-            result.index_copy_(0, rows, self._masked_forward((name,), x.index_select(0, rows)).to(result.dtype))
+        else:
+            self._replace_items_(result, x, adapter_names, lambda name, own: self._masked_forward((name,), own))
 
     @torch.compiler.disable
     def adapter_output(self, x: Tensor, adapter_name: str) -> Tensor:

@@ -61,9 +61,8 @@ class SSTLinear(TunerLayer[SpectralState]):
     def _mixed_deltas_(self, result: Tensor, x: Tensor, adapter_names: list[str]) -> None:
         if self._is_hooked():
             super()._mixed_deltas_(result, x, adapter_names)
-            return
-        for name, rows in self._items_of(adapter_names, x.device):  # whole outputs, as in batches of one adapter
-            result.index_copy_(0, rows, self._spectral_forward(name, x.index_select(0, rows)).to(result.dtype))
+        else:
+            self._replace_items_(result, x, adapter_names, self._spectral_forward)
 
     def get_delta_weight(self, adapter: str) -> Tensor:
         trained = self.deltas[adapter].dense()
