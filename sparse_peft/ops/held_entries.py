@@ -93,27 +93,26 @@ def take_supports_(held: Iterable[HeldEntries]) -> None:
     """Read weights' own entries; many on a CPU are left to ``resync_supports_``."""
     others = []
     for one in held:
-        place = _place_of(one.weight, one.support)
-        if place is not None:
+        if isinstance(one.support, ChannelSupport):
+            one.keep(read_support(one.weight.detach(), one.support))
+        elif not _in_pieces(one):
+            one.read_later()
+            others.append(one)
+        elif (place := _place_of(one)) is not None:
             one.place = place
             one.keep(one.weight.view(-1).index_select(0, place))
-        elif isinstance(one.support, ChannelSupport):
-            one.keep(read_support(one.weight.detach(), one.support))
         else:
             one.read_later()
-            if not _in_pieces(one):
-                others.append(one)
     if others:
-        found = [one._read for one in others]
-        take_([one.weight for one in others], [one.support.indices for one in others], found)
-        for one, originals in zip(others, found, strict=True):
-            one.keep(originals)
+        weights, indices = [one.weight for one in others], [one.support.indices for one in others]
+        take_(weights, indices, [one._read for one in others])
+        for one in others:
+            one.keep(one._read)
 
 
-def _place_of(weight: Tensor, support: Support) -> Tensor | None:
-    if support.nnz > FEW_ENTRIES or not weight.is_cpu or not weight.is_contiguous() or forced_backend() is not None:
-        return None
-    return None if isinstance(support, ChannelSupport) else support.flat_in_one_piece()
+def _place_of(held: HeldEntries) -> Tensor | None:
+    is_kept = held.support.nnz <= FEW_ENTRIES and held.weight.is_contiguous()
+    return held.support.flat_in_one_piece() if is_kept else None
 
 
 @torch.no_grad()

@@ -75,12 +75,6 @@ def _rejoin(layer: SparseTunerLayer[Any], _incompatible_keys: Any) -> None:
     layer.rejoin()
 
 
-@torch.no_grad()
-def _fixed_values(state: Delta) -> Tensor:
-    """The values to be written, of which autograd saves nothing: only a checkpointed block's first pass writes."""
-    return state.unscaled()
-
-
 class SparseTunerLayer(TunerLayer[DeltaT]):
     """A layer whose weight is trained at the supports of its adapters.
 
@@ -286,10 +280,10 @@ class SparseTunerLayer(TunerLayer[DeltaT]):
         # of a divided layer, processes whose weights may not be written must exchange the same as the others
         is_all = self.adds_entries_only and self.parallel is None
         held = Held(delta, stamp, parameters, weight, is_all)
-        if len(delta.names) == 1 and self.parallel is None and stamp.is_in_place():
-            state = self.deltas[delta.names[0]]
-            return Write(self.ledger, weight, delta.support, _fixed_values(state), state.value_scale, held)
-        with torch.no_grad():
+        with torch.no_grad():  # autograd would save tensors in a checkpointed block's first pass, which alone writes
+            if len(delta.names) == 1 and self.parallel is None and stamp.is_in_place():
+                state = self.deltas[delta.names[0]]
+                return Write(self.ledger, weight, delta.support, state.unscaled(), state.value_scale, held)
             values = self.sum_values(delta, stamp)
         return Write(self.ledger, weight, delta.support, values.detach(), 1.0, held)
 

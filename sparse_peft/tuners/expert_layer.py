@@ -105,8 +105,7 @@ class ExpertsLayer(nn.Module):
 
     @torch.compiler.disable  # a graph ends in the loop anyway
     def _untraced_forward(self, adapter_names: list[str] | None, args: Any, kwargs: Any) -> Any:
-        ledgers = self._ledgers
-        return read_all(ledgers, self._read_forward, ledgers, adapter_names, args, kwargs)
+        return self.forward(*args, adapter_names=adapter_names, **kwargs)
 
     def _read_forward(self, ledgers: list[Ledger], adapter_names: list[str] | None, args: Any, kwargs: Any) -> Any:
         """The output, by the base's module alone where its parameters hold all that the active adapters add."""
