@@ -59,11 +59,6 @@ def shira_name(rank: int) -> str:
     return f"shira-r{rank}"
 
 
-def product_name(rank: int) -> str:
-    """Of entries that the weight holds in products only."""
-    return f"sparse-r{rank}-product"
-
-
 def methods(rank: int, densities: Sequence[float]) -> list[Method]:
     """All rows.
 
@@ -115,7 +110,7 @@ def methods(rank: int, densities: Sequence[float]) -> list[Method]:
             for density in densities
         ),
         Method(f"sparse-r{rank}", sparse(r=rank), is_sparse=True),
-        Method(product_name(rank), sparse(r=rank, resident="product"), is_sparse=True),
+        Method(f"sparse-r{rank}-product", sparse(r=rank, resident="product"), is_sparse=True),
         *(Method(f"s2ft-{side}-r{rank}", s2ft(side), is_sparse=True) for side in ("in", "out")),
         *(
             Method(f"sara-{100 * density:g}%", sara(density), density=density, is_sparse=True)

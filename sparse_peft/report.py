@@ -106,7 +106,7 @@ class LayerPath:
     Attributes:
         layer: its name.
         density: share of its weight that the active adapters train.
-        forward: ``"resident"``, ``"product"``, ``"overlay"``, ``"dequantised"`` or ``"additive"``; see
+        forward: ``"product"``, ``"resident"``, ``"overlay"``, ``"gathered"``, ``"dequantised"`` or ``"additive"``; see
             docs/how_it_works.md.
         gradient: ``"sampled"``, ``"panels"``, ``"tiles"``, ``"triton"`` or ``"cuda"``; see docs/kernels.md.
         why: the reason for the gradient's path.
